@@ -1,0 +1,306 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""`TrainerCallback`s: the transition from stage 1 to stage 2, and routing statistics.
+
+They are thin: freezing is a method of the model, statistics live in `statistics.py` and `fluctuation.py`.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from .fluctuation import RoutingHistory
+from .stages_stablemoe import TwoStageRoutingMixin
+from .statistics import RoutingMeter, imbalance
+
+
+logger = logging.getLogger(__name__)
+
+
+def find_stablemoe(model: nn.Module) -> TwoStageRoutingMixin:
+    """Find the StableMoE model in `model`, which may wrap it (PEFT, DistributedDataParallel).
+
+    Raises:
+        ValueError: if there is none, or if it is dense.
+    """
+    for module in model.modules():
+        if isinstance(module, TwoStageRoutingMixin):
+            if not module.moe_layers_by_name:
+                raise ValueError(
+                    "This StableMoE model is dense (`moe_layer_positions` is empty): it has no routing to freeze or "
+                    "to watch. Train it without this callback."
+                )
+            return module
+    raise ValueError(
+        f"{type(model).__name__} is not a StableMoE model: this callback needs a model of `modeling_stablemoe`, such as "
+        "StableMoEForCausalLM. If it was loaded with `trust_remote_code=True`, import `modeling_stablemoe` first."
+    )
+
+
+class _LoggingCallback(TrainerCallback):
+    """A callback whose numbers appear in the Trainer's own log stream."""
+
+    _handler: CallbackHandler | None = None
+
+    def _join_log_stream(self):
+        """Stand before the reporting callbacks, so that they see what this callback adds to `logs`.
+
+        Trainer puts its reporters first and gives callbacks no reference to their list, so it is looked up in the
+        frame that calls them.
+        """
+        frame = inspect.currentframe()
+        while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+            frame = frame.f_back
+        if frame is None:  # called by hand, without a Trainer
+            return
+        self._handler = frame.f_locals["self"]
+        if self in self._handler.callbacks:
+            self._handler.callbacks.remove(self)
+            self._handler.callbacks.insert(0, self)
+
+    def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict):
+        """Write an entry of its own to the log history and to the reporters."""
+        state.log_history.append({**logs, "step": state.global_step})
+        if self._handler is not None:
+            should_log = control.should_log  # which `on_log` resets
+            self._handler.on_log(args, state, control, logs)
+            control.should_log = should_log
+
+
+class StageTransitionCallback(_LoggingCallback):
+    """Freezes the routing at a given step of training: stage 1 before it, stage 2 after it.
+
+    The transition happens once, at the end of that optimizer step, before anything is logged, evaluated or saved at
+    that step. The stage is read from the model and the step from the Trainer, so a resumed run needs no more than the
+    checkpoint. `requires_grad` and the optimizer's groups stay as they are.
+
+    Adds to the Trainer's logs: `task_loss`, `load_max_over_mean`, `routing_stage` and, in stage 1, `balance_loss`,
+    `distillation_loss` and `distillation_agreement`; at the transition an entry with `transition_*` of its own.
+
+    Args:
+        stage1_steps (`int` or `float`): length of stage 1, as optimizer steps (an `int` >= 1) or as a share of all
+            steps (a `float` in (0, 1)). The paper's language models take 6 000 of 60 000 steps (table 7).
+
+    Raises:
+        ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
+            another kind or dense, or if it is frozen already.
+    """
+
+    def __init__(self, stage1_steps: int | float):
+        if isinstance(stage1_steps, bool) or not isinstance(stage1_steps, (int, float)):
+            raise ValueError(f"`stage1_steps` must be an int (steps) or a float (share), got {stage1_steps!r}.")
+        if isinstance(stage1_steps, float) and not 0 < stage1_steps < 1:
+            raise ValueError(
+                f"`stage1_steps` as a share of all steps must lie inside (0, 1), got {stage1_steps}; pass an int for "
+                "a number of steps."
+            )
+        if isinstance(stage1_steps, int) and stage1_steps < 1:
+            raise ValueError(f"`stage1_steps` must be at least 1 step, got {stage1_steps}.")
+        self.stage1_steps = stage1_steps
+        self.transition_step: int | None = None
+        self._meter: RoutingMeter | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Check that the transition can happen, and catch up where a resumed run is past it."""
+        stablemoe = find_stablemoe(model)
+        self.transition_step = self._resolve(state.max_steps)
+        if stablemoe.routing_stage == 2 and state.global_step < self.transition_step:
+            raise ValueError(
+                f"The model's routing is frozen already, but stage 1 should last until step {self.transition_step} and "
+                f"this is step {state.global_step}. To train a frozen model further, leave StageTransitionCallback out; "
+                "to resume a run, give the `stage1_steps` it was started with."
+            )
+        self._join_log_stream()
+        if self._meter is not None:
+            self._meter.close()
+        self._meter = RoutingMeter(stablemoe)
+        if stablemoe.routing_stage == 1 and state.global_step >= self.transition_step:
+            self._freeze(args, state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Freeze the routing at the end of the last step of stage 1."""
+        self._meter.end_step()
+        if self._meter.model.routing_stage == 1 and state.global_step >= self.transition_step:
+            self._freeze(args, state, control)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
+        if self._meter.model.routing_stage == 2:
+            for layer in self._meter.model.moe_layers_by_name.values():
+                for parameter in layer.router.stage1_parameters():
+                    parameter.grad = None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the routing statistics since the last log to the Trainer's training logs."""
+        if logs is None or "loss" not in logs or self._meter is None:
+            return
+        totals = self._meter.pop_window()
+        if totals is None:
+            return
+        metrics = totals.metrics(self._meter.model.routing_stage)
+        logs.update(metrics)
+        # The history holds a copy of `logs`, made before this call.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop watching, and say so if training ended in stage 1."""
+        if self._meter.model.routing_stage == 1:
+            logger.warning(
+                "Training ended at step %d, before the transition at step %d: the routing is not frozen. Train on, or "
+                "call `model.freeze_router()`.",
+                state.global_step,
+                self.transition_step,
+            )
+        self._meter.close()
+
+    def _resolve(self, max_steps: int) -> int:
+        if isinstance(self.stage1_steps, float):
+            return max(1, round(self.stage1_steps * max_steps))
+        if self.stage1_steps > max_steps:
+            raise ValueError(
+                f"Stage 1 of {self.stage1_steps} steps is longer than training ({max_steps} steps): the routing would "
+                "never be frozen. Lower `stage1_steps` or train longer."
+            )
+        return self.stage1_steps
+
+    def _freeze(self, args, state, control):
+        model = self._meter.model
+        recent = self._meter.recent()
+        model.freeze_router()
+        report = {"routing_stage": 2, "transition_step": state.global_step}
+        message = f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins."
+        metrics = {} if recent is None else recent.metrics(stage=1)
+        if "distillation_agreement" in metrics:
+            report["transition_agreement"] = metrics["distillation_agreement"]
+            report["transition_load_max_over_mean"] = metrics["load_max_over_mean"]
+            message += (
+                f" Over the last {self._meter.num_recent_steps} steps the distilled router sent "
+                f"{metrics['distillation_agreement']:.1%} of the tokens where the backbone router did, and the "
+                f"backbone's expert load was max/mean {metrics['load_max_over_mean']:.2f}."
+            )
+        table_load = self._meter.table_load()
+        if table_load is not None:
+            report["transition_table_load_max_over_mean"] = imbalance(table_load)
+            message += (
+                f" The frozen table sends the {table_load[0].sum().item():,.0f} tokens seen in stage 1 to their experts "
+                f"with max/mean {imbalance(table_load):.2f} (lightest expert {_lightest(table_load):.2f} of the mean)."
+            )
+        self._log(args, state, control, report)
+        if state.is_world_process_zero:
+            tqdm.write(f"{message} Fingerprint {model.config.router_fingerprint}.")
+
+
+def _lightest(load: Tensor) -> float:
+    return (load.amin(-1) / load.mean(-1)).min().item()
+
+
+class RoutingFluctuationCallback(_LoggingCallback):
+    """Measures routing fluctuation on fixed validation tokens (StableMoE, figures 2 and 7).
+
+    At every check it notes the expert of each token: the backbone router's choice in stage 1, which is what training
+    uses, the table's in stage 2. Logs `routing_fluctuation`, the share of tokens whose expert changed since the last
+    check; at the end of training writes `routing_fluctuation.json` (see `RoutingHistory.summary`) and, where matplotlib
+    is installed, `routing_fluctuation.png` to the output folder. A resumed run continues the history.
+
+    Args:
+        dataset (iterable of `Mapping`): validation examples with `input_ids`; the first ones are used, in order.
+        check_steps (`int`): optimizer steps between checks (the paper: 500). The transition is a check of its own.
+        num_tokens (`int`): tokens to watch, rounded up to whole examples.
+        batch_size (`int`): examples of one forward pass; examples of different lengths go one by one.
+
+    Raises:
+        ValueError: for numbers < 1 or an empty data set; at the start of training for a model of another kind.
+    """
+
+    def __init__(
+        self, dataset: Iterable[Mapping], check_steps: int = 500, num_tokens: int = 8192, batch_size: int = 8
+    ):
+        for name, value in (("check_steps", check_steps), ("num_tokens", num_tokens), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
+        self.check_steps = check_steps
+        self.history = RoutingHistory()
+        self._batches = _first_tokens(dataset, num_tokens, batch_size)
+        self._model: TwoStageRoutingMixin | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Make the first check, or take up the history of the run that is resumed."""
+        self._model = find_stablemoe(model)
+        self._join_log_stream()
+        self.history = RoutingHistory()
+        path = self._history_path(args)
+        if state.global_step > 0 and path.exists():
+            self.history.load(path, last_step=state.global_step)
+        if not self.history.steps or self.history.steps[-1] < state.global_step:
+            self._check(args, state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Check every `check_steps` steps, at the transition and after the last step."""
+        due = state.global_step % self.check_steps == 0 or state.global_step == state.max_steps
+        if due or self._model.routing_stage != self.history.stages[-1]:
+            self._check(args, state, control)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Write the report."""
+        if self.history.steps[-1] < state.global_step:
+            self._check(args, state, control)
+        if state.is_world_process_zero:
+            self.history.write_report(args.output_dir)
+
+    def _check(self, args, state, control):
+        change = self.history.record(state.global_step, self._model.routing_stage, self._experts())
+        if state.is_world_process_zero:
+            self.history.save(self._history_path(args))
+        if change is not None:
+            self._log(args, state, control, {"routing_fluctuation": change})
+
+    @torch.no_grad()
+    def _experts(self) -> Tensor:
+        """Route the fixed tokens as training does now: `torch.LongTensor` of shape `(moe layers * tokens,)`."""
+        model, was_training = self._model, self._model.training
+        model.eval()
+        experts = []
+        for input_ids in self._batches:
+            output = model(input_ids=input_ids.to(model.device), use_cache=False, output_router_logits=True)
+            layers = (
+                output.expert_indices
+                if model.routing_stage == 2
+                else [logits.argmax(-1) for logits in output.router_logits]
+            )
+            experts.append(torch.stack([layer.flatten() for layer in layers]))
+        model.train(was_training)
+        return torch.cat(experts, dim=-1).flatten()
+
+    @staticmethod
+    def _history_path(args: TrainingArguments) -> Path:
+        return Path(args.output_dir) / "routing_fluctuation.safetensors"
+
+
+def _first_tokens(dataset: Iterable[Mapping], num_tokens: int, batch_size: int) -> list[Tensor]:
+    """Batch the first examples of a data set until they hold `num_tokens` tokens."""
+    rows, count = [], 0
+    for example in dataset:
+        if "input_ids" not in example:
+            raise ValueError(f"Validation examples need a column `input_ids`; there are {sorted(example)}.")
+        row = torch.as_tensor(example["input_ids"], dtype=torch.long)
+        if row.numel() == 0:
+            continue
+        rows.append(row)
+        count += row.numel()
+        if count >= num_tokens:
+            break
+    if not rows:
+        raise ValueError("The data set to watch routing fluctuation on holds no tokens.")
+    if len({row.numel() for row in rows}) > 1:
+        return [row.unsqueeze(0) for row in rows]
+    return [torch.stack(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+
+
+__all__ = ["RoutingFluctuationCallback", "StageTransitionCallback", "find_stablemoe"]

@@ -1,0 +1,193 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Experts: tokens and the expert of each in, the weighted change of each token out.
+
+An expert FFN_i is a stack of pre-norm residual sublayers x + W2 act(W1 LayerNorm_i(x)), each expert with a LayerNorm of
+its own (StableMoE; released code). All experts of a layer are stacked in one tensor a matrix. The backends answer to
+transformers' `experts_implementation`; `eager` is the one to read, the others are tested against it.
+
+Shape suffixes: T tokens, R routed tokens (no sentinels), D hidden size, E experts, F expert hidden size, X and Y any.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import (
+    ExpertsInterface,
+    _batched_linear,
+    _grouped_linear,
+    use_experts_implementation,
+)
+
+from .configuration_stablemoe import StableMoEConfig
+
+
+class ExpertSublayer(nn.Module):
+    """One FFN sublayer of every expert."""
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__()
+        num_experts, hidden_size, intermediate_size = config.num_experts, config.hidden_size, config.intermediate_size
+        self.norm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.norm_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
+        self.up_proj_bias = nn.Parameter(torch.empty(num_experts, intermediate_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.eps = config.layer_norm_eps
+
+    def forward(self, hidden_TD: Tensor, rows: Callable, linear: Callable) -> Tensor:
+        """Compute W2 act(W1 LayerNorm_i(x) + b1) + b2, each token with the parameters of its expert i.
+
+        Args:
+            hidden_TD (`torch.Tensor` of shape `(T, D)`): x.
+            rows (`Callable`): `(E, X) -> (T, X)`, gives each token its expert's row.
+            linear (`Callable`): `(T, X), (E, Y, X), (T, Y) -> (T, Y)`, multiplies each token by its expert's matrix
+                and adds the bias.
+
+        Returns:
+            `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x.
+        """
+        standardized_TD = F.layer_norm(hidden_TD, hidden_TD.shape[-1:], eps=self.eps).to(self.norm_weight.dtype)
+        normed_TD = torch.addcmul(rows(self.norm_bias), standardized_TD, rows(self.norm_weight))
+        inner_TF = self.act_fn(linear(normed_TD, self.up_proj, rows(self.up_proj_bias)))
+        return linear(inner_TF, self.down_proj, rows(self.down_proj_bias))
+
+
+def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, rows: Callable, linear: Callable) -> Tensor:
+    """Run the sublayers with their residuals; return the change S(x) - x, summed as such and so not rounded away."""
+    delta_TD = torch.zeros_like(hidden_TD)
+    for sublayer in sublayers:
+        delta_TD = delta_TD + sublayer(hidden_TD + delta_TD, rows, linear)
+    return delta_TD
+
+
+def eager_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+    """Run the experts one after the other: the readable reference."""
+    index_T = top_k_index.squeeze(-1)
+    routed = (index_T < self.num_experts).nonzero().squeeze(-1)  # the others, sentinels, pass unchanged
+    index_R = index_T[routed]
+    tokens_of_expert = [(index_R == expert).nonzero().squeeze(-1) for expert in range(self.num_experts)]
+
+    def linear(x_RX: Tensor, weight_EYX: Tensor, bias_RY: Tensor) -> Tensor:
+        # Taking the experts apart once keeps the backward pass from filling a whole stack for each expert.
+        parts = zip(tokens_of_expert, weight_EYX.unbind(0), strict=True)
+        products = [F.linear(x_RX[tokens], weight_YX) for tokens, weight_YX in parts]
+        return torch.cat(products)[torch.cat(tokens_of_expert).argsort()] + bias_RY
+
+    delta_RD = _stack(self.sublayers, hidden_states[routed], lambda parameter_EX: parameter_EX[index_R], linear)
+    weighted_RD = (delta_RD * top_k_weights[routed]).to(hidden_states.dtype)
+    return torch.zeros_like(hidden_states).index_add(0, routed, weighted_RD)
+
+
+def grouped_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+    """Sort the tokens by expert once, then one grouped product over all experts for each matrix."""
+    index_T, order_T = torch.sort(top_k_index.squeeze(-1).clamp(max=self.num_experts), stable=True)
+    sentinel_T1 = (index_T == self.num_experts).unsqueeze(-1)
+    # histc and not bincount: its number of bins is fixed, so nothing waits for the device. It counts in float on CPU.
+    bins = index_T.float() if index_T.device.type == "cpu" else index_T.int()
+    load_E = torch.histc(bins, bins=self.num_experts, min=0, max=self.num_experts - 1)
+    offsets_E = load_E.cumsum(0, dtype=torch.int32)
+
+    # Rows past the last offset belong to sentinels. A grouped product may leave anything there, in the forward and in
+    # the backward pass: they are masked on the way in and out, and in between use a row of their own.
+    def rows(parameter_EX: Tensor) -> Tensor:
+        return F.embedding(index_T, F.pad(parameter_EX, (0, 0, 0, 1)))
+
+    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_TY: Tensor) -> Tensor:
+        device = weight_EYX.device.type
+        if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
+            weight_EYX = weight_EYX.to(torch.get_autocast_dtype(device))
+        return _grouped_linear(x_TX, weight_EYX, offsets_E, bias=bias_TY)
+
+    sorted_TD = hidden_states.index_select(0, order_T).masked_fill(sentinel_T1, 0.0)
+    delta_TD = _stack(self.sublayers, sorted_TD, rows, linear).masked_fill(sentinel_T1, 0.0)
+    weighted_TD = (delta_TD * top_k_weights.index_select(0, order_T)).to(hidden_states.dtype)
+    # Every row is written once, so this scatter is deterministic.
+    return torch.zeros_like(hidden_states).index_copy(0, order_T, weighted_TD)
+
+
+def batched_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+    """Gather the expert of each token and multiply in a batch: for few tokens, as in decoding."""
+    index_T = top_k_index.squeeze(-1)
+    sentinel_T1 = (index_T >= self.num_experts).unsqueeze(-1)
+    index_T = index_T.clamp(max=self.num_experts - 1)
+
+    def rows(parameter_EX: Tensor) -> Tensor:
+        return parameter_EX.index_select(0, index_T)
+
+    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_TY: Tensor) -> Tensor:
+        return _batched_linear(x_TX, weight_EYX[index_T], bias_TY)
+
+    delta_TD = _stack(self.sublayers, hidden_states, rows, linear).masked_fill(sentinel_T1, 0.0)
+    return (delta_TD * top_k_weights).to(hidden_states.dtype)
+
+
+def drop_overflow(expert_index: Tensor, *, num_experts: int, capacity_factor: float) -> Tensor:
+    """Replace the experts of the tokens past capacity by the sentinel, in the order of the tokens.
+
+    An expert keeps floor(capacity_factor * tokens / num_experts) tokens, at least one (released code: a factor of 2).
+    Tokens, experts' shares and so the capacity are those of this process.
+
+    Args:
+        expert_index (`torch.LongTensor` of shape `(T,)`): in [0, num_experts]; `num_experts` marks tokens that take
+            no part, such as padding.
+        num_experts (`int`): N.
+        capacity_factor (`float`): > 0.
+
+    Returns:
+        `torch.LongTensor` of shape `(T,)`: `expert_index`, with `num_experts` for dropped tokens.
+    """
+    sorted_T, order_T = torch.sort(expert_index, stable=True)
+    ones_T = torch.ones_like(sorted_T)
+    load_E = torch.zeros(num_experts + 1, dtype=torch.long, device=sorted_T.device).scatter_add_(0, sorted_T, ones_T)
+    first_E = load_E.cumsum(0) - load_E
+    rank_T = torch.arange(sorted_T.shape[0], device=sorted_T.device) - first_E[sorted_T]
+    capacity = (load_E[:-1].sum() * capacity_factor / num_experts).floor().clamp(min=1)
+    kept_T = torch.where(rank_T < capacity, sorted_T, num_experts)
+    return torch.empty_like(expert_index).scatter_(0, order_T, kept_T)
+
+
+class StableMoEExpertsInterface(ExpertsInterface):
+    """The backends of `StableMoEExperts`, under transformers' names.
+
+    The mapping is this class's own: transformers' global functions know neither a LayerNorm nor a stack per expert.
+    """
+
+    _global_mapping = {"grouped_mm": grouped_mm_experts_forward, "batched_mm": batched_mm_experts_forward}
+
+
+ALL_STABLEMOE_EXPERTS_FUNCTIONS = StableMoEExpertsInterface()
+
+
+@use_experts_implementation(experts_interface=ALL_STABLEMOE_EXPERTS_FUNCTIONS, has_bias=True, has_gate=False)
+class StableMoEExperts(nn.Module):
+    """The experts of one MoE layer.
+
+    W2 and its bias start at zero, so a new expert changes nothing (released code).
+    """
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.sublayers = nn.ModuleList([ExpertSublayer(config) for _ in range(config.num_expert_sublayers)])
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the weighted change w_t (S_i(h_t) - h_t) of each token, S_i the stack of its expert i.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`): h.
+            top_k_index (`torch.LongTensor` of shape `(T, 1)`): the expert of each token; `num_experts` or more is a
+                sentinel, for a token that passes unchanged.
+            top_k_weights (`torch.Tensor` of shape `(T, 1)`): w, the gate.
+
+        Returns:
+            `torch.Tensor` of shape `(T, D)`: what to add to h; 0 for sentinels.
+        """
+        return eager_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+__all__ = ["ALL_STABLEMOE_EXPERTS_FUNCTIONS", "ExpertSublayer", "StableMoEExperts", "drop_overflow"]

@@ -1,0 +1,97 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""One MoE layer: router, experts, gate and residual, and the table that the routing is frozen into."""
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_stablemoe import StableMoEConfig
+from .experts_stablemoe import StableMoEExperts, drop_overflow
+from .routing_stablemoe import FrozenRouter, build_router
+
+
+class StableMoELayer(GradientCheckpointingLayer):
+    """A layer of experts between two Transformer blocks: h' = h + g (S_a(h) - h) (StableMoE, eqs. 7 and 14).
+
+    S_a is the stack of expert a, its residuals inside; a and g are the router's. The layer is in stage 1 until
+    `freeze` has filled the table of `frozen_router`, in stage 2 from then on.
+    """
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.capacity_factor = config.expert_capacity_factor
+        self.router = build_router(config)
+        self.frozen_router = FrozenRouter(config)
+        self.expert_stack = StableMoEExperts(config)
+
+    def forward(self, hidden_states: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """Send each token through its expert.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): h.
+            token_ids (`torch.LongTensor` of shape `(batch, sequence)`): the tokens that the distilled router sees.
+            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding, which passes
+                unchanged; `None` means there is none.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
+        """
+        frozen_index = self.frozen_router(token_ids) if self.frozen_router.is_frozen else None
+        decision = self.router(hidden_states, token_ids, frozen_index)
+        delta = self.expert_stack(
+            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            self._dispatch(decision.expert_index, token_mask).view(-1, 1),
+            decision.gate.reshape(-1, 1),
+        )
+        hidden_states = hidden_states + delta.view_as(hidden_states)
+        if self.frozen_router.is_frozen and self.training and _is_distributed():
+            hidden_states = hidden_states + self._idle_parameters_term().to(hidden_states.dtype)
+        return hidden_states
+
+    def route(self, token_ids: Tensor) -> Tensor:
+        """Give the experts that inference would use: the table's, or the distilled router's while it learns.
+
+        Args:
+            token_ids (`torch.LongTensor` of any shape): in [0, vocab_size).
+
+        Returns:
+            `torch.LongTensor` of the shape of `token_ids`: in [0, num_experts).
+        """
+        return self.frozen_router(token_ids) if self.frozen_router.is_frozen else self.router.assign(token_ids)
+
+    def freeze(self):
+        """Evaluate the router for every token id and route by that table from now on (stage 1 -> 2)."""
+        self.frozen_router.freeze(self.router.freeze())
+
+    def resize(self, vocab_size: int):
+        """Follow the vocabulary to a new size; see `FrozenRouter.resize` for the experts of new ids."""
+        self.router.resize(vocab_size)
+        self.frozen_router.resize(vocab_size)
+
+    def _dispatch(self, expert_index: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Take out, by sending them to the sentinel expert, padding and, while training, tokens over capacity."""
+        index = expert_index if token_mask is None else expert_index.masked_fill(~token_mask, self.num_experts)
+        if self.training and self.capacity_factor is not None:
+            index = drop_overflow(index.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor)
+        return index
+
+    def _idle_parameters_term(self) -> Tensor:
+        """Keep what learns in stage 1 only in the graph, with a gradient of zero.
+
+        DistributedDataParallel stops at a parameter without gradient unless it looks for unused ones, which
+        activation checkpointing forbids.
+        """
+        return sum(parameter.flatten()[:1].sum() for parameter in self.router.stage1_parameters()) * 0.0
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
+    """Find the MoE layers of a model, by qualified name, in the order in which tokens pass them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, StableMoELayer)}
+
+
+__all__ = ["StableMoELayer", "moe_layers_of"]

@@ -1,0 +1,175 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The losses of stage 1 (StableMoE, eqs. 8 and 10) and the counts behind them: pure functions, no coefficients.
+
+Shape suffixes: T tokens, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
+    """Count the tokens sent to each expert, |A_i| of eq. 8.
+
+    Args:
+        expert_index (`torch.LongTensor` of shape `(T,)`): the expert of each token, in [0, num_experts).
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        num_experts (`int`): N.
+
+    Returns:
+        `torch.LongTensor` of shape `(E,)`: tokens of each expert.
+    """
+    # A fixed number of bins and no boolean indexing: nothing here waits for the device.
+    ones_T = torch.ones_like(expert_index) if mask is None else mask.to(expert_index.dtype)
+    return torch.zeros(num_experts, dtype=torch.long, device=expert_index.device).scatter_add_(
+        0, expert_index, ones_T.long()
+    )
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Average `values` over the real tokens; 0 where no token is real.
+
+    Args:
+        values (`torch.Tensor` of shape `(T,)`): any float dtype.
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    if mask is None:
+        return values.mean()
+    # `where` and not a product: padding may hold NaN.
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def balance_loss(
+    *, router_logits: Tensor, expert_index: Tensor, mask: Tensor | None = None, expert_load: Tensor | None = None
+) -> Tensor:
+    """Balance the experts' loads, in gate mass per token.
+
+    L_bal / alpha / T = 1/T sum_i (|A_i| - n) / n * sum_{t in A_i} sigmoid(s_{t,i}) with n = T / N.
+
+    Source: StableMoE, eq. 8. The count factor is a number: the gradient flows through the sigmoid only, into the
+    centroids and the hidden states. Deviations: a mean over tokens (the head restores the paper's sum over target
+    tokens) and padding takes no part.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(T, E)`): backbone scores s, eq. 5.
+        expert_index (`torch.LongTensor` of shape `(T,)`): the expert each token was sent to, in [0, E).
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        expert_load (`torch.Tensor` of shape `(E,)`, *optional*): |A_i| over more tokens than these, namely those of
+            all processes; default: counted here.
+
+    Returns:
+        `torch.Tensor` of shape `()`: in (-1, N); 0 when every expert has the same load.
+    """
+    num_experts = router_logits.shape[-1]
+    if expert_load is None:
+        expert_load = count_expert_load(expert_index=expert_index, mask=mask, num_experts=num_experts)
+    load_E = expert_load.to(router_logits.dtype)
+    fair_share = (load_E.sum() / num_experts).clamp(min=1 / num_experts)
+    overload_E = (load_E - fair_share) / fair_share
+    gate_T = torch.sigmoid(router_logits.gather(-1, expert_index.unsqueeze(-1)).squeeze(-1))
+    return masked_mean(overload_E[expert_index] * gate_T, mask)
+
+
+def distillation_loss(*, distilled_logits: Tensor, teacher_index: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the distilled router against the backbone router's choice, in nats per token.
+
+    Source: StableMoE, eq. 10. The teacher is a constant and the distilled router has its own embedding, so the
+    gradient reaches D and Ê only. Deviations: a mean over tokens, and padding takes no part.
+
+    Args:
+        distilled_logits (`torch.Tensor` of shape `(T, E)`): unnormalised scores of the distilled router, eq. 12.
+        teacher_index (`torch.LongTensor` of shape `(T,)`): a_t of eq. 6, in [0, E).
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+
+    Returns:
+        `torch.Tensor` of shape `()`, >= 0.
+    """
+    return masked_mean(F.cross_entropy(distilled_logits, teacher_index, reduction="none"), mask)
+
+
+class RoutingLosses(NamedTuple):
+    """What the MoE layers of a model add to its loss, and what tells how they fare.
+
+    Attributes:
+        balance_loss (`torch.Tensor` of shape `()`): L_bal without its coefficient, summed over layers, gate mass a token.
+        distillation_loss (`torch.Tensor` of shape `()`): L_dis without its coefficient, summed over layers, nats a token.
+        distillation_agreement (`torch.Tensor` of shape `()`): share of tokens that the distilled router sends where
+            the backbone router does, mean over layers; NaN where nothing is distilled (stage 2).
+        expert_load (`torch.LongTensor` of shape `(moe layers, E)`): tokens of this process sent to each expert.
+    """
+
+    balance_loss: Tensor
+    distillation_loss: Tensor
+    distillation_agreement: Tensor
+    expert_load: Tensor
+
+
+def routing_losses(
+    *,
+    router_logits: Sequence[Tensor],
+    distilled_logits: Sequence[Tensor],
+    expert_indices: Sequence[Tensor],
+    mask: Tensor | None = None,
+    across_processes: bool = False,
+) -> RoutingLosses:
+    """Sum the losses of stage 1 over the MoE layers (StableMoE, eq. 11) and count the loads.
+
+    Args:
+        router_logits (sequence of `torch.Tensor` of shape `(T, E)`): backbone scores, one a layer; at least one.
+        distilled_logits (sequence of `torch.Tensor` of shape `(T, E)`): distilled scores, one a layer; empty in
+            stage 2, where both losses are 0.
+        expert_indices (sequence of `torch.LongTensor` of shape `(T,)`): the expert each token was sent to.
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        across_processes (`bool`): whether balance counts run over the tokens of all processes (a collective).
+
+    Returns:
+        `RoutingLosses`
+    """
+    num_experts = router_logits[0].shape[-1]
+    zero = router_logits[0].new_zeros(())
+    balance, distillation, agreement = zero, zero, zero
+    for logits, distilled in zip(router_logits, distilled_logits, strict=False):
+        # In evaluation tokens go where the distilled router says; what is measured is still the router that learns.
+        teacher = logits.detach().argmax(-1)
+        load = count_expert_load(expert_index=teacher, mask=mask, num_experts=num_experts)
+        if across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(load)
+        balance = balance + balance_loss(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load)
+        distillation = distillation + distillation_loss(distilled_logits=distilled, teacher_index=teacher, mask=mask)
+        agreement = agreement + masked_mean((distilled.detach().argmax(-1) == teacher).to(zero.dtype), mask)
+    loads = [count_expert_load(expert_index=index, mask=mask, num_experts=num_experts) for index in expert_indices]
+    agreement = agreement / len(distilled_logits) if distilled_logits else torch.full_like(zero, torch.nan)
+    return RoutingLosses(balance, distillation, agreement, torch.stack(loads))
+
+
+def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
+    """Count the tokens that a causal language-modelling loss predicts, as `Trainer` counts them.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(B, S)`, *optional*): unshifted; -100 is ignored and position 0 is no target.
+        shift_labels (`torch.LongTensor`, *optional*): labels that are shifted already; used where given.
+
+    Returns:
+        `torch.LongTensor` of shape `()`.
+    """
+    targets = labels[..., 1:] if shift_labels is None else shift_labels
+    return targets.ne(-100).sum()
+
+
+__all__ = [
+    "RoutingLosses",
+    "balance_loss",
+    "count_causal_targets",
+    "count_expert_load",
+    "distillation_loss",
+    "masked_mean",
+    "routing_losses",
+]

@@ -1,0 +1,511 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The decoder-only StableMoE: pre-norm Transformer blocks with MoE layers between them, and the language model on it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_stablemoe import StableMoEConfig
+from .experts_stablemoe import ExpertSublayer
+from .layer_stablemoe import StableMoELayer
+from .losses_stablemoe import RoutingLosses, count_causal_targets, routing_losses
+from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
+from .routing_stablemoe import DistilledRouter, FrozenRouter, StableRouter
+from .stages_stablemoe import TwoStageRoutingMixin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attend with plain matrix products; `query`, `key`, `value` of shape `(batch, heads, sequence, head_dim)`."""
+    weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class StableMoEAttention(nn.Module):
+    """Multi-head attention with biases, through transformers' attention interface."""
+
+    def __init__(self, config: StableMoEConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to this and earlier positions, `(batch, sequence, hidden_size)` in and out."""
+        input_shape = hidden_states.shape[:-1]
+        heads = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(attended.reshape(*input_shape, -1).contiguous()), weights
+
+
+class StableMoEMLP(nn.Module):
+    """The FFN of a block: W2 act(W1 x)."""
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(..., hidden_size)` to `(..., hidden_size)`."""
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class StableMoEDecoderLayer(GradientCheckpointingLayer):
+    """A pre-norm Transformer block; every block is dense, the experts stand between blocks."""
+
+    def __init__(self, config: StableMoEConfig, layer_idx: int):
+        super().__init__()
+        self.dropout = config.dropout
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = StableMoEAttention(config, layer_idx)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = StableMoEMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Map `(batch, sequence, hidden_size)` to `(batch, sequence, hidden_size)`."""
+        attended, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
+        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + nn.functional.dropout(transformed, p=self.dropout, training=self.training)
+
+
+class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
+    """What all StableMoE models share: initialisation, loading, and the two stages of the routing."""
+
+    config: StableMoEConfig
+    config_class = StableMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StableMoEDecoderLayer", "StableMoELayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _auto_map = {
+        "AutoConfig": "configuration_stablemoe.StableMoEConfig",
+        "AutoModel": "modeling_stablemoe.StableMoEModel",
+        "AutoModelForCausalLM": "modeling_stablemoe.StableMoEForCausalLM",
+    }
+    _can_record_outputs = {
+        "hidden_states": StableMoEDecoderLayer,
+        "attentions": StableMoEAttention,
+        "router_logits": OutputRecorder(StableRouter, index=0),
+        "expert_indices": OutputRecorder(StableRouter, index=1),
+        "distilled_router_logits": OutputRecorder(StableRouter, index=3),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ExpertSublayer):
+            # W2 and its bias at zero: a new expert changes nothing (released code).
+            init.ones_(module.norm_weight)
+            init.zeros_(module.norm_bias)
+            init.normal_(module.up_proj, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj)
+            init.zeros_(module.down_proj_bias)
+        elif isinstance(module, StableRouter):
+            init.orthogonal_(module.centroids, gain=0.1)
+        elif isinstance(module, DistilledRouter):
+            init.normal_(module.embedding, mean=0.0, std=1.0)
+            init.orthogonal_(module.centroids, gain=0.1)
+        elif isinstance(module, FrozenRouter):
+            init.constant_(module.routing_table, -1)
+
+
+class StableMoEModel(StableMoEPreTrainedModel):
+    """The backbone: embeddings, blocks, MoE layers between them, final norm.
+
+    Args:
+        config ([`StableMoEConfig`]): `moe_layer_positions` says where MoE layers stand.
+    """
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(
+            [StableMoEDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.moe_layers = nn.ModuleList([StableMoELayer(config) for _ in config.moe_layer_positions])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoEModelOutputWithPast:
+        """Run the backbone.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding, which is
+                not routed; or a mask that the attention implementation takes as it is, where every token is routed.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): default: counted over the
+                tokens that `attention_mask` shows.
+            past_key_values (`Cache`, *optional*): keys and values of earlier positions.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): in place of
+                token embeddings. Without `input_ids` each vector is routed as the token whose embedding is nearest.
+            use_cache (`bool`, *optional*): return `past_key_values`.
+            **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_indices`,
+                `output_distilled_router_logits`, and what attention implementations take.
+
+        Returns:
+            `StableMoEModelOutputWithPast`
+
+        Raises:
+            ValueError: without `input_ids` and `inputs_embeds`; for a token id outside the vocabulary or a position
+                past `max_position_embeddings` (on an accelerator the embedding's own device assertion fires).
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Pass `input_ids` or `inputs_embeds`.")
+        if input_ids is not None:
+            self.check_token_ids(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+        _check_range(
+            position_ids,
+            self.config.max_position_embeddings,
+            "position",
+            "`max_position_embeddings`; shorten the input, or the generation (`max_new_tokens`)",
+        )
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds + self.embed_positions(position_ids)
+        hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
+
+        moe_layers = dict(zip(self.config.moe_layer_positions, self.moe_layers, strict=True))
+        if moe_layers:
+            routing = {
+                "token_ids": self.nearest_token_ids(inputs_embeds) if input_ids is None else input_ids,
+                "token_mask": token_mask(attention_mask, inputs_embeds.shape[1]),
+            }
+        for position in range(self.config.num_hidden_layers + 1):
+            if position > 0:
+                hidden_states = self.layers[position - 1](
+                    hidden_states,
+                    attention_mask=causal_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
+            if position in moe_layers:
+                hidden_states = moe_layers[position](hidden_states, **routing)
+        return StableMoEModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+    def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
+        """Compute the routing losses of a forward pass that recorded its routing.
+
+        Args:
+            outputs (`StableMoEModelOutputWithPast`): with `router_logits`, `expert_indices` and, in stage 1,
+                `distilled_router_logits`.
+            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
+
+        Returns:
+            `RoutingLosses`
+        """
+        mask = token_mask(attention_mask, outputs.last_hidden_state.shape[1])
+        return routing_losses(
+            router_logits=outputs.router_logits,
+            distilled_logits=outputs.distilled_router_logits,
+            expert_indices=[index.flatten() for index in outputs.expert_indices],
+            mask=None if mask is None else mask.flatten(),
+            # Evaluation may run on one process alone, where a collective would wait for ever.
+            across_processes=self.training,
+        )
+
+    def check_token_ids(self, token_ids: Tensor):
+        """Refuse ids outside the vocabulary, on the CPU and outside compiled code.
+
+        Raises:
+            ValueError: naming an offending id.
+        """
+        _check_range(
+            token_ids,
+            self.config.vocab_size,
+            "token id",
+            "`vocab_size`; use the model's own tokenizer, or `resize_token_embeddings` after adding tokens",
+        )
+
+    @torch.no_grad()
+    def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
+        """Find the tokens whose embeddings are nearest, exactly the token itself where a vector is one.
+
+        Args:
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): vectors to look up.
+            chunk_size (`int`): vectors compared with the vocabulary at a time, which bounds memory.
+            num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids.
+        """
+        weight = self.embed_tokens.weight.float()
+        squared_norm = weight.square().sum(-1)
+        num_candidates = min(num_candidates, weight.shape[0])
+        nearest = []
+        for vectors in inputs_embeds.flatten(0, 1).float().split(chunk_size):
+            rough = squared_norm - 2 * vectors @ weight.T
+            candidates = rough.topk(num_candidates, largest=False).indices.sort(-1).values
+            exact = (weight[candidates] - vectors.unsqueeze(1)).square().sum(-1)
+            nearest.append(candidates.gather(-1, exact.argmin(-1, keepdim=True)).squeeze(-1))
+        return torch.cat(nearest).view(inputs_embeds.shape[:2])
+
+
+class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
+    """The language model of StableMoE: the backbone and a head that shares the token embedding.
+
+    Args:
+        config ([`StableMoEConfig`]).
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__(config)
+        self.model = StableMoEModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoECausalLMOutputWithPast:
+        """Predict the next token of each position; see `StableMoEModel.forward` for what they share.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
+            attention_mask (`torch.Tensor`, *optional*): see there.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
+            past_key_values (`Cache`, *optional*): see there.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): see there.
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, not shifted; -100 is
+                routed but not predicted.
+            use_cache (`bool`, *optional*): see there.
+            output_router_logits (`bool`, *optional*): return `router_logits`, `expert_indices` and, in eval mode too,
+                `aux_loss`; default `config.output_router_logits`.
+            logits_to_keep (`int` or `torch.Tensor`): compute logits for the last positions only, or for these.
+            **kwargs: `num_items_in_batch`, the target tokens of the whole (accumulated, world-wide) batch that the
+                loss is divided by, `shift_labels`, and those of `StableMoEModel.forward`.
+
+        Returns:
+            `StableMoECausalLMOutputWithPast`
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        with_routing = self.training or output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=with_routing,
+            output_expert_indices=with_routing,
+            output_distilled_router_logits=with_routing,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+
+        loss = task_loss = None
+        if labels is not None:
+            task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = task_loss
+        routing, aux_loss = None, None
+        if with_routing and self.config.moe_layer_positions:
+            routing = self.model.routing_losses(outputs, attention_mask)
+            share = self._share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+            aux_loss = share * (
+                self.config.balance_loss_coef * routing.balance_loss
+                + self.config.distillation_loss_coef * routing.distillation_loss
+            )
+            if self.training and loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        elif with_routing:
+            aux_loss = torch.zeros((), device=logits.device)
+        return StableMoECausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            expert_indices=outputs.expert_indices if output_router_logits else None,
+            task_loss=task_loss,
+            **(routing._asdict() if routing is not None else {}),
+        )
+
+    def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
+        """Count the tokens that the task loss predicts; see `losses_stablemoe.count_causal_targets`.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): not shifted.
+            shift_labels (`torch.LongTensor`, *optional*): shifted already; used where given.
+
+        Returns:
+            `torch.LongTensor` of shape `()`.
+        """
+        return count_causal_targets(labels, shift_labels)
+
+    def _share_of_batch(
+        self, labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor | float:
+        """Weigh a micro-batch by its share of the targets that the loss is divided by; 1 where that is not known.
+
+        The task loss is divided by `num_items_in_batch`, so the auxiliary loss of each micro-batch, a mean, must count
+        for its share of it: else it would grow with the number of micro-batches and processes.
+        """
+        if num_items_in_batch is None or (labels is None and shift_labels is None):
+            return 1.0
+        targets = self.count_targets(labels, shift_labels)
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(targets.device)
+        return targets / num_items_in_batch
+
+
+def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
+    """Read from an attention mask which of the last tokens are real.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding. A mask of any
+            other kind belongs to the attention implementation and tells nothing of padding.
+        sequence_length (`int`): tokens that are not in the cache.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, sequence)`, or `None`: every token is real.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -sequence_length:].bool()
+
+
+def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    """Count positions over real tokens, so that padding on either side moves none: `(batch or 1, sequence)`."""
+    batch_size, sequence_length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return counted[:, -sequence_length:]
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return (torch.arange(sequence_length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+
+
+def _check_range(ids: Tensor, limit: int, what: str, remedy: str):
+    # Only where looking costs nothing: an accelerator would have to be waited for, compiled code would break.
+    if ids.device.type != "cpu" or is_torchdynamo_compiling() or ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"There is a {what} {low if low < 0 else high}, outside 0..{limit - 1} of {remedy}.")
+
+
+StableMoEConfig.register_for_auto_class()
+StableMoEModel.register_for_auto_class("AutoModel")
+StableMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+
+__all__ = ["StableMoEForCausalLM", "StableMoEModel", "StableMoEPreTrainedModel"]

@@ -1,0 +1,82 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What the models return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class StableMoEModelOutputWithPast(ModelOutput):
+    """Output of the backbone.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): after the final norm.
+        past_key_values (`Cache`, *optional*): with `use_cache`.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): with `output_hidden_states`: the input of the first
+            block and the output of each block.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
+            `(batch, heads, sequence, sequence)` a block.
+        router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_router_logits`: backbone scores s (eq. 5),
+            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer.
+        expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`: the expert of each
+            token, padding included, one of shape `(batch, sequence)` a MoE layer.
+        distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in
+            stage 1: distilled scores (eq. 12), shaped like `router_logits`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_indices: tuple[torch.LongTensor, ...] | None = None
+    distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class StableMoECausalLMOutputWithPast(ModelOutput):
+    """Output of the language model.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: what is trained, eq. 11 in stage 1 and
+            eq. 15 in stage 2: `task_loss + router_aux_loss_coef * aux_loss`. In eval mode `task_loss` alone.
+        logits (`torch.FloatTensor` of shape `(batch, sequence, vocab_size)`).
+        past_key_values (`Cache`, *optional*): with `use_cache`.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        aux_loss (`torch.FloatTensor` of shape `()`, *optional*): while training or with `output_router_logits`:
+            `balance_loss_coef * balance_loss + distillation_loss_coef * distillation_loss`, times the share of
+            `num_items_in_batch` that are targets of this batch where that is given. 0 in stage 2.
+        router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
+        task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: cross-entropy, nats per target token
+            (over `num_items_in_batch` where that is given).
+        balance_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: eq. 8 without alpha, gate mass
+            per token, summed over layers.
+        distillation_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: eq. 10, nats per token,
+            summed over layers.
+        distillation_agreement (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: share of tokens that
+            the distilled router sends where the backbone router does; NaN in stage 2.
+        expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
+            sent to each expert.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    expert_indices: tuple[torch.LongTensor, ...] | None = None
+    task_loss: torch.FloatTensor | None = None
+    balance_loss: torch.FloatTensor | None = None
+    distillation_loss: torch.FloatTensor | None = None
+    distillation_agreement: torch.FloatTensor | None = None
+    expert_load: torch.LongTensor | None = None
+
+
+__all__ = ["StableMoECausalLMOutputWithPast", "StableMoEModelOutputWithPast"]

@@ -1,0 +1,232 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The two stages of a whole model: freezing its routers, asking and checking its routing, saving and loading it."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
+from .layer_stablemoe import StableMoELayer, moe_layers_of
+
+
+logger = logging.get_logger(__name__)
+
+
+class TwoStageRoutingMixin:
+    """What `PreTrainedModel` gains from MoE layers whose routing is learned in stage 1 and frozen in stage 2.
+
+    The tables are the one truth about the stage: they travel with the weights. `config.router_fingerprint` is their
+    checksum, written with them and compared when a checkpoint is loaded.
+    """
+
+    # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
+    _auto_map: dict[str, str] = {}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_post_hook(_follow_loaded_tables)
+
+    @property
+    def moe_layers_by_name(self) -> dict[str, StableMoELayer]:
+        """`dict[str, StableMoELayer]`: the MoE layers by qualified name, in the order in which tokens pass them."""
+        return moe_layers_of(self)
+
+    @property
+    def routing_stage(self) -> int:
+        """`int`: 1 while the routing is learned, 2 when it is frozen. A dense model stays in 1."""
+        layers = self.moe_layers_by_name.values()
+        return 2 if layers and all(layer.frozen_router.is_frozen for layer in layers) else 1
+
+    def freeze_router(self):
+        """Go from stage 1 to stage 2: evaluate the distilled router for every token id, and route by that from now on.
+
+        The experts of every id are those that evaluation used a moment before (StableMoE, eq. 13).
+
+        Raises:
+            RuntimeError: if the routing is frozen already.
+            ValueError: if the model has no MoE layer.
+        """
+        if not self.moe_layers_by_name:
+            raise ValueError("There is no router to freeze: `moe_layer_positions` is empty, this is a dense model.")
+        if self.routing_stage == 2:
+            raise RuntimeError(
+                f"The routing is frozen already (fingerprint {self.config.router_fingerprint}). To learn a routing "
+                "anew, start from a stage-1 checkpoint."
+            )
+        for layer in self.moe_layers_by_name.values():
+            layer.freeze()
+        self.config.router_fingerprint = self.router_fingerprint()
+
+    @torch.no_grad()
+    def route(self, input_ids: Tensor) -> Tensor:
+        """Give the experts that inference would use.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`): in [0, vocab_size).
+
+        Returns:
+            `torch.LongTensor` of shape `(moe layers, batch, sequence)`: in [0, num_experts).
+
+        Raises:
+            ValueError: for an id outside the vocabulary.
+        """
+        self.base_model.check_token_ids(input_ids)
+        routes = [layer.route(input_ids) for layer in self.moe_layers_by_name.values()]
+        return torch.stack(routes) if routes else input_ids.new_zeros((0, *input_ids.shape))
+
+    def router_fingerprint(self) -> str | None:
+        """Compute the sha256 of the frozen routing.
+
+        Returns:
+            `str`: 64 hexadecimal digits, the same on every machine, dtype and device; `None` in stage 1.
+        """
+        if self.routing_stage == 1:
+            return None
+        digest = hashlib.sha256(b"stablemoe-routing-1")
+        for layer in self.moe_layers_by_name.values():
+            table = layer.frozen_router.values()
+            digest.update(f"|{layer.num_experts} experts, {table.shape[0]} tokens|".encode())
+            digest.update(table.numpy().astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def check_routing(self):
+        """Check the tables against themselves and against `config.router_fingerprint`, after loading.
+
+        Raises:
+            ValueError: naming the layer, if a table is damaged, missing, or not the one that the config was saved with.
+        """
+        if not self._read_tables():
+            return
+        expected = self.config.router_fingerprint
+        layers = self.moe_layers_by_name
+        unfrozen = [name for name, layer in layers.items() if not layer.frozen_router.is_frozen]
+        if expected is not None and (unfrozen or not layers):
+            raise ValueError(
+                f"The config says that the routing is frozen (`router_fingerprint` {expected}), but "
+                f"{'the routing table of ' + ', '.join(unfrozen) if layers else 'every MoE layer'} is missing from the "
+                "weights. Restore the checkpoint from its source, or, to train stage 1 again, load it with "
+                "`router_fingerprint=None`."
+            )
+        if unfrozen and len(unfrozen) < len(layers):
+            raise ValueError(f"Some MoE layers are frozen and others are not: {', '.join(unfrozen)}. {_RESTORE}")
+        actual = self.router_fingerprint()
+        if actual != expected:
+            raise ValueError(
+                f"The routing tables of {', '.join(layers)} are not those that this checkpoint was saved with: their "
+                f"fingerprint is {actual}, the config has {expected}. {_RESTORE} If you changed the tables yourself, "
+                "write the new fingerprint into config.json."
+            )
+
+    def _read_tables(self) -> bool:
+        """Let every layer re-derive its stage; False where this process holds no weights to read it from."""
+        for name, layer in self.moe_layers_by_name.items():
+            router = layer.frozen_router
+            if router.routing_table.is_meta and not hasattr(router, "_hf_hook"):
+                # Another process loads the weights and will send them here (FSDP).
+                router.is_frozen = self.config.router_fingerprint is not None
+                return False
+            router.refresh(f"{name}.frozen_router")
+        return True
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """Resize the vocabulary, routers included; arguments as in `PreTrainedModel.resize_token_embeddings`.
+
+        All old ids keep their expert. While the routing is learned, new rows of D start at N(0, 1); in a frozen model
+        the new id v goes to expert v mod num_experts, and the fingerprint follows.
+        """
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        for layer in self.moe_layers_by_name.values():
+            layer.resize(embeddings.weight.shape[0])
+        if self.routing_stage == 2:
+            self.config.router_fingerprint = self.router_fingerprint()
+        return embeddings
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
+        """Load a checkpoint as `PreTrainedModel.from_pretrained` does, and check its routing.
+
+        Raises:
+            ValueError: see `check_routing`; also for weights that cannot be read, with the file's own complaint.
+        """
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:
+            # By name: the code files of a checkpoint import nothing but torch and transformers.
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ValueError(
+                f"The weights of {pretrained_model_name_or_path!r} are not a readable safetensors file: {error}. It "
+                "may have been cut off while saving or downloading; fetch it again or use an earlier checkpoint."
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.check_routing()
+        return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        """Save weights, tables, config and the code files that load them; see `PreTrainedModel.save_pretrained`."""
+        if self._auto_class is not None:
+            self.config.auto_map = dict(self._auto_map)
+        super().save_pretrained(*args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Switch gradients on or off for all parameters but the tables, which are integers and take none."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(requires_grad)
+        return self
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the source of this class's module; ours stands in another file.
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Resolve `experts_implementation`, refusing backends that these experts do not have.
+
+        Raises:
+            ValueError: naming the backends there are.
+        """
+        available = ["eager", *ALL_STABLEMOE_EXPERTS_FUNCTIONS.valid_keys()]
+        if requested_experts is not None and requested_experts not in available:
+            raise ValueError(
+                f'`experts_implementation="{requested_experts}"` does not know stacked StableMoE experts; choose one '
+                f"of {available}."
+            )
+        return super().get_correct_experts_implementation(requested_experts)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Re-entrant activation checkpointing cuts the routing losses off from the router, which would silently "
+                "learn nothing. Pass `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+_RESTORE = "The checkpoint is damaged or mixed from two runs; restore it from its source."
+
+
+def _follow_loaded_tables(model: TwoStageRoutingMixin, incompatible_keys):
+    """Bring stage and fingerprint in line with tables that `load_state_dict` has just written.
+
+    A config is not part of a state dict, so a fingerprint follows the tables into a stage. It never follows them to
+    another routing.
+    """
+    if not model._read_tables():
+        return
+    frozen = [layer.frozen_router.is_frozen for layer in model.moe_layers_by_name.values()]
+    if any(frozen) != all(frozen):
+        return  # a sharded checkpoint: the next file brings the other tables
+    if model.config.router_fingerprint is None:
+        model.config.router_fingerprint = model.router_fingerprint()
+    elif frozen and not any(frozen):
+        logger.warning("These weights are from stage 1: the model learns its routing again, the frozen one is gone.")
+        model.config.router_fingerprint = None
+    else:
+        model.check_routing()
+
+
+__all__ = ["TwoStageRoutingMixin"]
