@@ -48,19 +48,17 @@ class _LoggingCallback(TrainerCallback):
 
     _handler: CallbackHandler | None = None
 
-    def _join_log_stream(self):
-        """Stand before the reporting callbacks, so that they see what this callback adds to `logs`.
-
-        Trainer puts its reporters first and gives callbacks no reference to their list, so it is looked up in the
-        frame that calls them.
-        """
+    def _find_handler(self):
+        """Find the list of callbacks, to which Trainer gives them no reference, in the frame that calls them."""
         frame = inspect.currentframe()
         while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
             frame = frame.f_back
-        if frame is None:  # called by hand, without a Trainer
-            return
-        self._handler = frame.f_locals["self"]
-        if self in self._handler.callbacks:
+        # None where the event is called by hand, without a Trainer.
+        self._handler = None if frame is None else frame.f_locals["self"]
+
+    def _go_first(self):
+        """Stand before all other callbacks: reporters see what this one adds to `logs`, the others its stage."""
+        if self._handler is not None and self in self._handler.callbacks:
             self._handler.callbacks.remove(self)
             self._handler.callbacks.insert(0, self)
 
@@ -116,7 +114,8 @@ class StageTransitionCallback(_LoggingCallback):
                 f"this is step {state.global_step}. To train a frozen model further, leave StageTransitionCallback out; "
                 "to resume a run, give the `stage1_steps` it was started with."
             )
-        self._join_log_stream()
+        self._find_handler()
+        self._go_first()
         if self._meter is not None:
             self._meter.close()
         self._meter = RoutingMeter(stablemoe)
@@ -233,12 +232,12 @@ class RoutingFluctuationCallback(_LoggingCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Make the first check, or take up the history of the run that is resumed."""
         self._model = find_stablemoe(model)
-        self._join_log_stream()
+        self._find_handler()
         self.history = RoutingHistory()
         path = self._history_path(args)
         if state.global_step > 0 and path.exists():
             self.history.load(path, last_step=state.global_step)
-        if not self.history.steps or self.history.steps[-1] < state.global_step:
+        if not self.history.steps:
             self._check(args, state, control)
 
     def on_step_end(self, args, state, control, **kwargs):

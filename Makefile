@@ -1,0 +1,47 @@
+# Two commands on a fresh machine: `make train` runs the main job, `make test` the tests.
+# To install torch from an index of your choice (CPU builds, say), set PIP_INDEX_URL or PIP_EXTRA_INDEX_URL.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+RECIPE ?= configuration/recipes/embedded-cpu.yaml
+OUTPUT ?= runs/embedded-cpu
+
+.PHONY: install train test test-slow test-gpu quality style lock clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+train: install
+	$(BIN)/python scripts/run_clm.py $(RECIPE) --output_dir $(OUTPUT) --overwrite_output_dir
+	$(BIN)/python scripts/generate.py $(OUTPUT) --prompt "The import statement"
+
+test: quality
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow --durations=10
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu --durations=10
+
+quality: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# CUDA libraries are left to torch's own requirements: a CPU build has none.
+lock:
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-annotate --no-header \
+		--constraint requirements.constraints --quiet | grep -vE '^(nvidia-|cuda-|triton)' > requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,150 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Run folders: which run a folder holds, and which of its checkpoints can be trusted after a crash."""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_callback import TrainerState
+
+from .fluctuation import replace_file
+
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+
+
+def checkpoints_in(folder: str | Path) -> list[Path]:
+    """List the `checkpoint-<step>` folders of a run, newest step first, complete or not."""
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def what_is_missing(checkpoint: str | Path) -> str | None:
+    """Find out whether `Trainer` finished writing a checkpoint.
+
+    `Trainer` writes weights, optimizer, scheduler and random states, and `trainer_state.json` last.
+
+    Args:
+        checkpoint (`str` or `Path`): a `checkpoint-<step>` folder.
+
+    Returns:
+        `str`: what is wrong; `None` for a checkpoint that can be resumed from.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    except (OSError, ValueError, TypeError) as error:
+        return f"trainer_state.json cannot be read ({type(error).__name__}): saving was cut off"
+    index = checkpoint / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            return f"{index.name} cannot be read ({error})"
+    else:
+        files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    for name in files:
+        try:
+            with safe_open(checkpoint / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """Find the newest checkpoint that is whole, passing over those that a crash cut off.
+
+    Args:
+        folder (`str` or `Path`): a run folder.
+
+    Returns:
+        `Path`, or `None` if there is no whole checkpoint.
+    """
+    for checkpoint in checkpoints_in(folder):
+        problem = what_is_missing(checkpoint)
+        if problem is None:
+            return checkpoint
+        logger.warning("Passing over %s: %s.", checkpoint, problem)
+    return None
+
+
+def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
+    """Make sure that a folder is this run's, before anything is written to it.
+
+    Args:
+        folder (`str` or `Path`): the run folder; made if missing.
+        identity (`dict`): JSON-ready settings that make the run what it is; stored in `run.json`.
+        resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
+        overwrite (`bool`): delete what the folder holds and start anew.
+
+    Returns:
+        `Path`: the checkpoint to resume from; `None` to start from the beginning.
+
+    Raises:
+        ValueError: if both flags are given; if the folder holds anything and neither is; if it holds another run than
+            the one to resume (names the settings that differ), or files that are no run at all.
+    """
+    folder = Path(folder)
+    if resume and overwrite:
+        raise ValueError("`--resume_from_checkpoint` and `--overwrite_output_dir` exclude each other.")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"The output folder {str(folder)!r} is a file.")
+    run_file = folder / RUN_FILE
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if occupied and not run_file.is_file():
+        raise ValueError(
+            f"The output folder {str(folder)!r} is not empty and holds no run of this script. Choose another "
+            "`--output_dir`."
+        )
+    if occupied and not (resume or overwrite):
+        raise ValueError(
+            f"The output folder {str(folder)!r} holds a run already. Continue it with `--resume_from_checkpoint "
+            "latest`, replace it with `--overwrite_output_dir`, or choose another `--output_dir`."
+        )
+    if occupied and overwrite:
+        shutil.rmtree(folder)
+    elif occupied:
+        _check_identity(run_file, identity)
+        return last_complete_checkpoint(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(run_file, lambda partial: partial.write_text(json.dumps(identity, indent=2) + "\n"))
+    return None
+
+
+def _check_identity(run_file: Path, identity: dict):
+    try:
+        stored = json.loads(run_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(run_file)!r} is damaged ({error}); choose another `--output_dir`.") from error
+    differing = [
+        f"{name}: {stored.get(name)!r} there, {identity.get(name)!r} here"
+        for name in sorted({*stored, *identity})
+        if stored.get(name) != identity.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"The output folder {str(run_file.parent)!r} holds another run ({'; '.join(differing)}). Resume with the "
+            "settings it was started with, or choose another `--output_dir`."
+        )
+
+
+def remove_incomplete_checkpoints(folder: str | Path):
+    """Delete checkpoints that a crash cut off, so that `save_total_limit` does not keep them in place of whole ones."""
+    for checkpoint in checkpoints_in(folder):
+        if what_is_missing(checkpoint) is not None:
+            shutil.rmtree(checkpoint)
+
+
+__all__ = [
+    "checkpoints_in",
+    "claim_run_folder",
+    "last_complete_checkpoint",
+    "remove_incomplete_checkpoints",
+    "what_is_missing",
+]

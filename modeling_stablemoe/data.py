@@ -1,0 +1,658 @@
+"""From a corpus to packed blocks of token ids, in four steps.
+
+`load_corpus` -> `load_tokenizer` -> `pack` -> `collate_blocks`. The `datasets` library does the reading, caching and
+parallel work. A corpus is a Hub data set, local files, or, if neither is named, the text that Python itself carries.
+"""
+
+import codecs
+import gzip
+import hashlib
+import json
+import logging
+import lzma
+import os
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+import torch
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    NamedSplit,
+    Value,
+    are_progress_bars_disabled,
+    load_dataset,
+)
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from datasets.fingerprint import Hasher
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .embedded_corpus import EMBEDDED_KINDS, embedded_documents
+
+
+logger = logging.getLogger(__name__)
+
+EOS_TOKEN = "<|endoftext|>"
+PAD_TOKEN = "<|pad|>"
+# All 256 bytes plus the two special tokens: below this some text could not be encoded.
+MIN_VOCAB_SIZE = 258
+# More text hardly changes a byte-level BPE, but costs memory in proportion; a streamed corpus may have no end.
+TOKENIZER_DOCUMENTS = 200_000
+
+_TEXT_SUFFIXES = (".txt", ".md")
+_JSON_SUFFIXES = (".jsonl", ".json")
+_DECOMPRESSORS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_READABLE = f"{', '.join(_TEXT_SUFFIXES + _JSON_SUFFIXES)}, each also with {' or '.join(_DECOMPRESSORS)}"
+# Raise it when the readers below produce other documents than before, so that old caches are not used.
+_CACHE_FORMAT = 1
+# One encoding call holds about 100 bytes a token, so texts are handed over in groups of about 2 M tokens.
+_CHARACTERS_PER_CALL = 8_000_000
+_LONG_DOCUMENT = 64_000_000
+
+Corpus = DatasetDict | IterableDatasetDict
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from and how it becomes blocks; made for `HfArgumentParser`.
+
+    Without `dataset_name` and `train_files` the corpus is `embedded_corpus`. Each field is explained by its `help`.
+
+    Raises:
+        ValueError: if a value is out of range or two fields contradict each other.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set on the Hugging Face Hub, or a local folder that load_dataset can read."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of --dataset_name, e.g. wikitext-103-raw-v1."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of --dataset_name to train on."})
+    validation_split: str = field(
+        default="validation",
+        metadata={
+            "help": "Split of --dataset_name to evaluate on. If the data set has no split called 'validation', "
+            "--validation_share of the training documents is held out."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read --dataset_name while training instead of downloading it first."}
+    )
+    train_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Files or folders (read recursively) to train on: {_READABLE}. JSON: one object per line."},
+    )
+    validation_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files or folders to evaluate on. Without them --validation_share is held out."},
+    )
+    text_column: str = field(
+        default="text", metadata={"help": "Column (data sets) or key (JSON lines) that holds the document."}
+    )
+    encoding: str = field(default="utf-8", metadata={"help": "Encoding of the local files, e.g. utf-8 or latin-1."})
+    document_separator: str | None = field(
+        default=None,
+        metadata={
+            "help": "A line holding exactly this string separates the documents of a text file (an empty string: "
+            "blank lines do). Without it every text file is one document."
+        },
+    )
+    embedded_corpus: Literal["docs", "docs+source"] = field(
+        default="docs",
+        metadata={
+            "help": "Text used when neither data set nor files are named: the documentation that Python carries "
+            "(about 2 million characters), or this and the source code of its standard library (about 11 million)."
+        },
+    )
+    validation_share: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the training documents, in (0, 1), held out for evaluation where the data set or the "
+            "files have no validation part. Chosen by a hash of the text, so equal documents stay together."
+        },
+    )
+    block_size: int | None = field(
+        default=None, metadata={"help": "Tokens per training block. Default: the model's max_position_embeddings."}
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokenizer on the Hub or in a folder. Default: train a byte-level BPE on the training text."
+        },
+    )
+    vocab_size: int = field(
+        default=4096,
+        metadata={"help": f"Size of the trained tokenizer, special tokens included; at least {MIN_VOCAB_SIZE}."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that filter and tokenize. Default: the main process only."}
+    )
+    max_train_documents: int | None = field(
+        default=None, metadata={"help": "Use only the first documents of the training split."}
+    )
+    max_validation_documents: int | None = field(
+        default=None, metadata={"help": "Use only the first documents of the validation split."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field that can be checked without reading the corpus."""
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"validation_share must lie between 0 and 1 (exclusive); got {self.validation_share}.")
+        if self.vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 2 special tokens); got {self.vocab_size}."
+            )
+        for name in ("block_size", "preprocessing_num_workers", "max_train_documents", "max_validation_documents"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}.")
+        if self.embedded_corpus not in EMBEDDED_KINDS:
+            raise ValueError(f"embedded_corpus must be one of {EMBEDDED_KINDS}; got {self.embedded_corpus!r}.")
+        if self.document_separator is not None and "\n" in self.document_separator:
+            raise ValueError("document_separator is compared with single lines and must not hold a line break.")
+        try:
+            "".encode(self.encoding)
+        except LookupError as error:
+            raise ValueError(f"encoding {self.encoding!r} is not a text encoding known to Python.") from error
+
+    def _check_combinations(self) -> None:
+        if self.dataset_name and (self.train_files or self.validation_files):
+            raise ValueError("Name either dataset_name or train_files/validation_files, not both.")
+        if self.validation_files and not self.train_files:
+            raise ValueError("validation_files needs train_files.")
+        if self.document_separator is not None and not self.train_files:
+            raise ValueError("document_separator applies to text files; it needs train_files.")
+        if self.dataset_config_name and not self.dataset_name:
+            raise ValueError("dataset_config_name needs dataset_name.")
+        if self.streaming and not self.dataset_name:
+            raise ValueError("streaming needs dataset_name; local files are memory-mapped from the cache anyway.")
+        if self.streaming and self.preprocessing_num_workers:
+            raise ValueError("preprocessing_num_workers has no effect with streaming; set dataloader_num_workers.")
+
+
+def load_corpus(args: DataArguments) -> Corpus:
+    """Load the documents of the data set, the files or the embedded corpus.
+
+    Args:
+        args (`DataArguments`): names the source; at most one of `dataset_name` and `train_files` is set.
+
+    Returns:
+        `DatasetDict`, or `IterableDatasetDict` when streaming: splits "train" and "validation", each not empty and
+        with the one column "text", a document a row. Blank documents are left out.
+
+    Raises:
+        FileNotFoundError: if a path does not exist, or the interpreter carries no embedded corpus.
+        ValueError: if a source cannot be loaded or decoded, lacks the column, or holds too little text.
+    """
+    if args.dataset_name:
+        splits = _load_hub_dataset(args)
+    elif args.train_files:
+        splits = _load_local_files(args)
+    else:
+        splits = _load_embedded(args)
+    if "validation" not in splits:
+        splits = _hold_out(splits["train"], args.validation_share, args.preprocessing_num_workers)
+    limits = {"train": args.max_train_documents, "validation": args.max_validation_documents}
+    splits = {name: _first(split, limits[name]) for name, split in splits.items()}
+    return IterableDatasetDict(splits) if args.streaming else DatasetDict(splits)
+
+
+def _load_hub_dataset(args: DataArguments) -> dict[str, Dataset] | dict[str, IterableDataset]:
+    """Load the training and, if there is one, the validation split of a Hub data set."""
+    source = f"Data set {args.dataset_name!r}, configuration {args.dataset_config_name!r}"
+    try:
+        loaded = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise ValueError(
+            f"{source} could not be loaded: {_reason(error)} Check the name, the configuration and the network connection, "
+            "or use local text with --train_files."
+        ) from error
+    names = {"train": args.train_split, "validation": args.validation_split}
+    if args.validation_split == "validation" and "validation" not in loaded:
+        del names["validation"]
+    for role, name in names.items():
+        if name not in loaded:
+            raise ValueError(f"{source} has no split {name!r}; set --{role}_split to one of: {', '.join(loaded)}.")
+    return {role: _text_only(loaded[name], args, f"{source}, split {name!r}") for role, name in names.items()}
+
+
+def _text_only(split: Dataset | IterableDataset, args: DataArguments, source: str) -> Dataset | IterableDataset:
+    """Reduce a split to the documents in `text_column`, renamed to "text", without blank ones."""
+    try:
+        first_row = next(iter(split), None)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise ValueError(f"{source} could not be read: {_reason(error)}") from error
+    if first_row is None:
+        raise ValueError(f"{source} has no rows.")
+    column = args.text_column
+    if column not in first_row:
+        raise ValueError(f"{source} has no column {column!r}; set --text_column to one of: {', '.join(first_row)}.")
+    if not isinstance(first_row[column], str | None):
+        kind = type(first_row[column]).__name__
+        raise ValueError(f"{source}: column {column!r} holds {kind} values, not strings; set --text_column.")
+    split = split.select_columns([column])
+    if column != "text":
+        split = split.rename_column(column, "text")
+    options = {}
+    if isinstance(split, Dataset):
+        options = {"num_proc": args.preprocessing_num_workers, "desc": "Dropping blank documents"}
+    split = split.filter(_are_not_blank, input_columns="text", batched=True, **options)
+    if next(iter(split), None) is None:
+        raise ValueError(f"{source} holds no text in column {column!r}.")
+    return split
+
+
+def _reason(error: Exception) -> str:
+    """Name what went wrong; the datasets library hides it behind "An error occurred"."""
+    return str(error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error)
+
+
+def _are_not_blank(texts: list[str | None]) -> list[bool]:
+    return [bool(text) and not text.isspace() for text in texts]
+
+
+def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
+    """Read the training and, if named, the validation files through the datasets cache."""
+    files = {"train": _find_files(args.train_files)}
+    if args.validation_files:
+        files["validation"] = _find_files(args.validation_files)
+        shared = sorted(set(files["train"]) & set(files["validation"]))
+        if shared:
+            raise ValueError(f"{shared[0]} is both a training and a validation file; name it only once.")
+    splits = {}
+    for name, paths in files.items():
+        reader = {"text_column": args.text_column, "encoding": args.encoding, "separator": args.document_separator}
+        # Size and time of change are in the key, so that an edited file is read again.
+        stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+        splits[name] = _cached_dataset(_read_files, {"paths": paths, **reader}, ("text",), name, stamps)
+    return splits
+
+
+def _load_embedded(args: DataArguments) -> dict[str, Dataset]:
+    """Load the embedded corpus with its own split by topic and package."""
+    interpreter = (sys.version, sysconfig.get_path("stdlib"))
+    rows = _cached_dataset(_read_embedded, {"kind": args.embedded_corpus}, ("split", "text"), "train", interpreter)
+    roles = np.array(rows["split"])
+    rows = rows.select_columns(["text"])
+    return {name: rows.select(np.flatnonzero(roles == name)) for name in ("train", "validation")}
+
+
+def _cached_dataset(
+    generator: Callable[..., Iterator], options: dict[str, Any], columns: tuple[str, ...], name: str, cache_key: Any
+) -> Dataset:
+    """Run a generator of rows once, and read its rows from the datasets cache from then on.
+
+    Args:
+        generator (`Callable`): called with `options`, yields one dict of strings a row.
+        options (`dict`): what the generator is to read; part of the cache key.
+        columns (`tuple[str]`): the keys of every row.
+        name (`str`): split name, shown in the progress bar.
+        cache_key (`Any`): whatever else the rows depend on.
+
+    Returns:
+        `Dataset`: memory-mapped rows.
+
+    Raises:
+        Exception: whatever the generator raised, without the wrapping of the datasets library.
+    """
+    try:
+        return Dataset.from_generator(
+            generator,
+            features=Features({column: Value("large_string") for column in columns}),
+            gen_kwargs={"options": options},  # one value, as lists directly in gen_kwargs are taken for shards
+            split=NamedSplit(name),
+            fingerprint=Hasher.hash((_CACHE_FORMAT, generator.__name__, options, columns, name, cache_key)),
+        )
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def _read_embedded(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    for document in embedded_documents(**options):
+        yield {"split": document.split, "text": document.text}
+
+
+def _find_files(paths: Iterable[str]) -> list[str]:
+    """List the readable files among files and folders, each once, as absolute paths; folders in sorted order."""
+    found: list[Path] = []
+    for name in paths:
+        path = Path(name).expanduser().absolute()
+        if path.is_dir():
+            inside = sorted(
+                file for file in path.rglob("*") if _format(file) and file.is_file() and not _is_hidden(file, path)
+            )
+            if not inside:
+                raise FileNotFoundError(f"The folder {path} holds no readable file ({_READABLE}).")
+            found += inside
+        elif not path.exists():
+            raise FileNotFoundError(f"There is no file or folder {path}.")
+        elif _format(path) is None:
+            raise ValueError(f"{path} has an unknown suffix; readable are {_READABLE}.")
+        else:
+            found.append(path)
+    return list(dict.fromkeys(str(path) for path in found))
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _format(path: Path) -> Literal["text", "json"] | None:
+    """Tell the format of a file by its suffix, compression apart; None if it is not readable."""
+    suffix = path.suffix.lower()
+    if suffix in _DECOMPRESSORS:
+        suffix = path.with_suffix("").suffix.lower()
+    if suffix in _TEXT_SUFFIXES:
+        return "text"
+    return "json" if suffix in _JSON_SUFFIXES else None
+
+
+def _read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the documents of local files one at a time; blank ones are left out."""
+    paths, encoding = options["paths"], options["encoding"]
+    num_documents = 0
+    # "utf-8-sig" is UTF-8 that also accepts the byte-order mark of Windows editors.
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    for path in map(Path, paths):
+        open_file = _DECOMPRESSORS.get(path.suffix.lower(), open)
+        try:
+            with open_file(path, "rt", encoding=codec) as file:
+                if _format(path) == "json":
+                    documents = _json_documents(file, path, options["text_column"])
+                else:
+                    documents = _text_documents(file, path, options["separator"])
+                for text in documents:
+                    if text and not text.isspace():
+                        num_documents += 1
+                        yield {"text": text}
+        except UnicodeError as error:
+            raise ValueError(
+                f"{path} is not {encoding} text ({error}); name its encoding with --encoding, e.g. --encoding latin-1."
+            ) from error
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise ValueError(
+                f"{path} is not a complete {path.suffix} file ({error}); compress or copy it again."
+            ) from error
+    if num_documents == 0:
+        raise ValueError(f"There is no text in {', '.join(paths[:3])}{', ...' * (len(paths) > 3)}; name other files.")
+
+
+def _text_documents(file: TextIO, path: Path, separator: str | None) -> Iterator[str]:
+    """Yield the documents between separator lines, with their line ends, or the whole file."""
+    lines: list[str] = []
+    num_separators = 0
+    if separator is None:
+        lines = [file.read()]
+    else:
+        for line in file:
+            if line.rstrip("\n") == separator:
+                yield "".join(lines)
+                lines = []
+                num_separators += 1
+            else:
+                lines.append(line)
+    document = "".join(lines)
+    if separator is not None and num_separators == 0:
+        logger.warning("%s: no line is %r, so the file is one document.", path, separator)
+    elif len(document) > _LONG_DOCUMENT:
+        logger.warning(
+            "%s holds a document of %d characters, which takes much memory; separate documents with "
+            "--document_separator.",
+            path,
+            len(document),
+        )
+    yield document
+
+
+def _json_documents(file: TextIO, path: Path, column: str) -> Iterator[str]:
+    """Yield the value of `column` of every line."""
+    for number, line in enumerate(file, start=1):
+        if line.isspace():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON ({error}); every line must be one JSON object.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} holds a {type(row).__name__}; every line must be one JSON object.")
+        if column not in row:
+            raise ValueError(f"{where} has no key {column!r}; set --text_column to one of: {', '.join(row)}.")
+        text = row[column]
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {column!r} holds {type(text).__name__}, not a string; set --text_column.")
+        if not _is_unicode(text):
+            raise ValueError(f"{where}: {column!r} holds half of a surrogate pair, which is no character.")
+        yield text
+
+
+def _is_unicode(text: str) -> bool:
+    """Say whether a string can be stored; JSON escapes can spell code points that are no characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _hold_out(
+    split: Dataset | IterableDataset, share: float, num_proc: int | None
+) -> dict[str, Dataset] | dict[str, IterableDataset]:
+    """Split documents into training and validation by a hash of their text.
+
+    Of a map-style data set `share` of the documents (rounded, at least one) is held out; of a stream, each document
+    with probability `share`.
+    """
+    if isinstance(split, IterableDataset):
+        return {
+            name: split.filter(_are_in, input_columns="text", batched=True, fn_kwargs={"name": name, "share": share})
+            for name in ("train", "validation")
+        }
+    hashed = split.map(
+        _add_places, batched=True, remove_columns=["text"], num_proc=num_proc, desc="Choosing validation documents"
+    )
+    places = np.array(hashed["place"])
+    held_out = places <= np.sort(places)[max(1, round(share * len(places))) - 1]
+    if held_out.all():
+        raise ValueError(
+            f"{share:.0%} of the {len(places)} training document(s) cannot be held out for validation without using up "
+            "all of them; name --validation_files, or make more documents with --document_separator."
+        )
+    return {"train": split.select(np.flatnonzero(~held_out)), "validation": split.select(np.flatnonzero(held_out))}
+
+
+def _are_in(texts: list[str], name: str, share: float) -> list[bool]:
+    """Say which streamed documents belong to the split `name`."""
+    return [(_place(text) < share) == (name == "validation") for text in texts]
+
+
+def _add_places(batch: dict[str, list[str]]) -> dict[str, list[float]]:
+    return {"place": [_place(text) for text in batch["text"]]}
+
+
+def _place(text: str) -> float:
+    """Map a document to a reproducible, evenly distributed number in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
+
+
+def _first(split: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
+    if limit is None:
+        return split
+    return split.take(limit) if isinstance(split, IterableDataset) else split.select(range(min(limit, len(split))))
+
+
+def load_tokenizer(args: DataArguments, corpus: Corpus) -> PreTrainedTokenizerFast:
+    """Load the named tokenizer, or train a byte-level BPE on the training split.
+
+    The trained tokenizer is reversible for any text, and the same whenever it is trained on the same text. Its tokens
+    "<|endoftext|>" (begin, end, unknown) and "<|pad|>" have the ids 0 and 1.
+
+    Args:
+        args (`DataArguments`): `tokenizer_name`, or `vocab_size` of the tokenizer to train.
+        corpus (`DatasetDict` or `IterableDatasetDict`): its first 200,000 training documents train the tokenizer.
+
+    Returns:
+        `PreTrainedTokenizerFast`: has an end-of-text token. Little text gives fewer than `vocab_size` tokens, so use
+        `len(tokenizer)`.
+
+    Raises:
+        ValueError: if the tokenizer cannot be loaded, has no end-of-text token, or there is no text to train on.
+    """
+    if not args.tokenizer_name:
+        return _train_tokenizer(args.vocab_size, corpus["train"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"Tokenizer {args.tokenizer_name!r} could not be loaded: {error} Check --tokenizer_name, or leave it out to "
+            "train a tokenizer."
+        ) from error
+    _require_eos(tokenizer)
+    return tokenizer
+
+
+def _require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"Tokenizer {tokenizer.name_or_path!r} has no end-of-text token to put after each document; set its "
+            "eos_token and save it, or name another tokenizer with --tokenizer_name."
+        )
+    return tokenizer.eos_token_id
+
+
+def _train_tokenizer(vocab_size: int, split: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of at most `vocab_size` tokens."""
+    if next(iter(split), None) is None:
+        raise ValueError("The training split is empty: a tokenizer needs text. Add text or name --tokenizer_name.")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS_TOKEN, PAD_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=not are_progress_bars_disabled(),
+    )
+    documents = _first(split, TOKENIZER_DOCUMENTS)
+    backend.train_from_iterator((batch["text"] for batch in documents.iter(batch_size=1000)), trainer)
+    if backend.get_vocab_size() < vocab_size:
+        logger.warning("The text supports only %d of %d tokens.", backend.get_vocab_size(), vocab_size)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=EOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        unk_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, num_proc: int | None = None) -> Corpus:
+    """Tokenize the documents and cut their concatenation into blocks.
+
+    The end-of-text token follows every document. Blocks are cut within batches of 1000 documents, and what is left
+    over at the end of a batch (fewer than `block_size` tokens) is dropped; with `num_proc`, each process has batches
+    of its own. Text that spells a special token is encoded as ordinary text. Map-style splits go through the cache.
+
+    Args:
+        corpus (`DatasetDict` or `IterableDatasetDict`): splits with the column "text".
+        tokenizer (`PreTrainedTokenizerBase`): has an end-of-text token; its other special tokens are not added.
+        block_size (`int`): tokens per block, at least 1.
+        num_proc (`int`, *optional*): processes, for map-style splits only; default: the main process.
+
+    Returns:
+        `DatasetDict` or `IterableDatasetDict`, as given: the same splits with the one column `input_ids`, `block_size`
+        ids a row.
+
+    Raises:
+        ValueError: if a split gives no block, the tokenizer has no end-of-text token, `block_size` is below 1, or
+            `num_proc` is given for a stream.
+    """
+    _require_eos(tokenizer)
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1; got {block_size}.")
+    if num_proc is not None and isinstance(corpus, IterableDatasetDict):
+        raise ValueError("num_proc applies to map-style corpora only; this one is streamed.")
+    packed = {}
+    for name, split in corpus.items():
+        options: dict[str, Any] = {
+            "batched": True,
+            "batch_size": 1000,
+            "remove_columns": ["text"],
+            "features": Features({"input_ids": List(Value("int32"), length=block_size)}),
+            "fn_kwargs": {"tokenizer": tokenizer, "block_size": block_size},
+        }
+        if isinstance(split, Dataset):
+            options.update(num_proc=num_proc, desc=f"Packing the {name} split")
+        packed[name] = split.map(_pack_batch, **options)
+        if next(iter(packed[name]), None) is None:
+            num_tokens = sum(len(_encode(batch["text"], tokenizer)) for batch in split.iter(batch_size=1000))
+            raise ValueError(
+                f"The {name} split has only {num_tokens} tokens, too few for one block of {block_size} tokens (blocks "
+                "do not cross batches of 1000 documents). Use a smaller --block_size or more text."
+            )
+    return type(corpus)(packed)
+
+
+def _pack_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, Any]:
+    ids = _encode(batch["text"], tokenizer)
+    return {"input_ids": ids[: len(ids) // block_size * block_size].reshape(-1, block_size)}
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """Return the token ids of all documents, each followed by the end-of-text token, as one int32 array."""
+    eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    pieces: list[np.ndarray] = []
+    for group in _groups(texts):
+        encoded = tokenizer(
+            group, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )
+        for ids in encoded["input_ids"]:
+            pieces += [np.array(ids, dtype=np.int32), eos]
+    return np.concatenate(pieces)
+
+
+def _groups(texts: list[str]) -> Iterator[list[str]]:
+    """Cut a list of texts so that a group exceeds the number of characters for one call by its last text only."""
+    group: list[str] = []
+    num_characters = 0
+    for text in texts:
+        group.append(text)
+        num_characters += len(text)
+        if num_characters >= _CHARACTERS_PER_CALL:
+            yield group
+            group, num_characters = [], 0
+    if group:
+        yield group
+
+
+def collate_blocks(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Stack packed blocks into a batch for causal language modelling.
+
+    There is no padding, hence no attention mask. The model shifts the labels itself.
+
+    Args:
+        features (`list[dict]`): rows of `pack`, all of one `block_size`.
+
+    Returns:
+        `dict`: `input_ids` and an equal copy `labels`, each a `torch.LongTensor` of shape `(batch, block_size)`.
+    """
+    input_ids = torch.stack([torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}

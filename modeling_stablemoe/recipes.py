@@ -1,0 +1,158 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Recipes and presets: YAML files that fill the command line of a script, JSON files that hold a model's shape."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .configuration_stablemoe import StableMoEConfig
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    model_preset: str | None = field(
+        default=None,
+        metadata={"help": "JSON file with the shape of a new model, such as configuration/models/cpu-small.json."},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to train further: a Hub name or a folder. Excludes a preset."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": """Fields of the preset to change, as JSON: '{"num_experts": 8, "dropout": 0.1}'."""},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the best there is."}
+    )
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "eager, grouped_mm or batched_mm; default: grouped_mm."}
+    )
+
+    def __post_init__(self):
+        """Check that exactly one model is named."""
+        if (self.model_preset is None) == (self.model_name_or_path is None):
+            raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
+        if self.config_overrides is not None and self.model_preset is None:
+            raise ValueError("`--config_overrides` changes a preset; a checkpoint keeps the shape it has.")
+
+
+@dataclass
+class RoutingArguments:
+    """The two stages, and what is measured of the routing."""
+
+    stage1_steps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Length of stage 1: a number of optimizer steps ('600') or a share of all steps ('0.1'). Default: "
+            "no transition, for dense models and for checkpoints that are frozen already."
+        },
+    )
+    fluctuation_check_steps: int = field(
+        default=0, metadata={"help": "Steps between checks of routing fluctuation (figures 2 and 7); 0: none."}
+    )
+    fluctuation_tokens: int = field(
+        default=8192, metadata={"help": "Validation tokens that routing fluctuation is watched on."}
+    )
+
+    @property
+    def stage1(self) -> int | float | None:
+        """`int` (steps), `float` (share) or `None`: `stage1_steps` as `StageTransitionCallback` takes it."""
+        if self.stage1_steps is None:
+            return None
+        text = str(self.stage1_steps)
+        try:
+            return int(text)
+        except ValueError:
+            pass
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(
+                f"`--stage1_steps` must be a number of steps such as 600 or a share such as 0.1, got {text!r}."
+            ) from None
+
+
+def load_preset(path: str | Path, **overrides: Any) -> StableMoEConfig:
+    """Read a model's shape.
+
+    Args:
+        path (`str` or `Path`): JSON file; its first field `source` says where the numbers are from.
+        **overrides: fields to change.
+
+    Returns:
+        `StableMoEConfig`
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is not a JSON object, an unknown field or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model preset {str(path)!r}; presets are under configuration/models/.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The model preset {str(path)!r} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The model preset {str(path)!r} must be a JSON object of config fields.")
+    values.pop("source", None)
+    values |= overrides
+    known = {entry.name for entry in fields(StableMoEConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"The model preset {str(path)!r} or its overrides name unknown fields: {unknown}.")
+    return StableMoEConfig(**values)
+
+
+def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
+    """Parse a command line that may start with a YAML recipe; options given after it win.
+
+    Args:
+        dataclass_types (sequence of `type`): argument classes, for `HfArgumentParser`.
+        description (`str`): what the script does, for `--help`.
+        argv (sequence of `str`, *optional*): default: the process's own arguments.
+
+    Returns:
+        `tuple`: one instance of each class. A bad command line or recipe ends the process with status 2 and one line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
+    try:
+        if argv and argv[0].endswith((".yaml", ".yml")):
+            argv = _recipe_to_argv(Path(argv[0])) + argv[1:]
+        return parser.parse_args_into_dataclasses(args=argv)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _recipe_to_argv(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {str(path)!r}; recipes are under configuration/recipes/")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {str(path)!r} must be a mapping of option names to values")
+    argv = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        argv.append(f"--{name}")
+        if isinstance(value, list):
+            argv += [str(item) for item in value]
+        else:
+            argv.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return argv
+
+
+__all__ = ["ModelArguments", "RoutingArguments", "load_preset", "parse_recipe"]

@@ -1,0 +1,73 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What a training run came to: read off the Trainer's log history, as numbers and as a short table."""
+
+import math
+from collections.abc import Sequence
+
+
+def stage_rows(log_history: Sequence[dict]) -> list[dict]:
+    """Sum up each stage of a run.
+
+    Args:
+        log_history (sequence of `dict`): `trainer.state.log_history` of a run with `StageTransitionCallback`.
+
+    Returns:
+        `list[dict]`: one row a stage that the run went through, with `stage`, `steps` (the last step), `perplexity`
+        (of the last evaluation in it), `load_max_over_mean` (of the last training log) and `fluctuation` (stage 1: at
+        the last check, stage 2: the largest since the transition was checked); `None` where it was not measured.
+    """
+    transition = next((entry["step"] for entry in log_history if "transition_step" in entry), None)
+    last_step = max((entry["step"] for entry in log_history), default=0)
+    bounds = [(1, 0, last_step if transition is None else transition)]
+    if transition is not None:
+        bounds.append((2, transition, last_step))
+    return [_row(stage, first, last, log_history) for stage, first, last in bounds]
+
+
+def _row(stage: int, first: int, last: int, log_history: Sequence[dict]) -> dict:
+    # Evaluation at the transition itself reads the new table, which holds what stage 1 evaluated a moment before.
+    entries = [entry for entry in log_history if (first < entry["step"] or stage == 1) and entry["step"] <= last]
+    losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
+    loads = [
+        entry["load_max_over_mean"] for entry in entries if entry.get("routing_stage") == stage and "loss" in entry
+    ]
+    changes = [entry["routing_fluctuation"] for entry in entries if "routing_fluctuation" in entry]
+    if stage == 1:
+        change = changes[-1] if changes else None
+    else:
+        change = max(changes, default=None)
+    return {
+        "stage": stage,
+        "steps": last,
+        "perplexity": math.exp(losses[-1]) if losses else None,
+        "load_max_over_mean": loads[-1] if loads else None,
+        "fluctuation": change,
+    }
+
+
+def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
+    """Lay out rows as a Markdown table.
+
+    Args:
+        rows (sequence of `dict`): values by column; `None` or missing prints as a dash, floats with 4 digits.
+        headings (`dict[str, str]`): column -> heading, in order.
+
+    Returns:
+        `str`: lines without a newline at the end.
+    """
+
+    def cell(value) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    cells = [list(headings.values()), *([cell(row.get(column)) for column in headings] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(headings))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    return "\n".join(lines)
+
+
+__all__ = ["format_table", "stage_rows"]

@@ -1,0 +1,54 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Continue a text with a StableMoE language model.
+
+python scripts/generate.py runs/embedded-cpu --prompt "The import statement"
+"""
+
+import argparse
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import modeling_stablemoe  # noqa: F401 - registers the model with the Auto classes
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Hub name or folder of a checkpoint")
+    parser.add_argument("--prompt", default="", help="text to continue; default: start of a document")
+    parser.add_argument("--max_new_tokens", type=int, default=80, help="tokens to generate at most (default: 80)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default: 0.8)"
+    )
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from this much probability (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    arguments = parser.parse_args(argv)
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
+        parser.error("--max_new_tokens must be >= 1, --temperature >= 0 and --top_p in (0, 1]")
+    return arguments
+
+
+def main(argv=None):
+    """Run the script."""
+    arguments = parse_arguments(argv)
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map="auto")
+    prompt = tokenizer(arguments.prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
+    room = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
+    if room < 1:
+        raise SystemExit(f"The prompt leaves no room in the {model.config.max_position_embeddings} positions.")
+    with torch.inference_mode():
+        output = model.generate(**prompt, max_new_tokens=min(arguments.max_new_tokens, room), **sampling)
+    stage = "frozen routing" if model.routing_stage == 2 else "routing of stage 1, not frozen"
+    print(f"[{arguments.model}: {model.num_parameters():,} parameters, {stage}]")
+    print(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Train a StableMoE language model through both stages, evaluate it and save it.
+
+python scripts/run_clm.py configuration/recipes/embedded-cpu.yaml
+accelerate launch scripts/run_clm.py recipe.yaml --learning_rate 3e-4
+"""
+
+import json
+import logging
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import transformers
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import is_main_process
+
+from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
+from modeling_stablemoe.checkpoints import claim_run_folder, remove_incomplete_checkpoints
+from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
+from modeling_stablemoe.ngram import ngram_perplexities
+from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
+from modeling_stablemoe.report import format_table, stage_rows
+
+
+logger = logging.getLogger(__name__)
+
+# Settings that change what a run computes: a run is resumed with the same ones.
+IDENTITY = (
+    "max_steps num_train_epochs learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 optim "
+    "max_grad_norm per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16"
+).split()
+
+
+@dataclass
+class RunArguments:
+    """How to treat the output folder, and what to measure at the end."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what --output_dir holds and start anew."}
+    )
+    ngram_baselines: bool = field(
+        default=False, metadata={"help": "Print the perplexity of unigram and interpolated bigram models beside ours."}
+    )
+
+
+def parse_arguments(argv=None):
+    """Parse the command line: `(model, data, routing, run, training)` arguments."""
+    types = (ModelArguments, DataArguments, RoutingArguments, RunArguments, TrainingArguments)
+    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+
+
+def claim_output_folder(model_args, data_args, routing_args, run_args, training_args) -> str | None:
+    """Check that the output folder is free or this run's; return the checkpoint to resume from, if any."""
+    requested = training_args.resume_from_checkpoint
+    identity = {
+        **asdict(model_args),
+        **asdict(data_args),
+        "stage1_steps": routing_args.stage1_steps,
+        **{name: json.loads(json.dumps(getattr(training_args, name), default=str)) for name in IDENTITY},
+    }
+    checkpoint = None
+    with training_args.main_process_first(desc="output folder"):
+        if is_main_process(training_args.local_process_index) or requested:
+            checkpoint = claim_run_folder(
+                training_args.output_dir,
+                identity,
+                resume=requested is not None,
+                overwrite=run_args.overwrite_output_dir,
+            )
+    if requested not in (None, "latest", "true", "True"):
+        return requested
+    return None if checkpoint is None else str(checkpoint)
+
+
+def build_model(model_args: ModelArguments, tokenizer) -> StableMoEForCausalLM:
+    """Make the model that the preset describes, or load the checkpoint."""
+    implementations = {
+        "attn_implementation": model_args.attn_implementation,
+        "experts_implementation": model_args.experts_implementation,
+    }
+    implementations = {name: value for name, value in implementations.items() if value is not None}
+    if model_args.model_name_or_path is not None:
+        return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **implementations)
+    overrides = json.loads(model_args.config_overrides) if model_args.config_overrides else {}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = load_preset(model_args.model_preset, **{"vocab_size": len(tokenizer), **special, **overrides})
+    return AutoModelForCausalLM.from_config(config, **implementations)
+
+
+def build_callbacks(routing_args: RoutingArguments, validation_blocks) -> list:
+    """Make the callbacks that the routing arguments ask for."""
+    callbacks = []
+    if routing_args.stage1 is not None:
+        callbacks.append(StageTransitionCallback(routing_args.stage1))
+    if routing_args.fluctuation_check_steps:
+        callbacks.append(
+            RoutingFluctuationCallback(
+                validation_blocks, routing_args.fluctuation_check_steps, routing_args.fluctuation_tokens
+            )
+        )
+    return callbacks
+
+
+def report(trainer: Trainer, blocks, ngram_baselines: bool):
+    """Evaluate, write `results.json` and print what the run came to."""
+    metrics = trainer.evaluate()
+    perplexity = math.exp(metrics["eval_loss"])
+    history = trainer.state.log_history
+    transition = next((entry for entry in history if "transition_step" in entry), {})
+    results = {
+        "perplexity": perplexity,
+        "stages": stage_rows(history),
+        "distillation_agreement_at_transition": transition.get("transition_agreement"),
+        "router_fingerprint": trainer.model.config.router_fingerprint,
+        "parameters": trainer.model.num_parameters(),
+    }
+    if not trainer.is_world_process_zero():
+        return
+    if ngram_baselines:
+        results["baselines"] = ngram_perplexities(
+            blocks["train"], blocks["validation"], trainer.model.config.vocab_size
+        )
+    path = Path(trainer.args.output_dir) / "results.json"
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+    headings = {
+        "stage": "stage",
+        "steps": "steps",
+        "perplexity": "validation perplexity",
+        "load_max_over_mean": "load max/mean",
+        "fluctuation": "fluctuation",
+    }
+    print("\n" + format_table(results["stages"], headings))
+    if transition:
+        print(
+            f"distilled and backbone router agreed on {transition['transition_agreement']:.1%} of tokens when frozen"
+        )
+    for name, value in results.get("baselines", {}).items():
+        print(f"validation perplexity, {name}: {value:.2f}")
+    print(f"validation perplexity, this model: {perplexity:.2f}")
+
+
+def main(argv=None):
+    """Run the script."""
+    model_args, data_args, routing_args, run_args, training_args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    transformers.utils.logging.set_verbosity_warning()
+    set_seed(training_args.seed)
+
+    checkpoint = claim_output_folder(model_args, data_args, routing_args, run_args, training_args)
+    with training_args.main_process_first(desc="data"):
+        corpus = load_corpus(data_args)
+        tokenizer = load_tokenizer(data_args, corpus)
+    model = build_model(model_args, tokenizer)
+    block_size = data_args.block_size or model.config.max_position_embeddings
+    with training_args.main_process_first(desc="packing"):
+        blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
+
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["validation"],
+        data_collator=collate_blocks,
+        processing_class=tokenizer,
+        callbacks=build_callbacks(routing_args, blocks["validation"]),
+    )
+    if training_args.do_train:
+        if checkpoint is not None:
+            logger.info("Resuming from %s.", checkpoint)
+            with training_args.main_process_first(desc="cut-off checkpoints"):
+                if trainer.is_world_process_zero():
+                    remove_incomplete_checkpoints(training_args.output_dir)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+    report(trainer, blocks, run_args.ngram_baselines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What all tests share: a tiny model with odd sizes, seeds, no network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import set_seed
+
+from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM
+
+
+# Odd and all different, so that swapped axes fail.
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 37,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "num_experts": 5,
+    "num_expert_sublayers": 2,
+    "moe_layer_positions": [1],
+    "distilled_router_dim": 8,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+
+def tiny_config(**overrides) -> StableMoEConfig:
+    return StableMoEConfig(**{**TINY, **overrides})
+
+
+def tiny_model(seed: int = 0, **overrides) -> StableMoEForCausalLM:
+    """A model whose experts do something: the zero-initialised outputs are filled, the router's scores spread out."""
+    torch.manual_seed(seed)
+    model = StableMoEForCausalLM(tiny_config(**overrides))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn_like(parameter)
+                parameter.add_(noise * (0.5 if "router" in name else 0.1))
+    return model
+
+
+def random_ids(batch: int = 3, length: int = 7, seed: int = 0, low: int = 2, high: int = 99) -> torch.Tensor:
+    return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    set_seed(0)
+
+
+@pytest.fixture
+def model() -> StableMoEForCausalLM:
+    return tiny_model()
+
+
+@pytest.fixture
+def frozen_model() -> StableMoEForCausalLM:
+    frozen = tiny_model()
+    frozen.freeze_router()
+    return frozen.eval()
