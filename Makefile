@@ -41,7 +41,9 @@ style: install
 # CUDA libraries are left to torch's own requirements: a CPU build has none.
 lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-annotate --no-header \
-		--constraint requirements.constraints --quiet | grep -vE '^(nvidia-|cuda-|triton)' > requirements.lock
+		--constraint requirements.constraints --quiet --output-file requirements.lock.partial
+	grep -vE '^(nvidia-|cuda-|triton)' requirements.lock.partial > requirements.lock
+	rm requirements.lock.partial
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
