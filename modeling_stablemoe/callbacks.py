@@ -78,8 +78,9 @@ class StageTransitionCallback(_LoggingCallback):
     that step. The stage is read from the model and the step from the Trainer, so a resumed run needs no more than the
     checkpoint. `requires_grad` and the optimizer's groups stay as they are.
 
-    Adds to the Trainer's logs: `task_loss`, `load_max_over_mean`, `routing_stage` and, in stage 1, `balance_loss`,
-    `distillation_loss` and `distillation_agreement`; at the transition an entry with `transition_*` of its own.
+    Adds to the Trainer's logs: `task_loss`, `load_max_over_mean`, `routing_stage` and, where the log covers steps of
+    stage 1, `balance_loss`, `distillation_loss` and `distillation_agreement`; at the transition an entry with
+    `transition_*` of its own.
 
     Args:
         stage1_steps (`int` or `float`): length of stage 1, as optimizer steps (an `int` >= 1) or as a share of all
@@ -150,7 +151,13 @@ class StageTransitionCallback(_LoggingCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop watching, and say so if training ended in stage 1."""
-        if self._meter.model.routing_stage == 1:
+        if self._meter.model.routing_stage == 1 and state.global_step >= self.transition_step:
+            logger.warning(
+                "The best checkpoint, loaded at the end of training, is from stage 1 (the transition was at step %d): its "
+                "routing is not frozen. Train it on, or call `model.freeze_router()`.",
+                self.transition_step,
+            )
+        elif self._meter.model.routing_stage == 1:
             logger.warning(
                 "Training ended at step %d, before the transition at step %d: the routing is not frozen. Train on, or "
                 "call `model.freeze_router()`.",
@@ -263,18 +270,17 @@ class RoutingFluctuationCallback(_LoggingCallback):
     @torch.no_grad()
     def _experts(self) -> Tensor:
         """Route the fixed tokens as training does now: `torch.LongTensor` of shape `(moe layers * tokens,)`."""
-        model, was_training = self._model, self._model.training
+        model, modes = self._model, [(module, module.training) for module in self._model.modules()]
         model.eval()
+        # No dropout, but the routing of training in every layer: what a layer sees depends on the routing before it.
+        for layer in model.moe_layers_by_name.values():
+            layer.router.train()
         experts = []
         for input_ids in self._batches:
             output = model(input_ids=input_ids.to(model.device), use_cache=False, output_router_logits=True)
-            layers = (
-                output.expert_indices
-                if model.routing_stage == 2
-                else [logits.argmax(-1) for logits in output.router_logits]
-            )
-            experts.append(torch.stack([layer.flatten() for layer in layers]))
-        model.train(was_training)
+            experts.append(torch.stack([index.flatten() for index in output.expert_indices]))
+        for module, mode in modes:
+            module.training = mode
         return torch.cat(experts, dim=-1).flatten()
 
     @staticmethod

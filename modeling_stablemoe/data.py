@@ -1,23 +1,18 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """From a corpus to packed blocks of token ids, in four steps.
 
 `load_corpus` -> `load_tokenizer` -> `pack` -> `collate_blocks`. The `datasets` library does the reading, caching and
 parallel work. A corpus is a Hub data set, local files, or, if neither is named, the text that Python itself carries.
 """
 
-import codecs
-import gzip
 import hashlib
-import json
 import logging
-import lzma
 import os
 import sys
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +34,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .embedded_corpus import EMBEDDED_KINDS, embedded_documents
+from .local_files import READABLE, find_files, read_files
 
 
 logger = logging.getLogger(__name__)
@@ -50,15 +46,10 @@ MIN_VOCAB_SIZE = 258
 # More text hardly changes a byte-level BPE, but costs memory in proportion; a streamed corpus may have no end.
 TOKENIZER_DOCUMENTS = 200_000
 
-_TEXT_SUFFIXES = (".txt", ".md")
-_JSON_SUFFIXES = (".jsonl", ".json")
-_DECOMPRESSORS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-_READABLE = f"{', '.join(_TEXT_SUFFIXES + _JSON_SUFFIXES)}, each also with {' or '.join(_DECOMPRESSORS)}"
 # Raise it when the readers below produce other documents than before, so that old caches are not used.
 _CACHE_FORMAT = 1
 # One encoding call holds about 100 bytes a token, so texts are handed over in groups of about 2 M tokens.
 _CHARACTERS_PER_CALL = 8_000_000
-_LONG_DOCUMENT = 64_000_000
 
 Corpus = DatasetDict | IterableDatasetDict
 
@@ -93,7 +84,7 @@ class DataArguments:
     )
     train_files: list[str] = field(
         default_factory=list,
-        metadata={"help": f"Files or folders (read recursively) to train on: {_READABLE}. JSON: one object per line."},
+        metadata={"help": f"Files or folders (read recursively) to train on: {READABLE}. JSON: one object per line."},
     )
     validation_files: list[str] = field(
         default_factory=list,
@@ -270,9 +261,9 @@ def _are_not_blank(texts: list[str | None]) -> list[bool]:
 
 def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
     """Read the training and, if named, the validation files through the datasets cache."""
-    files = {"train": _find_files(args.train_files)}
+    files = {"train": find_files(args.train_files)}
     if args.validation_files:
-        files["validation"] = _find_files(args.validation_files)
+        files["validation"] = find_files(args.validation_files)
         shared = sorted(set(files["train"]) & set(files["validation"]))
         if shared:
             raise ValueError(f"{shared[0]} is both a training and a validation file; name it only once.")
@@ -281,7 +272,7 @@ def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
         reader = {"text_column": args.text_column, "encoding": args.encoding, "separator": args.document_separator}
         # Size and time of change are in the key, so that an edited file is read again.
         stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-        splits[name] = _cached_dataset(_read_files, {"paths": paths, **reader}, ("text",), name, stamps)
+        splits[name] = _cached_dataset(read_files, {"paths": paths, **reader}, ("text",), name, stamps)
     return splits
 
 
@@ -327,129 +318,6 @@ def _cached_dataset(
 def _read_embedded(options: dict[str, Any]) -> Iterator[dict[str, str]]:
     for document in embedded_documents(**options):
         yield {"split": document.split, "text": document.text}
-
-
-def _find_files(paths: Iterable[str]) -> list[str]:
-    """List the readable files among files and folders, each once, as absolute paths; folders in sorted order."""
-    found: list[Path] = []
-    for name in paths:
-        path = Path(name).expanduser().absolute()
-        if path.is_dir():
-            inside = sorted(
-                file for file in path.rglob("*") if _format(file) and file.is_file() and not _is_hidden(file, path)
-            )
-            if not inside:
-                raise FileNotFoundError(f"The folder {path} holds no readable file ({_READABLE}).")
-            found += inside
-        elif not path.exists():
-            raise FileNotFoundError(f"There is no file or folder {path}.")
-        elif _format(path) is None:
-            raise ValueError(f"{path} has an unknown suffix; readable are {_READABLE}.")
-        else:
-            found.append(path)
-    return list(dict.fromkeys(str(path) for path in found))
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _format(path: Path) -> Literal["text", "json"] | None:
-    """Tell the format of a file by its suffix, compression apart; None if it is not readable."""
-    suffix = path.suffix.lower()
-    if suffix in _DECOMPRESSORS:
-        suffix = path.with_suffix("").suffix.lower()
-    if suffix in _TEXT_SUFFIXES:
-        return "text"
-    return "json" if suffix in _JSON_SUFFIXES else None
-
-
-def _read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Yield the documents of local files one at a time; blank ones are left out."""
-    paths, encoding = options["paths"], options["encoding"]
-    num_documents = 0
-    # "utf-8-sig" is UTF-8 that also accepts the byte-order mark of Windows editors.
-    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-    for path in map(Path, paths):
-        open_file = _DECOMPRESSORS.get(path.suffix.lower(), open)
-        try:
-            with open_file(path, "rt", encoding=codec) as file:
-                if _format(path) == "json":
-                    documents = _json_documents(file, path, options["text_column"])
-                else:
-                    documents = _text_documents(file, path, options["separator"])
-                for text in documents:
-                    if text and not text.isspace():
-                        num_documents += 1
-                        yield {"text": text}
-        except UnicodeError as error:
-            raise ValueError(
-                f"{path} is not {encoding} text ({error}); name its encoding with --encoding, e.g. --encoding latin-1."
-            ) from error
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is not a complete {path.suffix} file ({error}); compress or copy it again."
-            ) from error
-    if num_documents == 0:
-        raise ValueError(f"There is no text in {', '.join(paths[:3])}{', ...' * (len(paths) > 3)}; name other files.")
-
-
-def _text_documents(file: TextIO, path: Path, separator: str | None) -> Iterator[str]:
-    """Yield the documents between separator lines, with their line ends, or the whole file."""
-    lines: list[str] = []
-    num_separators = 0
-    if separator is None:
-        lines = [file.read()]
-    else:
-        for line in file:
-            if line.rstrip("\n") == separator:
-                yield "".join(lines)
-                lines = []
-                num_separators += 1
-            else:
-                lines.append(line)
-    document = "".join(lines)
-    if separator is not None and num_separators == 0:
-        logger.warning("%s: no line is %r, so the file is one document.", path, separator)
-    elif len(document) > _LONG_DOCUMENT:
-        logger.warning(
-            "%s holds a document of %d characters, which takes much memory; separate documents with "
-            "--document_separator.",
-            path,
-            len(document),
-        )
-    yield document
-
-
-def _json_documents(file: TextIO, path: Path, column: str) -> Iterator[str]:
-    """Yield the value of `column` of every line."""
-    for number, line in enumerate(file, start=1):
-        if line.isspace():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON ({error}); every line must be one JSON object.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} holds a {type(row).__name__}; every line must be one JSON object.")
-        if column not in row:
-            raise ValueError(f"{where} has no key {column!r}; set --text_column to one of: {', '.join(row)}.")
-        text = row[column]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: {column!r} holds {type(text).__name__}, not a string; set --text_column.")
-        if not _is_unicode(text):
-            raise ValueError(f"{where}: {column!r} holds half of a surrogate pair, which is no character.")
-        yield text
-
-
-def _is_unicode(text: str) -> bool:
-    """Say whether a string can be stored; JSON escapes can spell code points that are no characters."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _hold_out(

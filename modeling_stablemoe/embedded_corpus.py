@@ -1,3 +1,4 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """The corpus of last resort: the English documentation that every CPython installation carries.
 
 It needs no network and no committed text. Two sources are read, both from the running interpreter's standard library:

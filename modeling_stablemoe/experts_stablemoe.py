@@ -101,6 +101,12 @@ def grouped_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_ind
         device = weight_EYX.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             weight_EYX = weight_EYX.to(torch.get_autocast_dtype(device))
+        odd = any(width * weight_EYX.element_size() % 16 for width in weight_EYX.shape[1:])
+        if odd or weight_EYX.dtype == torch.float64:
+            # The kernel takes no float64 and rows of whole 16 bytes only; else transformers' own loop over experts.
+            return torch.ops.transformers.grouped_mm_fallback(
+                x_TX.to(weight_EYX.dtype), weight_EYX.transpose(-2, -1), offsets_E
+            ).add(bias_TY)
         return _grouped_linear(x_TX, weight_EYX, offsets_E, bias=bias_TY)
 
     sorted_TD = hidden_states.index_select(0, order_T).masked_fill(sentinel_T1, 0.0)
@@ -122,7 +128,8 @@ def batched_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_ind
     def linear(x_TX: Tensor, weight_EYX: Tensor, bias_TY: Tensor) -> Tensor:
         return _batched_linear(x_TX, weight_EYX[index_T], bias_TY)
 
-    delta_TD = _stack(self.sublayers, hidden_states, rows, linear).masked_fill(sentinel_T1, 0.0)
+    routed_TD = hidden_states.masked_fill(sentinel_T1, 0.0)
+    delta_TD = _stack(self.sublayers, routed_TD, rows, linear).masked_fill(sentinel_T1, 0.0)
     return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 

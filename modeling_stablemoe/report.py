@@ -14,24 +14,28 @@ def stage_rows(log_history: Sequence[dict]) -> list[dict]:
     Returns:
         `list[dict]`: one row a stage that the run went through, with `stage`, `steps` (the last step), `perplexity`
         (of the last evaluation in it), `load_max_over_mean` (of the last training log) and `fluctuation` (stage 1: at
-        the last check, stage 2: the largest since the transition was checked); `None` where it was not measured.
+        the last check before the transition, stage 2: the largest after it); `None` where it was not measured.
     """
     transition = next((entry["step"] for entry in log_history if "transition_step" in entry), None)
     last_step = max((entry["step"] for entry in log_history), default=0)
     bounds = [(1, 0, last_step if transition is None else transition)]
     if transition is not None:
         bounds.append((2, transition, last_step))
-    return [_row(stage, first, last, log_history) for stage, first, last in bounds]
+    return [_row(stage, first, last, transition, log_history) for stage, first, last in bounds]
 
 
-def _row(stage: int, first: int, last: int, log_history: Sequence[dict]) -> dict:
+def _row(stage: int, first: int, last: int, transition: int | None, log_history: Sequence[dict]) -> dict:
     # Evaluation at the transition itself reads the new table, which holds what stage 1 evaluated a moment before.
     entries = [entry for entry in log_history if (first < entry["step"] or stage == 1) and entry["step"] <= last]
     losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
-    loads = [
-        entry["load_max_over_mean"] for entry in entries if entry.get("routing_stage") == stage and "loss" in entry
+    # A training log tells of the steps before it: the one at the transition belongs to stage 1.
+    loads = [entry["load_max_over_mean"] for entry in entries if "load_max_over_mean" in entry and "loss" in entry]
+    # The check at the transition is left out: it compares the learned routing with the table.
+    changes = [
+        entry["routing_fluctuation"]
+        for entry in entries
+        if "routing_fluctuation" in entry and entry["step"] != transition
     ]
-    changes = [entry["routing_fluctuation"] for entry in entries if "routing_fluctuation" in entry]
     if stage == 1:
         change = changes[-1] if changes else None
     else:

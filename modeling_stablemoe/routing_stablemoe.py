@@ -211,7 +211,7 @@ class FrozenRouter(nn.Module):
         The rule for new ids needs no embedding, which is still noise when a vocabulary grows, and keeps loads even.
         """
         old = self.routing_table
-        new_ids = torch.arange(old.shape[0], vocab_size, dtype=old.dtype, device=old.device)
+        new_ids = torch.arange(min(old.shape[0], vocab_size), vocab_size, dtype=old.dtype, device=old.device)
         new_rows = new_ids % self.num_experts if self.is_frozen else torch.full_like(new_ids, -1)
         self.routing_table = nn.Parameter(torch.cat([old[:vocab_size], new_rows]), requires_grad=False)
 

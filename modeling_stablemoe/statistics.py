@@ -16,8 +16,9 @@ class RoutingTotals:
     """Sums over the tokens of some forward passes.
 
     Attributes:
-        sums (`torch.DoubleTensor` of shape `(6,)`): targets, task loss (nats), routed tokens, balance loss (gate mass),
-            distillation loss (nats), tokens on which distilled and backbone router agree (mean over layers).
+        sums (`torch.DoubleTensor` of shape `(7,)`): targets, task loss (nats), routed tokens, balance loss (gate mass),
+            distillation loss (nats), tokens on which distilled and backbone router agree (mean over layers), tokens
+            routed in stage 1.
         load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
     """
 
@@ -40,21 +41,22 @@ class RoutingTotals:
         """Turn sums into means.
 
         Args:
-            stage (`int`): routing stage; stage 2 has no auxiliary losses and nothing to agree on.
+            stage (`int`): routing stage to report.
 
         Returns:
             `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean` (of the worst layer) and
-            `routing_stage`; in stage 1 also `balance_loss`, `distillation_loss` (per token, summed over layers, without
-            their coefficients) and `distillation_agreement` (share of tokens).
+            `routing_stage`; where there are tokens of stage 1 also `balance_loss`, `distillation_loss` (per token,
+            summed over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that
+            is trained) and `distillation_agreement` (share of the tokens of stage 1).
         """
-        targets, task, tokens, balance, distillation, agreed = self.sums.tolist()
+        targets, task, tokens, balance, distillation, agreed, learned = self.sums.tolist()
         metrics = {"routing_stage": stage, "load_max_over_mean": imbalance(self.load)}
         if targets:
             metrics["task_loss"] = task / targets
-        if stage == 1 and tokens:
+        if learned:
             metrics["balance_loss"] = balance / tokens
             metrics["distillation_loss"] = distillation / tokens
-            metrics["distillation_agreement"] = agreed / tokens
+            metrics["distillation_agreement"] = agreed / learned
         return metrics
 
 
@@ -104,10 +106,11 @@ class RoutingMeter:
             divisor = kwargs.get("num_items_in_batch")
             task = output.task_loss * (targets if divisor is None else divisor)
         sums = [targets, task.squeeze(), tokens, output.balance_loss * tokens, output.distillation_loss * tokens]
-        sums.append(output.distillation_agreement * tokens)
+        learns = module.routing_stage == 1  # in stage 2 there is nothing to agree on: NaN
+        sums += [output.distillation_agreement * tokens, tokens] if learns else [torch.zeros_like(tokens)] * 2
         totals = RoutingTotals(torch.stack([value.detach().double() for value in sums]), load)
         self._step = totals if self._step is None else self._step + totals
-        if module.routing_stage == 1:
+        if learns:
             self._count_tokens(args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask"))
 
     def _count_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None):
