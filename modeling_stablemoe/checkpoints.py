@@ -74,17 +74,14 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
-def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
-    """Make sure that a folder is this run's, before anything is written to it.
+def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool):
+    """Find out whether `claim_run_folder` would accept a folder; changes nothing.
 
     Args:
-        folder (`str` or `Path`): the run folder; made if missing.
+        folder (`str` or `Path`): the run folder.
         identity (`dict`): JSON-ready settings that make the run what it is; stored in `run.json`.
         resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
         overwrite (`bool`): delete what the folder holds and start anew.
-
-    Returns:
-        `Path`: the checkpoint to resume from; `None` to start from the beginning.
 
     Raises:
         ValueError: if both flags are given; if the folder holds anything and neither is; if it holds another run than
@@ -107,10 +104,31 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
             f"The output folder {str(folder)!r} holds a run already. Continue it with `--resume_from_checkpoint "
             "latest`, replace it with `--overwrite_output_dir`, or choose another `--output_dir`."
         )
-    if occupied and overwrite:
-        shutil.rmtree(folder)
-    elif occupied:
+    if occupied and resume:
         _check_identity(run_file, identity)
+
+
+def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
+    """Make sure that a folder is this run's, before anything is written to it.
+
+    Args:
+        folder (`str` or `Path`): the run folder; made if missing.
+        identity (`dict`): JSON-ready settings that make the run what it is; stored in `run.json`.
+        resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
+        overwrite (`bool`): delete what the folder holds and start anew.
+
+    Returns:
+        `Path`: the checkpoint to resume from; `None` to start from the beginning.
+
+    Raises:
+        ValueError: see `check_run_folder`.
+    """
+    check_run_folder(folder, identity, resume=resume, overwrite=overwrite)
+    folder = Path(folder)
+    run_file = folder / RUN_FILE
+    if overwrite and folder.is_dir():
+        shutil.rmtree(folder)
+    elif run_file.is_file():
         return last_complete_checkpoint(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(run_file, lambda partial: partial.write_text(json.dumps(identity, indent=2) + "\n"))
@@ -142,6 +160,7 @@ def remove_incomplete_checkpoints(folder: str | Path):
 
 
 __all__ = [
+    "check_run_folder",
     "checkpoints_in",
     "claim_run_folder",
     "last_complete_checkpoint",

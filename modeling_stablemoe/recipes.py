@@ -42,6 +42,16 @@ class ModelArguments:
             raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
         if self.config_overrides is not None and self.model_preset is None:
             raise ValueError("`--config_overrides` changes a preset; a checkpoint keeps the shape it has.")
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"`--config_overrides` must be a JSON object, got {self.config_overrides}.")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """`dict`: `config_overrides`, parsed."""
+        try:
+            return json.loads(self.config_overrides or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`--config_overrides` is not valid JSON: {error}.") from error
 
 
 @dataclass

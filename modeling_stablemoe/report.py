@@ -5,6 +5,15 @@ import math
 from collections.abc import Sequence
 
 
+STAGE_HEADINGS = {
+    "stage": "stage",
+    "steps": "steps",
+    "perplexity": "validation perplexity",
+    "load_max_over_mean": "load max/mean",
+    "fluctuation": "fluctuation",
+}
+
+
 def stage_rows(log_history: Sequence[dict]) -> list[dict]:
     """Sum up each stage of a run.
 
@@ -74,4 +83,4 @@ def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["format_table", "stage_rows"]
+__all__ = ["STAGE_HEADINGS", "format_table", "stage_rows"]

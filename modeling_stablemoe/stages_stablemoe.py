@@ -149,11 +149,16 @@ class TwoStageRoutingMixin:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, and check its routing.
 
         Raises:
-            ValueError: see `check_routing`; also for weights that cannot be read, with the file's own complaint.
+            ValueError: see `check_routing`; also for weights that cannot be read, with the file's own complaint, or
+                that have other shapes than the config says, naming the tensors.
         """
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except Exception as error:
+            if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+                kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
+                _, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+                raise ValueError(_describe_mismatch(pretrained_model_name_or_path, info)) from error
             # By name: the code files of a checkpoint import nothing but torch and transformers.
             if type(error).__name__ != "SafetensorError":
                 raise
@@ -207,6 +212,19 @@ class TwoStageRoutingMixin:
 
 
 _RESTORE = "The checkpoint is damaged or mixed from two runs; restore it from its source."
+
+
+def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:
+    """Name the tensors that do not fit the config: transformers' own error only points at its log."""
+    tensors = [
+        f"{name} is {list(stored)} in the weights, {list(built)} by the config"
+        for name, stored, built in sorted(loading_info["mismatched_keys"])
+    ]
+    return (
+        f"The weights of {str(checkpoint)!r} do not fit its config: {'; '.join(tensors)}. Restore the config.json and the "
+        "weights that were saved together. To change the vocabulary, load them as they are, then call "
+        "`resize_token_embeddings`."
+    )
 
 
 def _follow_loaded_tables(model: TwoStageRoutingMixin, incompatible_keys):

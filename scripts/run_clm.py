@@ -14,10 +14,11 @@ from pathlib import Path
 
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import is_main_process
 
 from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
-from modeling_stablemoe.checkpoints import claim_run_folder, remove_incomplete_checkpoints
+from modeling_stablemoe.checkpoints import check_run_folder, claim_run_folder, remove_incomplete_checkpoints
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
 from modeling_stablemoe.ngram import ngram_perplexities
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
@@ -51,24 +52,29 @@ def parse_arguments(argv=None):
     return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
 
 
-def claim_output_folder(model_args, data_args, routing_args, run_args, training_args) -> str | None:
-    """Check that the output folder is free or this run's; return the checkpoint to resume from, if any."""
-    requested = training_args.resume_from_checkpoint
+def describe_run(model_args, data_args, routing_args, run_args, training_args) -> dict:
+    """Gather what `check_run_folder` and `claim_run_folder` are to know of this run."""
     identity = {
         **asdict(model_args),
         **asdict(data_args),
         "stage1_steps": routing_args.stage1_steps,
         **{name: json.loads(json.dumps(getattr(training_args, name), default=str)) for name in IDENTITY},
     }
+    return {
+        "folder": training_args.output_dir,
+        "identity": identity,
+        "resume": training_args.resume_from_checkpoint is not None,
+        "overwrite": run_args.overwrite_output_dir,
+    }
+
+
+def claim_output_folder(run: dict, training_args: TrainingArguments) -> str | None:
+    """Make the output folder this run's; return the checkpoint to resume from, if any."""
+    requested = training_args.resume_from_checkpoint
     checkpoint = None
     with training_args.main_process_first(desc="output folder"):
         if is_main_process(training_args.local_process_index) or requested:
-            checkpoint = claim_run_folder(
-                training_args.output_dir,
-                identity,
-                resume=requested is not None,
-                overwrite=run_args.overwrite_output_dir,
-            )
+            checkpoint = claim_run_folder(**run)
     if requested not in (None, "latest", "true", "True"):
         return requested
     return None if checkpoint is None else str(checkpoint)
@@ -83,9 +89,8 @@ def build_model(model_args: ModelArguments, tokenizer) -> StableMoEForCausalLM:
     implementations = {name: value for name, value in implementations.items() if value is not None}
     if model_args.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **implementations)
-    overrides = json.loads(model_args.config_overrides) if model_args.config_overrides else {}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    config = load_preset(model_args.model_preset, **{"vocab_size": len(tokenizer), **special, **overrides})
+    config = load_preset(model_args.model_preset, **{"vocab_size": len(tokenizer), **special, **model_args.overrides})
     return AutoModelForCausalLM.from_config(config, **implementations)
 
 
@@ -101,6 +106,28 @@ def build_callbacks(routing_args: RoutingArguments, validation_blocks) -> list:
             )
         )
     return callbacks
+
+
+def train(trainer: Trainer, checkpoint: str | None):
+    """Train to the end, from a checkpoint where there is one."""
+    if checkpoint is not None:
+        logger.info("Resuming from %s.", checkpoint)
+        with trainer.args.main_process_first(desc="cut-off checkpoints"):
+            if trainer.is_world_process_zero():
+                remove_incomplete_checkpoints(trainer.args.output_dir)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        if state.global_step >= state.max_steps and not sharded:
+            # `Trainer` would do one step more.
+            state.is_world_process_zero = trainer.is_world_process_zero()
+            state.is_local_process_zero = trainer.is_local_process_zero()
+            best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+            trainer.state = state
+            trainer._load_from_checkpoint(best or checkpoint)
+            trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
+            trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
+            return
+    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def report(trainer: Trainer, blocks, ngram_baselines: bool):
@@ -142,14 +169,13 @@ def report(trainer: Trainer, blocks, ngram_baselines: bool):
     print(f"validation perplexity, this model: {perplexity:.2f}")
 
 
-def main(argv=None):
-    """Run the script."""
-    model_args, data_args, routing_args, run_args, training_args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
-    transformers.utils.logging.set_verbosity_warning()
-    set_seed(training_args.seed)
+def prepare(model_args, data_args, routing_args, run_args, training_args) -> tuple:
+    """Make everything that training needs: `(trainer, blocks, checkpoint to resume from)`.
 
-    checkpoint = claim_output_folder(model_args, data_args, routing_args, run_args, training_args)
+    The output folder is looked at first and changed last, when nothing else can be wrong any more.
+    """
+    run = describe_run(model_args, data_args, routing_args, run_args, training_args)
+    check_run_folder(**run)
     with training_args.main_process_first(desc="data"):
         corpus = load_corpus(data_args)
         tokenizer = load_tokenizer(data_args, corpus)
@@ -157,7 +183,8 @@ def main(argv=None):
     block_size = data_args.block_size or model.config.max_position_embeddings
     with training_args.main_process_first(desc="packing"):
         blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
-
+    callbacks = build_callbacks(routing_args, blocks["validation"])
+    checkpoint = claim_output_folder(run, training_args)
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -165,15 +192,24 @@ def main(argv=None):
         eval_dataset=blocks["validation"],
         data_collator=collate_blocks,
         processing_class=tokenizer,
-        callbacks=build_callbacks(routing_args, blocks["validation"]),
+        callbacks=callbacks,
     )
+    return trainer, blocks, checkpoint
+
+
+def main(argv=None):
+    """Run the script."""
+    model_args, data_args, routing_args, run_args, training_args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    transformers.utils.logging.set_verbosity_warning()
+    set_seed(training_args.seed)
+
+    try:
+        trainer, blocks, checkpoint = prepare(model_args, data_args, routing_args, run_args, training_args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
     if training_args.do_train:
-        if checkpoint is not None:
-            logger.info("Resuming from %s.", checkpoint)
-            with training_args.main_process_first(desc="cut-off checkpoints"):
-                if trainer.is_world_process_zero():
-                    remove_incomplete_checkpoints(training_args.output_dir)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train(trainer, checkpoint)
         trainer.save_model()
         trainer.save_state()
     report(trainer, blocks, run_args.ngram_baselines)

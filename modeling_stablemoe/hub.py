@@ -1,0 +1,65 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The model card of a run, filled from what was measured."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .configuration_stablemoe import StableMoEConfig
+from .report import STAGE_HEADINGS, format_table
+
+
+def build_model_card(
+    template: str | Path, *, model_name: str, config: StableMoEConfig, results: dict, dataset_name: str
+) -> ModelCard:
+    """Fill a model card.
+
+    Args:
+        template (`str` or `Path`): a card with the fields of `hub_card.md`.
+        model_name (`str`): Hub name or folder name of the model.
+        config (`StableMoEConfig`): of the trained model.
+        results (`dict`): `perplexity`, `parameters`, `stages` and `distillation_agreement_at_transition` of the run.
+        dataset_name (`str`): what the perplexity was measured on.
+
+    Returns:
+        `ModelCard`: with metadata that the Hub understands.
+    """
+    fingerprint = config.router_fingerprint
+    agreement = results["distillation_agreement_at_transition"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["stablemoe", "mixture-of-experts", "custom_code"],
+        model_name=model_name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset_name,
+                dataset_name=dataset_name,
+                metric_type="perplexity",
+                metric_value=round(results["perplexity"], 3),
+            )
+        ],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(template),
+        model_name=model_name,
+        routing="frozen (stage 2)" if fingerprint else "still learned (stage 1)",
+        fingerprint=f"`{fingerprint}`" if fingerprint else "none yet",
+        experts=(
+            f"{config.num_experts} of {config.num_expert_sublayers} sublayers in each of "
+            f"{len(config.moe_layer_positions)} MoE layers"
+        ),
+        parameters=f"{results['parameters']:,}",
+        perplexity=f"{results['perplexity']:.2f}",
+        agreement="not measured" if agreement is None else f"{agreement:.1%}",
+        stages_table=format_table(results["stages"], STAGE_HEADINGS),
+        transformers_version=transformers.__version__,
+        torch_version=torch.__version__.split("+")[0],
+    )
+
+
+__all__ = ["build_model_card"]

@@ -1,0 +1,161 @@
+"""Tests of StableMoEConfig: the paper's defaults, validation of every field, JSON round trip."""
+
+import json
+
+import pytest
+from conftest import tiny_config
+from transformers import AutoConfig
+
+from modeling_stablemoe import StableMoEConfig
+
+
+NAN, INF = float("nan"), float("inf")
+COUNTS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "num_experts",
+    "num_expert_sublayers",
+    "distilled_router_dim",
+]
+COEFFICIENTS = ["balance_loss_coef", "distillation_loss_coef", "router_aux_loss_coef", "initializer_range"]
+
+
+def test_defaults_are_the_base_language_model_of_the_paper():
+    config = StableMoEConfig()
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (50257, 768, 3072)
+    assert (config.num_hidden_layers, config.num_attention_heads, config.max_position_embeddings) == (12, 12, 1024)
+    assert (config.num_experts, config.num_expert_sublayers, config.moe_layer_positions) == (32, 3, [6])
+    assert (config.router_type, config.distilled_router_dim, config.hidden_act) == ("stable", 50, "relu")
+    assert (config.balance_loss_coef, config.distillation_loss_coef, config.router_aux_loss_coef) == (0.3, 1.0, 1.0)
+    assert config.expert_capacity_factor is None
+    assert config.router_fingerprint is None
+    assert config.output_router_logits is False
+    assert config.tie_word_embeddings is True
+
+
+def test_model_type():
+    assert StableMoEConfig.model_type == "stablemoe"
+    assert isinstance(AutoConfig.for_model("stablemoe"), StableMoEConfig)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, 2.5, "8", True, None, NAN])
+@pytest.mark.parametrize("name", COUNTS)
+def test_sizes_and_counts_must_be_positive_integers(name, value):
+    with pytest.raises(ValueError, match=rf"^`{name}` must be a positive integer, got {value!r}\.$"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, NAN, INF, -INF, "0.3", True, None])
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_coefficients_must_be_finite_and_not_negative(name, value):
+    with pytest.raises(ValueError, match=rf"^`{name}` must be a finite number >= 0, got {value!r}\.$"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize("name", COEFFICIENTS)
+def test_coefficients_may_be_zero_or_an_integer(name):
+    assert getattr(tiny_config(**{name: 0}), name) == 0
+    assert getattr(tiny_config(**{name: 2}), name) == 2
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.0, 1.5, NAN, INF, "0", True, None])
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout"])
+def test_dropout_rates_must_be_probabilities_below_one(name, value):
+    with pytest.raises(ValueError, match=rf"^`{name}` is a probability in \[0, 1\), got {value!r}\.$"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, 1, -1e-5, NAN, INF, "1e-5", True, None])
+def test_layer_norm_eps_must_lie_between_zero_and_one(value):
+    with pytest.raises(ValueError, match=rf"^`layer_norm_eps` must be a number in \(0, 1\), got {value!r}\.$"):
+        tiny_config(layer_norm_eps=value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, NAN, "2", True])
+def test_capacity_factor_must_be_none_or_positive(value):
+    with pytest.raises(ValueError, match=rf"^`expert_capacity_factor` must be None .* or > 0, got {value!r}\.$"):
+        tiny_config(expert_capacity_factor=value)
+
+
+@pytest.mark.parametrize("value", [None, 0.5, 2])
+def test_capacity_factor_is_kept_as_given(value):
+    assert tiny_config(expert_capacity_factor=value).expert_capacity_factor == value
+
+
+@pytest.mark.parametrize("value", ["nope", None, 1, ["stable"]])
+def test_unknown_router_type_is_refused_with_the_choices(value):
+    with pytest.raises(ValueError, match=r"^`router_type` .* is unknown; choose one of \[.*'stable'.*\]\.$"):
+        tiny_config(router_type=value)
+
+
+def test_heads_must_divide_the_hidden_size():
+    with pytest.raises(ValueError, match=r"^`hidden_size` \(32\) must be divisible by `num_attention_heads` \(5\)"):
+        tiny_config(num_attention_heads=5)
+
+
+@pytest.mark.parametrize(("positions", "outside"), [([3], "3"), ([-1], "-1"), ([0, 1, 7, 9], "7, 9")])
+def test_positions_outside_the_blocks_are_refused(positions, outside):
+    message = rf"^`moe_layer_positions` \[{outside}\] lie outside 0\.\.num_hidden_layers \(2\)"
+    with pytest.raises(ValueError, match=message):
+        tiny_config(moe_layer_positions=positions)
+
+
+def test_a_position_named_twice_is_refused():
+    with pytest.raises(ValueError, match=r"^`moe_layer_positions` \[1, 2, 1\] names a position twice"):
+        tiny_config(moe_layer_positions=[1, 2, 1])
+
+
+@pytest.mark.parametrize("positions", [1, "1", [1.0], ["1"], [True], [None], {1: 1}])
+def test_positions_that_are_no_list_of_integers_are_refused(positions):
+    with pytest.raises(ValueError, match=r"^`moe_layer_positions` must be a list of integers, got "):
+        tiny_config(moe_layer_positions=positions)
+
+
+@pytest.mark.parametrize(("blocks", "middle"), [(1, 0), (2, 1), (5, 2), (12, 6)])
+def test_positions_default_to_one_layer_in_the_middle(blocks, middle):
+    assert tiny_config(num_hidden_layers=blocks, moe_layer_positions=None).moe_layer_positions == [middle]
+
+
+def test_positions_are_sorted_into_a_list():
+    assert tiny_config(moe_layer_positions=(2, 0, 1)).moe_layer_positions == [0, 1, 2]
+
+
+def test_no_positions_is_the_dense_transformer_and_not_the_default():
+    assert tiny_config(moe_layer_positions=[]).moe_layer_positions == []
+
+
+def test_the_first_and_the_last_position_are_allowed():
+    assert tiny_config(moe_layer_positions=[0, 2]).moe_layer_positions == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"moe_layer_positions": []},
+        {"moe_layer_positions": [2, 0], "expert_capacity_factor": 2.0, "router_fingerprint": "ab" * 32},
+        {"eos_token_id": [3, 4], "output_router_logits": True, "tie_word_embeddings": False, "hidden_act": "gelu"},
+    ],
+)
+def test_json_round_trip_changes_nothing(overrides, tmp_path):
+    config = tiny_config(**overrides)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model_type"] == "stablemoe"
+    # Every own field is written out, so that a later change of a default cannot change an old checkpoint.
+    assert stored["num_experts"] == 5
+    assert stored["moe_layer_positions"] == config.moe_layer_positions
+    loaded = StableMoEConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == {**config.to_dict(), **{k: v for k, v in loaded.to_dict().items() if k[0] == "_"}}
+
+
+def test_a_config_file_with_a_bad_field_is_refused_on_loading(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": 0}))
+    with pytest.raises(ValueError, match=r"^`num_experts` must be a positive integer, got 0\.$"):
+        AutoConfig.from_pretrained(tmp_path)

@@ -1,0 +1,365 @@
+"""Tests on two real processes (gloo, CPU): DistributedDataParallel, FSDP2 and accelerate's memory-efficient loading."""
+
+import os
+import socket
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import random_ids, tiny_config, tiny_model
+from torch.testing import assert_close
+from transformers import TrainerControl, TrainerState
+
+from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
+
+
+WORLD = 2
+EVERY_ID = torch.arange(99).unsqueeze(0)
+POSITIONS = [0, 2]
+
+
+def model_on_every_rank() -> StableMoEForCausalLM:
+    return tiny_model(moe_layer_positions=POSITIONS)
+
+
+def batch(step: int, rank: int | None = None) -> torch.Tensor:
+    """Four sequences, of which each rank takes two; the ranks' tokens differ, and so do their balance counts."""
+    halves = random_ids(2, 9, seed=2 * step, high=40), random_ids(2, 9, seed=2 * step + 1, low=30)
+    return torch.cat(halves) if rank is None else halves[rank]
+
+
+def facts_about(model: StableMoEForCausalLM) -> dict:
+    return {
+        "stage": model.routing_stage,
+        "fingerprint": model.router_fingerprint(),
+        "in config": model.config.router_fingerprint,
+        "routes": model.route(EVERY_ID),
+    }
+
+
+def train(model, steps, optimizer, rank: int | None = None, before_step=lambda: None) -> list[float]:
+    model.train()
+    losses = []
+    for step in steps:
+        ids = batch(step, rank)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+
+
+# Scenarios: what each process does; they return what the tests compare.
+
+
+def ddp_across_the_transition(rank: int, folder: Path) -> dict:
+    model = model_on_every_rank()
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch({"use_reentrant": False})
+    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    optimizer = adamw(model)
+    train(parallel, range(3), optimizer, rank)
+    before = model.route(EVERY_ID)
+    model.freeze_router()
+    train(parallel, range(3, 6), optimizer, rank)
+    return {
+        **facts_about(model),
+        "routes before": before,
+        "weights": {name: parameter.detach() for name, parameter in model.named_parameters()},
+    }
+
+
+def ddp_gradients(rank: int, folder: Path, as_trainer: bool = False) -> dict:
+    model = model_on_every_rank()
+    parallel = torch.nn.parallel.DistributedDataParallel(model.train())
+    ids = batch(0, rank)
+    if as_trainer:
+        # What `Trainer` does: the loss is over the targets of all processes, times the processes that DDP averages over.
+        outputs = parallel(ids, labels=ids, num_items_in_batch=torch.tensor(4 * 8))
+        (outputs.loss * WORLD).backward()
+    else:
+        outputs = parallel(ids, labels=ids)
+        outputs.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"gradients": gradients, "aux_loss": outputs.aux_loss.detach(), "load": outputs.expert_load}
+
+
+def ddp_gradients_as_trainer(rank: int, folder: Path) -> dict:
+    return ddp_gradients(rank, folder, as_trainer=True)
+
+
+def evaluation_on_one_rank(rank: int, folder: Path) -> dict:
+    if rank == 0:
+        model = model_on_every_rank().eval()
+        return {"aux_loss": model(batch(0, 0), output_router_logits=True).aux_loss.detach()}
+    return {}
+
+
+def shard(model: StableMoEForCausalLM, **kwargs):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for module in (*model.model.layers, *model.model.moe_layers, model):
+        fully_shard(module, mesh=mesh, **kwargs)
+    return model
+
+
+def full_weights(model) -> dict[str, torch.Tensor]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def fsdp_freeze_untrained(rank: int, folder: Path) -> dict:
+    model = shard(model_on_every_rank())
+    before = model.route(EVERY_ID)
+    model.freeze_router()
+    return {**facts_about(model), "routes before": before}
+
+
+def fsdp_across_the_transition(rank: int, folder: Path) -> dict:
+    from torch.distributed.tensor import DTensor
+
+    model = shard(model_on_every_rank())
+    optimizer = adamw(model)
+    losses = train(model, range(3), optimizer, rank)
+    before = model.route(EVERY_ID)
+    model.freeze_router()
+    frozen = facts_about(model)
+    losses += train(model, range(3, 8), optimizer, rank)
+    kept = {n: p.full_tensor().clone() for n, p in model.named_parameters() if "distilled" in n}
+    state, control = TrainerState(global_step=8, max_steps=10), TrainerControl()
+    callback = StageTransitionCallback(3)
+    callback.on_train_begin(None, state, control, model=model)
+    train(model, range(8, 10), optimizer, rank, lambda: callback.on_pre_optimizer_step(None, state, control))
+    return {
+        **facts_about(model),
+        "routes before": before,
+        "when frozen": frozen,
+        "losses": losses,
+        "all sharded": all(isinstance(p, DTensor) for p in model.parameters()),
+        "distilled router kept": all(
+            torch.equal(dict(model.named_parameters())[n].full_tensor(), kept[n]) for n in kept
+        ),
+        "weights": full_weights(model),
+        "logits": model.eval()(batch(0)).logits.detach(),
+    }
+
+
+def fsdp_bf16(rank: int, folder: Path) -> dict:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # More experts than bfloat16 can count: 257 and above would be rounded.
+    torch.manual_seed(0)
+    model = tiny_model(num_experts=521, moe_layer_positions=[1], num_expert_sublayers=1, intermediate_size=8)
+    plain = model.route(EVERY_ID)
+    shard(model, mp_policy=policy)
+    optimizer = adamw(model)
+    model.freeze_router()
+    losses = train(model, range(2), optimizer, rank)
+    outputs = model.eval()(batch(0), output_router_logits=True)
+    return {
+        **facts_about(model),
+        "routes before": plain,
+        "losses": losses,
+        "used": torch.stack(outputs.expert_indices),
+        "expected": model.route(batch(0)),
+        "dtype": outputs.logits.dtype,
+        "table": full_weights(model).get("model.moe_layers.0.frozen_router.routing_table"),  # on rank 0 only
+    }
+
+
+def efficient_loading(rank: int, folder: Path) -> dict:
+    """What `accelerate launch` with FSDP2 and `cpu_ram_efficient_loading` does: rank 0 reads, the others receive."""
+    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+
+    variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": str(rank)}
+    os.environ.update(variables)
+    try:
+        model = StableMoEForCausalLM.from_pretrained(folder / "frozen")
+    finally:
+        for name in variables:
+            del os.environ[name]
+    state = model.state_dict()
+    model = model.to("meta")
+    model.tie_weights()
+    shard(model)
+    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=rank == 0), model, state)
+    model.tie_weights()
+    with torch.no_grad():
+        return {**facts_about(model), "logits": model.eval()(batch(0)).logits, "state size": len(state)}
+
+
+SCENARIOS = [
+    ddp_across_the_transition,
+    ddp_gradients,
+    ddp_gradients_as_trainer,
+    evaluation_on_one_rank,
+    fsdp_freeze_untrained,
+    fsdp_across_the_transition,
+    fsdp_bf16,
+    efficient_loading,
+]
+
+
+def process(rank: int, folder: Path):
+    torch.set_num_threads(1)
+    if "lo" in {name for _, name in socket.if_nameindex()}:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens to the outside
+    for scenario in SCENARIOS:
+        # A store and a group each, so that a scenario that fails on one rank leaves none waiting in the next.
+        store = dist.FileStore(str(folder / f"{scenario.__name__}.store"), WORLD)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
+        try:
+            torch.manual_seed(rank)
+            result = scenario(rank, folder)
+        except Exception:  # noqa: BLE001 - the test reports it
+            result = traceback.format_exc()
+        torch.save(result, folder / f"{scenario.__name__}.{rank}.pt")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    """All scenarios, run once in two processes: starting them is what takes the time."""
+    folder = tmp_path_factory.mktemp("distributed")
+    model = model_on_every_rank()
+    model.freeze_router()
+    model.save_pretrained(folder / "frozen")
+    context = mp.start_processes(process, args=(folder,), nprocs=WORLD, join=False, start_method="spawn")
+    deadline = time.monotonic() + 300
+    try:
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "the processes did not end in five minutes"
+    finally:
+        for child in context.processes:
+            child.terminate()
+    return folder
+
+
+def results(ran: Path, scenario) -> list[dict]:
+    loaded = [torch.load(ran / f"{scenario.__name__}.{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    assert all(isinstance(result, dict) for result in loaded), "\n".join(r for r in loaded if isinstance(r, str))
+    return loaded
+
+
+def whole_batch_gradients() -> dict:
+    model, ids = model_on_every_rank().train(), batch(0)
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    return {
+        "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+        "aux_loss": outputs.aux_loss.detach(),
+        "load": outputs.expert_load,
+    }
+
+
+def test_ddp_trains_through_the_transition_with_checkpointing_and_without_looking_for_unused_parameters(ran):
+    first, second = results(ran, ddp_across_the_transition)
+    assert first["stage"] == second["stage"] == 2
+    assert first["fingerprint"] == second["fingerprint"] == first["in config"] == second["in config"]
+    assert torch.equal(first["routes"], first["routes before"])
+    assert torch.equal(first["routes"], second["routes"])
+    assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scenario", [ddp_gradients, ddp_gradients_as_trainer])
+def test_two_processes_have_the_gradient_of_one_with_both_batches(ran, scenario):
+    expected = whole_batch_gradients()
+    first, second = results(ran, scenario)
+    # A token counted on one process alone would make this test pass for a balance loss that counts locally.
+    assert not torch.equal(first["load"], second["load"])
+    assert torch.equal(first["load"] + second["load"], expected["load"])
+    assert_close(first["gradients"], expected["gradients"], rtol=1e-5, atol=1e-6)
+    assert_close(second["gradients"], expected["gradients"], rtol=1e-5, atol=1e-6)
+    mean = (first["aux_loss"] + second["aux_loss"]) / WORLD
+    if scenario is ddp_gradients_as_trainer:
+        mean = mean * WORLD
+    assert_close(mean, expected["aux_loss"], rtol=1e-5, atol=0)
+
+
+def test_evaluation_on_one_process_does_not_wait_for_the_others(ran):
+    expected = model_on_every_rank().eval()(batch(0, 0), output_router_logits=True).aux_loss.detach()
+    assert_close(results(ran, evaluation_on_one_rank)[0]["aux_loss"], expected, rtol=1e-5, atol=0)
+
+
+def test_a_sharded_model_freezes_to_the_fingerprint_of_the_plain_one(ran):
+    plain = model_on_every_rank()
+    plain.freeze_router()
+    for result in results(ran, fsdp_freeze_untrained):
+        assert result["fingerprint"] == result["in config"] == plain.router_fingerprint()
+        assert torch.equal(result["routes"], plain.route(EVERY_ID))
+        assert torch.equal(result["routes"], result["routes before"])
+
+
+def test_fsdp_trains_through_the_transition_and_leaves_the_routing(ran):
+    first, second = results(ran, fsdp_across_the_transition)
+    for result in (first, second):
+        assert result["all sharded"]
+        assert result["stage"] == 2
+        assert torch.equal(result["when frozen"]["routes"], result["routes before"])
+        assert torch.equal(result["routes"], result["routes before"])
+        assert result["fingerprint"] == result["in config"] == result["when frozen"]["fingerprint"]
+        assert all(torch.tensor(result["losses"]).isfinite())
+    assert first["fingerprint"] == second["fingerprint"]
+    plain = model_on_every_rank()
+    assert not torch.equal(plain.route(EVERY_ID), first["routes"])  # it has learned in stage 1
+
+
+def test_fsdp_leaves_the_distilled_router_as_it_was_where_the_callback_takes_its_zero_gradient(ran):
+    for result in results(ran, fsdp_across_the_transition):
+        assert result["distilled router kept"]
+
+
+def test_fsdp_learns_what_one_process_learns(ran):
+    plain = model_on_every_rank()
+    plain_losses = train(plain, range(3), adamw(plain))
+    first, second = results(ran, fsdp_across_the_transition)
+    sharded = torch.tensor([first["losses"][:3], second["losses"][:3]]).mean(0)
+    assert_close(sharded, torch.tensor(plain_losses), rtol=1e-4, atol=0)
+
+
+def test_the_full_weights_of_a_sharded_model_load_into_a_plain_one(ran):
+    first, _ = results(ran, fsdp_across_the_transition)
+    plain = StableMoEForCausalLM(tiny_config(moe_layer_positions=POSITIONS)).eval()
+    plain.load_state_dict(first["weights"])
+    assert plain.routing_stage == 2
+    assert plain.router_fingerprint() == plain.config.router_fingerprint == first["fingerprint"]
+    assert_close(plain(batch(0)).logits, first["logits"], rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp_in_bfloat16_keeps_a_table_that_bfloat16_could_not_hold(ran):
+    for result in results(ran, fsdp_bf16):
+        assert result["routes"].max() > 256
+        assert result["routes"].bfloat16().long().ne(result["routes"]).any()
+        assert torch.equal(result["routes"], result["routes before"])
+        assert torch.equal(result["used"], result["expected"])
+        assert result["dtype"] == torch.bfloat16
+        assert all(torch.tensor(result["losses"]).isfinite())
+    table = results(ran, fsdp_bf16)[0]["table"]
+    assert table.dtype == torch.int32
+    assert torch.equal(table.long(), result["routes"][0, 0])
+
+
+def test_memory_efficient_loading_brings_tables_and_stage_to_every_rank(ran):
+    plain = model_on_every_rank().eval()
+    plain.freeze_router()
+    for result in results(ran, efficient_loading):
+        assert result["stage"] == 2
+        assert result["fingerprint"] == result["in config"] == plain.router_fingerprint()
+        assert torch.equal(result["routes"], plain.route(EVERY_ID))
+        assert_close(result["logits"], plain(batch(0)).logits.detach(), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,197 @@
+"""Tests of model presets and recipes. Run: `python -m pytest tests/test_recipes.py`."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+
+from modeling_stablemoe import StableMoEConfig
+from modeling_stablemoe.data import DataArguments
+from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
+
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted(ROOT.glob("configuration/models/*.json"))
+RECIPES = sorted(ROOT.glob("configuration/recipes/*.yaml"))
+CLM_TYPES = (ModelArguments, DataArguments, RoutingArguments, TrainingArguments)
+
+
+def relative(path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.fixture
+def preset(tmp_path):
+    path = tmp_path / "preset.json"
+    path.write_text(json.dumps({"source": "made up", "vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2}))
+    return path
+
+
+def recipe(tmp_path, **values) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return str(path)
+
+
+def parse(*argv):
+    return parse_recipe(CLM_TYPES, "Train.", argv)
+
+
+# Presets
+
+
+def test_preset_fills_the_config_and_overrides_win(preset):
+    config = load_preset(preset, num_experts=7, hidden_size=16)
+    assert isinstance(config, StableMoEConfig)
+    assert (config.vocab_size, config.hidden_size, config.num_experts) == (11, 16, 7)
+    assert not hasattr(config, "source")
+
+
+def test_missing_preset_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model preset .*nothing.json"):
+        load_preset(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[1]", "must be a JSON object")])
+def test_preset_that_is_no_json_object_is_refused(preset, text, message):
+    preset.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_preset(preset)
+
+
+def test_unknown_field_of_a_preset_or_override_is_refused(preset):
+    with pytest.raises(ValueError, match=r"unknown fields: \['num_expert'\]"):
+        load_preset(preset, num_expert=7)
+    preset.write_text(json.dumps({"hidden": 8}))
+    with pytest.raises(ValueError, match=r"unknown fields: \['hidden'\]"):
+        load_preset(preset)
+
+
+def test_value_out_of_range_is_refused(preset):
+    with pytest.raises(ValueError, match="num_experts"):
+        load_preset(preset, num_experts=0)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=relative)
+def test_preset_of_the_repository_loads_and_says_where_it_is_from(path):
+    values = json.loads(path.read_text())
+    assert next(iter(values)) == "source"
+    assert values["source"]
+    if "encoder_layers" not in values:
+        load_preset(path)
+
+
+# Recipes
+
+
+def test_recipe_fills_the_command_line(tmp_path, preset):
+    path = recipe(
+        tmp_path,
+        model_preset=str(preset),
+        config_overrides={"num_experts": 3},
+        train_files=["a.txt", "b c.txt"],
+        document_separator="",
+        stage1_steps=0.1,
+        learning_rate="3e-4",
+        max_steps=7,
+        output_dir=str(tmp_path / "run"),
+        use_cpu=True,
+        tokenizer_name=None,
+    )
+    model, data, routing, training = parse(path)
+    assert model.overrides == {"num_experts": 3}
+    assert data.train_files == ["a.txt", "b c.txt"]
+    assert data.document_separator == ""
+    assert data.tokenizer_name is None
+    assert routing.stage1 == 0.1
+    assert (training.learning_rate, training.max_steps, training.use_cpu) == (3e-4, 7, True)
+
+
+def test_options_after_the_recipe_win(tmp_path, preset):
+    path = recipe(tmp_path, model_preset=str(preset), train_files=["a.txt", "b.txt"], max_steps=7, use_cpu=True)
+    _, data, routing, training = parse(
+        path, "--max_steps", "9", "--train_files", "c.txt", "--stage1_steps", "5", "--output_dir", str(tmp_path)
+    )
+    assert training.max_steps == 9
+    assert data.train_files == ["c.txt"]
+    assert routing.stage1 == 5
+
+
+def refuse(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    assert stop.value.code == 2
+    *usage, message = capsys.readouterr().err.splitlines()
+    assert len(usage) < 4
+    return message
+
+
+def test_bad_recipes_end_with_status_2_and_one_line(tmp_path, preset, capsys):
+    assert "there is no recipe" in refuse(capsys, str(tmp_path / "nothing.yaml"))
+    unknown = recipe(tmp_path, model_preset=str(preset), lerning_rate=1.0)
+    assert "--lerning_rate" in refuse(capsys, unknown)
+    Path(unknown).write_text("- a\n- b\n")
+    assert "must be a mapping" in refuse(capsys, unknown)
+
+
+def test_recipe_that_is_no_yaml_ends_with_status_2(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: [1\nb: 2")
+    with pytest.raises(SystemExit) as stop:
+        parse(str(path))
+    assert stop.value.code == 2
+    assert "is not valid YAML" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "Name one model to train"),
+        (["--model_preset", "a.json", "--model_name_or_path", "b"], "Name one model to train"),
+        (["--model_name_or_path", "b", "--config_overrides", "{}"], "changes a preset"),
+        (["--model_preset", "a.json", "--config_overrides", "{num: 3}"], "is not valid JSON"),
+        (["--model_preset", "a.json", "--config_overrides", "[3]"], "must be a JSON object"),
+        (["--model_preset", "a.json", "--max_step", "3"], "--max_step"),
+    ],
+)
+def test_bad_options_end_with_status_2_and_one_line(capsys, argv, message):
+    assert message in refuse(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [(None, None), ("600", 600), ("1", 1), ("0.1", 0.1), ("1.0", 1.0), (5, 5), (0.5, 0.5)]
+)
+def test_stage1_steps_is_an_int_of_steps_or_a_float_share(text, value):
+    stage1 = RoutingArguments(stage1_steps=text).stage1
+    assert stage1 == value
+    assert type(stage1) is type(value)
+
+
+@pytest.mark.parametrize("text", ["ten", "", "10%", "1_0x"])
+def test_stage1_steps_that_is_no_number_is_refused(text):
+    with pytest.raises(ValueError, match="must be a number of steps such as 600 or a share such as 0.1"):
+        RoutingArguments(stage1_steps=text).stage1  # noqa: B018 - the property raises
+
+
+def script_types(name: str) -> tuple:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script.parse_arguments
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=relative)
+def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = path.read_text()
+    if "run_clm" not in text and "model_preset" not in text:
+        pytest.skip("a recipe of another script")
+    # On a machine without GPU too.
+    argv = [str(path), "--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False", "--fp16", "False"]
+    model, _, routing, *_ = script_types("run_clm")(argv)
+    if model.model_preset is not None:
+        load_preset(model.model_preset, **model.overrides)
+    assert routing.stage1 is None or routing.stage1 > 0

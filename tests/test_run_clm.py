@@ -1,0 +1,269 @@
+"""Tests of the training script, run as users run it. Run: `python -m pytest tests/test_run_clm.py`."""
+
+import importlib.util
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).parents[1]
+PRESET = {
+    "source": "made up",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "num_experts": 9,
+    "num_expert_sublayers": 1,
+    "distilled_router_dim": 8,
+    "dropout": 0.1,
+}
+
+
+class Workplace:
+    """A folder with a corpus, a preset and a datasets cache, and the commands to work there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        generator = random.Random(0)
+        words = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
+        documents = [" ".join(generator.choices(words, k=25)) for _ in range(200)]
+        (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n")
+        (folder / "preset.json").write_text(json.dumps(PRESET))
+        self.environment = {
+            **os.environ,
+            "HF_DATASETS_CACHE": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+
+    def arguments(self, output: str, *more: str, max_steps: int = 16) -> list[str]:
+        text = f"""--model_preset preset.json --config_overrides {{"num_experts":3}} --train_files corpus.txt
+            --vocab_size 280 --block_size 16 --validation_share 0.1 --stage1_steps 0.4 --fluctuation_check_steps 3
+            --fluctuation_tokens 64 --max_steps {max_steps} --per_device_train_batch_size 4 --learning_rate 1e-2
+            --lr_scheduler_type constant --weight_decay 0.1 --logging_steps 3 --save_strategy steps --save_steps 2 --save_total_limit 2
+            --eval_strategy steps --eval_steps 5 --report_to none --use_cpu True --disable_tqdm True --do_train True"""
+        return [*text.split(), "--document_separator", "", "--output_dir", str(self.folder / output), *more]
+
+    def start(self, *command: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *command: str) -> str:
+        process = self.start(*command)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+        return output
+
+    def train(self, output: str, *more: str, max_steps: int = 16) -> str:
+        return self.run(str(ROOT / "scripts" / "run_clm.py"), *self.arguments(output, *more, max_steps=max_steps))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return Workplace(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(workplace):
+    """The printed output of a run that nothing interrupts, in the folder `whole`."""
+    return workplace.train("whole")
+
+
+@pytest.fixture
+def script(workplace, monkeypatch):
+    """The script's `main`, in this process: for command lines that go no further than the start."""
+    spec = importlib.util.spec_from_file_location("run_clm", ROOT / "scripts" / "run_clm.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace.folder / "cache")
+    return module.main
+
+
+def content(folder: Path) -> dict:
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_same_weights(folder: Path, expected: Path):
+    actual, expected = load_file(folder / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert actual.keys() == expected.keys()
+    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
+
+
+def test_script_trains_through_both_stages_and_writes_its_results(workplace, whole_run):
+    results = json.loads((workplace.folder / "whole" / "results.json").read_text())
+    assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
+    assert results["perplexity"] == results["stages"][1]["perplexity"]
+    assert 1 < results["perplexity"] < 280
+    assert results["stages"][1]["fluctuation"] == 0
+    assert results["stages"][0]["fluctuation"] > 0
+    config = json.loads((workplace.folder / "whole" / "config.json").read_text())
+    assert results["router_fingerprint"] == config["router_fingerprint"]
+    assert len(config["router_fingerprint"]) == 64
+    assert (config["num_experts"], config["vocab_size"]) == (3, 280)
+    assert "routing frozen after step 6 of 16" in whole_run
+    assert re.search(r"^\| 2 +\| 16 +\|", whole_run, re.MULTILINE)
+    assert f"this model: {results['perplexity']:.2f}" in whole_run
+    assert (workplace.folder / "whole" / "routing_fluctuation.json").exists()
+
+
+def test_trained_model_loads_and_continues_a_text_in_a_new_interpreter(workplace, whole_run):
+    code = """
+import torch, modeling_stablemoe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("whole")
+assert type(model).__name__ == "StableMoEForCausalLM" and model.routing_stage == 2
+ids = AutoTokenizer.from_pretrained("whole")("the quick brown", return_tensors="pt").input_ids
+assert torch.isfinite(model(ids).logits).all()
+"""
+    workplace.run("-c", code)
+    generate = [str(ROOT / "scripts" / "generate.py"), "whole", "--prompt", "the quick", "--max_new_tokens", "5"]
+    output = workplace.run(*generate, "--temperature", "0")
+    assert "frozen routing]" in output
+    assert re.search(r"^the quick.", output, re.MULTILINE)
+
+
+def test_resuming_a_finished_run_changes_no_weight(workplace, whole_run, tmp_path):
+    # A run that was killed after its last step, before it wrote its results.
+    shutil.copytree(workplace.folder / "whole", tmp_path / "run")
+    for name in ("model.safetensors", "results.json", "routing_fluctuation.json"):
+        (tmp_path / "run" / name).unlink()
+    workplace.train(str(tmp_path / "run"), "--resume_from_checkpoint", "latest")
+    assert_same_weights(tmp_path / "run", workplace.folder / "whole")
+    # One step more than `max_steps`, as `Trainer` does it, would show here.
+    for name in ("results.json", "routing_fluctuation.json"):
+        assert (tmp_path / "run" / name).read_text() == (workplace.folder / "whole" / name).read_text()
+
+
+def refuse(main, arguments) -> str:
+    """Run `main`; return the one line that it ends with."""
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert isinstance(stop.value.code, str)  # printed to stderr, exit status 1
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, whole_run, script):
+    before = content(workplace.folder / "whole")
+    message = refuse(script, workplace.arguments("whole"))
+    assert "holds a run already" in message
+    assert content(workplace.folder / "whole") == before
+
+
+def test_resuming_with_other_settings_names_the_setting_and_changes_nothing(workplace, whole_run, script):
+    before = content(workplace.folder / "whole")
+    arguments = workplace.arguments("whole", "--resume_from_checkpoint", "latest", "--learning_rate", "3e-3")
+    message = refuse(script, arguments)
+    assert "learning_rate: 0.01 there, 0.003 here" in message
+    assert "seed" not in message
+    assert content(workplace.folder / "whole") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train_files", "nothing.txt"], "There is no file or folder"),
+        (["--train_files", "empty.txt"], "There is no text in"),
+        (["--block_size", "100000"], "too few for one block"),
+        (["--model_preset", "nothing.json"], "There is no model preset"),
+        (["--config_overrides", '{"num_expert": 3}'], "unknown fields"),
+        (["--config_overrides", '{"num_experts": 0}'], "num_experts"),
+        (["--stage1_steps", "ten"], "must be a number of steps"),
+        (["--stage1_steps", "1.5"], "must lie inside"),
+    ],
+)
+def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, whole_run, script, options, message):
+    (workplace.folder / "empty.txt").write_text("\n \n")
+    assert message in refuse(script, workplace.arguments("new", *options))
+    assert not (workplace.folder / "new").exists()
+    # A slip in a command that replaces a run must not cost the run.
+    before = content(workplace.folder / "whole")
+    refuse(script, workplace.arguments("whole", "--overwrite_output_dir", "True", *options))
+    assert content(workplace.folder / "whole") == before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["nothing.yaml"], "there is no recipe"),
+        (["--model_preset", "preset.json", "--lerning_rate", "1"], "--lerning_rate"),
+    ],
+)
+def test_bad_command_line_ends_with_status_2(script, capsys, command, message):
+    with pytest.raises(SystemExit) as stop:
+        script(command)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bad_input_ends_the_process_with_an_error_and_no_traceback(workplace):
+    arguments = workplace.arguments("new", "--train_files", "nothing.txt")
+    process = workplace.start(str(ROOT / "scripts" / "run_clm.py"), *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", output.strip().splitlines()[-1])
+
+
+def kill_at(workplace, output: str, step: int, delay: float, *more: str, max_steps: int) -> bool:
+    """Start or resume a run and kill it `delay` seconds after it begins to save checkpoint `step`, if it gets there."""
+    process = workplace.start(
+        str(ROOT / "scripts" / "run_clm.py"), *workplace.arguments(output, *more, max_steps=max_steps)
+    )
+    checkpoint = workplace.folder / output / f"checkpoint-{step}"
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def kill_and_resume(workplace, output: str, kills, max_steps: int):
+    more = []
+    for step, delay in kills:
+        assert kill_at(workplace, output, step, delay, *more, max_steps=max_steps)
+        more = ["--resume_from_checkpoint", "latest"]
+    workplace.train(output, *more, max_steps=max_steps)
+
+
+def test_killed_run_resumes_to_the_same_bits(workplace, whole_run):
+    # While the first checkpoint is written, in stage 1; and while that after the transition is.
+    kill_and_resume(workplace, "killed", [(2, 0.0), (8, 0.003)], max_steps=16)
+    assert_same_weights(workplace.folder / "killed", workplace.folder / "whole")
+    stages = [
+        json.loads((workplace.folder / name / "results.json").read_text())["stages"] for name in ("killed", "whole")
+    ]
+    assert [row["perplexity"] for row in stages[0]] == [row["perplexity"] for row in stages[1]]
+    assert [row["fluctuation"] for row in stages[0]] == [row["fluctuation"] for row in stages[1]]
+
+
+@pytest.mark.slow
+def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
+    generator = random.Random(1)
+    workplace.train("long", max_steps=44)
+    kills = [(step, generator.uniform(0, 0.04)) for step in range(4, 44, 4)]
+    kill_and_resume(workplace, "long-killed", kills, max_steps=44)
+    assert_same_weights(workplace.folder / "long-killed", workplace.folder / "long")
