@@ -5,6 +5,7 @@ They are thin: freezing is a method of the model, statistics live in `statistics
 """
 
 import inspect
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -115,6 +116,7 @@ class StageTransitionCallback(_LoggingCallback):
                 f"this is step {state.global_step}. To train a frozen model further, leave StageTransitionCallback out; "
                 "to resume a run, give the `stage1_steps` it was started with."
             )
+        _check_fingerprint_of_checkpoint(stablemoe, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._find_handler()
         self._go_first()
         if self._meter is not None:
@@ -201,6 +203,20 @@ class StageTransitionCallback(_LoggingCallback):
         self._log(args, state, control, report)
         if state.is_world_process_zero:
             tqdm.write(f"{message} Fingerprint {model.config.router_fingerprint}.")
+
+
+def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Path):
+    """Compare the routing that Trainer has resumed with the config of its checkpoint, which Trainer does not read."""
+    try:
+        expected = json.loads((checkpoint / "config.json").read_text()).get("router_fingerprint")
+    except (OSError, ValueError):
+        return  # not resumed from there, or in a format without a config
+    actual = model.router_fingerprint()
+    if actual != expected:
+        raise ValueError(
+            f"The routing tables in {str(checkpoint)!r} are not those that it was saved with: their fingerprint is "
+            f"{actual}, its config has {expected}. Resume from an earlier checkpoint."
+        )
 
 
 def _lightest(load: Tensor) -> float:

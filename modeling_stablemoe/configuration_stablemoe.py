@@ -4,6 +4,7 @@
 from numbers import Integral, Real
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # One entry a router class of `routing_stablemoe.py`.
@@ -105,6 +106,13 @@ class StableMoEConfig(PreTrainedConfig):
         super().validate_architecture()
         self._validate_numbers()
         self._validate_moe()
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` {self.pad_token_id} lies outside the vocabulary 0..{self.vocab_size - 1}; raise "
+                "`vocab_size` or choose a token that is in it."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` {self.hidden_act!r} is unknown; transformers has {sorted(ACT2FN)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
@@ -157,7 +165,9 @@ class StableMoEConfig(PreTrainedConfig):
                 "`num_expert_sublayers`."
             )
         factor = self.expert_capacity_factor
-        if factor is not None and (isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor):
+        if factor is not None and (
+            isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < float("inf")
+        ):
             raise ValueError(f"`expert_capacity_factor` must be None (no token is dropped) or > 0, got {factor!r}.")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
@@ -125,11 +126,15 @@ class TwoStageRoutingMixin:
         for name, layer in self.moe_layers_by_name.items():
             router = layer.frozen_router
             if router.routing_table.is_meta and not hasattr(router, "_hf_hook"):
-                # Another process loads the weights and will send them here (FSDP).
-                router.is_frozen = self.config.router_fingerprint is not None
+                self._expect_tables()
                 return False
             router.refresh(f"{name}.frozen_router")
         return True
+
+    def _expect_tables(self):
+        """Take the stage from the config until another process, which loads the weights, sends them here (FSDP)."""
+        for layer in self.moe_layers_by_name.values():
+            layer.frozen_router.is_frozen = self.config.router_fingerprint is not None
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """Resize the vocabulary, routers included; arguments as in `PreTrainedModel.resize_token_embeddings`.
@@ -167,7 +172,10 @@ class TwoStageRoutingMixin:
                 "may have been cut off while saving or downloading; fetch it again or use an earlier checkpoint."
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.check_routing()
+        if is_fsdp_enabled() and not is_local_dist_rank_0():
+            model._expect_tables()  # what stands in its tables now, zeros in transformers 5.15, is no routing
+        else:
+            model.check_routing()
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
@@ -206,7 +214,7 @@ class TwoStageRoutingMixin:
         if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "Re-entrant activation checkpointing cuts the routing losses off from the router, which would silently "
-                "learn nothing. Pass `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+                "learn nothing. Pass `{'use_reentrant': False}` as the checkpointing arguments, or none."
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 

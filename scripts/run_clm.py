@@ -123,8 +123,10 @@ def train(trainer: Trainer, checkpoint: str | None):
             state.is_local_process_zero = trainer.is_local_process_zero()
             best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
             trainer.state = state
-            trainer._load_from_checkpoint(best or checkpoint)
+            trainer._load_from_checkpoint(checkpoint)
             trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
+            if best is not None:
+                trainer._load_from_checkpoint(best)
             trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
             return
     trainer.train(resume_from_checkpoint=checkpoint)

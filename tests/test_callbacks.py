@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_ids, tiny_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -789,3 +790,16 @@ def test_data_set_that_cannot_be_watched_is_refused():
         RoutingFluctuationCallback([{"input_ids": []}])
     with pytest.raises(ValueError, match=r"need a column `input_ids`; there are \['text'\]"):
         RoutingFluctuationCallback([{"text": "a"}])
+
+
+def test_resuming_from_a_checkpoint_with_an_altered_table_is_an_error(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, StageTransitionCallback(2), max_steps=4, **saving).train()
+    file = tmp_path / "checkpoint-4" / "model.safetensors"
+    tensors = load_file(file)
+    [name] = [name for name in tensors if name.endswith("routing_table")]
+    tensors[name][7] = (tensors[name][7] + 1) % 5
+    save_file(tensors, file, metadata={"format": "pt"})
+    resumed = make_trainer(tmp_path, StageTransitionCallback(2), max_steps=6, **saving)
+    with pytest.raises(ValueError, match="not those that it was saved with.*earlier checkpoint"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

@@ -1,6 +1,7 @@
 """Tests of StableMoEConfig: the paper's defaults, validation of every field, JSON round trip."""
 
 import json
+import re
 
 import pytest
 from conftest import tiny_config
@@ -159,3 +160,17 @@ def test_a_config_file_with_a_bad_field_is_refused_on_loading(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": 0}))
     with pytest.raises(ValueError, match=r"^`num_experts` must be a positive integer, got 0\.$"):
         AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pad_token_id": 99}, "`pad_token_id` 99 lies outside the vocabulary 0..98"),
+        ({"pad_token_id": -1}, "`pad_token_id` -1 lies outside the vocabulary"),
+        ({"hidden_act": "rlu"}, "`hidden_act` 'rlu' is unknown"),
+        ({"expert_capacity_factor": float("inf")}, "`expert_capacity_factor` must be None"),
+    ],
+)
+def test_fields_that_would_only_fail_later_are_refused_at_once(fields, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny_config(**fields)

@@ -67,12 +67,22 @@ def test_a_batch_of_different_lengths_equals_each_alone(model, use_cache):
     assert torch.equal(generated, torch.cat([by_hand(model, ids) for ids in prompts]))
 
 
-def test_right_padding_leaves_the_logits_of_real_tokens(model):
-    ids = random_ids(3, 5)
-    padded = torch.cat([ids, torch.full((3, 4), PAD)], 1)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_leaves_the_logits_of_real_tokens(model, side):
+    # Without `position_ids`, which `generate` passes itself: the model has to count them over real tokens.
+    ids, pads = random_ids(3, 5), torch.full((3, 4), PAD)
+    padded = torch.cat([pads, ids] if side == "left" else [ids, pads], 1)
+    logits = model(padded, attention_mask=padded.ne(PAD).long()).logits
+    assert_close(logits[:, 4:] if side == "left" else logits[:, :5], model(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_counted_in_a_second_pass_over_a_cache(model):
+    ids, pads = random_ids(3, 5), torch.full((3, 4), PAD)
+    padded = torch.cat([pads, ids], 1)
     mask = padded.ne(PAD).long()
-    logits = model(padded, attention_mask=mask).logits[:, :5]
-    assert_close(logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+    first = model(padded[:, :7], attention_mask=mask[:, :7], use_cache=True)
+    second = model(padded[:, 7:], attention_mask=mask, past_key_values=first.past_key_values)
+    assert_close(second.logits, model(ids).logits[:, 3:], rtol=1e-5, atol=1e-5)
 
 
 def test_sampling_with_a_seed_gives_the_same_tokens_with_and_without_cache(model):

@@ -126,6 +126,20 @@ def test_the_fingerprint_of_a_known_table_does_not_change_between_versions():
     assert model.router_fingerprint() == "e239dd514aa8719ce661fe8814a18d123a70102f89390c5ba7111f32914967d1"
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_frozen_model_reads_its_tables_whatever_becomes_of_the_distilled_router(training):
+    model = frozen().train(training)
+    before = model(IDS, output_router_logits=True)
+    with torch.no_grad():
+        for layer in model.model.moe_layers:
+            layer.router.distilled_router.embedding.normal_()
+            layer.router.distilled_router.centroids.zero_()
+    after = model(IDS, output_router_logits=True)
+    assert torch.equal(torch.stack(after.expert_indices), torch.stack(before.expert_indices))
+    assert torch.equal(torch.stack(after.expert_indices), torch.stack([table[IDS].long() for table in tables(model)]))
+    assert_close(after.logits, before.logits, rtol=0, atol=0)
+
+
 # Optimizers
 
 
