@@ -109,7 +109,7 @@ class StageTransitionCallback(_LoggingCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         stablemoe = find_stablemoe(model)
-        self.transition_step = self._resolve(state.max_steps)
+        self.transition_step = self.resolve_transition_step(state.max_steps)
         if stablemoe.routing_stage == 2 and state.global_step < self.transition_step:
             raise ValueError(
                 f"The model's routing is frozen already, but stage 1 should last until step {self.transition_step} and "
@@ -168,7 +168,18 @@ class StageTransitionCallback(_LoggingCallback):
             )
         self._meter.close()
 
-    def _resolve(self, max_steps: int) -> int:
+    def resolve_transition_step(self, max_steps: int) -> int:
+        """Find the step at whose end the routing is frozen.
+
+        Args:
+            max_steps (`int`): optimizer steps of the whole training.
+
+        Returns:
+            `int`: in [1, max_steps].
+
+        Raises:
+            ValueError: if stage 1 would outlast training.
+        """
         if isinstance(self.stage1_steps, float):
             return max(1, round(self.stage1_steps * max_steps))
         if self.stage1_steps > max_steps:
@@ -262,6 +273,11 @@ class RoutingFluctuationCallback(_LoggingCallback):
             self.history.load(path, last_step=state.global_step)
         if not self.history.steps:
             self._check(args, state, control)
+        elif self.history.experts[0].numel() != self._experts().numel():
+            raise ValueError(
+                f"The routing history in {str(path)!r} is of other tokens than this run's. Resume with the `num_tokens` "
+                "and the validation data of the start, or delete the file to begin a new history."
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
         """Check every `check_steps` steps, at the transition and after the last step."""

@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import Trainer
 from transformers.trainer_callback import TrainerState
 
-from .fluctuation import replace_file
+from .atomic_files import replace_file
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,8 @@ def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output folder {str(folder)!r} is a file.")
     run_file = folder / RUN_FILE
-    occupied = folder.is_dir() and any(folder.iterdir())
+    # What a crash left half-written is nobody's run.
+    occupied = folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir())
     if occupied and not run_file.is_file():
         raise ValueError(
             f"The output folder {str(folder)!r} is not empty and holds no run of this script. Choose another "
@@ -152,6 +154,30 @@ def _check_identity(run_file: Path, identity: dict):
         )
 
 
+def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
+    """Put a Trainer where training left it, if its checkpoint is of the last step; `Trainer` would do one step more.
+
+    Args:
+        trainer (`Trainer`): not trained yet; sharding engines are left to `Trainer.train`.
+        checkpoint (`str` or `Path`): a whole checkpoint.
+
+    Returns:
+        `bool`: whether there is nothing left to train.
+    """
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if state.global_step < state.max_steps or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return False
+    state.is_world_process_zero = trainer.is_world_process_zero()
+    state.is_local_process_zero = trainer.is_local_process_zero()
+    trainer.state = state
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_from_checkpoint(state.best_model_checkpoint)
+    trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
+    return True
+
+
 def remove_incomplete_checkpoints(folder: str | Path):
     """Delete checkpoints that a crash cut off, so that `save_total_limit` does not keep them in place of whole ones."""
     for checkpoint in checkpoints_in(folder):
@@ -165,5 +191,6 @@ __all__ = [
     "claim_run_folder",
     "last_complete_checkpoint",
     "remove_incomplete_checkpoints",
+    "restore_finished_run",
     "what_is_missing",
 ]

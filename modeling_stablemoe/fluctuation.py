@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .atomic_files import replace_file
+
 
 class RoutingHistory:
     """The experts of the same tokens at several steps of a training run.
@@ -126,13 +128,6 @@ class RoutingHistory:
         return [path, path.with_suffix(".png")]
 
 
-def replace_file(path: Path, write):
-    """Let `write` fill a file beside `path`, then put it in the place of `path` in one step."""
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 def plot_fluctuation(summary: dict):
     """Draw figures 2 and 7 for one run.
 
@@ -164,4 +159,4 @@ def plot_fluctuation(summary: dict):
     return figure
 
 
-__all__ = ["RoutingHistory", "plot_fluctuation", "replace_file"]
+__all__ = ["RoutingHistory", "plot_fluctuation"]

@@ -83,4 +83,39 @@ def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["STAGE_HEADINGS", "format_table", "stage_rows"]
+def summarize(log_history: Sequence[dict]) -> dict:
+    """Gather what a run's log history says of its routing.
+
+    Args:
+        log_history (sequence of `dict`): see `stage_rows`.
+
+    Returns:
+        `dict`: `stages`, the rows of `stage_rows`, and `distillation_agreement_at_transition`, the share of tokens on
+        which distilled and backbone router agreed when the routing was frozen; `None` if it was not.
+    """
+    transition = next((entry for entry in log_history if "transition_step" in entry), {})
+    return {
+        "stages": stage_rows(log_history),
+        "distillation_agreement_at_transition": transition.get("transition_agreement"),
+    }
+
+
+def format_results(results: dict) -> str:
+    """Lay out the results of a language model for people.
+
+    Args:
+        results (`dict`): of `summarize`, with `perplexity` and, optionally, `baselines`, perplexities by name.
+
+    Returns:
+        `str`: lines without a newline at the end.
+    """
+    lines = [format_table(results["stages"], STAGE_HEADINGS)]
+    agreement = results["distillation_agreement_at_transition"]
+    if agreement is not None:
+        lines.append(f"distilled and backbone router agreed on {agreement:.1%} of tokens when frozen")
+    for name, perplexity in results.get("baselines", {}).items():
+        lines.append(f"validation perplexity, {name}: {perplexity:.2f}")
+    return "\n".join([*lines, f"validation perplexity, this model: {results['perplexity']:.2f}"])
+
+
+__all__ = ["STAGE_HEADINGS", "format_results", "format_table", "stage_rows", "summarize"]

@@ -14,15 +14,21 @@ from pathlib import Path
 
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import is_main_process
 
 from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
-from modeling_stablemoe.checkpoints import check_run_folder, claim_run_folder, remove_incomplete_checkpoints
+from modeling_stablemoe.atomic_files import replace_file
+from modeling_stablemoe.checkpoints import (
+    check_run_folder,
+    claim_run_folder,
+    remove_incomplete_checkpoints,
+    restore_finished_run,
+)
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
+from modeling_stablemoe.hub import build_model_card
 from modeling_stablemoe.ngram import ngram_perplexities
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
-from modeling_stablemoe.report import format_table, stage_rows
+from modeling_stablemoe.report import format_results, summarize
 
 
 logger = logging.getLogger(__name__)
@@ -94,11 +100,13 @@ def build_model(model_args: ModelArguments, tokenizer) -> StableMoEForCausalLM:
     return AutoModelForCausalLM.from_config(config, **implementations)
 
 
-def build_callbacks(routing_args: RoutingArguments, validation_blocks) -> list:
+def build_callbacks(routing_args: RoutingArguments, max_steps: int, validation_blocks) -> list:
     """Make the callbacks that the routing arguments ask for."""
     callbacks = []
     if routing_args.stage1 is not None:
         callbacks.append(StageTransitionCallback(routing_args.stage1))
+        if max_steps > 0:  # else only Trainer knows how many there will be, and the callback checks them then
+            callbacks[0].resolve_transition_step(max_steps)
     if routing_args.fluctuation_check_steps:
         callbacks.append(
             RoutingFluctuationCallback(
@@ -109,66 +117,44 @@ def build_callbacks(routing_args: RoutingArguments, validation_blocks) -> list:
 
 
 def train(trainer: Trainer, checkpoint: str | None):
-    """Train to the end, from a checkpoint where there is one."""
+    """Train to the end, from a checkpoint where there is one, and save the model and the Trainer's state."""
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
         with trainer.args.main_process_first(desc="cut-off checkpoints"):
             if trainer.is_world_process_zero():
                 remove_incomplete_checkpoints(trainer.args.output_dir)
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        if state.global_step >= state.max_steps and not sharded:
-            # `Trainer` would do one step more.
-            state.is_world_process_zero = trainer.is_world_process_zero()
-            state.is_local_process_zero = trainer.is_local_process_zero()
-            best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-            trainer.state = state
-            trainer._load_from_checkpoint(checkpoint)
-            trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
-            if best is not None:
-                trainer._load_from_checkpoint(best)
-            trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
-            return
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is None or not restore_finished_run(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    # A pickle; checkpoints keep theirs, what is shared holds none.
+    (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
 
-def report(trainer: Trainer, blocks, ngram_baselines: bool):
-    """Evaluate, write `results.json` and print what the run came to."""
-    metrics = trainer.evaluate()
-    perplexity = math.exp(metrics["eval_loss"])
-    history = trainer.state.log_history
-    transition = next((entry for entry in history if "transition_step" in entry), {})
+def report(trainer: Trainer, blocks, data_args: DataArguments, ngram_baselines: bool):
+    """Evaluate, write `results.json` and the model card, and print what the run came to."""
     results = {
-        "perplexity": perplexity,
-        "stages": stage_rows(history),
-        "distillation_agreement_at_transition": transition.get("transition_agreement"),
-        "router_fingerprint": trainer.model.config.router_fingerprint,
+        "perplexity": math.exp(trainer.evaluate()["eval_loss"]),
         "parameters": trainer.model.num_parameters(),
+        "router_fingerprint": trainer.model.config.router_fingerprint,
+        **summarize(trainer.state.log_history),
     }
     if not trainer.is_world_process_zero():
         return
     if ngram_baselines:
-        results["baselines"] = ngram_perplexities(
-            blocks["train"], blocks["validation"], trainer.model.config.vocab_size
-        )
-    path = Path(trainer.args.output_dir) / "results.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-
-    headings = {
-        "stage": "stage",
-        "steps": "steps",
-        "perplexity": "validation perplexity",
-        "load_max_over_mean": "load max/mean",
-        "fluctuation": "fluctuation",
-    }
-    print("\n" + format_table(results["stages"], headings))
-    if transition:
-        print(
-            f"distilled and backbone router agreed on {transition['transition_agreement']:.1%} of tokens when frozen"
-        )
-    for name, value in results.get("baselines", {}).items():
-        print(f"validation perplexity, {name}: {value:.2f}")
-    print(f"validation perplexity, this model: {perplexity:.2f}")
+        vocab_size = trainer.model.config.vocab_size
+        results["baselines"] = ngram_perplexities(blocks["train"], blocks["validation"], vocab_size)
+    folder = Path(trainer.args.output_dir)
+    replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    card = build_model_card(
+        Path(__file__).parents[1] / "hub_card.md",
+        model_name=trainer.args.hub_model_id or folder.name,
+        config=trainer.model.config,
+        results=results,
+        dataset_name=data_args.dataset_name or (data_args.train_files or [f"Python {data_args.embedded_corpus}"])[0],
+    )
+    replace_file(folder / "README.md", card.save)
+    print(f"\n{format_results(results)}")
 
 
 def prepare(model_args, data_args, routing_args, run_args, training_args) -> tuple:
@@ -185,7 +171,7 @@ def prepare(model_args, data_args, routing_args, run_args, training_args) -> tup
     block_size = data_args.block_size or model.config.max_position_embeddings
     with training_args.main_process_first(desc="packing"):
         blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
-    callbacks = build_callbacks(routing_args, blocks["validation"])
+    callbacks = build_callbacks(routing_args, training_args.max_steps, blocks["validation"])
     checkpoint = claim_output_folder(run, training_args)
     trainer = Trainer(
         model=model,
@@ -212,9 +198,7 @@ def main(argv=None):
         raise SystemExit(f"error: {error}") from error
     if training_args.do_train:
         train(trainer, checkpoint)
-        trainer.save_model()
-        trainer.save_state()
-    report(trainer, blocks, run_args.ngram_baselines)
+    report(trainer, blocks, data_args, run_args.ngram_baselines)
 
 
 if __name__ == "__main__":

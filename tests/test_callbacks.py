@@ -803,3 +803,11 @@ def test_resuming_from_a_checkpoint_with_an_altered_table_is_an_error(tmp_path):
     resumed = make_trainer(tmp_path, StageTransitionCallback(2), max_steps=6, **saving)
     with pytest.raises(ValueError, match="not those that it was saved with.*earlier checkpoint"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_a_history_of_other_tokens_is_refused_on_resuming(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(tmp_path, RoutingFluctuationCallback(BLOCKS, check_steps=2, num_tokens=32), **saving).train()
+    resumed = make_trainer(tmp_path, RoutingFluctuationCallback(BLOCKS, check_steps=2, num_tokens=64), **saving)
+    with pytest.raises(ValueError, match="of other tokens than this run's.*delete the file"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

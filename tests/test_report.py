@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_stablemoe.ngram import ngram_perplexities
-from modeling_stablemoe.report import format_table, stage_rows
+from modeling_stablemoe.report import format_results, format_table, stage_rows, summarize
 
 
 HISTORY = [
@@ -127,3 +127,19 @@ def test_pairs_across_blocks_are_not_counted():
     train, validation = [[0, 1], [2, 3]] * 5, [[1, 2]]
     result = ngram_perplexities([{"input_ids": row} for row in train], [{"input_ids": row} for row in validation], 4)
     assert result == pytest.approx({"unigram": 4.0, "bigram": 4.0}, rel=1e-6)
+
+
+def test_results_print_the_table_the_agreement_and_the_baselines_above_the_model():
+    results = {
+        **summarize([{"eval_loss": 1.0, "step": 5}, {"transition_step": 5, "transition_agreement": 0.25, "step": 5}]),
+        "perplexity": 3.0,
+        "baselines": {"unigram": 9.0, "bigram": 5.0},
+    }
+    lines = format_results(results).splitlines()
+    assert lines[2].startswith("| 1     | 5     | 2.718")
+    assert lines[-4:] == [
+        "distilled and backbone router agreed on 25.0% of tokens when frozen",
+        "validation perplexity, unigram: 9.00",
+        "validation perplexity, bigram: 5.00",
+        "validation perplexity, this model: 3.00",
+    ]

@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 
@@ -125,6 +126,11 @@ def test_script_trains_through_both_stages_and_writes_its_results(workplace, who
     assert re.search(r"^\| 2 +\| 16 +\|", whole_run, re.MULTILINE)
     assert f"this model: {results['perplexity']:.2f}" in whole_run
     assert (workplace.folder / "whole" / "routing_fluctuation.json").exists()
+    shared = {path.suffix for path in (workplace.folder / "whole").iterdir() if path.is_file()}
+    assert shared <= {".json", ".md", ".png", ".py", ".safetensors"}
+    card = ModelCard.load(workplace.folder / "whole" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(results["perplexity"], 3)
+    assert config["router_fingerprint"] in card.text
 
 
 def test_trained_model_loads_and_continues_a_text_in_a_new_interpreter(workplace, whole_run):
@@ -191,6 +197,7 @@ def test_resuming_with_other_settings_names_the_setting_and_changes_nothing(work
         (["--config_overrides", '{"num_experts": 0}'], "num_experts"),
         (["--stage1_steps", "ten"], "must be a number of steps"),
         (["--stage1_steps", "1.5"], "must lie inside"),
+        (["--stage1_steps", "100"], "longer than training"),
     ],
 )
 def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, whole_run, script, options, message):

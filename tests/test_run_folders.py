@@ -184,3 +184,9 @@ def test_sharded_checkpoint_needs_every_shard(tmp_path, damage):
     damage(folder)
     assert "cannot be read" in what_is_missing(folder)
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_folder_that_holds_only_half_written_files_is_free(tmp_path):
+    (tmp_path / "run.json.partial").write_text("{")
+    assert claim_run_folder(tmp_path, {"seed": 0}, resume=False, overwrite=False) is None
+    assert json.loads((tmp_path / "run.json").read_text()) == {"seed": 0}
