@@ -116,7 +116,8 @@ class StageTransitionCallback(_LoggingCallback):
                 f"this is step {state.global_step}. To train a frozen model further, leave StageTransitionCallback out; "
                 "to resume a run, give the `stage1_steps` it was started with."
             )
-        _check_fingerprint_of_checkpoint(stablemoe, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if state.global_step > 0:
+            _check_fingerprint_of_checkpoint(stablemoe, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._find_handler()
         self._go_first()
         if self._meter is not None:

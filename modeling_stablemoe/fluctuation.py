@@ -145,17 +145,17 @@ def plot_fluctuation(summary: dict):
     changes, settled = figure.subplots(1, 2)
     steps = summary["steps"]
     changes.plot(steps[1:], [100 * change for change in summary["change_since_last_check"][1:]], marker=".")
-    changes.set(xlabel="step", ylabel="tokens whose expert changed since the last check (%)", title="Fluctuation")
+    changes.set(xlabel="step", ylabel="tokens (%)", title="Expert changed since the last check")
     curve = summary["last_fluctuation"]
     settled.plot(curve["steps"], [100 * share for share in curve["cumulative_share"]], marker=".")
-    settled.set(xlabel="last fluctuation step", ylabel="cumulative share of tokens (%)", title="Settled for good")
+    settled.set(xlabel="last fluctuation step", ylabel="tokens (%), cumulative", title="Expert settled for good")
     for axes in (changes, settled):
         axes.set_ylim(-2, 102)
         axes.grid(alpha=0.3)
         if 2 in summary["stages"]:
             boundary = steps[summary["stages"].index(2)]
             axes.axvline(boundary, color="tab:red", linestyle="--", label="routing frozen")
-            axes.legend()
+            axes.legend(loc="center right")
     return figure
 
 
