@@ -143,7 +143,7 @@ def fsdp_across_the_transition(rank: int, folder: Path) -> dict:
     kept = {n: p.full_tensor().clone() for n, p in model.named_parameters() if "distilled" in n}
     state, control = TrainerState(global_step=8, max_steps=10), TrainerControl()
     callback = StageTransitionCallback(3)
-    callback.on_train_begin(None, state, control, model=model)
+    callback.on_train_begin(SimpleNamespace(output_dir=str(folder)), state, control, model=model)
     train(model, range(8, 10), optimizer, rank, lambda: callback.on_pre_optimizer_step(None, state, control))
     return {
         **facts_about(model),
