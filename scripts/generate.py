@@ -34,15 +34,18 @@ def main(argv=None):
     """Run the script."""
     arguments = parse_arguments(argv)
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map="auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map="auto")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
     prompt = tokenizer(arguments.prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
     room = model.config.max_position_embeddings - prompt["input_ids"].shape[1]
     if room < 1:
-        raise SystemExit(f"The prompt leaves no room in the {model.config.max_position_embeddings} positions.")
+        raise SystemExit(f"error: the prompt leaves no room in the {model.config.max_position_embeddings} positions.")
     with torch.inference_mode():
         output = model.generate(**prompt, max_new_tokens=min(arguments.max_new_tokens, room), **sampling)
     stage = "frozen routing" if model.routing_stage == 2 else "routing of stage 1, not frozen"

@@ -274,3 +274,11 @@ def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
     kills = [(step, generator.uniform(0, 0.04)) for step in range(4, 44, 4)]
     kill_and_resume(workplace, "long-killed", kills, max_steps=44)
     assert_same_weights(workplace.folder / "long-killed", workplace.folder / "long")
+
+
+def test_generating_from_a_folder_that_is_no_model_is_one_line(workplace):
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nowhere/at-all"]
+    finished = subprocess.run(command, cwd=workplace.folder, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 1
+    assert re.search(r"^error: .*nowhere/at-all", finished.stderr, re.MULTILINE)
+    assert "Traceback" not in finished.stderr

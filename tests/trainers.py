@@ -1,0 +1,71 @@
+"""A real Trainer on a tiny model, for the tests of the callbacks."""
+
+import torch
+from conftest import random_ids, tiny_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_stablemoe.callbacks import find_stablemoe
+from modeling_stablemoe.data import collate_blocks
+
+
+BLOCKS = [{"input_ids": row} for row in random_ids(24, 16, seed=1)]
+STATISTICS = {
+    "task_loss",
+    "balance_loss",
+    "distillation_loss",
+    "distillation_agreement",
+    "load_max_over_mean",
+    "routing_stage",
+}
+
+
+class Recorder(TrainerCallback):
+    """Notes what a reporter sees."""
+
+    def __init__(self):
+        self.stages, self.fingerprints, self.logs = [], [], []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        stablemoe = find_stablemoe(model)
+        self.stages.append(stablemoe.routing_stage)
+        self.fingerprints.append(stablemoe.router_fingerprint())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append({**logs, "step": state.global_step})
+
+
+def make_trainer(folder, *callbacks, model=None, optimizers=(None, None), trainer_class=Trainer, **arguments):
+    options = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **arguments,
+    }
+    return trainer_class(
+        model=tiny_model() if model is None else model,
+        args=TrainingArguments(output_dir=str(folder), **options),
+        train_dataset=options.pop("train_dataset", BLOCKS),
+        eval_dataset=BLOCKS[:4],
+        data_collator=collate_blocks,
+        callbacks=list(callbacks),
+        optimizers=optimizers,
+    )
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(actual, expected):
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not different
+
+
+def training_logs(history) -> list[dict]:
+    return [entry for entry in history if "loss" in entry]
