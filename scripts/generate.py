@@ -38,7 +38,7 @@ def main(argv=None):
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map="auto")
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: cannot load {arguments.model!r}: {error}") from error
     prompt = tokenizer(arguments.prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
