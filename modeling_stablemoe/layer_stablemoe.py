@@ -1,12 +1,12 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """One MoE layer: router, experts, gate and residual, and the table that the routing is frozen into."""
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_stablemoe import StableMoEConfig
 from .experts_stablemoe import StableMoEExperts, drop_overflow
+from .losses_stablemoe import is_distributed
 from .routing_stablemoe import FrozenRouter, build_router
 
 
@@ -45,7 +45,7 @@ class StableMoELayer(GradientCheckpointingLayer):
             decision.gate.reshape(-1, 1),
         )
         hidden_states = hidden_states + delta.view_as(hidden_states)
-        if self.frozen_router.is_frozen and self.training and _is_distributed():
+        if self.frozen_router.is_frozen and self.training and is_distributed():
             hidden_states = hidden_states + self._idle_parameters_term().to(hidden_states.dtype)
         return hidden_states
 
@@ -85,8 +85,20 @@ class StableMoELayer(GradientCheckpointingLayer):
         return sum(parameter.flatten()[:1].sum() for parameter in self.router.stage1_parameters()) * 0.0
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
+    """Read from an attention mask which of the last tokens are real.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding. A mask of any
+            other kind belongs to the attention implementation and tells nothing of padding.
+        sequence_length (`int`): tokens that are not in the cache.
+
+    Returns:
+        `torch.BoolTensor` of shape `(batch, sequence)`, or `None`: every token is real.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -sequence_length:].bool()
 
 
 def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
@@ -94,4 +106,4 @@ def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, StableMoELayer)}
 
 
-__all__ = ["StableMoELayer", "moe_layers_of"]
+__all__ = ["StableMoELayer", "moe_layers_of", "token_mask"]

@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def is_distributed() -> bool:
+    """Tell whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
     """Count the tokens sent to each expert, |A_i| of eq. 8.
 
@@ -140,7 +145,7 @@ def routing_losses(
         # In evaluation tokens go where the distilled router says; what is measured is still the router that learns.
         teacher = logits.detach().argmax(-1)
         load = count_expert_load(expert_index=teacher, mask=mask, num_experts=num_experts)
-        if across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if across_processes and is_distributed():
             dist.all_reduce(load)
         balance = balance + balance_loss(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load)
         distillation = distillation + distillation_loss(distilled_logits=distilled, teacher_index=teacher, mask=mask)
@@ -170,6 +175,7 @@ __all__ = [
     "count_causal_targets",
     "count_expert_load",
     "distillation_loss",
+    "is_distributed",
     "masked_mean",
     "routing_losses",
 ]

@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_stablemoe import StableMoEConfig
 from .experts_stablemoe import ExpertSublayer
-from .layer_stablemoe import StableMoELayer
+from .layer_stablemoe import StableMoELayer, token_mask
 from .losses_stablemoe import RoutingLosses, count_causal_targets, routing_losses
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .routing_stablemoe import DistilledRouter, FrozenRouter, StableRouter
@@ -466,22 +466,6 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(targets.device)
         return targets / num_items_in_batch
-
-
-def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
-    """Read from an attention mask which of the last tokens are real.
-
-    Args:
-        attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding. A mask of any
-            other kind belongs to the attention implementation and tells nothing of padding.
-        sequence_length (`int`): tokens that are not in the cache.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, sequence)`, or `None`: every token is real.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -sequence_length:].bool()
 
 
 def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:

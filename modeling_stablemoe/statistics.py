@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .layer_stablemoe import token_mask
+from .losses_stablemoe import is_distributed
 from .stages_stablemoe import TwoStageRoutingMixin
 
 
@@ -31,10 +33,7 @@ class RoutingTotals:
 
     def across_processes(self) -> "RoutingTotals":
         """Add up the sums of all processes; every process must call this."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self
-        packed = torch.cat([self.sums, self.load.flatten()])
-        dist.all_reduce(packed)
+        packed = _sum_across_processes(torch.cat([self.sums, self.load.flatten()]))
         return RoutingTotals(packed[: len(self.sums)], packed[len(self.sums) :].view_as(self.load))
 
     def metrics(self, stage: int) -> dict[str, float]:
@@ -58,6 +57,12 @@ class RoutingTotals:
             metrics["distillation_loss"] = distillation / tokens
             metrics["distillation_agreement"] = agreed / learned
         return metrics
+
+
+def _sum_across_processes(values: Tensor) -> Tensor:
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
 
 
 def imbalance(load: Tensor) -> float:
@@ -118,7 +123,8 @@ class RoutingMeter:
             return
         if self.token_counts is None:
             self.token_counts = torch.zeros(self.model.config.vocab_size, dtype=torch.long, device=input_ids.device)
-        ones = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+        real = token_mask(attention_mask, input_ids.shape[-1])
+        ones = torch.ones_like(input_ids) if real is None else real
         self.token_counts.scatter_add_(0, input_ids.flatten(), ones.flatten().long())
 
     def end_step(self):
@@ -146,15 +152,14 @@ class RoutingMeter:
         return sum(list(self._recent)[1:], start=self._recent[0]).across_processes()
 
     def table_load(self) -> Tensor | None:
-        """Send the tokens of stage 1 through the frozen tables.
+        """Send the tokens of stage 1, of all processes, through the frozen tables; every process must call this.
 
         Returns:
-            `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens, of this process; `None` where there were
-            no tokens to count.
+            `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens; `None` where there were none to count.
         """
         if self.token_counts is None:
             return None
-        counts = self.token_counts.double()
+        counts = _sum_across_processes(self.token_counts.double())
         loads = []
         for layer in self.model.moe_layers_by_name.values():
             experts = layer.frozen_router.values().long().to(counts.device)
