@@ -138,7 +138,12 @@ def routing_losses(
     Returns:
         `RoutingLosses`
     """
-    num_experts = router_logits[0].shape[-1]
+    num_experts, device = router_logits[0].shape[-1], router_logits[0].device
+    # A model may be spread over several devices.
+    router_logits, distilled_logits, expert_indices = (
+        [tensor.to(device) for tensor in tensors] for tensors in (router_logits, distilled_logits, expert_indices)
+    )
+    mask = None if mask is None else mask.to(device)
     zero = router_logits[0].new_zeros(())
     balance, distillation, agreement = zero, zero, zero
     for logits, distilled in zip(router_logits, distilled_logits, strict=False):

@@ -418,13 +418,14 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         routing, aux_loss = None, None
         if with_routing and self.config.moe_layer_positions:
             routing = self.model.routing_losses(outputs, attention_mask)
-            share = self._share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
-            aux_loss = share * (
+            aux_loss = (
                 self.config.balance_loss_coef * routing.balance_loss
                 + self.config.distillation_loss_coef * routing.distillation_loss
-            )
+            ).to(logits.device)  # layers may stand on several devices
+            share = self._share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+            aux_loss = aux_loss if share is None else aux_loss * share.to(logits.device)
             if self.training and loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
         elif with_routing:
             aux_loss = torch.zeros((), device=logits.device)
         return StableMoECausalLMOutputWithPast(
@@ -454,14 +455,14 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
 
     def _share_of_batch(
         self, labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | float:
-        """Weigh a micro-batch by its share of the targets that the loss is divided by; 1 where that is not known.
+    ) -> Tensor | None:
+        """Weigh a micro-batch by its share of the targets that the loss is divided by; `None` where it is not known.
 
         The task loss is divided by `num_items_in_batch`, so the auxiliary loss of each micro-batch, a mean, must count
         for its share of it: else it would grow with the number of micro-batches and processes.
         """
         if num_items_in_batch is None or (labels is None and shift_labels is None):
-            return 1.0
+            return None
         targets = self.count_targets(labels, shift_labels)
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(targets.device)
@@ -470,7 +471,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
 
 def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
     """Count positions over real tokens, so that padding on either side moves none: `(batch or 1, sequence)`."""
-    batch_size, sequence_length = inputs_embeds.shape[:2]
+    sequence_length = inputs_embeds.shape[1]
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return counted[:, -sequence_length:]
