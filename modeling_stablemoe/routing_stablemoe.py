@@ -224,19 +224,31 @@ class FrozenRouter(nn.Module):
         Raises:
             ValueError: if the table is neither wholly unfrozen nor wholly a map into [0, N).
         """
-        table = self.values()
-        low, high = int(table.min()), int(table.max())
-        if low == high == -1:
-            self.is_frozen = False
-        elif low >= 0 and high < self.num_experts:
-            self.is_frozen = True
-        else:
-            row = int(((table < 0) | (table >= self.num_experts)).nonzero()[0])
-            problem = "has no expert" if table[row] == -1 else f"is sent to expert {int(table[row])}"
-            raise ValueError(
-                f"The routing table `{name}.routing_table` is damaged: token id {row} {problem}, but a frozen table "
-                f"sends every id to an expert in [0, {self.num_experts}). Restore the checkpoint from its source."
-            )
+        self.is_frozen = is_frozen_table(self.values(), self.num_experts, name)
+
+
+def is_frozen_table(table: Tensor, num_experts: int, name: str) -> bool:
+    """Tell a frozen routing table from one that is not frozen yet.
+
+    Args:
+        table (`torch.IntTensor` of shape `(V,)`): expert of each token id, or -1.
+        num_experts (`int`): N.
+        name (`str`): of the router that holds the table, for the error.
+
+    Raises:
+        ValueError: if it is neither wholly -1 nor wholly a map into [0, N).
+    """
+    low, high = int(table.min()), int(table.max())
+    if low == high == -1:
+        return False
+    if low >= 0 and high < num_experts:
+        return True
+    row = int(((table < 0) | (table >= num_experts)).nonzero()[0])
+    problem = "has no expert" if table[row] == -1 else f"is sent to expert {int(table[row])}"
+    raise ValueError(
+        f"The routing table `{name}.routing_table` is damaged: token id {row} {problem}, but a frozen table sends every "
+        f"id to an expert in [0, {num_experts}). Restore the checkpoint from its source."
+    )
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -268,4 +280,4 @@ def build_router(config: StableMoEConfig) -> nn.Module:
     return ROUTERS[config.router_type](config)
 
 
-__all__ = ["DistilledRouter", "FrozenRouter", "RoutingDecision", "StableRouter", "build_router"]
+__all__ = ["DistilledRouter", "FrozenRouter", "RoutingDecision", "StableRouter", "build_router", "is_frozen_table"]

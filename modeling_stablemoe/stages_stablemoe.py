@@ -2,6 +2,7 @@
 """The two stages of a whole model: freezing its routers, asking and checking its routing, saving and loading it."""
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
 from .layer_stablemoe import StableMoELayer, moe_layers_of
+from .routing_stablemoe import is_frozen_table
 
 
 logger = logging.get_logger(__name__)
@@ -28,6 +30,7 @@ class TwoStageRoutingMixin:
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(_check_tables_to_load)
         self.register_load_state_dict_post_hook(_follow_loaded_tables)
 
     @property
@@ -86,12 +89,8 @@ class TwoStageRoutingMixin:
         """
         if self.routing_stage == 1:
             return None
-        digest = hashlib.sha256(b"stablemoe-routing-1")
-        for layer in self.moe_layers_by_name.values():
-            table = layer.frozen_router.values()
-            digest.update(f"|{layer.num_experts} experts, {table.shape[0]} tokens|".encode())
-            digest.update(table.numpy().astype("<i4").tobytes())
-        return digest.hexdigest()
+        layers = self.moe_layers_by_name.values()
+        return _fingerprint([layer.frozen_router.values() for layer in layers], self.config.num_experts)
 
     def check_routing(self):
         """Check the tables against themselves and against `config.router_fingerprint`, after loading.
@@ -113,13 +112,7 @@ class TwoStageRoutingMixin:
             )
         if unfrozen and len(unfrozen) < len(layers):
             raise ValueError(f"Some MoE layers are frozen and others are not: {', '.join(unfrozen)}. {_RESTORE}")
-        actual = self.router_fingerprint()
-        if actual != expected:
-            raise ValueError(
-                f"The routing tables of {', '.join(layers)} are not those that this checkpoint was saved with: their "
-                f"fingerprint is {actual}, the config has {expected}. {_RESTORE} If you changed the tables yourself, "
-                "write the new fingerprint into config.json."
-            )
+        _check_fingerprint(self.router_fingerprint(), expected, layers)
 
     def _read_tables(self) -> bool:
         """Let every layer re-derive its stage; False where this process holds no weights to read it from."""
@@ -233,6 +226,42 @@ def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:
         "weights that were saved together. To change the vocabulary, load them as they are, then call "
         "`resize_token_embeddings`."
     )
+
+
+def _fingerprint(tables: Iterable[Tensor], num_experts: int) -> str:
+    digest = hashlib.sha256(b"stablemoe-routing-1")
+    for table in tables:
+        digest.update(f"|{num_experts} experts, {table.shape[0]} tokens|".encode())
+        digest.update(table.cpu().numpy().astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _check_fingerprint(actual: str | None, expected: str | None, layers: Iterable[str]):
+    if actual != expected:
+        raise ValueError(
+            f"The routing tables of {', '.join(layers)} are not those that this checkpoint was saved with: their "
+            f"fingerprint is {actual}, the config has {expected}. {_RESTORE} If you changed the tables yourself, "
+            "write the new fingerprint into config.json."
+        )
+
+
+def _check_tables_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix: str, *args):
+    """Refuse a state dict with damaged tables, or with another frozen routing, before anything is overwritten."""
+    if prefix:
+        return  # loaded as a part of a larger model, which has looked already
+    tables = {}
+    for name, layer in model.moe_layers_by_name.items():
+        router = f"{name}.frozen_router"
+        table = state_dict.get(f"{router}.routing_table")
+        if table is None or table.is_meta or hasattr(table, "device_mesh"):
+            return  # one file of several, or one shard of several: the tables are checked when they are there
+        if table.shape != layer.frozen_router.routing_table.shape:
+            return  # torch says so
+        if is_frozen_table(table, layer.num_experts, router):
+            tables[name] = table
+    if tables and model.config.router_fingerprint is not None:
+        actual = _fingerprint(tables.values(), model.config.num_experts)
+        _check_fingerprint(actual, model.config.router_fingerprint, tables)
 
 
 def _follow_loaded_tables(model: TwoStageRoutingMixin, incompatible_keys):

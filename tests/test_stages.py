@@ -264,8 +264,22 @@ def test_stage_1_weights_bring_a_frozen_model_back_with_a_warning(caplog):
 
 def test_the_weights_of_another_frozen_routing_are_refused():
     model = frozen()
-    with pytest.raises(ValueError, match=r"The routing tables of moe_layers\.0, .* are not those .* fingerprint is"):
+    with pytest.raises(ValueError, match=r"The routing tables of model\.moe_layers\.0, .* are not those .* fingerprint is"):
         model.load_state_dict(frozen(seed=7).state_dict())
+
+
+@pytest.mark.parametrize("damage", ["another routing", "an id without an expert", "an expert that there is not"])
+def test_refused_weights_leave_the_model_as_it_was(damage):
+    model = frozen()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = frozen(seed=7).state_dict() if damage == "another routing" else copy.deepcopy(before)
+    [name, *_] = [name for name in weights if name.endswith("routing_table")]
+    if damage != "another routing":
+        weights[name][3] = -1 if damage == "an id without an expert" else 5
+    with pytest.raises(ValueError, match="are not those|is damaged: token id 3"):
+        model.load_state_dict(weights)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.router_fingerprint == model.router_fingerprint()
 
 
 def test_the_same_frozen_routing_with_other_weights_is_loaded():
