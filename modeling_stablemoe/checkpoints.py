@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from .atomic_files import replace_file
@@ -17,6 +17,25 @@ from .atomic_files import replace_file
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
+# Arguments of Trainer that change what a run computes: a run is resumed with the same ones.
+_IDENTITY = (
+    "max_steps num_train_epochs learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 optim "
+    "max_grad_norm per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16"
+).split()
+
+
+def run_identity(training_args: TrainingArguments, settings: dict) -> dict:
+    """Gather what makes a run what it is, for `check_run_folder` and `claim_run_folder`.
+
+    Args:
+        training_args (`TrainingArguments`): those of them count that change what is computed.
+        settings (`dict`): everything else that does, JSON-ready.
+
+    Returns:
+        `dict`: JSON-ready.
+    """
+    arguments = {name: getattr(training_args, name) for name in _IDENTITY}
+    return {**settings, **json.loads(json.dumps(arguments, default=str))}
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -192,5 +211,6 @@ __all__ = [
     "last_complete_checkpoint",
     "remove_incomplete_checkpoints",
     "restore_finished_run",
+    "run_identity",
     "what_is_missing",
 ]

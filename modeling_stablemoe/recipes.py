@@ -122,6 +122,29 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEConfig:
     return StableMoEConfig(**values)
 
 
+def check_fit(config: StableMoEConfig, num_tokens: int, block_size: int):
+    """Check that a model can read the blocks it is to be trained on, before training finds out.
+
+    Args:
+        config (`StableMoEConfig`): of the model.
+        num_tokens (`int`): size of the tokenizer.
+        block_size (`int`): tokens per block.
+
+    Raises:
+        ValueError: if the vocabulary or the positions of the model are too few.
+    """
+    if num_tokens > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_tokens} tokens, the model's vocabulary {config.vocab_size}. Name the model's own "
+            "tokenizer with `--tokenizer_name`, or call `resize_token_embeddings` on the model first."
+        )
+    if block_size > config.max_position_embeddings:
+        raise ValueError(
+            f"Blocks of {block_size} tokens do not fit the model's {config.max_position_embeddings} positions. Lower "
+            "`--block_size`, or raise `max_position_embeddings` with `--config_overrides`."
+        )
+
+
 def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse a command line that may start with a YAML recipe; options given after it win.
 
@@ -165,4 +188,4 @@ def _recipe_to_argv(path: Path) -> list[str]:
     return argv
 
 
-__all__ = ["ModelArguments", "RoutingArguments", "load_preset", "parse_recipe"]
+__all__ = ["ModelArguments", "RoutingArguments", "check_fit", "load_preset", "parse_recipe"]

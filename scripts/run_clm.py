@@ -23,21 +23,20 @@ from modeling_stablemoe.checkpoints import (
     claim_run_folder,
     remove_incomplete_checkpoints,
     restore_finished_run,
+    run_identity,
+    what_is_missing,
 )
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
 from modeling_stablemoe.hub import build_model_card
 from modeling_stablemoe.ngram import ngram_perplexities
-from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
+from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, load_preset, parse_recipe
 from modeling_stablemoe.report import format_results, summarize
 
 
 logger = logging.getLogger(__name__)
 
-# Settings that change what a run computes: a run is resumed with the same ones.
-IDENTITY = (
-    "max_steps num_train_epochs learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 optim "
-    "max_grad_norm per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16"
-).split()
+# What `--resume_from_checkpoint` calls the last whole checkpoint of the run.
+LATEST = ("latest", "true", "True")
 
 
 @dataclass
@@ -60,15 +59,10 @@ def parse_arguments(argv=None):
 
 def describe_run(model_args, data_args, routing_args, run_args, training_args) -> dict:
     """Gather what `check_run_folder` and `claim_run_folder` are to know of this run."""
-    identity = {
-        **asdict(model_args),
-        **asdict(data_args),
-        "stage1_steps": routing_args.stage1_steps,
-        **{name: json.loads(json.dumps(getattr(training_args, name), default=str)) for name in IDENTITY},
-    }
+    settings = {**asdict(model_args), **asdict(data_args), "stage1_steps": routing_args.stage1_steps}
     return {
         "folder": training_args.output_dir,
-        "identity": identity,
+        "identity": run_identity(training_args, settings),
         "resume": training_args.resume_from_checkpoint is not None,
         "overwrite": run_args.overwrite_output_dir,
     }
@@ -81,7 +75,7 @@ def claim_output_folder(run: dict, training_args: TrainingArguments) -> str | No
     with training_args.main_process_first(desc="output folder"):
         if is_main_process(training_args.local_process_index) or requested:
             checkpoint = claim_run_folder(**run)
-    if requested not in (None, "latest", "true", "True"):
+    if requested not in (None, *LATEST):
         return requested
     return None if checkpoint is None else str(checkpoint)
 
@@ -164,11 +158,16 @@ def prepare(model_args, data_args, routing_args, run_args, training_args) -> tup
     """
     run = describe_run(model_args, data_args, routing_args, run_args, training_args)
     check_run_folder(**run)
+    named = training_args.resume_from_checkpoint
+    problem = None if named in (None, *LATEST) else what_is_missing(named)
+    if problem is not None:
+        raise ValueError(f"The checkpoint {named!r} cannot be resumed: {problem}.")
     with training_args.main_process_first(desc="data"):
         corpus = load_corpus(data_args)
         tokenizer = load_tokenizer(data_args, corpus)
     model = build_model(model_args, tokenizer)
     block_size = data_args.block_size or model.config.max_position_embeddings
+    check_fit(model.config, len(tokenizer), block_size)
     with training_args.main_process_first(desc="packing"):
         blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
     callbacks = build_callbacks(routing_args, training_args.max_steps, blocks["validation"])

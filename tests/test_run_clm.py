@@ -191,13 +191,22 @@ def test_resuming_with_other_settings_names_the_setting_and_changes_nothing(work
     [
         (["--train_files", "nothing.txt"], "There is no file or folder"),
         (["--train_files", "empty.txt"], "There is no text in"),
-        (["--block_size", "100000"], "too few for one block"),
+        (
+            ["--block_size", "90000", "--config_overrides", '{"max_position_embeddings": 90000}'],
+            "too few for one block",
+        ),
         (["--model_preset", "nothing.json"], "There is no model preset"),
         (["--config_overrides", '{"num_expert": 3}'], "unknown fields"),
         (["--config_overrides", '{"num_experts": 0}'], "num_experts"),
         (["--stage1_steps", "ten"], "must be a number of steps"),
         (["--stage1_steps", "1.5"], "must lie inside"),
         (["--stage1_steps", "100"], "longer than training"),
+        (["--block_size", "17"], "Blocks of 17 tokens do not fit the model's 16 positions"),
+        (["--config_overrides", '{"vocab_size": 270}'], "The tokenizer has 280 tokens, the model's vocabulary 270"),
+        (
+            ["--resume_from_checkpoint", "nowhere/checkpoint-3"],
+            "The checkpoint 'nowhere/checkpoint-3' cannot be resumed",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, whole_run, script, options, message):

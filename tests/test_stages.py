@@ -264,7 +264,9 @@ def test_stage_1_weights_bring_a_frozen_model_back_with_a_warning(caplog):
 
 def test_the_weights_of_another_frozen_routing_are_refused():
     model = frozen()
-    with pytest.raises(ValueError, match=r"The routing tables of model\.moe_layers\.0, .* are not those .* fingerprint is"):
+    with pytest.raises(
+        ValueError, match=r"The routing tables of model\.moe_layers\.0, .* are not those .* fingerprint is"
+    ):
         model.load_state_dict(frozen(seed=7).state_dict())
 
 
