@@ -20,10 +20,17 @@ class ModelArguments:
 
     model_preset: str | None = field(
         default=None,
-        metadata={"help": "JSON file with the shape of a new model, such as configuration/models/cpu-small.json."},
+        metadata={
+            "help": "JSON file with the shape of a new model, such as configuration/models/cpu-small.json. '' unsets "
+            "that of a recipe."
+        },
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to train further: a Hub name or a folder. Excludes a preset."}
+        default=None,
+        metadata={
+            "help": "Checkpoint to train further: a Hub name or a folder. Excludes a preset: with a recipe that has one, "
+            "add --model_preset '' --config_overrides '' and, for a frozen checkpoint, --stage1_steps ''."
+        },
     )
     config_overrides: str | None = field(
         default=None,
@@ -37,7 +44,10 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        """Check that exactly one model is named."""
+        """Check that exactly one model is named; an empty string unsets what a recipe has set."""
+        self.model_preset = self.model_preset or None
+        self.model_name_or_path = self.model_name_or_path or None
+        self.config_overrides = self.config_overrides or None
         if (self.model_preset is None) == (self.model_name_or_path is None):
             raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
         if self.config_overrides is not None and self.model_preset is None:
@@ -62,7 +72,7 @@ class RoutingArguments:
         default=None,
         metadata={
             "help": "Length of stage 1: a number of optimizer steps ('600') or a share of all steps ('0.1'). Default: "
-            "no transition, for dense models and for checkpoints that are frozen already."
+            "no transition, for dense models and for checkpoints that are frozen already; '' unsets that of a recipe."
         },
     )
     fluctuation_check_steps: int = field(
@@ -75,7 +85,7 @@ class RoutingArguments:
     @property
     def stage1(self) -> int | float | None:
         """`int` (steps), `float` (share) or `None`: `stage1_steps` as `StageTransitionCallback` takes it."""
-        if self.stage1_steps is None:
+        if not self.stage1_steps:
             return None
         text = str(self.stage1_steps)
         try:

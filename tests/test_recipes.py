@@ -170,7 +170,7 @@ def test_stage1_steps_is_an_int_of_steps_or_a_float_share(text, value):
     assert type(stage1) is type(value)
 
 
-@pytest.mark.parametrize("text", ["ten", "", "10%", "1_0x"])
+@pytest.mark.parametrize("text", ["ten", "10%", "1_0x"])
 def test_stage1_steps_that_is_no_number_is_refused(text):
     with pytest.raises(ValueError, match="must be a number of steps such as 600 or a share such as 0.1"):
         RoutingArguments(stage1_steps=text).stage1  # noqa: B018 - the property raises
@@ -195,3 +195,9 @@ def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
     if model.model_preset is not None:
         load_preset(model.model_preset, **model.overrides)
     assert routing.stage1 is None or routing.stage1 > 0
+
+
+def test_an_empty_string_unsets_what_a_recipe_has_set():
+    model = ModelArguments(model_preset="", config_overrides="", model_name_or_path="somewhere")
+    assert (model.model_preset, model.config_overrides, model.model_name_or_path) == (None, None, "somewhere")
+    assert RoutingArguments(stage1_steps="").stage1 is None

@@ -149,6 +149,22 @@ assert torch.isfinite(model(ids).logits).all()
     assert re.search(r"^the quick.", output, re.MULTILINE)
 
 
+def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, whole_run, script):
+    trained = workplace.folder / "whole"
+    start = ["--model_name_or_path", str(trained), "--tokenizer_name", str(trained)]
+    unset = ["--model_preset", "", "--config_overrides", "", "--stage1_steps", ""]
+    script(workplace.arguments("tuned", *start, *unset, "--max_steps", "3", "--fluctuation_check_steps", "0"))
+    before, after = load_file(trained / "model.safetensors"), load_file(workplace.folder / "tuned/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.embed_tokens.weight" in changed
+    assert not [name for name in changed if "routing_table" in name or "distilled_router" in name]
+    fingerprints = [
+        json.loads((path / "config.json").read_text())["router_fingerprint"]
+        for path in (trained, workplace.folder / "tuned")
+    ]
+    assert fingerprints[0] == fingerprints[1]
+
+
 def test_resuming_a_finished_run_changes_no_weight(workplace, whole_run, tmp_path):
     # A run that was killed after its last step, before it wrote its results.
     shutil.copytree(workplace.folder / "whole", tmp_path / "run")
