@@ -98,6 +98,7 @@ def grouped_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_ind
         return F.embedding(index_T, F.pad(parameter_EX, (0, 0, 0, 1)))
 
     def linear(x_TX: Tensor, weight_EYX: Tensor, bias_TY: Tensor) -> Tensor:
+        """Multiply the tokens of each expert by its matrix, in one product."""
         device = weight_EYX.device.type
         if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
             weight_EYX = weight_EYX.to(torch.get_autocast_dtype(device))

@@ -14,11 +14,12 @@ STAGE_HEADINGS = {
 }
 
 
-def stage_rows(log_history: Sequence[dict]) -> list[dict]:
+def stage_rows(log_history: Sequence[dict], frozen: bool = False) -> list[dict]:
     """Sum up each stage of a run.
 
     Args:
-        log_history (sequence of `dict`): `trainer.state.log_history` of a run with `StageTransitionCallback`.
+        log_history (sequence of `dict`): `trainer.state.log_history` of a run, with `StageTransitionCallback` or not.
+        frozen (`bool`): whether the routing is frozen now; without a transition in the history it always was.
 
     Returns:
         `list[dict]`: one row a stage that the run went through, with `stage`, `steps` (the last step), `perplexity`
@@ -27,15 +28,16 @@ def stage_rows(log_history: Sequence[dict]) -> list[dict]:
     """
     transition = next((entry["step"] for entry in log_history if "transition_step" in entry), None)
     last_step = max((entry["step"] for entry in log_history), default=0)
-    bounds = [(1, 0, last_step if transition is None else transition)]
-    if transition is not None:
-        bounds.append((2, transition, last_step))
+    if transition is None:
+        bounds = [(2 if frozen else 1, 0, last_step)]
+    else:
+        bounds = [(1, 0, transition), (2, transition, last_step)]
     return [_row(stage, first, last, transition, log_history) for stage, first, last in bounds]
 
 
 def _row(stage: int, first: int, last: int, transition: int | None, log_history: Sequence[dict]) -> dict:
     # Evaluation at the transition itself reads the new table, which holds what stage 1 evaluated a moment before.
-    entries = [entry for entry in log_history if (first < entry["step"] or stage == 1) and entry["step"] <= last]
+    entries = [entry for entry in log_history if (first < entry["step"] or first == 0) and entry["step"] <= last]
     losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
     # A training log tells of the steps before it: the one at the transition belongs to stage 1.
     loads = [entry["load_max_over_mean"] for entry in entries if "load_max_over_mean" in entry and "loss" in entry]
@@ -83,11 +85,12 @@ def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def summarize(log_history: Sequence[dict]) -> dict:
+def summarize(log_history: Sequence[dict], frozen: bool = False) -> dict:
     """Gather what a run's log history says of its routing.
 
     Args:
         log_history (sequence of `dict`): see `stage_rows`.
+        frozen (`bool`): see `stage_rows`.
 
     Returns:
         `dict`: `stages`, the rows of `stage_rows`, and `distillation_agreement_at_transition`, the share of tokens on
@@ -95,7 +98,7 @@ def summarize(log_history: Sequence[dict]) -> dict:
     """
     transition = next((entry for entry in log_history if "transition_step" in entry), {})
     return {
-        "stages": stage_rows(log_history),
+        "stages": stage_rows(log_history, frozen),
         "distillation_agreement_at_transition": transition.get("transition_agreement"),
     }
 

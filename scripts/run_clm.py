@@ -131,7 +131,7 @@ def report(trainer: Trainer, blocks, data_args: DataArguments, ngram_baselines: 
         "perplexity": math.exp(trainer.evaluate()["eval_loss"]),
         "parameters": trainer.model.num_parameters(),
         "router_fingerprint": trainer.model.config.router_fingerprint,
-        **summarize(trainer.state.log_history),
+        **summarize(trainer.state.log_history, frozen=trainer.model.config.router_fingerprint is not None),
     }
     if not trainer.is_world_process_zero():
         return

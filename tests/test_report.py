@@ -143,3 +143,12 @@ def test_results_print_the_table_the_agreement_and_the_baselines_above_the_model
         "validation perplexity, bigram: 5.00",
         "validation perplexity, this model: 3.00",
     ]
+
+
+def test_run_of_a_model_that_was_frozen_before_it_is_all_stage_2():
+    history = [{"step": 0, "eval_loss": 1.0}, {"step": 3, "routing_fluctuation": 0.0}, {"step": 5, "eval_loss": 0.5}]
+    [row] = stage_rows(history, frozen=True)
+    assert (row["stage"], row["steps"], row["fluctuation"]) == (2, 5, 0.0)
+    assert row["perplexity"] == pytest.approx(math.exp(0.5))
+    [row] = stage_rows(history[:1], frozen=True)
+    assert (row["stage"], row["perplexity"]) == (2, pytest.approx(math.e))

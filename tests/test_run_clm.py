@@ -163,6 +163,8 @@ def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, whol
         for path in (trained, workplace.folder / "tuned")
     ]
     assert fingerprints[0] == fingerprints[1]
+    [row] = json.loads((workplace.folder / "tuned" / "results.json").read_text())["stages"]
+    assert (row["stage"], row["steps"]) == (2, 3)
 
 
 def test_resuming_a_finished_run_changes_no_weight(workplace, whole_run, tmp_path):
