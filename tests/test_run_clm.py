@@ -305,7 +305,8 @@ def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
 
 def test_generating_from_a_folder_that_is_no_model_is_one_line(workplace):
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nowhere/at-all"]
-    finished = subprocess.run(command, cwd=workplace.folder, capture_output=True, text=True, timeout=120)
+    options = {"cwd": workplace.folder, "env": workplace.environment, "timeout": 120}
+    finished = subprocess.run(command, capture_output=True, text=True, **options)
     assert finished.returncode == 1
     assert re.search(r"^error: cannot load 'nowhere/at-all'", finished.stderr, re.MULTILINE)
     assert "Traceback" not in finished.stderr
