@@ -54,6 +54,7 @@ def test_readme_shows_commands_and_code():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_readme_code_runs_as_written(workplace):
     (workplace / "readme.py").write_text(PYTHON)
     run(workplace, "python readme.py")
@@ -61,6 +62,7 @@ def test_readme_code_runs_as_written(workplace):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_readme_commands_run_as_written(workplace):
     for command in COMMANDS:
         run(workplace, command)
