@@ -274,7 +274,7 @@ class RoutingFluctuationCallback(_LoggingCallback):
             self.history.load(path, last_step=state.global_step)
         if not self.history.steps:
             self._check(args, state, control)
-        elif self.history.experts[0].numel() != self._experts().numel():
+        elif self.history.experts[0].numel() != self._num_assignments():
             raise ValueError(
                 f"The routing history in {str(path)!r} is of other tokens than this run's. Resume with the `num_tokens` "
                 "and the validation data of the start, or delete the file to begin a new history."
@@ -299,6 +299,9 @@ class RoutingFluctuationCallback(_LoggingCallback):
             self.history.save(self._history_path(args))
         if change is not None:
             self._log(args, state, control, {"routing_fluctuation": change})
+
+    def _num_assignments(self) -> int:
+        return len(self._model.moe_layers_by_name) * sum(input_ids.numel() for input_ids in self._batches)
 
     @torch.no_grad()
     def _experts(self) -> Tensor:
