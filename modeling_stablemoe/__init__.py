@@ -4,11 +4,16 @@
 Importing this package registers the models with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from .callbacks import RoutingFluctuationCallback, StageTransitionCallback
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
 from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel, StableMoEPreTrainedModel
+from .modeling_stablemoe_seq2seq import (
+    StableMoEForConditionalGeneration,
+    StableMoESeq2SeqModel,
+    StableMoESeq2SeqPreTrainedModel,
+)
 from .version import __version__
 
 
@@ -16,12 +21,20 @@ AutoConfig.register(StableMoEConfig.model_type, StableMoEConfig, exist_ok=True)
 AutoModel.register(StableMoEConfig, StableMoEModel, exist_ok=True)
 AutoModelForCausalLM.register(StableMoEConfig, StableMoEForCausalLM, exist_ok=True)
 
+AutoConfig.register(StableMoESeq2SeqConfig.model_type, StableMoESeq2SeqConfig, exist_ok=True)
+AutoModel.register(StableMoESeq2SeqConfig, StableMoESeq2SeqModel, exist_ok=True)
+AutoModelForSeq2SeqLM.register(StableMoESeq2SeqConfig, StableMoEForConditionalGeneration, exist_ok=True)
+
 __all__ = [
     "RoutingFluctuationCallback",
     "StableMoEConfig",
     "StableMoEForCausalLM",
+    "StableMoEForConditionalGeneration",
     "StableMoEModel",
     "StableMoEPreTrainedModel",
+    "StableMoESeq2SeqConfig",
+    "StableMoESeq2SeqModel",
+    "StableMoESeq2SeqPreTrainedModel",
     "StageTransitionCallback",
     "__version__",
 ]

@@ -7,7 +7,7 @@ They are thin: freezing is a method of the model, statistics live in `statistics
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -109,6 +109,7 @@ class StageTransitionCallback(_LoggingCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         stablemoe = find_stablemoe(model)
+        _refuse_label_smoother(args)
         self.transition_step = self.resolve_transition_step(state.max_steps)
         if stablemoe.routing_stage == 2 and state.global_step < self.transition_step:
             raise ValueError(
@@ -217,6 +218,15 @@ class StageTransitionCallback(_LoggingCallback):
             tqdm.write(f"{message} Fingerprint {model.config.router_fingerprint}.")
 
 
+def _refuse_label_smoother(args: TrainingArguments):
+    """Refuse Trainer's own label smoothing, which takes the place of the model's loss, routing losses and all."""
+    if getattr(args, "label_smoothing_factor", 0):  # a loop of one's own may give less
+        raise ValueError(
+            f"`label_smoothing_factor={args.label_smoothing_factor}` makes Trainer compute the loss without the routing "
+            "losses, and the routing would learn nothing. Leave it at 0; StableMoESeq2SeqConfig has `label_smoothing`."
+        )
+
+
 def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Path):
     """Compare the routing that Trainer has resumed with the config of its checkpoint, which Trainer does not read."""
     try:
@@ -244,24 +254,36 @@ class RoutingFluctuationCallback(_LoggingCallback):
     is installed, `routing_fluctuation.png` to the output folder. A resumed run continues the history.
 
     Args:
-        dataset (iterable of `Mapping`): validation examples with `input_ids`; the first ones are used, in order.
+        dataset (iterable of `Mapping`): validation examples with `input_ids`, and `labels` for an encoder-decoder; the
+            first ones are used, in order.
         check_steps (`int`): optimizer steps between checks (the paper: 500). The transition is a check of its own.
-        num_tokens (`int`): tokens to watch, rounded up to whole examples.
-        batch_size (`int`): examples of one forward pass; examples of different lengths go one by one.
+        num_tokens (`int`): tokens of `input_ids` to watch, rounded up to whole examples.
+        batch_size (`int`): examples of one forward pass.
+        data_collator (`Callable`, *optional*): makes a padded batch of examples; without one, examples of different
+            lengths go one by one.
 
     Raises:
         ValueError: for numbers < 1 or an empty data set; at the start of training for a model of another kind.
     """
 
     def __init__(
-        self, dataset: Iterable[Mapping], check_steps: int = 500, num_tokens: int = 8192, batch_size: int = 8
+        self,
+        dataset: Iterable[Mapping],
+        check_steps: int = 500,
+        num_tokens: int = 8192,
+        batch_size: int = 8,
+        data_collator: Callable[[list[Mapping]], Mapping] | None = None,
     ):
         for name, value in (("check_steps", check_steps), ("num_tokens", num_tokens), ("batch_size", batch_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
         self.check_steps = check_steps
         self.history = RoutingHistory()
-        self._batches = _first_tokens(dataset, num_tokens, batch_size)
+        rows = _first_rows(dataset, num_tokens)
+        same_length = len({tuple(len(values) for values in row.values()) for row in rows}) == 1
+        batch_size = batch_size if same_length or data_collator is not None else 1
+        groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        self._batches = [(data_collator or _stack)(group) for group in groups]
         self._model: TwoStageRoutingMixin | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -274,7 +296,7 @@ class RoutingFluctuationCallback(_LoggingCallback):
             self.history.load(path, last_step=state.global_step)
         if not self.history.steps:
             self._check(args, state, control)
-        elif self.history.experts[0].numel() != self._num_assignments():
+        elif self.history.experts[0].numel() != sum(int(mask.sum()) for mask in self._masks()):
             raise ValueError(
                 f"The routing history in {str(path)!r} is of other tokens than this run's. Resume with the `num_tokens` "
                 "and the validation data of the start, or delete the file to begin a new history."
@@ -300,48 +322,56 @@ class RoutingFluctuationCallback(_LoggingCallback):
         if change is not None:
             self._log(args, state, control, {"routing_fluctuation": change})
 
-    def _num_assignments(self) -> int:
-        return len(self._model.moe_layers_by_name) * sum(input_ids.numel() for input_ids in self._batches)
+    def _masks(self) -> Iterator[Tensor]:
+        """Yield, for each batch and MoE layer, which of the tokens are real: `(batch, sequence)`."""
+        for batch in self._batches:
+            for token_ids, mask in self._model.routed_tokens(**batch):
+                yield torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
 
     @torch.no_grad()
     def _experts(self) -> Tensor:
-        """Route the fixed tokens as training does now: `torch.LongTensor` of shape `(moe layers * tokens,)`."""
+        """Route the fixed tokens as training does now: one `torch.LongTensor`, layer by layer."""
         model, modes = self._model, [(module, module.training) for module in self._model.modules()]
         model.eval()
         # No dropout, but the routing of training in every layer: what a layer sees depends on the routing before it.
         for layer in model.moe_layers_by_name.values():
             layer.router.train()
-        experts = []
-        for input_ids in self._batches:
-            output = model(input_ids=input_ids.to(model.device), use_cache=False, output_router_logits=True)
-            experts.append(torch.stack([index.flatten() for index in output.expert_indices]))
+        experts: list[list[Tensor]] = [[] for _ in model.moe_layers_by_name]
+        masks = self._masks()
+        for batch in self._batches:
+            batch = {name: values.to(model.device) for name, values in batch.items()}
+            output = model(**batch, use_cache=False, output_router_logits=True)
+            for of_layer, index in zip(experts, output.expert_indices, strict=True):
+                of_layer.append(index.cpu()[next(masks)])
         for module, mode in modes:
             module.training = mode
-        return torch.cat(experts, dim=-1).flatten()
+        return torch.cat([index for of_layer in experts for index in of_layer])
 
     @staticmethod
     def _history_path(args: TrainingArguments) -> Path:
         return Path(args.output_dir) / "routing_fluctuation.safetensors"
 
 
-def _first_tokens(dataset: Iterable[Mapping], num_tokens: int, batch_size: int) -> list[Tensor]:
-    """Batch the first examples of a data set until they hold `num_tokens` tokens."""
+def _first_rows(dataset: Iterable[Mapping], num_tokens: int) -> list[dict]:
+    """Take the first examples of a data set that hold `num_tokens` tokens, with their ids and labels alone."""
     rows, count = [], 0
     for example in dataset:
         if "input_ids" not in example:
             raise ValueError(f"Validation examples need a column `input_ids`; there are {sorted(example)}.")
-        row = torch.as_tensor(example["input_ids"], dtype=torch.long)
-        if row.numel() == 0:
+        if len(example["input_ids"]) == 0:
             continue
-        rows.append(row)
-        count += row.numel()
+        rows.append({name: example[name] for name in ("input_ids", "labels") if name in example})
+        count += len(example["input_ids"])
         if count >= num_tokens:
-            break
+            return rows
     if not rows:
         raise ValueError("The data set to watch routing fluctuation on holds no tokens.")
-    if len({row.numel() for row in rows}) > 1:
-        return [row.unsqueeze(0) for row in rows]
-    return [torch.stack(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return rows
+
+
+def _stack(rows: list[dict]) -> dict[str, Tensor]:
+    """Make a batch of examples that need no padding."""
+    return {name: torch.stack([torch.as_tensor(row[name], dtype=torch.long) for row in rows]) for name in rows[0]}
 
 
 __all__ = ["RoutingFluctuationCallback", "StageTransitionCallback", "find_stablemoe"]

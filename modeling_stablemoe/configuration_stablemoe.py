@@ -9,21 +9,26 @@ from transformers.activations import ACT2FN
 
 # One entry a router class of `routing_stablemoe.py`.
 ROUTER_TYPES = ("stable",)
+POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
 
 
-class StableMoEConfig(PreTrainedConfig):
-    r"""Configuration of [`StableMoEModel`] and [`StableMoEForCausalLM`].
-
-    The defaults are the paper's base language model (Dai et al., ACL 2022, table 7).
+class StableMoEBaseConfig(PreTrainedConfig):
+    r"""What [`StableMoEConfig`] and [`StableMoESeq2SeqConfig`] share: the widths of blocks and experts, and the routing.
 
     Args:
         vocab_size (`int`, *optional*, defaults to 50257): size V of the vocabulary; the routing tables have as many rows.
         hidden_size (`int`, *optional*, defaults to 768): width d of the hidden states.
         intermediate_size (`int`, *optional*, defaults to 3072): inner width of the FFNs, of blocks and experts alike.
-        num_hidden_layers (`int`, *optional*, defaults to 12): Transformer blocks L; MoE layers are not counted.
         num_attention_heads (`int`, *optional*, defaults to 12): attention heads; divides `hidden_size`.
         hidden_act (`str`, *optional*, defaults to `"relu"`): activation of blocks and experts.
-        max_position_embeddings (`int`, *optional*, defaults to 1024): learned positions, the longest sequence.
+        max_position_embeddings (`int`, *optional*, defaults to 1024): positions, the longest sequence.
+        position_embedding_type (`str`, *optional*, defaults to `"learned"`): `"learned"`, or `"sinusoidal"` as in the
+            original Transformer, which has no parameters.
+        scale_embedding (`bool`, *optional*, defaults to `False`): multiply token embeddings by sqrt(d), as the original
+            Transformer does.
+        do_layer_norm_before (`bool`, *optional*, defaults to `True`): LayerNorm before attention and FFN of a block and
+            after the last block (pre-norm); else after each residual sum (post-norm), as in the original Transformer.
+            Experts are pre-norm in either case.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5): epsilon of every LayerNorm.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights.
         dropout (`float`, *optional*, defaults to 0.0): dropout on embeddings, attention and FFN outputs of the blocks.
@@ -32,8 +37,6 @@ class StableMoEConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): the head shares the token embedding.
         num_experts (`int`, *optional*, defaults to 32): experts N of each MoE layer.
         num_expert_sublayers (`int`, *optional*, defaults to 3): FFN sublayers stacked in one expert.
-        moe_layer_positions (`list[int]`, *optional*): where MoE layers stand: k = after block k, 0 = before the first
-            block. `None` is one layer in the middle, `[num_hidden_layers // 2]`; `[]` is the dense Transformer.
         router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy.
         distilled_router_dim (`int`, *optional*, defaults to 50): width of the distilled router's token embedding D.
         balance_loss_coef (`float`, *optional*, defaults to 0.3): alpha of eq. 8.
@@ -45,9 +48,172 @@ class StableMoEConfig(PreTrainedConfig):
             of the ecosystem know (TRL sets it, to 0.001 unless told otherwise); leave it at 1 for the paper's loss.
         expert_capacity_factor (`float`, *optional*): tokens past `factor * tokens / num_experts` on one expert pass the
             layer unchanged while training (the released code has 2). `None` drops no token; inference never does.
-        output_router_logits (`bool`, *optional*, defaults to `False`): return `router_logits` and `expert_indices`.
+        output_router_logits (`bool`, *optional*, defaults to `False`): return router logits and expert indices.
         router_fingerprint (`str`, *optional*): sha256 of the frozen routing tables, written by `freeze_router()` and
             checked on loading; `None` in stage 1.
+
+    Raises:
+        ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
+    """
+
+    vocab_size: int = 50257
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    hidden_act: str = "relu"
+    max_position_embeddings: int = 1024
+    position_embedding_type: str = "learned"
+    scale_embedding: bool = False
+    do_layer_norm_before: bool = True
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    num_experts: int = 32
+    num_expert_sublayers: int = 3
+    router_type: str = "stable"
+    distilled_router_dim: int = 50
+    balance_loss_coef: float = 0.3
+    distillation_loss_coef: float = 1.0
+    router_aux_loss_coef: float = 1.0
+    expert_capacity_factor: float | None = None
+    output_router_logits: bool = False
+    router_fingerprint: str | None = None
+
+    # Fields in [0, 1); no field itself.
+    _probabilities = ("dropout", "attention_dropout")
+
+    @classmethod
+    def moe_positions(cls) -> dict[str, str]:
+        """Name the fields that place MoE layers, each with the field that counts the blocks they stand between."""
+        raise NotImplementedError
+
+    def __post_init__(self, **kwargs):
+        for positions, num_blocks in self.moe_positions().items():
+            if getattr(self, positions) is None and isinstance(getattr(self, num_blocks), Integral):
+                setattr(self, positions, [getattr(self, num_blocks) // 2])
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+        for positions in self.moe_positions():
+            setattr(self, positions, sorted(getattr(self, positions)))
+
+    @property
+    def num_moe_layers(self) -> int:
+        """`int`: MoE layers of the whole model."""
+        return sum(len(getattr(self, positions)) for positions in self.moe_positions())
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Make a config of a dictionary, refusing that of another kind of model.
+
+        Raises:
+            ValueError: if the dictionary belongs to another `model_type`.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is a {model_type!r} checkpoint, not a {cls.model_type!r} one. Load it with the class of its "
+                "own kind: StableMoEForCausalLM is a language model, StableMoEForConditionalGeneration translates."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def validate_architecture(self):
+        """Check every field of the architecture against its range and against the others."""
+        super().validate_architecture()
+        self._validate_numbers()
+        self._validate_moe()
+        if self.pad_token_id is not None and not (
+            isinstance(self.pad_token_id, Integral) and 0 <= self.pad_token_id < self.vocab_size
+        ):
+            raise ValueError(
+                f"`pad_token_id` {self.pad_token_id} lies outside the vocabulary 0..{self.vocab_size - 1}; raise "
+                "`vocab_size` or choose a token that is in it."
+            )
+        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
+            raise ValueError(
+                f"`position_embedding_type` {self.position_embedding_type!r} is unknown; choose one of "
+                f"{list(POSITION_EMBEDDING_TYPES)}."
+            )
+        for name in ("scale_embedding", "do_layer_norm_before"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` {self.hidden_act!r} is unknown; transformers has {sorted(ACT2FN)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
+                f"({self.num_attention_heads}): the heads share the hidden size evenly."
+            )
+
+    def _validate_numbers(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "max_position_embeddings",
+            "num_experts",
+            "num_expert_sublayers",
+            "distilled_router_dim",
+            *self.moe_positions().values(),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        for name in ("balance_loss_coef", "distillation_loss_coef", "router_aux_loss_coef", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < float("inf"):
+                raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
+        for name in self._probabilities:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
+                raise ValueError(f"`{name}` is a probability in [0, 1), got {value!r}.")
+        if not isinstance(self.layer_norm_eps, Real) or not 0 < self.layer_norm_eps < 1:
+            raise ValueError(f"`layer_norm_eps` must be a number in (0, 1), got {self.layer_norm_eps!r}.")
+
+    def _validate_moe(self):
+        if self.router_type not in ROUTER_TYPES:
+            raise ValueError(f"`router_type` {self.router_type!r} is unknown; choose one of {list(ROUTER_TYPES)}.")
+        for positions, num_blocks in self.moe_positions().items():
+            self._validate_positions(positions, num_blocks)
+        factor = self.expert_capacity_factor
+        if factor is not None and (
+            isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < float("inf")
+        ):
+            raise ValueError(f"`expert_capacity_factor` must be None (no token is dropped) or > 0, got {factor!r}.")
+
+    def _validate_positions(self, name: str, num_blocks_name: str):
+        positions, num_blocks = getattr(self, name), getattr(self, num_blocks_name)
+        if not isinstance(positions, (list, tuple)) or any(
+            isinstance(position, bool) or not isinstance(position, Integral) for position in positions
+        ):
+            raise ValueError(f"`{name}` must be a list of integers, got {positions!r}.")
+        outside = [position for position in positions if not 0 <= position <= num_blocks]
+        if outside:
+            raise ValueError(
+                f"`{name}` {outside} lie outside 0..{num_blocks_name} ({num_blocks}): k places a MoE layer after "
+                "block k, 0 before the first block."
+            )
+        if len(set(positions)) != len(positions):
+            raise ValueError(
+                f"`{name}` {positions} names a position twice; for a larger MoE layer raise `num_expert_sublayers`."
+            )
+
+
+class StableMoEConfig(StableMoEBaseConfig):
+    r"""Configuration of [`StableMoEModel`] and [`StableMoEForCausalLM`]; the fields of [`StableMoEBaseConfig`] and these.
+
+    The defaults are the paper's base language model (Dai et al., ACL 2022, table 7).
+
+    Args:
+        num_hidden_layers (`int`, *optional*, defaults to 12): Transformer blocks L; MoE layers are not counted.
+        moe_layer_positions (`list[int]`, *optional*): where MoE layers stand: k = after block k, 0 = before the first
+            block. `None` is one layer in the middle, `[num_hidden_layers // 2]`; `[]` is the dense Transformer.
 
     Raises:
         ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
@@ -66,109 +232,112 @@ class StableMoEConfig(PreTrainedConfig):
         "expert_load",
     ]
 
-    vocab_size: int = 50257
-    hidden_size: int = 768
-    intermediate_size: int = 3072
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    hidden_act: str = "relu"
-    max_position_embeddings: int = 1024
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-    num_experts: int = 32
-    num_expert_sublayers: int = 3
     moe_layer_positions: list[int] | None = None
-    router_type: str = "stable"
-    distilled_router_dim: int = 50
-    balance_loss_coef: float = 0.3
-    distillation_loss_coef: float = 1.0
-    router_aux_loss_coef: float = 1.0
-    expert_capacity_factor: float | None = None
-    output_router_logits: bool = False
-    router_fingerprint: str | None = None
 
-    def __post_init__(self, **kwargs):
-        if self.moe_layer_positions is None and isinstance(self.num_hidden_layers, Integral):
-            self.moe_layer_positions = [self.num_hidden_layers // 2]
-        super().__post_init__(**kwargs)
-        self.validate_architecture()
-        self.moe_layer_positions = sorted(self.moe_layer_positions)
+    @classmethod
+    def moe_positions(cls) -> dict[str, str]:
+        """Name the fields that place MoE layers, each with the field that counts the blocks they stand between."""
+        return {"moe_layer_positions": "num_hidden_layers"}
+
+
+class StableMoESeq2SeqConfig(StableMoEBaseConfig):
+    r"""Configuration of [`StableMoESeq2SeqModel`] and [`StableMoEForConditionalGeneration`].
+
+    The fields of [`StableMoEBaseConfig`] and these. The defaults are the paper's translation model (Dai et al., ACL
+    2022, table 8): blocks, positions and initialisation of the original Transformer.
+
+    Args:
+        vocab_size (`int`, *optional*, defaults to 64000): one vocabulary for source and target.
+        hidden_size (`int`, *optional*, defaults to 512): see `StableMoEBaseConfig`.
+        intermediate_size (`int`, *optional*, defaults to 2048): see `StableMoEBaseConfig`.
+        num_attention_heads (`int`, *optional*, defaults to 8): of self- and cross-attention alike.
+        max_position_embeddings (`int`, *optional*, defaults to 256): longest source and longest target.
+        position_embedding_type (`str`, *optional*, defaults to `"sinusoidal"`): see `StableMoEBaseConfig`.
+        scale_embedding (`bool`, *optional*, defaults to `True`): see `StableMoEBaseConfig`.
+        do_layer_norm_before (`bool`, *optional*, defaults to `False`): see `StableMoEBaseConfig`.
+        initializer_range (`float`, *optional*, defaults to 0.044): 1 / sqrt(512), so that scaled embeddings start with
+            unit variance.
+        dropout (`float`, *optional*, defaults to 0.1): see `StableMoEBaseConfig`.
+        tie_word_embeddings (`bool`, *optional*, defaults to `True`): encoder, decoder and head share one embedding.
+        encoder_layers (`int`, *optional*, defaults to 6): Transformer blocks of the encoder.
+        decoder_layers (`int`, *optional*, defaults to 6): Transformer blocks of the decoder.
+        encoder_moe_layer_positions (`list[int]`, *optional*): where MoE layers stand in the encoder: k = after block k,
+            0 = before the first block. `None` is one layer in the middle (table 8: after the third block); `[]` is none.
+        decoder_moe_layer_positions (`list[int]`, *optional*): the same for the decoder.
+        label_smoothing (`float`, *optional*, defaults to 0.1): share of the probability that the target of the task
+            loss spreads over the vocabulary, while training only: in evaluation the loss is the plain cross-entropy.
+        pad_token_id (`int`, *optional*, defaults to 0): fills up batches.
+        eos_token_id (`int` or `list[int]`, *optional*, defaults to 1): ends every source and target.
+        decoder_start_token_id (`int`, *optional*, defaults to 1): the token that every decoder input begins with.
+
+    Raises:
+        ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
+    """
+
+    model_type = "stablemoe-seq2seq"
+    attribute_map = {"num_hidden_layers": "encoder_layers"}
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "aux_loss",
+        "encoder_aux_loss",
+        "decoder_aux_loss",
+        "encoder_router_logits",
+        "decoder_router_logits",
+        "encoder_expert_indices",
+        "decoder_expert_indices",
+        "task_loss",
+        "balance_loss",
+        "distillation_loss",
+        "distillation_agreement",
+        "expert_load",
+    ]
+
+    _probabilities = ("dropout", "attention_dropout", "label_smoothing")
+
+    vocab_size: int = 64000
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 256
+    position_embedding_type: str = "sinusoidal"
+    scale_embedding: bool = True
+    do_layer_norm_before: bool = False
+    initializer_range: float = 0.044
+    dropout: float = 0.1
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    encoder_moe_layer_positions: list[int] | None = None
+    decoder_moe_layer_positions: list[int] | None = None
+    label_smoothing: float = 0.1
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    decoder_start_token_id: int | None = 1
+    is_encoder_decoder: bool = True
+
+    @classmethod
+    def moe_positions(cls) -> dict[str, str]:
+        """Name the fields that place MoE layers, each with the field that counts the blocks they stand between."""
+        return {"encoder_moe_layer_positions": "encoder_layers", "decoder_moe_layer_positions": "decoder_layers"}
 
     def validate_architecture(self):
         """Check every field of the architecture against its range and against the others."""
         super().validate_architecture()
-        self._validate_numbers()
-        self._validate_moe()
-        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(
-                f"`pad_token_id` {self.pad_token_id} lies outside the vocabulary 0..{self.vocab_size - 1}; raise "
-                "`vocab_size` or choose a token that is in it."
-            )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` {self.hidden_act!r} is unknown; transformers has {sorted(ACT2FN)}.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
-                f"({self.num_attention_heads}): the heads share the hidden size evenly."
-            )
-
-    def _validate_numbers(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "num_experts",
-            "num_expert_sublayers",
-            "distilled_router_dim",
-        ):
+        if not self.is_encoder_decoder:
+            raise ValueError("`is_encoder_decoder` must be True: for a model without encoder, use StableMoEConfig.")
+        for name in ("pad_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        for name in ("balance_loss_coef", "distillation_loss_coef", "router_aux_loss_coef", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
-        for name in ("dropout", "attention_dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
-                raise ValueError(f"`{name}` is a probability in [0, 1), got {value!r}.")
-        if not isinstance(self.layer_norm_eps, Real) or not 0 < self.layer_norm_eps < 1:
-            raise ValueError(f"`layer_norm_eps` must be a number in (0, 1), got {self.layer_norm_eps!r}.")
-
-    def _validate_moe(self):
-        if self.router_type not in ROUTER_TYPES:
-            raise ValueError(f"`router_type` {self.router_type!r} is unknown; choose one of {list(ROUTER_TYPES)}.")
-        positions = self.moe_layer_positions
-        if not isinstance(positions, (list, tuple)) or any(
-            isinstance(position, bool) or not isinstance(position, Integral) for position in positions
-        ):
-            raise ValueError(f"`moe_layer_positions` must be a list of integers, got {positions!r}.")
-        outside = [position for position in positions if not 0 <= position <= self.num_hidden_layers]
-        if outside:
-            raise ValueError(
-                f"`moe_layer_positions` {outside} lie outside 0..num_hidden_layers ({self.num_hidden_layers}): "
-                "k places a MoE layer after block k, 0 before the first block."
-            )
-        if len(set(positions)) != len(positions):
-            raise ValueError(
-                f"`moe_layer_positions` {positions} names a position twice; for a larger MoE layer raise "
-                "`num_expert_sublayers`."
-            )
-        factor = self.expert_capacity_factor
-        if factor is not None and (
-            isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < float("inf")
-        ):
-            raise ValueError(f"`expert_capacity_factor` must be None (no token is dropped) or > 0, got {factor!r}.")
+            if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"`{name}` {value!r} lies outside the vocabulary 0..{self.vocab_size - 1}: decoder inputs are made "
+                    "of the labels, which needs it."
+                )
 
 
-__all__ = ["ROUTER_TYPES", "StableMoEConfig"]
+__all__ = [
+    "POSITION_EMBEDDING_TYPES",
+    "ROUTER_TYPES",
+    "StableMoEBaseConfig",
+    "StableMoEConfig",
+    "StableMoESeq2SeqConfig",
+]

@@ -21,13 +21,13 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEBaseConfig
 
 
 class ExpertSublayer(nn.Module):
     """One FFN sublayer of every expert."""
 
-    def __init__(self, config: StableMoEConfig):
+    def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         num_experts, hidden_size, intermediate_size = config.num_experts, config.hidden_size, config.intermediate_size
         self.norm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
@@ -178,7 +178,7 @@ class StableMoEExperts(nn.Module):
     W2 and its bias start at zero, so a new expert changes nothing (released code).
     """
 
-    def __init__(self, config: StableMoEConfig):
+    def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
         self.sublayers = nn.ModuleList([ExpertSublayer(config) for _ in range(config.num_expert_sublayers)])

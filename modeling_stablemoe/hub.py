@@ -7,56 +7,66 @@ import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEBaseConfig
 from .report import STAGE_HEADINGS, format_table
+from .translation_metrics import format_scores
 
 
 def build_model_card(
-    template: str | Path, *, model_name: str, config: StableMoEConfig, results: dict, dataset_name: str
+    template: str | Path, *, model_name: str, config: StableMoEBaseConfig, results: dict, dataset_name: str
 ) -> ModelCard:
     """Fill a model card.
 
     Args:
         template (`str` or `Path`): a card with the fields of `hub_card.md`.
         model_name (`str`): Hub name or folder name of the model.
-        config (`StableMoEConfig`): of the trained model.
-        results (`dict`): `perplexity`, `parameters`, `stages` and `distillation_agreement_at_transition` of the run.
-        dataset_name (`str`): what the perplexity was measured on.
+        config (`StableMoEBaseConfig`): of the trained model.
+        results (`dict`): `perplexity`, `parameters`, `stages` and `distillation_agreement_at_transition` of the run,
+            and `scores` (of `score_translations`) for a translation model.
+        dataset_name (`str`): what was measured on.
 
     Returns:
         `ModelCard`: with metadata that the Hub understands.
     """
     fingerprint = config.router_fingerprint
     agreement = results["distillation_agreement_at_transition"]
+    scores = results.get("scores")
+    task = "translation" if config.is_encoder_decoder else "text-generation"
+    metrics = {"perplexity": round(results["perplexity"], 3)}
+    if scores is not None:
+        metrics |= {"bleu": round(scores["mean_bleu"], 2), "chrf": round(scores["mean_chrf"], 2)}
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["stablemoe", "mixture-of-experts", "custom_code"],
         model_name=model_name,
         eval_results=[
             EvalResult(
-                task_type="text-generation",
+                task_type=task,
                 dataset_type=dataset_name,
                 dataset_name=dataset_name,
-                metric_type="perplexity",
-                metric_value=round(results["perplexity"], 3),
+                metric_type=name,
+                metric_value=value,
             )
+            for name, value in metrics.items()
         ],
     )
     return ModelCard.from_template(
         data,
         template_path=str(template),
         model_name=model_name,
+        translates=config.is_encoder_decoder,
         routing="frozen (stage 2)" if fingerprint else "still learned (stage 1)",
         fingerprint=f"`{fingerprint}`" if fingerprint else "none yet",
         experts=(
             f"{config.num_experts} of {config.num_expert_sublayers} sublayers in each of "
-            f"{len(config.moe_layer_positions)} MoE layers"
+            f"{config.num_moe_layers} MoE layers"
         ),
         parameters=f"{results['parameters']:,}",
         perplexity=f"{results['perplexity']:.2f}",
         agreement="not measured" if agreement is None else f"{agreement:.1%}",
         stages_table=format_table(results["stages"], STAGE_HEADINGS),
+        scores_table=None if scores is None else format_scores(scores),
         transformers_version=transformers.__version__,
         torch_version=torch.__version__.split("+")[0],
     )

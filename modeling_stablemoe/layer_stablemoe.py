@@ -4,7 +4,7 @@
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEBaseConfig
 from .experts_stablemoe import StableMoEExperts, drop_overflow
 from .losses_stablemoe import is_distributed
 from .routing_stablemoe import FrozenRouter, build_router
@@ -17,7 +17,7 @@ class StableMoELayer(GradientCheckpointingLayer):
     `freeze` has filled the table of `frozen_router`, in stage 2 from then on.
     """
 
-    def __init__(self, config: StableMoEConfig):
+    def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
         self.capacity_factor = config.expert_capacity_factor

@@ -160,6 +160,58 @@ def routing_losses(
     return RoutingLosses(balance, distillation, agreement, torch.stack(loads))
 
 
+def combine_routing_losses(sides: Sequence[RoutingLosses]) -> RoutingLosses:
+    """Sum the routing losses of an encoder and a decoder; their agreement is averaged over the routed tokens.
+
+    Args:
+        sides (sequence of `RoutingLosses`): at least one.
+
+    Returns:
+        `RoutingLosses`: on the device of the last one.
+    """
+    device = sides[-1].balance_loss.device
+    sides = [RoutingLosses(*(value.to(device) for value in side)) for side in sides]
+    tokens = torch.stack([side.expert_load.sum() for side in sides])
+    agreed = torch.stack([side.distillation_agreement for side in sides]) * tokens
+    return RoutingLosses(
+        torch.stack([side.balance_loss for side in sides]).sum(),
+        torch.stack([side.distillation_loss for side in sides]).sum(),
+        agreed.sum() / tokens.sum().clamp(min=1),
+        torch.cat([side.expert_load for side in sides]),
+    )
+
+
+def label_smoothed_loss(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    label_smoothing: float = 0.0,
+    **kwargs,
+) -> Tensor:
+    """Cross-entropy of logits and labels at the same positions, in nats per target token.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, S, V)`): any float dtype; taken in float32.
+        labels (`torch.LongTensor` of shape `(B, S)`): -100 is ignored.
+        vocab_size (`int`): V.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): what the sum is divided by; default: the targets
+            of this batch (1 where there are none).
+        label_smoothing (`float`): share of the target's probability that is spread evenly over the vocabulary.
+        **kwargs: other arguments that transformers gives to loss functions.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    labels_T = labels.flatten().to(logits.device)
+    total = F.cross_entropy(
+        logits.reshape(-1, vocab_size).float(), labels_T, reduction="sum", label_smoothing=label_smoothing
+    )
+    if num_items_in_batch is None:
+        return total / labels_T.ne(-100).sum().clamp(min=1)
+    return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+
+
 def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
     """Count the tokens that a causal language-modelling loss predicts, as `Trainer` counts them.
 
@@ -177,10 +229,12 @@ def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | No
 __all__ = [
     "RoutingLosses",
     "balance_loss",
+    "combine_routing_losses",
     "count_causal_targets",
     "count_expert_load",
     "distillation_loss",
     "is_distributed",
+    "label_smoothed_loss",
     "masked_mean",
     "routing_losses",
 ]

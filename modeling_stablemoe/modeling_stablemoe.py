@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The decoder-only StableMoE: pre-norm Transformer blocks with MoE layers between them, and the language model on it."""
+"""Transformer blocks with MoE layers between them, and the decoder-only language model made of them."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdyn
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 from .experts_stablemoe import ExpertSublayer
 from .layer_stablemoe import StableMoELayer, token_mask
 from .losses_stablemoe import RoutingLosses, count_causal_targets, routing_losses
@@ -46,16 +46,22 @@ def eager_attention_forward(
 
 
 class StableMoEAttention(nn.Module):
-    """Multi-head attention with biases, through transformers' attention interface."""
+    """Multi-head attention with biases, through transformers' attention interface.
 
-    def __init__(self, config: StableMoEConfig, layer_idx: int):
+    Args:
+        config (`StableMoEBaseConfig`).
+        layer_idx (`int`): place of the block, which finds its keys and values in a cache.
+        is_causal (`bool`): whether a position sees only earlier ones.
+    """
+
+    def __init__(self, config: StableMoEBaseConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        self.is_causal = True
+        self.is_causal = is_causal
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
@@ -68,15 +74,29 @@ class StableMoEAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend to this and earlier positions, `(batch, sequence, hidden_size)` in and out."""
-        input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        """Attend to positions of the same sequence, `(batch, sequence, hidden_size)` in and out."""
+        key, value = self.project(hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        return self.attend(hidden_states, key, value, attention_mask, **kwargs)
 
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Make keys and values of `(batch, sequence, hidden_size)`: `(batch, heads, sequence, head_dim)` each."""
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        return key, self.v_proj(hidden_states).view(heads).transpose(1, 2)
+
+    def attend(
+        self,
+        hidden_states: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `(batch, sequence, hidden_size)` to keys and values of any length."""
+        input_shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -96,7 +116,7 @@ class StableMoEAttention(nn.Module):
 class StableMoEMLP(nn.Module):
     """The FFN of a block: W2 act(W1 x)."""
 
-    def __init__(self, config: StableMoEConfig):
+    def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -107,14 +127,21 @@ class StableMoEMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
 
-class StableMoEDecoderLayer(GradientCheckpointingLayer):
-    """A pre-norm Transformer block; every block is dense, the experts stand between blocks."""
+class StableMoEBlock(GradientCheckpointingLayer):
+    """A Transformer block, pre-norm or post-norm; every block is dense, the experts stand between blocks.
 
-    def __init__(self, config: StableMoEConfig, layer_idx: int):
+    Args:
+        config (`StableMoEBaseConfig`).
+        layer_idx (`int`): place of the block.
+        is_causal (`bool`): whether a position sees only earlier ones.
+    """
+
+    def __init__(self, config: StableMoEBaseConfig, layer_idx: int, is_causal: bool = True):
         super().__init__()
         self.dropout = config.dropout
+        self.norm_before = config.do_layer_norm_before
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = StableMoEAttention(config, layer_idx)
+        self.self_attn = StableMoEAttention(config, layer_idx, is_causal)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = StableMoEMLP(config)
 
@@ -126,15 +153,33 @@ class StableMoEDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """Map `(batch, sequence, hidden_size)` to `(batch, sequence, hidden_size)`."""
-        attended, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = hidden_states + nn.functional.dropout(attended, p=self.dropout, training=self.training)
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + nn.functional.dropout(transformed, p=self.dropout, training=self.training)
+
+        def attend(normed: Tensor) -> Tensor:
+            return self.self_attn(normed, attention_mask, past_key_values, **kwargs)[0]
+
+        hidden_states = self.add(attend, self.input_layernorm, hidden_states)
+        return self.add(self.mlp, self.post_attention_layernorm, hidden_states)
+
+    def add(self, sublayer: Callable[[Tensor], Tensor], norm: nn.LayerNorm, hidden_states: Tensor) -> Tensor:
+        """Add a sublayer's output to its input, normalised on the side that `do_layer_norm_before` says."""
+        change = sublayer(norm(hidden_states) if self.norm_before else hidden_states)
+        hidden_states = hidden_states + nn.functional.dropout(change, p=self.dropout, training=self.training)
+        return hidden_states if self.norm_before else norm(hidden_states)
+
+
+class SinusoidalPositions(nn.Module):
+    """The sine and cosine of each position at geometrically spaced wavelengths (Vaswani et al., 2017, section 3.5)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """Map `(batch, sequence)` to `(batch, sequence, hidden_size)`, float32: all sines, then all cosines."""
+        # Computed, not stored: a table would be a buffer, which loading on the meta device leaves empty.
+        exponent = torch.arange(0, self.hidden_size, 2, device=position_ids.device) / self.hidden_size
+        angle = position_ids.unsqueeze(-1) * 10000.0**-exponent
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., : self.hidden_size]
 
 
 class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
@@ -144,7 +189,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
     config_class = StableMoEConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["StableMoEDecoderLayer", "StableMoELayer"]
+    _no_split_modules = ["StableMoEBlock", "StableMoELayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -157,7 +202,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
         "AutoModelForCausalLM": "modeling_stablemoe.StableMoEForCausalLM",
     }
     _can_record_outputs = {
-        "hidden_states": StableMoEDecoderLayer,
+        "hidden_states": StableMoEBlock,
         "attentions": StableMoEAttention,
         "router_logits": OutputRecorder(StableRouter, index=0),
         "expert_indices": OutputRecorder(StableRouter, index=1),
@@ -183,24 +228,187 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
         elif isinstance(module, FrozenRouter):
             init.constant_(module.routing_table, -1)
 
+    def check_token_ids(self, token_ids: Tensor):
+        """Refuse ids outside the vocabulary, on the CPU and outside compiled code.
 
-class StableMoEModel(StableMoEPreTrainedModel):
-    """The backbone: embeddings, blocks, MoE layers between them, final norm.
+        Raises:
+            ValueError: naming an offending id.
+        """
+        _check_range(
+            token_ids,
+            self.config.vocab_size,
+            "token id",
+            "`vocab_size`; use the model's own tokenizer, or `resize_token_embeddings` after adding tokens",
+        )
+
+    def auxiliary_loss(
+        self, routing: RoutingLosses, targets: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Weigh the routing losses as they enter the loss, up to `router_aux_loss_coef` (eq. 11).
+
+        The task loss is divided by `num_items_in_batch`, so the auxiliary loss of each micro-batch, a mean, must count
+        for its share of it: else it would grow with the number of micro-batches and processes.
+
+        Args:
+            routing (`RoutingLosses`): of this micro-batch.
+            targets (`torch.LongTensor` of shape `()`, *optional*): target tokens of this micro-batch, if it has labels.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): those of the whole batch.
+
+        Returns:
+            `torch.Tensor` of shape `()`.
+        """
+        aux_loss = (
+            self.config.balance_loss_coef * routing.balance_loss
+            + self.config.distillation_loss_coef * routing.distillation_loss
+        )
+        if num_items_in_batch is None or targets is None:
+            return aux_loss
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(aux_loss.device)
+        return aux_loss * (targets.to(aux_loss.device) / num_items_in_batch)
+
+
+class StableMoEBackbone(StableMoEPreTrainedModel):
+    """What a language model, an encoder and a decoder are alike: embeddings, blocks, MoE layers between them, final norm.
+
+    Args:
+        config (`StableMoEBaseConfig`).
+        blocks (`list[StableMoEBlock]`): in order.
+        moe_layer_positions (`list[int]`): where MoE layers stand: k = after block k, 0 = before the first block.
+    """
+
+    def __init__(self, config: StableMoEBaseConfig, blocks: list[StableMoEBlock], moe_layer_positions: list[int]):
+        super().__init__(config)
+        self.moe_layer_positions = moe_layer_positions
+        self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.embed_positions = SinusoidalPositions(config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.moe_layers = nn.ModuleList([StableMoELayer(config) for _ in moe_layer_positions])
+        # Post-norm blocks end with a norm of their own.
+        has_norm = config.do_layer_norm_before
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        self.gradient_checkpointing = False
+
+    def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Give `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
+
+        Raises:
+            ValueError: without both, or for a token id outside the vocabulary.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Pass `input_ids` or `inputs_embeds`.")
+        if input_ids is not None:
+            self.check_token_ids(input_ids)
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """Scale the token embeddings and add those of positions: what the first block sees.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): token embeddings.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`): in [0, max_position_embeddings).
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+
+        Raises:
+            ValueError: for a position past `max_position_embeddings`.
+        """
+        _check_range(
+            position_ids,
+            self.config.max_position_embeddings,
+            "position",
+            "`max_position_embeddings`; shorten the input, or the generation (`max_new_tokens`)",
+        )
+        positions = self.embed_positions(position_ids).to(inputs_embeds.dtype)
+        hidden_states = inputs_embeds * self.embed_scale + positions
+        return nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
+
+    def transform(self, hidden_states: Tensor, *, token_ids: Tensor, token_mask: Tensor | None, **kwargs) -> Tensor:
+        """Run the blocks, the MoE layers between them and the final norm.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `embed`.
+            token_ids (`torch.LongTensor` of shape `(batch, sequence)`): what the tokens are routed by.
+            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
+            **kwargs: for the blocks.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+        """
+        moe_layers = dict(zip(self.moe_layer_positions, self.moe_layers, strict=True))
+        for position in range(len(self.layers) + 1):
+            if position > 0:
+                hidden_states = self.layers[position - 1](hidden_states, **kwargs)
+            if position in moe_layers:
+                hidden_states = moe_layers[position](hidden_states, token_ids, token_mask)
+        return self.norm(hidden_states)
+
+    def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
+        """Give the ids that tokens are routed by; `None` in a dense model. See `nearest_token_ids`."""
+        if input_ids is not None or not self.moe_layer_positions:
+            return input_ids
+        return self.nearest_token_ids(inputs_embeds)
+
+    def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
+        """Compute the routing losses of a forward pass that recorded its routing.
+
+        Args:
+            outputs (`StableMoEModelOutputWithPast`): with `router_logits`, `expert_indices` and, in stage 1,
+                `distilled_router_logits`.
+            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
+
+        Returns:
+            `RoutingLosses`
+        """
+        mask = token_mask(attention_mask, outputs.expert_indices[0].shape[-1])
+        return routing_losses(
+            router_logits=outputs.router_logits,
+            distilled_logits=outputs.distilled_router_logits or (),
+            expert_indices=[index.flatten() for index in outputs.expert_indices],
+            mask=None if mask is None else mask.flatten(),
+            # Evaluation may run on one process alone, where a collective would wait for ever.
+            across_processes=self.training,
+        )
+
+    @torch.no_grad()
+    def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
+        """Find the tokens whose embeddings are nearest, exactly the token itself where a vector is one.
+
+        Args:
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): vectors to look up.
+            chunk_size (`int`): vectors compared with the vocabulary at a time, which bounds memory.
+            num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids.
+        """
+        weight = self.embed_tokens.weight.float()
+        squared_norm = weight.square().sum(-1)
+        num_candidates = min(num_candidates, weight.shape[0])
+        nearest = []
+        for vectors in inputs_embeds.flatten(0, 1).float().split(chunk_size):
+            rough = squared_norm - 2 * vectors @ weight.T
+            candidates = rough.topk(num_candidates, largest=False).indices.sort(-1).values
+            exact = (weight[candidates] - vectors.unsqueeze(1)).square().sum(-1)
+            nearest.append(candidates.gather(-1, exact.argmin(-1, keepdim=True)).squeeze(-1))
+        return torch.cat(nearest).view(inputs_embeds.shape[:2])
+
+
+class StableMoEModel(StableMoEBackbone):
+    """The backbone of the language model.
 
     Args:
         config ([`StableMoEConfig`]): `moe_layer_positions` says where MoE layers stand.
     """
 
     def __init__(self, config: StableMoEConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [StableMoEDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
-        self.moe_layers = nn.ModuleList([StableMoELayer(config) for _ in config.moe_layer_positions])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
+        blocks = [StableMoEBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        super().__init__(config, blocks, config.moe_layer_positions)
         self.post_init()
 
     @merge_with_config_defaults
@@ -237,23 +445,11 @@ class StableMoEModel(StableMoEPreTrainedModel):
             ValueError: without `input_ids` and `inputs_embeds`; for a token id outside the vocabulary or a position
                 past `max_position_embeddings` (on an accelerator the embedding's own device assertion fires).
         """
-        if input_ids is None and inputs_embeds is None:
-            raise ValueError("Pass `input_ids` or `inputs_embeds`.")
-        if input_ids is not None:
-            self.check_token_ids(input_ids)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
-        _check_range(
-            position_ids,
-            self.config.max_position_embeddings,
-            "position",
-            "`max_position_embeddings`; shorten the input, or the generation (`max_new_tokens`)",
-        )
-
+            position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -261,87 +457,17 @@ class StableMoEModel(StableMoEPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        hidden_states = inputs_embeds + self.embed_positions(position_ids)
-        hidden_states = nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
-
-        moe_layers = dict(zip(self.config.moe_layer_positions, self.moe_layers, strict=True))
-        if moe_layers:
-            routing = {
-                "token_ids": self.nearest_token_ids(inputs_embeds) if input_ids is None else input_ids,
-                "token_mask": token_mask(attention_mask, inputs_embeds.shape[1]),
-            }
-        for position in range(self.config.num_hidden_layers + 1):
-            if position > 0:
-                hidden_states = self.layers[position - 1](
-                    hidden_states,
-                    attention_mask=causal_mask,
-                    position_ids=position_ids,
-                    past_key_values=past_key_values,
-                    use_cache=use_cache,
-                    **kwargs,
-                )
-            if position in moe_layers:
-                hidden_states = moe_layers[position](hidden_states, **routing)
-        return StableMoEModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        hidden_states = self.transform(
+            self.embed(inputs_embeds, position_ids),
+            token_ids=self.routed_by(input_ids, inputs_embeds),
+            token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            attention_mask=causal_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
         )
-
-    def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
-        """Compute the routing losses of a forward pass that recorded its routing.
-
-        Args:
-            outputs (`StableMoEModelOutputWithPast`): with `router_logits`, `expert_indices` and, in stage 1,
-                `distilled_router_logits`.
-            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
-
-        Returns:
-            `RoutingLosses`
-        """
-        mask = token_mask(attention_mask, outputs.last_hidden_state.shape[1])
-        return routing_losses(
-            router_logits=outputs.router_logits,
-            distilled_logits=outputs.distilled_router_logits,
-            expert_indices=[index.flatten() for index in outputs.expert_indices],
-            mask=None if mask is None else mask.flatten(),
-            # Evaluation may run on one process alone, where a collective would wait for ever.
-            across_processes=self.training,
-        )
-
-    def check_token_ids(self, token_ids: Tensor):
-        """Refuse ids outside the vocabulary, on the CPU and outside compiled code.
-
-        Raises:
-            ValueError: naming an offending id.
-        """
-        _check_range(
-            token_ids,
-            self.config.vocab_size,
-            "token id",
-            "`vocab_size`; use the model's own tokenizer, or `resize_token_embeddings` after adding tokens",
-        )
-
-    @torch.no_grad()
-    def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
-        """Find the tokens whose embeddings are nearest, exactly the token itself where a vector is one.
-
-        Args:
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): vectors to look up.
-            chunk_size (`int`): vectors compared with the vocabulary at a time, which bounds memory.
-            num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids.
-        """
-        weight = self.embed_tokens.weight.float()
-        squared_norm = weight.square().sum(-1)
-        num_candidates = min(num_candidates, weight.shape[0])
-        nearest = []
-        for vectors in inputs_embeds.flatten(0, 1).float().split(chunk_size):
-            rough = squared_norm - 2 * vectors @ weight.T
-            candidates = rough.topk(num_candidates, largest=False).indices.sort(-1).values
-            exact = (weight[candidates] - vectors.unsqueeze(1)).square().sum(-1)
-            nearest.append(candidates.gather(-1, exact.argmin(-1, keepdim=True)).squeeze(-1))
-        return torch.cat(nearest).view(inputs_embeds.shape[:2])
+        return StableMoEModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
 class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
@@ -418,12 +544,9 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         routing, aux_loss = None, None
         if with_routing and self.config.moe_layer_positions:
             routing = self.model.routing_losses(outputs, attention_mask)
-            aux_loss = (
-                self.config.balance_loss_coef * routing.balance_loss
-                + self.config.distillation_loss_coef * routing.distillation_loss
-            ).to(logits.device)  # layers may stand on several devices
-            share = self._share_of_batch(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
-            aux_loss = aux_loss if share is None else aux_loss * share.to(logits.device)
+            targets = None if labels is None else self.count_targets(labels, kwargs.get("shift_labels"))
+            # Layers may stand on several devices.
+            aux_loss = self.auxiliary_loss(routing, targets, kwargs.get("num_items_in_batch")).to(logits.device)
             if self.training and loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss
         elif with_routing:
@@ -453,23 +576,25 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         """
         return count_causal_targets(labels, shift_labels)
 
-    def _share_of_batch(
-        self, labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
-    ) -> Tensor | None:
-        """Weigh a micro-batch by its share of the targets that the loss is divided by; `None` where it is not known.
+    def routed_tokens(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Tell what each MoE layer routes of a batch, for statistics.
 
-        The task loss is divided by `num_items_in_batch`, so the auxiliary loss of each micro-batch, a mean, must count
-        for its share of it: else it would grow with the number of micro-batches and processes.
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
+            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            **kwargs: the other arguments of `forward`, which change nothing here.
+
+        Returns:
+            `list[tuple]`: one a MoE layer: token ids, `None` where embeddings were given instead, and the mask of real
+            tokens, `None` where all are real; of shape `(batch, sequence)` each.
         """
-        if num_items_in_batch is None or (labels is None and shift_labels is None):
-            return None
-        targets = self.count_targets(labels, shift_labels)
-        if torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(targets.device)
-        return targets / num_items_in_batch
+        mask = None if input_ids is None else token_mask(attention_mask, input_ids.shape[-1])
+        return [(input_ids, mask)] * self.config.num_moe_layers
 
 
-def _positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+def count_positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
     """Count positions over real tokens, so that padding on either side moves none: `(batch or 1, sequence)`."""
     sequence_length = inputs_embeds.shape[1]
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
@@ -493,4 +618,12 @@ StableMoEModel.register_for_auto_class("AutoModel")
 StableMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 
-__all__ = ["StableMoEForCausalLM", "StableMoEModel", "StableMoEPreTrainedModel"]
+__all__ = [
+    "StableMoEAttention",
+    "StableMoEBackbone",
+    "StableMoEBlock",
+    "StableMoEForCausalLM",
+    "StableMoEModel",
+    "StableMoEPreTrainedModel",
+    "count_positions",
+]

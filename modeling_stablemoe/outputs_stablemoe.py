@@ -79,4 +79,124 @@ class StableMoECausalLMOutputWithPast(ModelOutput):
     expert_load: torch.LongTensor | None = None
 
 
-__all__ = ["StableMoECausalLMOutputWithPast", "StableMoEModelOutputWithPast"]
+@dataclass
+class StableMoEDecoderOutput(StableMoEModelOutputWithPast):
+    """Output of a decoder with cross-attention; see `StableMoEModelOutputWithPast` for what they share.
+
+    Args:
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
+            `(batch, heads, target, source)` a block.
+    """
+
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class StableMoESeq2SeqModelOutput(ModelOutput):
+    """Output of encoder and decoder; each field is explained at the one it is named after.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, target, hidden_size)`): of the decoder.
+        past_key_values (`EncoderDecoderCache`, *optional*): with `use_cache`.
+        decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): with `output_hidden_states`.
+        decoder_attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`.
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`.
+        encoder_last_hidden_state (`torch.FloatTensor` of shape `(batch, source, hidden_size)`).
+        encoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): with `output_hidden_states`.
+        encoder_attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`.
+        encoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_router_logits`.
+        decoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_router_logits`.
+        encoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`.
+        decoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`.
+        encoder_distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`.
+        decoder_distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    decoder_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    encoder_expert_indices: tuple[torch.LongTensor, ...] | None = None
+    decoder_expert_indices: tuple[torch.LongTensor, ...] | None = None
+    encoder_distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    decoder_distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class StableMoESeq2SeqLMOutput(ModelOutput):
+    """Output of the sequence-to-sequence model with its head.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: what is trained, eq. 11 in stage 1 and
+            eq. 15 in stage 2: `task_loss + router_aux_loss_coef * aux_loss`. In eval mode `task_loss` alone.
+        logits (`torch.FloatTensor` of shape `(batch, target, vocab_size)`).
+        past_key_values (`EncoderDecoderCache`, *optional*): with `use_cache`.
+        decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        decoder_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEDecoderOutput`.
+        encoder_last_hidden_state (`torch.FloatTensor` of shape `(batch, source, hidden_size)`).
+        encoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        encoder_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        aux_loss (`torch.FloatTensor` of shape `()`, *optional*): while training or with `output_router_logits`: the sum
+            of the two that follow.
+        encoder_aux_loss (`torch.FloatTensor` of shape `()`, *optional*): `balance_loss_coef * balance_loss +
+            distillation_loss_coef * distillation_loss` of the encoder's layers, times the share of `num_items_in_batch`
+            that are targets of this batch where that is given. 0 in stage 2.
+        decoder_aux_loss (`torch.FloatTensor` of shape `()`, *optional*): the same of the decoder's layers.
+        encoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        decoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        encoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
+        decoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
+        task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: cross-entropy, nats per target token
+            (over `num_items_in_batch` where that is given), label-smoothed while training.
+        balance_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: eq. 8 without alpha, gate mass
+            per token, summed over the layers of both sides.
+        distillation_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: eq. 10, nats per token,
+            summed over the layers of both sides.
+        distillation_agreement (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: share of tokens that
+            the distilled router sends where the backbone router does, over all layers; NaN in stage 2.
+        expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
+            sent to each expert, the encoder's layers first.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    encoder_aux_loss: torch.FloatTensor | None = None
+    decoder_aux_loss: torch.FloatTensor | None = None
+    encoder_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    decoder_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    encoder_expert_indices: tuple[torch.LongTensor, ...] | None = None
+    decoder_expert_indices: tuple[torch.LongTensor, ...] | None = None
+    task_loss: torch.FloatTensor | None = None
+    balance_loss: torch.FloatTensor | None = None
+    distillation_loss: torch.FloatTensor | None = None
+    distillation_agreement: torch.FloatTensor | None = None
+    expert_load: torch.LongTensor | None = None
+
+    @property
+    def expert_indices(self) -> tuple[torch.LongTensor, ...]:
+        """`tuple[torch.LongTensor]`: the expert of each token, one of shape `(batch, sequence)` a MoE layer."""
+        return (self.encoder_expert_indices or ()) + (self.decoder_expert_indices or ())
+
+
+__all__ = [
+    "StableMoECausalLMOutputWithPast",
+    "StableMoEDecoderOutput",
+    "StableMoEModelOutputWithPast",
+    "StableMoESeq2SeqLMOutput",
+    "StableMoESeq2SeqModelOutput",
+]

@@ -11,7 +11,10 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig, StableMoESeq2SeqConfig
+
+
+CONFIGS = {config.model_type: config for config in (StableMoEConfig, StableMoESeq2SeqConfig)}
 
 
 @dataclass
@@ -100,15 +103,16 @@ class RoutingArguments:
             ) from None
 
 
-def load_preset(path: str | Path, **overrides: Any) -> StableMoEConfig:
+def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
     """Read a model's shape.
 
     Args:
-        path (`str` or `Path`): JSON file; its first field `source` says where the numbers are from.
+        path (`str` or `Path`): JSON file; its field `source` says where the numbers are from, `model_type` what kind of
+            model it is ("stablemoe" where it is missing).
         **overrides: fields to change.
 
     Returns:
-        `StableMoEConfig`
+        `StableMoEConfig` or `StableMoESeq2SeqConfig`
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -124,21 +128,27 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEConfig:
     if not isinstance(values, dict):
         raise ValueError(f"The model preset {str(path)!r} must be a JSON object of config fields.")
     values.pop("source", None)
+    model_type = values.pop("model_type", StableMoEConfig.model_type)
+    if model_type not in CONFIGS:
+        raise ValueError(
+            f"The model preset {str(path)!r} has the unknown `model_type` {model_type!r}; choose one of {list(CONFIGS)}."
+        )
+    config_class = CONFIGS[model_type]
     values |= overrides
-    known = {entry.name for entry in fields(StableMoEConfig)}
+    known = {entry.name for entry in fields(config_class)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"The model preset {str(path)!r} or its overrides name unknown fields: {unknown}.")
-    return StableMoEConfig(**values)
+    return config_class(**values)
 
 
-def check_fit(config: StableMoEConfig, num_tokens: int, block_size: int):
-    """Check that a model can read the blocks it is to be trained on, before training finds out.
+def check_fit(config: StableMoEBaseConfig, num_tokens: int, **lengths: int):
+    """Check that a model can read what it is to be trained on, before training finds out.
 
     Args:
-        config (`StableMoEConfig`): of the model.
+        config (`StableMoEBaseConfig`): of the model.
         num_tokens (`int`): size of the tokenizer.
-        block_size (`int`): tokens per block.
+        **lengths: longest sequences in tokens, by the option that sets them.
 
     Raises:
         ValueError: if the vocabulary or the positions of the model are too few.
@@ -148,11 +158,12 @@ def check_fit(config: StableMoEConfig, num_tokens: int, block_size: int):
             f"The tokenizer has {num_tokens} tokens, the model's vocabulary {config.vocab_size}. Name the model's own "
             "tokenizer with `--tokenizer_name`, or call `resize_token_embeddings` on the model first."
         )
-    if block_size > config.max_position_embeddings:
-        raise ValueError(
-            f"Blocks of {block_size} tokens do not fit the model's {config.max_position_embeddings} positions. Lower "
-            "`--block_size`, or raise `max_position_embeddings` with `--config_overrides`."
-        )
+    for option, length in lengths.items():
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"Sequences of {length} tokens do not fit the model's {config.max_position_embeddings} positions. Lower "
+                f"`--{option}`, or raise `max_position_embeddings` with `--config_overrides`."
+            )
 
 
 def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
@@ -198,4 +209,4 @@ def _recipe_to_argv(path: Path) -> list[str]:
     return argv
 
 
-__all__ = ["ModelArguments", "RoutingArguments", "check_fit", "load_preset", "parse_recipe"]
+__all__ = ["CONFIGS", "ModelArguments", "RoutingArguments", "check_fit", "load_preset", "parse_recipe"]

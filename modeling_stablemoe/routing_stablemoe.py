@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import maybe_autocast
 
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEBaseConfig
 
 
 logger = logging.get_logger(__name__)
@@ -62,7 +62,7 @@ def _finite(scores: Tensor) -> Tensor:
 class DistilledRouter(nn.Module):
     """The router that sees only the token: s^_{t,i} = E^_i . D(X_t) (StableMoE, eq. 12)."""
 
-    def __init__(self, config: StableMoEConfig):
+    def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.distilled_router_dim))  # D
         self.centroids = nn.Parameter(torch.empty(config.num_experts, config.distilled_router_dim))  # E^
@@ -106,7 +106,7 @@ class StableRouter(nn.Module):
     backbone score in every case (eqs. 7 and 14), so the centroids E keep learning.
     """
 
-    def __init__(self, config: StableMoEConfig):
+    def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.centroids = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))  # E
         self.distilled_router = DistilledRouter(config)
@@ -168,7 +168,7 @@ class FrozenRouter(nn.Module):
     for FSDP2 knows parameters only. No optimizer, weight decay or cast reaches an integer parameter.
     """
 
-    def __init__(self, config: StableMoEConfig):
+    def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
         table = torch.full((config.vocab_size,), -1, dtype=torch.int32)
@@ -266,10 +266,10 @@ def copy_into(target: Tensor, values: Tensor):
 
 
 # The names of `router_type`; the one place where a strategy is chosen.
-ROUTERS: dict[str, Callable[[StableMoEConfig], nn.Module]] = {"stable": StableRouter}
+ROUTERS: dict[str, Callable[[StableMoEBaseConfig], nn.Module]] = {"stable": StableRouter}
 
 
-def build_router(config: StableMoEConfig) -> nn.Module:
+def build_router(config: StableMoEBaseConfig) -> nn.Module:
     """Build the router that `config.router_type` names.
 
     Raises:

@@ -29,6 +29,10 @@ class TwoStageRoutingMixin:
     _auto_map: dict[str, str] = {}
 
     def __init__(self, config, *args, **kwargs):
+        if getattr(config, "model_type", None) != self.config_class.model_type:
+            raise ValueError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(config).__name__}."
+            )
         super().__init__(config, *args, **kwargs)
         self.register_load_state_dict_pre_hook(_check_tables_to_load)
         self.register_load_state_dict_post_hook(_follow_loaded_tables)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .layer_stablemoe import token_mask
 from .losses_stablemoe import is_distributed
 from .stages_stablemoe import TwoStageRoutingMixin
 
@@ -90,7 +89,7 @@ class RoutingMeter:
         self._step: RoutingTotals | None = None
         self._window: RoutingTotals | None = None
         self._recent: deque[RoutingTotals] = deque(maxlen=recent_steps)
-        # How often each token id was trained on in stage 1: weighs the rows of the table that is frozen.
+        # How often each MoE layer saw each token id in stage 1: weighs the rows of the tables that are frozen.
         self.token_counts: Tensor | None = None
         self._hook = model.register_forward_hook(self._observe, with_kwargs=True)
 
@@ -103,7 +102,7 @@ class RoutingMeter:
         if not module.training or output.expert_load is None:
             return
         load = output.expert_load.double()
-        tokens = load[0].sum()
+        tokens = load.sum(-1).mean()  # layers of an encoder and a decoder route different numbers
         targets = task = torch.zeros((), device=load.device)
         labels = kwargs.get("labels")
         if labels is not None:
@@ -116,16 +115,17 @@ class RoutingMeter:
         totals = RoutingTotals(torch.stack([value.detach().double() for value in sums]), load)
         self._step = totals if self._step is None else self._step + totals
         if learns:
-            self._count_tokens(args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask"))
+            self._count_tokens(module.routed_tokens(*args, **kwargs))
 
-    def _count_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None):
-        if input_ids is None:  # embeddings only: there are no ids to count
-            return
+    def _count_tokens(self, routed: list[tuple[Tensor | None, Tensor | None]]):
         if self.token_counts is None:
-            self.token_counts = torch.zeros(self.model.config.vocab_size, dtype=torch.long, device=input_ids.device)
-        real = token_mask(attention_mask, input_ids.shape[-1])
-        ones = torch.ones_like(input_ids) if real is None else real
-        self.token_counts.scatter_add_(0, input_ids.flatten(), ones.flatten().long())
+            self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long)
+        for layer, (token_ids, mask) in enumerate(routed):
+            if token_ids is None:  # embeddings only: there are no ids to count
+                continue
+            self.token_counts = self.token_counts.to(token_ids.device)
+            ones = torch.ones_like(token_ids) if mask is None else mask
+            self.token_counts[layer].scatter_add_(0, token_ids.flatten(), ones.flatten().long())
 
     def end_step(self):
         """Close an optimizer step."""
@@ -159,9 +159,9 @@ class RoutingMeter:
         """
         if self.token_counts is None:
             return None
-        counts = _sum_across_processes(self.token_counts.double())
         loads = []
-        for layer in self.model.moe_layers_by_name.values():
+        layers = self.model.moe_layers_by_name.values()
+        for layer, counts in zip(layers, _sum_across_processes(self.token_counts.double()), strict=True):
             experts = layer.frozen_router.values().long().to(counts.device)
             load = torch.zeros(layer.num_experts, dtype=torch.double, device=counts.device)
             loads.append(load.scatter_add_(0, experts, counts))

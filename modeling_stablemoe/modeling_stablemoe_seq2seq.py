@@ -1,0 +1,585 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The sequence-to-sequence StableMoE: encoder, decoder with cross-attention, and the model with its head."""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_stablemoe import StableMoESeq2SeqConfig
+from .layer_stablemoe import token_mask
+from .losses_stablemoe import RoutingLosses, combine_routing_losses, label_smoothed_loss
+from .modeling_stablemoe import (
+    StableMoEAttention,
+    StableMoEBackbone,
+    StableMoEBlock,
+    StableMoEPreTrainedModel,
+    count_positions,
+)
+from .outputs_stablemoe import (
+    StableMoEDecoderOutput,
+    StableMoEModelOutputWithPast,
+    StableMoESeq2SeqLMOutput,
+    StableMoESeq2SeqModelOutput,
+)
+
+
+class StableMoECrossAttention(StableMoEAttention):
+    """Attention from the decoder to the encoder's output, whose keys and values are made once a generation."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `(batch, target, hidden_size)` to `(batch, source, hidden_size)`."""
+        if past_key_values is None:
+            key, value = self.project(encoder_hidden_states)
+        elif past_key_values.is_updated.get(self.layer_idx):
+            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            key, value = cached.keys, cached.values
+        else:
+            key, value = self.project(encoder_hidden_states)
+            key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
+            past_key_values.is_updated[self.layer_idx] = True
+        return self.attend(hidden_states, key, value, attention_mask, **kwargs)
+
+
+class StableMoECrossAttentionBlock(StableMoEBlock):
+    """A decoder block that attends to the encoder's output between self-attention and FFN."""
+
+    def __init__(self, config: StableMoESeq2SeqConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.cross_attn_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attn = StableMoECrossAttention(config, layer_idx, is_causal=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Tensor:
+        """Map `(batch, target, hidden_size)` to `(batch, target, hidden_size)`."""
+
+        def attend(normed: Tensor) -> Tensor:
+            cache = None if past_key_values is None else past_key_values.self_attention_cache
+            return self.self_attn(normed, attention_mask, cache, **kwargs)[0]
+
+        def attend_to_source(normed: Tensor) -> Tensor:
+            return self.cross_attn(normed, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs)[0]
+
+        hidden_states = self.add(attend, self.input_layernorm, hidden_states)
+        hidden_states = self.add(attend_to_source, self.cross_attn_layernorm, hidden_states)
+        return self.add(self.mlp, self.post_attention_layernorm, hidden_states)
+
+
+class StableMoEEncoder(StableMoEBackbone):
+    """The encoder: every position sees the whole source.
+
+    Args:
+        config ([`StableMoESeq2SeqConfig`]): `encoder_layers` and `encoder_moe_layer_positions` shape it.
+    """
+
+    config: StableMoESeq2SeqConfig
+    config_class = StableMoESeq2SeqConfig
+
+    def __init__(self, config: StableMoESeq2SeqConfig):
+        blocks = [StableMoEBlock(config, layer_idx, is_causal=False) for layer_idx in range(config.encoder_layers)]
+        super().__init__(config, blocks, config.encoder_moe_layer_positions)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoEModelOutputWithPast:
+        """Encode a source.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding, on either side.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): in place of
+                token embeddings; routed by `input_ids` too where given, else as the nearest tokens.
+            **kwargs: see `StableMoEModel.forward`.
+
+        Returns:
+            `StableMoEModelOutputWithPast`
+
+        Raises:
+            ValueError: see `StableMoEModel.forward`.
+        """
+        inputs_embeds = self.look_up(input_ids, inputs_embeds)
+        hidden_states = self.transform(
+            self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, None)),
+            token_ids=self.routed_by(input_ids, inputs_embeds),
+            token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            attention_mask=create_bidirectional_mask(
+                config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+            ),
+            **kwargs,
+        )
+        return StableMoEModelOutputWithPast(last_hidden_state=hidden_states)
+
+
+class StableMoEDecoder(StableMoEBackbone):
+    """The decoder: a position sees earlier target positions and the whole source.
+
+    Args:
+        config ([`StableMoESeq2SeqConfig`]): `decoder_layers` and `decoder_moe_layer_positions` shape it.
+    """
+
+    config: StableMoESeq2SeqConfig
+    config_class = StableMoESeq2SeqConfig
+    _can_record_outputs = {
+        **StableMoEBackbone._can_record_outputs,
+        "attentions": OutputRecorder(StableMoEAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(StableMoECrossAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: StableMoESeq2SeqConfig):
+        blocks = [StableMoECrossAttentionBlock(config, layer_idx) for layer_idx in range(config.decoder_layers)]
+        super().__init__(config, blocks, config.decoder_moe_layer_positions)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoEDecoderOutput:
+        """Decode a target.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding.
+            encoder_hidden_states (`torch.FloatTensor` of shape `(batch, source, hidden_size)`): the encoder's output.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
+            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see
+                `StableMoEEncoder.forward`.
+            use_cache (`bool`, *optional*): return `past_key_values`.
+            **kwargs: see `StableMoEModel.forward`.
+
+        Returns:
+            `StableMoEDecoderOutput`
+
+        Raises:
+            ValueError: see `StableMoEModel.forward`; also without `encoder_hidden_states`, and for a cache of another
+                kind.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("The decoder has no input: pass `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.")
+        inputs_embeds = self.look_up(input_ids, inputs_embeds)
+        if encoder_hidden_states is None:
+            raise ValueError("The decoder attends to a source: pass `encoder_hidden_states`.")
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if not isinstance(past_key_values, EncoderDecoderCache | None):
+            raise ValueError(
+                "`past_key_values` must be an EncoderDecoderCache, one cache for the target and one for the source; got "
+                f"a {type(past_key_values).__name__}."
+            )
+        self_attention_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        hidden_states = self.transform(
+            self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
+            token_ids=self.routed_by(input_ids, inputs_embeds),
+            token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            attention_mask=create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=self_attention_cache,
+            ),
+            past_key_values=past_key_values,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            ),
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return StableMoEDecoderOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class StableMoESeq2SeqPreTrainedModel(StableMoEPreTrainedModel):
+    """What the sequence-to-sequence models share."""
+
+    config: StableMoESeq2SeqConfig
+    config_class = StableMoESeq2SeqConfig
+    _no_split_modules = [*StableMoEPreTrainedModel._no_split_modules, "StableMoECrossAttentionBlock"]
+    _auto_map = {
+        "AutoConfig": "configuration_stablemoe.StableMoESeq2SeqConfig",
+        "AutoModel": "modeling_stablemoe_seq2seq.StableMoESeq2SeqModel",
+        "AutoModelForSeq2SeqLM": "modeling_stablemoe_seq2seq.StableMoEForConditionalGeneration",
+    }
+    _can_record_outputs = {}
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """Resize the vocabulary of both sides; see `TwoStageRoutingMixin.resize_token_embeddings`."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        decoder, size = self.base_model.decoder, embeddings.weight.shape[0]
+        if decoder.embed_tokens.weight.shape[0] != size:  # not tied
+            decoder.embed_tokens = self._get_resized_embeddings(
+                decoder.embed_tokens, size, mean_resizing=mean_resizing
+            )
+        return embeddings
+
+
+class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
+    """Encoder and decoder, which share the token embedding.
+
+    Args:
+        config ([`StableMoESeq2SeqConfig`]).
+    """
+
+    _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
+
+    def __init__(self, config: StableMoESeq2SeqConfig):
+        super().__init__(config)
+        self.encoder = StableMoEEncoder(config)
+        self.decoder = StableMoEDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the encoder's token embedding, which is the decoder's too unless `tie_word_embeddings` is off."""
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        """Replace the encoder's token embedding, and the decoder's where they are tied."""
+        self.encoder.embed_tokens = value
+        if self.config.tie_word_embeddings:
+            self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoESeq2SeqModelOutput:
+        """Encode a source and decode a target.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): see `StableMoEEncoder.forward`.
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): see
+                `StableMoEDecoder.forward`.
+            decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): see there.
+            encoder_outputs (`ModelOutput` or `tuple`, *optional*): of the encoder, in place of its inputs.
+            past_key_values (`EncoderDecoderCache`, *optional*): see `StableMoEDecoder.forward`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see
+                `StableMoEEncoder.forward`.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
+            use_cache (`bool`, *optional*): return `past_key_values`.
+            **kwargs: see `StableMoEModel.forward`.
+
+        Returns:
+            `StableMoESeq2SeqModelOutput`
+
+        Raises:
+            ValueError: see `StableMoEModel.forward`.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not isinstance(encoder_outputs, ModelOutput):
+            encoder_outputs = BaseModelOutput(*encoder_outputs[:3])
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        recorded = ("hidden_states", "attentions", "router_logits", "expert_indices", "distilled_router_logits")
+        return StableMoESeq2SeqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            **{f"encoder_{name}": encoder_outputs.get(name) for name in recorded},
+            **{f"decoder_{name}": decoder_outputs.get(name) for name in recorded},
+        )
+
+
+class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, GenerationMixin):
+    """The sequence-to-sequence model with a head that shares the token embedding.
+
+    Args:
+        config ([`StableMoESeq2SeqConfig`]).
+    """
+
+    _tied_weights_keys = {
+        "model.decoder.embed_tokens.weight": "model.encoder.embed_tokens.weight",
+        "lm_head.weight": "model.encoder.embed_tokens.weight",
+    }
+
+    def __init__(self, config: StableMoESeq2SeqConfig):
+        super().__init__(config)
+        self.model = StableMoESeq2SeqModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Labels stand at the positions that predict them; the default for this class name would shift them again.
+        self.loss_function = label_smoothed_loss
+        self.post_init()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Shift labels to the right: the decoder's input at a position is the label of the one before it.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, target)`): -100 becomes padding.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, target)`: begins with `decoder_start_token_id`.
+        """
+        shifted = labels.roll(1, dims=-1)
+        shifted[:, 0] = self.config.decoder_start_token_id
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoESeq2SeqLMOutput:
+        """Predict the target; see `StableMoESeq2SeqModel.forward` for what they share.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): see there.
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): default: `labels`, shifted.
+            decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): default with
+                `labels`: the run of pad tokens at the end of each decoder input is padding.
+            encoder_outputs (`ModelOutput` or `tuple`, *optional*): see there; while training stage 1 they must hold
+                the routing (`output_router_logits`, `output_expert_indices`, `output_distilled_router_logits`).
+            past_key_values (`EncoderDecoderCache`, *optional*): see there.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
+            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
+                not predicted.
+            use_cache (`bool`, *optional*): see there.
+            output_router_logits (`bool`, *optional*): return router logits, expert indices and `aux_loss`; default
+                `config.output_router_logits`.
+            **kwargs: `num_items_in_batch`, the target tokens of the whole (accumulated, world-wide) batch that the
+                loss is divided by, and those of `StableMoEModel.forward`.
+
+        Returns:
+            `StableMoESeq2SeqLMOutput`
+
+        Raises:
+            ValueError: see `StableMoEModel.forward`.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        with_routing = self.training or output_router_logits
+        decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, labels
+        )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=with_routing,
+            output_expert_indices=with_routing,
+            output_distilled_router_logits=with_routing,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+
+        loss = task_loss = targets = None
+        if labels is not None:
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            task_loss = self.loss_function(logits, labels, self.config.vocab_size, label_smoothing=smoothing, **kwargs)
+            loss, targets = task_loss, self.count_targets(labels)
+        losses = {}
+        if with_routing:
+            # Generation needs no loss, and takes the encoder's outputs without its routing.
+            needed = self.training and labels is not None and self.routing_stage == 1
+            sides = self._routing_losses(outputs, attention_mask, decoder_attention_mask, needed)
+            num_items = kwargs.get("num_items_in_batch")
+            for name, side in sides.items():
+                # Layers may stand on several devices.
+                losses[f"{name}_aux_loss"] = self.auxiliary_loss(side, targets, num_items).to(logits.device)
+            losses["aux_loss"] = sum(losses.values(), start=torch.zeros((), device=logits.device))
+            if self.training and loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * losses["aux_loss"]
+            if sides:
+                losses |= combine_routing_losses(list(sides.values()))._asdict()
+        return StableMoESeq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+            encoder_router_logits=outputs.encoder_router_logits if output_router_logits else None,
+            decoder_router_logits=outputs.decoder_router_logits if output_router_logits else None,
+            encoder_expert_indices=outputs.encoder_expert_indices if output_router_logits else None,
+            decoder_expert_indices=outputs.decoder_expert_indices if output_router_logits else None,
+            task_loss=task_loss,
+            **losses,
+        )
+
+    def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
+        """Count the tokens that the task loss predicts.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, target)`): -100 is not predicted.
+            shift_labels (`torch.LongTensor`, *optional*): a causal model's; not used here.
+
+        Returns:
+            `torch.LongTensor` of shape `()`.
+        """
+        return labels.ne(-100).sum()
+
+    def routed_tokens(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Tell what each MoE layer routes of a batch, the encoder's layers first.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): as given to `forward`.
+            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
+            decoder_attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
+            **kwargs: the other arguments of `forward`.
+
+        Returns:
+            `list[tuple]`: see `StableMoEForCausalLM.routed_tokens`.
+        """
+        decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
+            decoder_input_ids, decoder_attention_mask, kwargs.get("decoder_inputs_embeds"), labels
+        )
+        routed = []
+        for stack, token_ids, mask in (
+            (self.model.encoder, input_ids, attention_mask),
+            (self.model.decoder, decoder_input_ids, decoder_attention_mask),
+        ):
+            mask = None if token_ids is None else token_mask(mask, token_ids.shape[-1])
+            routed += [(token_ids, mask)] * len(stack.moe_layers)
+        return routed
+
+    def _decoder_inputs(
+        self,
+        decoder_input_ids: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+        decoder_inputs_embeds: Tensor | None,
+        labels: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Fill in what labels say of the decoder's input: its ids, and which of them are padding."""
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if labels is not None and decoder_attention_mask is None and decoder_input_ids is not None:
+            # Collators give no mask for the decoder, and attention needs none: nothing looks at what comes after. But
+            # padding must not be routed.
+            real = decoder_input_ids.ne(self.config.pad_token_id).long()
+            real[:, 0] = 1  # the start token may be the pad token
+            decoder_attention_mask = real.flip(-1).cummax(-1).values.flip(-1)
+        return decoder_input_ids, decoder_attention_mask
+
+    def _routing_losses(
+        self,
+        outputs: StableMoESeq2SeqModelOutput,
+        attention_mask: Tensor | None,
+        decoder_attention_mask: Tensor | None,
+        needed: bool,
+    ) -> dict[str, RoutingLosses]:
+        """Compute the routing losses of the sides whose routing was recorded: `"encoder"`, `"decoder"`."""
+        sides = {}
+        names = ("router_logits", "expert_indices", "distilled_router_logits")
+        # In stage 2 nothing is distilled.
+        expected = names if self.routing_stage == 1 else names[:2]
+        for name, stack, mask in (
+            ("encoder", self.model.encoder, attention_mask),
+            ("decoder", self.model.decoder, decoder_attention_mask),
+        ):
+            if not stack.moe_layers:
+                continue
+            recorded = StableMoEModelOutputWithPast(**{key: outputs.get(f"{name}_{key}") for key in names})
+            if all(recorded.get(key) is not None for key in expected):
+                sides[name] = stack.routing_losses(recorded, mask)
+            elif needed:
+                raise ValueError(
+                    "`encoder_outputs` hold no routing, which training needs for the routing losses. Run the encoder "
+                    "with `output_router_logits=True, output_expert_indices=True, output_distilled_router_logits=True`, "
+                    "or pass `input_ids`."
+                )
+        return sides
+
+
+StableMoESeq2SeqConfig.register_for_auto_class()
+StableMoESeq2SeqModel.register_for_auto_class("AutoModel")
+StableMoEForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+
+
+__all__ = [
+    "StableMoEDecoder",
+    "StableMoEEncoder",
+    "StableMoEForConditionalGeneration",
+    "StableMoESeq2SeqModel",
+    "StableMoESeq2SeqPreTrainedModel",
+]

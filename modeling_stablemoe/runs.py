@@ -1,0 +1,210 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What the training scripts share: the folder of a run, its model, its callbacks, and training through both stages."""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import is_main_process
+
+from .atomic_files import replace_file
+from .callbacks import RoutingFluctuationCallback, StageTransitionCallback
+from .checkpoints import (
+    check_run_folder,
+    claim_run_folder,
+    remove_incomplete_checkpoints,
+    restore_finished_run,
+    run_identity,
+    what_is_missing,
+)
+from .hub import build_model_card
+from .recipes import ModelArguments, RoutingArguments, load_preset
+from .report import summarize
+
+
+logger = logging.getLogger(__name__)
+
+# What `--resume_from_checkpoint` calls the last whole checkpoint of the run.
+LATEST = ("latest", "true", "True")
+
+
+@dataclass
+class FolderArguments:
+    """How to treat the output folder."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what --output_dir holds and start anew."}
+    )
+
+
+class RunFolder:
+    """The output folder of one run; it is looked at first, and changed when nothing else can be wrong any more.
+
+    Args:
+        training_args (`TrainingArguments`): `output_dir` and `resume_from_checkpoint`, and what identifies the run.
+        overwrite (`bool`): delete what the folder holds.
+        *settings (dataclass instances): everything else that changes what the run computes.
+
+    Raises:
+        ValueError: if the folder cannot be this run's, or the checkpoint to resume from is not whole.
+    """
+
+    def __init__(self, training_args: TrainingArguments, overwrite: bool, *settings: Any):
+        self.args = training_args
+        named = training_args.resume_from_checkpoint
+        self._run = {
+            "folder": training_args.output_dir,
+            "identity": run_identity(
+                training_args, {k: v for part in settings for k, v in _as_settings(part).items()}
+            ),
+            "resume": named is not None,
+            "overwrite": overwrite,
+        }
+        check_run_folder(**self._run)
+        problem = None if named in (None, *LATEST) else what_is_missing(named)
+        if problem is not None:
+            raise ValueError(f"The checkpoint {named!r} cannot be resumed: {problem}.")
+
+    def claim(self) -> str | None:
+        """Make the folder this run's; return the checkpoint to resume from, if any."""
+        requested = self.args.resume_from_checkpoint
+        checkpoint = None
+        with self.args.main_process_first(desc="output folder"):
+            if is_main_process(self.args.local_process_index) or requested:
+                checkpoint = claim_run_folder(**self._run)
+        if requested not in (None, *LATEST):
+            return requested
+        return None if checkpoint is None else str(checkpoint)
+
+
+def _as_settings(part: Any) -> dict:
+    # Of the routing, only the length of stage 1 changes what is trained; the rest is measurement.
+    return {"stage1_steps": part.stage1_steps} if isinstance(part, RoutingArguments) else asdict(part)
+
+
+def build_model(
+    model_args: ModelArguments, auto_class: type, tokenizer: PreTrainedTokenizerBase, **fields: Any
+) -> PreTrainedModel:
+    """Make the model that the preset describes, or load the checkpoint.
+
+    Args:
+        model_args (`ModelArguments`): preset or checkpoint, and implementations.
+        auto_class (`type`): `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+        tokenizer (`PreTrainedTokenizerBase`): gives a new model its vocabulary and special tokens.
+        **fields: other fields of the config of a new model, which `--config_overrides` may change.
+
+    Returns:
+        `PreTrainedModel`
+
+    Raises:
+        OSError: if there is no such preset or checkpoint.
+        ValueError: if it is damaged or of another kind.
+    """
+    implementations = {
+        "attn_implementation": model_args.attn_implementation,
+        "experts_implementation": model_args.experts_implementation,
+    }
+    implementations = {name: value for name, value in implementations.items() if value is not None}
+    if model_args.model_name_or_path is not None:
+        return auto_class.from_pretrained(model_args.model_name_or_path, **implementations)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    fields = {"vocab_size": len(tokenizer), **special, **fields, **model_args.overrides}
+    config = load_preset(model_args.model_preset, **fields)
+    if type(config) not in auto_class._model_mapping:
+        raise ValueError(
+            f"The preset {model_args.model_preset!r} is of a {config.model_type!r} model, which {auto_class.__name__} "
+            "does not know; name a preset of the kind that this script trains."
+        )
+    return auto_class.from_config(config, **implementations)
+
+
+def build_callbacks(routing_args: RoutingArguments, max_steps: int, validation_rows, data_collator=None) -> list:
+    """Make the callbacks that the routing arguments ask for.
+
+    Args:
+        routing_args (`RoutingArguments`): length of stage 1, checks of fluctuation.
+        max_steps (`int`): steps of the whole training; <= 0 where only Trainer will know.
+        validation_rows (iterable of `Mapping`): what fluctuation is watched on.
+        data_collator (`Callable`, *optional*): makes a batch of them; see `RoutingFluctuationCallback`.
+
+    Returns:
+        `list[TrainerCallback]`
+
+    Raises:
+        ValueError: if stage 1 would outlast training.
+    """
+    callbacks = []
+    if routing_args.stage1 is not None:
+        callbacks.append(StageTransitionCallback(routing_args.stage1))
+        if max_steps > 0:
+            callbacks[0].resolve_transition_step(max_steps)
+    if routing_args.fluctuation_check_steps:
+        callbacks.append(
+            RoutingFluctuationCallback(
+                validation_rows,
+                routing_args.fluctuation_check_steps,
+                routing_args.fluctuation_tokens,
+                data_collator=data_collator,
+            )
+        )
+    return callbacks
+
+
+def train(trainer: Trainer, checkpoint: str | None):
+    """Train to the end, from a checkpoint where there is one, and save the model and the Trainer's state."""
+    if checkpoint is not None:
+        logger.info("Resuming from %s.", checkpoint)
+        with trainer.args.main_process_first(desc="cut-off checkpoints"):
+            if trainer.is_world_process_zero():
+                remove_incomplete_checkpoints(trainer.args.output_dir)
+    if checkpoint is None or not restore_finished_run(trainer, checkpoint):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    # A pickle; checkpoints keep theirs, what is shared holds none.
+    (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+
+def summarize_run(trainer: Trainer) -> dict:
+    """Gather what a run of any kind came to, JSON-ready: its size, its routing and its stages (see `summarize`)."""
+    fingerprint = trainer.model.config.router_fingerprint
+    return {
+        "parameters": trainer.model.num_parameters(),
+        "router_fingerprint": fingerprint,
+        **summarize(trainer.state.log_history, frozen=fingerprint is not None),
+    }
+
+
+def write_results(trainer: Trainer, results: dict, card_template: str | Path, dataset_name: str):
+    """Write `results.json` and the model card to the output folder.
+
+    Args:
+        trainer (`Trainer`): of the run.
+        results (`dict`): JSON-ready; see `build_model_card`.
+        card_template (`str` or `Path`): `hub_card.md`.
+        dataset_name (`str`): what the results were measured on.
+    """
+    folder = Path(trainer.args.output_dir)
+    replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    card = build_model_card(
+        card_template,
+        model_name=trainer.args.hub_model_id or folder.name,
+        config=trainer.model.config,
+        results=results,
+        dataset_name=dataset_name,
+    )
+    replace_file(folder / "README.md", card.save)
+
+
+__all__ = [
+    "FolderArguments",
+    "RunFolder",
+    "build_callbacks",
+    "build_model",
+    "summarize_run",
+    "train",
+    "write_results",
+]
