@@ -131,7 +131,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             isinstance(self.pad_token_id, Integral) and 0 <= self.pad_token_id < self.vocab_size
         ):
             raise ValueError(
-                f"`pad_token_id` {self.pad_token_id} lies outside the vocabulary 0..{self.vocab_size - 1}; raise "
+                f"`pad_token_id` {self.pad_token_id!r} lies outside the vocabulary 0..{self.vocab_size - 1}; raise "
                 "`vocab_size` or choose a token that is in it."
             )
         if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:

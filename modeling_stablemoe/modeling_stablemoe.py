@@ -407,6 +407,7 @@ class StableMoEModel(StableMoEBackbone):
     """
 
     def __init__(self, config: StableMoEConfig):
+        self.check_config(config)
         blocks = [StableMoEBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         super().__init__(config, blocks, config.moe_layer_positions)
         self.post_init()

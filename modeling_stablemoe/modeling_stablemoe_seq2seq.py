@@ -96,6 +96,7 @@ class StableMoEEncoder(StableMoEBackbone):
     config_class = StableMoESeq2SeqConfig
 
     def __init__(self, config: StableMoESeq2SeqConfig):
+        self.check_config(config)
         blocks = [StableMoEBlock(config, layer_idx, is_causal=False) for layer_idx in range(config.encoder_layers)]
         super().__init__(config, blocks, config.encoder_moe_layer_positions)
         self.post_init()
@@ -153,6 +154,7 @@ class StableMoEDecoder(StableMoEBackbone):
     }
 
     def __init__(self, config: StableMoESeq2SeqConfig):
+        self.check_config(config)
         blocks = [StableMoECrossAttentionBlock(config, layer_idx) for layer_idx in range(config.decoder_layers)]
         super().__init__(config, blocks, config.decoder_moe_layer_positions)
         self.post_init()
@@ -191,7 +193,9 @@ class StableMoEDecoder(StableMoEBackbone):
                 kind.
         """
         if input_ids is None and inputs_embeds is None:
-            raise ValueError("The decoder has no input: pass `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.")
+            raise ValueError(
+                "The decoder has no input: pass `decoder_input_ids`, `decoder_inputs_embeds` or `labels`."
+            )
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if encoder_hidden_states is None:
             raise ValueError("The decoder attends to a source: pass `encoder_hidden_states`.")
@@ -397,14 +401,14 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): default: `labels`, shifted.
             decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): default with
-                `labels`: the run of pad tokens at the end of each decoder input is padding.
+                `labels`: the run of -100 at the end of each target is padding.
             encoder_outputs (`ModelOutput` or `tuple`, *optional*): see there; while training stage 1 they must hold
                 the routing (`output_router_logits`, `output_expert_indices`, `output_distilled_router_logits`).
             past_key_values (`EncoderDecoderCache`, *optional*): see there.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
-                not predicted.
+                not predicted, and padding at the end.
             use_cache (`bool`, *optional*): see there.
             output_router_logits (`bool`, *optional*): return router logits, expert indices and `aux_loss`; default
                 `config.output_router_logits`.
@@ -533,11 +537,12 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         """Fill in what labels say of the decoder's input: its ids, and which of them are padding."""
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if labels is not None and decoder_attention_mask is None and decoder_input_ids is not None:
+        if labels is not None and decoder_attention_mask is None:
             # Collators give no mask for the decoder, and attention needs none: nothing looks at what comes after. But
-            # padding must not be routed.
-            real = decoder_input_ids.ne(self.config.pad_token_id).long()
-            real[:, 0] = 1  # the start token may be the pad token
+            # padding must not be routed. The labels tell where a target ends, the inputs do not: their last token, which
+            # predicts nothing, is there only where the row is longer than its target.
+            real = labels.ne(-100).long()
+            real[:, 0] = 1  # a target may be empty
             decoder_attention_mask = real.flip(-1).cummax(-1).values.flip(-1)
         return decoder_input_ids, decoder_attention_mask
 

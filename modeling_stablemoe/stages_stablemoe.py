@@ -29,13 +29,20 @@ class TwoStageRoutingMixin:
     _auto_map: dict[str, str] = {}
 
     def __init__(self, config, *args, **kwargs):
-        if getattr(config, "model_type", None) != self.config_class.model_type:
-            raise ValueError(
-                f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(config).__name__}."
-            )
+        self.check_config(config)
         super().__init__(config, *args, **kwargs)
         self.register_load_state_dict_pre_hook(_check_tables_to_load)
         self.register_load_state_dict_post_hook(_follow_loaded_tables)
+
+    @classmethod
+    def check_config(cls, config):
+        """Refuse the config of another kind of model.
+
+        Raises:
+            ValueError: naming both kinds.
+        """
+        if getattr(config, "model_type", None) != cls.config_class.model_type:
+            raise ValueError(f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(config).__name__}.")
 
     @property
     def moe_layers_by_name(self) -> dict[str, StableMoELayer]:
@@ -249,9 +256,14 @@ def _check_fingerprint(actual: str | None, expected: str | None, layers: Iterabl
         )
 
 
+def _is_side(model: TwoStageRoutingMixin) -> bool:
+    """Tell an encoder or a decoder, which shares the config of the whole model but has not all of its MoE layers."""
+    return len(model.moe_layers_by_name) != model.config.num_moe_layers
+
+
 def _check_tables_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix: str, *args):
     """Refuse a state dict with damaged tables, or with another frozen routing, before anything is overwritten."""
-    if prefix:
+    if prefix or _is_side(model):
         return  # loaded as a part of a larger model, which has looked already
     tables = {}
     for name, layer in model.moe_layers_by_name.items():
@@ -274,7 +286,7 @@ def _follow_loaded_tables(model: TwoStageRoutingMixin, incompatible_keys):
     A config is not part of a state dict, so a fingerprint follows the tables into a stage. It never follows them to
     another routing.
     """
-    if not model._read_tables():
+    if not model._read_tables() or _is_side(model):
         return
     frozen = [layer.frozen_router.is_frozen for layer in model.moe_layers_by_name.values()]
     if any(frozen) != all(frozen):

@@ -93,65 +93,211 @@ def norm(params, name, x):
     return layer_norm(x, params[f"{name}.weight"], params[f"{name}.bias"])
 
 
-def block(params, prefix, hidden, num_heads):
-    """A pre-norm Transformer block over one sequence (S, d): causal attention, then the FFN."""
-    normed = [norm(params, f"{prefix}input_layernorm", x) for x in hidden]
-    query, key, value = (
-        np.array([linear(params, f"{prefix}self_attn.{kind}_proj", x) for x in normed]).reshape(
-            len(hidden), num_heads, -1
+def sinusoids(count, width):
+    """Vaswani et al., section 3.5: sine and cosine at wavelengths from 2 pi to 10000 * 2 pi, all sines first."""
+    table = np.zeros((count, width))
+    for position in range(count):
+        for i in range(width // 2):
+            angle = position / 10000 ** (2 * i / width)
+            table[position, i], table[position, width // 2 + i] = np.sin(angle), np.cos(angle)
+    return table
+
+
+def embed(params, prefix, token_ids, *, sinusoidal=False, scale=False):
+    """Token embeddings, times sqrt(d) with `scale`, plus the embeddings of positions 0, 1, ..."""
+    embedding = params[f"{prefix}embed_tokens.weight"]
+    width = embedding.shape[1]
+    if sinusoidal:
+        positions = sinusoids(len(token_ids), width)
+    else:
+        positions = params[f"{prefix}embed_positions.weight"][: len(token_ids)]
+    return embedding[token_ids] * (np.sqrt(width) if scale else 1.0) + positions
+
+
+def attention(params, prefix, hidden, source, num_heads, causal):
+    """Each of `hidden` (S, d) attends to `source` (S', d), to itself and earlier ones only where `causal`."""
+
+    def heads(kind, states):
+        return np.array([linear(params, f"{prefix}{kind}_proj", x) for x in states]).reshape(
+            len(states), num_heads, -1
         )
-        for kind in "qkv"
-    )
+
+    query, key, value = heads("q", hidden), heads("k", source), heads("v", source)
     outputs = []
-    for t, x in enumerate(hidden):
-        heads = []
+    for t in range(len(hidden)):
+        seen = slice(0, t + 1 if causal else None)
+        mixed = []
         for head in range(num_heads):
-            affinity = key[: t + 1, head] @ query[t, head] / np.sqrt(query.shape[-1])
-            heads.append(np.exp(log_softmax(affinity)) @ value[: t + 1, head])
-        x = x + linear(params, f"{prefix}self_attn.o_proj", np.concatenate(heads))
-        inner = np.maximum(
-            linear(params, f"{prefix}mlp.up_proj", norm(params, f"{prefix}post_attention_layernorm", x)), 0
-        )
-        outputs.append(x + linear(params, f"{prefix}mlp.down_proj", inner))
+            affinity = key[seen, head] @ query[t, head] / np.sqrt(query.shape[-1])
+            mixed.append(np.exp(log_softmax(affinity)) @ value[seen, head])
+        outputs.append(linear(params, f"{prefix}o_proj", np.concatenate(mixed)))
     return np.array(outputs)
 
 
-def causal_lm(params, sequences, labels, *, num_heads, num_layers, moe_positions, routing, tables=None):
+def block(params, prefix, hidden, num_heads, *, before=True, causal=True, source=None):
+    """A Transformer block over one sequence (S, d): self-attention, attention to a source if there is one, FFN.
+
+    Each is x + f(LayerNorm(x)) where the norm stands `before`, and LayerNorm(x + f(x)) where it does not.
+    """
+
+    def normed(name, states):
+        return np.array([norm(params, f"{prefix}{name}", x) for x in states])
+
+    def residual(name, sublayer, states):
+        if before:
+            return states + sublayer(normed(name, states))
+        return normed(name, states + sublayer(states))
+
+    def attend_to_itself(states):
+        return attention(params, f"{prefix}self_attn.", states, states, num_heads, causal)
+
+    def attend_to_the_source(states):
+        return attention(params, f"{prefix}cross_attn.", states, source, num_heads, False)
+
+    def ffn(states):
+        inner = [np.maximum(linear(params, f"{prefix}mlp.up_proj", x), 0) for x in states]
+        return np.array([linear(params, f"{prefix}mlp.down_proj", x) for x in inner])
+
+    hidden = residual("input_layernorm", attend_to_itself, hidden)
+    if source is not None:
+        hidden = residual("cross_attn_layernorm", attend_to_the_source, hidden)
+    return residual("post_attention_layernorm", ffn, hidden)
+
+
+class Stack:
+    """Blocks with MoE layers between them; collects what the layers decide, over all sequences that pass."""
+
+    def __init__(self, params, prefix, *, num_layers, moe_positions, routing, tables, before=True, **block_options):
+        self.params, self.prefix, self.num_layers, self.moe_positions = params, prefix, num_layers, moe_positions
+        self.routing, self.tables, self.before = routing, tables, before
+        self.block_options = {"before": before, **block_options}
+        self.routed = [([], [], []) for _ in moe_positions]
+
+    def __call__(self, hidden, token_ids, **block_options):
+        for position in range(self.num_layers + 1):
+            if position > 0:
+                options = {**self.block_options, **block_options}
+                hidden = block(self.params, f"{self.prefix}layers.{position - 1}.", hidden, **options)
+            if position in self.moe_positions:
+                index = self.moe_positions.index(position)
+                table = None if self.tables is None else self.tables[index]
+                hidden, *decided = moe_layer(
+                    self.params,
+                    f"{self.prefix}moe_layers.{index}.",
+                    hidden,
+                    token_ids,
+                    routing=self.routing,
+                    table=table,
+                )
+                for collected, values in zip(self.routed[index], decided, strict=True):
+                    collected.extend(values)
+        if self.before:
+            hidden = np.array([norm(self.params, f"{self.prefix}norm", x) for x in hidden])
+        return hidden
+
+    def losses(self):
+        """Balance and distillation, summed over layers; nothing but the task is learned unless routing is greedy."""
+        if self.routing != "greedy":
+            return 0.0, 0.0
+        balance = sum(balance_loss(np.array(scores), assigned) for scores, _, assigned in self.routed)
+        distillation = sum(distillation_loss(np.array(scores), assigned) for _, scores, assigned in self.routed)
+        return balance, distillation
+
+    def loads(self, num_experts):
+        return [np.bincount(assigned, minlength=num_experts).tolist() for *_, assigned in self.routed]
+
+
+def causal_lm(
+    params,
+    sequences,
+    labels,
+    *,
+    num_heads,
+    num_layers,
+    moe_positions,
+    routing,
+    tables=None,
+    before=True,
+    sinusoidal=False,
+    scale=False,
+):
     """The whole language model on sequences without padding, each with its labels (-100: not a target).
 
     Returns a dict: `logits` (one (S, V) a sequence), `task`, `balance`, `distillation` (summed over layers) and `loss`,
     eq. 11 while the routing is greedy and eq. 15 else.
     """
+    stack = Stack(
+        params,
+        "model.",
+        num_layers=num_layers,
+        moe_positions=moe_positions,
+        routing=routing,
+        tables=tables,
+        before=before,
+        num_heads=num_heads,
+    )
     logits, cross_entropies = [], []
-    routed = [([], [], []) for _ in moe_positions]
     for token_ids, sequence_labels in zip(sequences, labels, strict=True):
-        hidden = (
-            params["model.embed_tokens.weight"][token_ids] + params["model.embed_positions.weight"][: len(token_ids)]
-        )
-        for position in range(num_layers + 1):
-            if position > 0:
-                hidden = block(params, f"model.layers.{position - 1}.", hidden, num_heads)
-            if position in moe_positions:
-                index = moe_positions.index(position)
-                table = None if tables is None else tables[index]
-                hidden, *routing_of_tokens = moe_layer(
-                    params, f"model.moe_layers.{index}.", hidden, token_ids, routing=routing, table=table
-                )
-                for collected, values in zip(routed[index], routing_of_tokens, strict=True):
-                    collected.extend(values)
-        final = [norm(params, "model.norm", x) for x in hidden]
+        final = stack(embed(params, "model.", token_ids, sinusoidal=sinusoidal, scale=scale), token_ids)
         logits.append(np.array([params["model.embed_tokens.weight"] @ x for x in final]))
         for t, target in enumerate(sequence_labels[1:]):
             if target != -100:
                 cross_entropies.append(-log_softmax(logits[-1][t])[target])
     task = sum(cross_entropies) / len(cross_entropies)
-    balance = distillation = 0.0
-    if routing == "greedy":
-        for scores, distilled_scores, assigned in routed:
-            balance += balance_loss(np.array(scores), assigned)
-            distillation += distillation_loss(np.array(distilled_scores), assigned)
+    balance, distillation = stack.losses()
     loss = task + ALPHA * balance + DISTILLATION * distillation
     return {"logits": logits, "task": task, "balance": balance, "distillation": distillation, "loss": loss}
+
+
+def seq2seq(
+    params,
+    sources,
+    targets,
+    *,
+    num_heads,
+    encoder,
+    decoder,
+    routing,
+    start,
+    pad,
+    smoothing,
+    num_experts,
+    before,
+    sinusoidal,
+    scale,
+):
+    """The whole sequence-to-sequence model on pairs without padding (-100 in a target: not predicted, `pad` as input).
+
+    `encoder` and `decoder` are dicts of `num_layers`, `moe_positions` and `tables`. Returns a dict: `logits` (one (S, V)
+    a target), `task`, `balance`, `distillation`, `loss`, and for each side `auxiliary` and the `loads` of its layers.
+    """
+    common = {"routing": routing, "before": before, "num_heads": num_heads}
+    encode = Stack(params, "model.encoder.", **encoder, **common, causal=False)
+    decode = Stack(params, "model.decoder.", **decoder, **common)
+    shared = params["model.encoder.embed_tokens.weight"]
+    params = {**params, "model.decoder.embed_tokens.weight": shared}
+    logits, losses = [], []
+    for source_ids, target in zip(sources, targets, strict=True):
+        source = encode(embed(params, "model.encoder.", source_ids, sinusoidal=sinusoidal, scale=scale), source_ids)
+        inputs = [start, *(pad if token == -100 else token for token in target[:-1])]
+        hidden = embed(params, "model.decoder.", inputs, sinusoidal=sinusoidal, scale=scale)
+        logits.append(np.array([shared @ x for x in decode(hidden, inputs, source=source)]))
+        for t, token in enumerate(target):
+            if token != -100:
+                scores = log_softmax(logits[-1][t])
+                losses.append(-(1 - smoothing) * scores[token] - smoothing * scores.mean())
+    task = sum(losses) / len(losses)
+    sides = {"encoder": encode.losses(), "decoder": decode.losses()}
+    auxiliary = {name: ALPHA * balance + DISTILLATION * distilled for name, (balance, distilled) in sides.items()}
+    return {
+        "logits": logits,
+        "task": task,
+        "balance": sum(balance for balance, _ in sides.values()),
+        "distillation": sum(distillation for _, distillation in sides.values()),
+        "auxiliary": auxiliary,
+        "loss": task + sum(auxiliary.values()),
+        "loads": encode.loads(num_experts) + decode.loads(num_experts),
+    }
 
 
 def slope(function, params, name, direction, step=1e-5):

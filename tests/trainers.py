@@ -1,14 +1,31 @@
 """A real Trainer on a tiny model, for the tests of the callbacks."""
 
 import torch
-from conftest import random_ids, tiny_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from conftest import random_ids, tiny_model, tiny_seq2seq_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from modeling_stablemoe.callbacks import find_stablemoe
 from modeling_stablemoe.data import collate_blocks
 
 
 BLOCKS = [{"input_ids": row} for row in random_ids(24, 16, seed=1)]
+# Sources and targets of different lengths.
+PAIRS = [
+    {
+        "input_ids": random_ids(1, 3 + index % 5, seed=index, low=3, high=91)[0].tolist(),
+        "labels": random_ids(1, 2 + index % 3, seed=100 + index, low=3, high=91)[0].tolist() + [0],
+    }
+    for index in range(16)
+]
 STATISTICS = {
     "task_loss",
     "balance_loss",
@@ -52,6 +69,38 @@ def make_trainer(folder, *callbacks, model=None, optimizers=(None, None), traine
         train_dataset=options.pop("train_dataset", BLOCKS),
         eval_dataset=BLOCKS[:4],
         data_collator=collate_blocks,
+        callbacks=list(callbacks),
+        optimizers=optimizers,
+    )
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w3 ... w90, for the vocabulary of the tiny sequence-to-sequence model."""
+    vocabulary = {"<eos>": 0, "<s>": 1, "<pad>": 2, **{f"w{i}": i for i in range(3, 91)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", unk_token="<s>")
+
+
+def make_seq2seq_trainer(folder, *callbacks, model=None, pairs=PAIRS, optimizers=(None, None), **arguments):
+    model = tiny_seq2seq_model() if model is None else model
+    options = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **arguments,
+    }
+    return Seq2SeqTrainer(
+        model=model,
+        args=Seq2SeqTrainingArguments(output_dir=str(folder), **options),
+        train_dataset=pairs,
+        eval_dataset=pairs[:4],
+        data_collator=DataCollatorForSeq2Seq(tiny_tokenizer(), model=model),
         callbacks=list(callbacks),
         optimizers=optimizers,
     )
