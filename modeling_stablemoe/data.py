@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import Hasher
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .embedded_corpus import EMBEDDED_KINDS, embedded_documents
@@ -50,6 +50,9 @@ TOKENIZER_DOCUMENTS = 200_000
 _CACHE_FORMAT = 1
 # One encoding call holds about 100 bytes a token, so texts are handed over in groups of about 2 M tokens.
 _CHARACTERS_PER_CALL = 8_000_000
+
+# The embedded corpora depend on it.
+INTERPRETER = (sys.version, sysconfig.get_path("stdlib"))
 
 Corpus = DatasetDict | IterableDatasetDict
 
@@ -144,24 +147,18 @@ class DataArguments:
         self._check_combinations()
 
     def _check_ranges(self) -> None:
-        if not 0 < self.validation_share < 1:
-            raise ValueError(f"validation_share must lie between 0 and 1 (exclusive); got {self.validation_share}.")
+        check_share(self.validation_share)
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
                 f"vocab_size must be at least {MIN_VOCAB_SIZE} (256 bytes and 2 special tokens); got {self.vocab_size}."
             )
-        for name in ("block_size", "preprocessing_num_workers", "max_train_documents", "max_validation_documents"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}.")
+        counts = ("block_size", "preprocessing_num_workers", "max_train_documents", "max_validation_documents")
+        check_counts({name: getattr(self, name) for name in counts})
         if self.embedded_corpus not in EMBEDDED_KINDS:
             raise ValueError(f"embedded_corpus must be one of {EMBEDDED_KINDS}; got {self.embedded_corpus!r}.")
         if self.document_separator is not None and "\n" in self.document_separator:
             raise ValueError("document_separator is compared with single lines and must not hold a line break.")
-        try:
-            "".encode(self.encoding)
-        except LookupError as error:
-            raise ValueError(f"encoding {self.encoding!r} is not a text encoding known to Python.") from error
+        check_encoding(self.encoding)
 
     def _check_combinations(self) -> None:
         if self.dataset_name and (self.train_files or self.validation_files):
@@ -176,6 +173,27 @@ class DataArguments:
             raise ValueError("streaming needs dataset_name; local files are memory-mapped from the cache anyway.")
         if self.streaming and self.preprocessing_num_workers:
             raise ValueError("preprocessing_num_workers has no effect with streaming; set dataloader_num_workers.")
+
+
+def check_share(validation_share: float) -> None:
+    """Check that some documents, but not all, can be held out."""
+    if not 0 < validation_share < 1:
+        raise ValueError(f"validation_share must lie between 0 and 1 (exclusive); got {validation_share}.")
+
+
+def check_counts(counts: dict[str, int | None], at_least: int = 1) -> None:
+    """Check that every number that is set, by name, is large enough."""
+    for name, value in counts.items():
+        if value is not None and value < at_least:
+            raise ValueError(f"{name} must be at least {at_least}; got {value}.")
+
+
+def check_encoding(encoding: str) -> None:
+    """Check that Python can decode text of this encoding."""
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise ValueError(f"encoding {encoding!r} is not a text encoding known to Python.") from error
 
 
 def load_corpus(args: DataArguments) -> Corpus:
@@ -201,27 +219,57 @@ def load_corpus(args: DataArguments) -> Corpus:
     if "validation" not in splits:
         splits = _hold_out(splits["train"], args.validation_share, args.preprocessing_num_workers)
     limits = {"train": args.max_train_documents, "validation": args.max_validation_documents}
-    splits = {name: _first(split, limits[name]) for name, split in splits.items()}
+    splits = {name: first_rows(split, limits[name]) for name, split in splits.items()}
     return IterableDatasetDict(splits) if args.streaming else DatasetDict(splits)
 
 
 def _load_hub_dataset(args: DataArguments) -> dict[str, Dataset] | dict[str, IterableDataset]:
     """Load the training and, if there is one, the validation split of a Hub data set."""
-    source = f"Data set {args.dataset_name!r}, configuration {args.dataset_config_name!r}"
+    loaded, source = load_hub_splits(
+        args.dataset_name,
+        args.dataset_config_name,
+        {"train": args.train_split, "validation": args.validation_split},
+        "use local text with --train_files",
+        streaming=args.streaming,
+    )
+    return {
+        role: _text_only(split, args, f"{source}, split {getattr(args, f'{role}_split')!r}")
+        for role, split in loaded.items()
+    }
+
+
+def load_hub_splits(
+    name: str, configuration: str | None, splits: dict[str, str], alternative: str, streaming: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Load the splits of a Hub data set that have a role.
+
+    Args:
+        name (`str`): on the Hub, or a local folder.
+        configuration (`str`, *optional*): which one, where the data set has several.
+        splits (`dict`): role ("train", "validation", "test") -> name of the split. A split that is not for training
+            and is named like its role may be missing.
+        alternative (`str`): what to do if it cannot be loaded, for the message.
+        streaming (`bool`): read while training.
+
+    Returns:
+        `tuple`: the splits by role, and what to call the data set in messages.
+
+    Raises:
+        ValueError: if it cannot be loaded or lacks a split.
+    """
+    source = f"Data set {name!r}, configuration {configuration!r}"
     try:
-        loaded = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        loaded = load_dataset(name, configuration, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"{source} could not be loaded: {_reason(error)} Check the name, the configuration and the network connection, "
-            "or use local text with --train_files."
+            f"or {alternative}."
         ) from error
-    names = {"train": args.train_split, "validation": args.validation_split}
-    if args.validation_split == "validation" and "validation" not in loaded:
-        del names["validation"]
-    for role, name in names.items():
-        if name not in loaded:
-            raise ValueError(f"{source} has no split {name!r}; set --{role}_split to one of: {', '.join(loaded)}.")
-    return {role: _text_only(loaded[name], args, f"{source}, split {name!r}") for role, name in names.items()}
+    wanted = {role: split for role, split in splits.items() if split in loaded or role == "train" or split != role}
+    for role, split in wanted.items():
+        if split not in loaded:
+            raise ValueError(f"{source} has no split {split!r}; set --{role}_split to one of: {', '.join(loaded)}.")
+    return {role: loaded[split] for role, split in wanted.items()}, source
 
 
 def _text_only(split: Dataset | IterableDataset, args: DataArguments, source: str) -> Dataset | IterableDataset:
@@ -270,22 +318,24 @@ def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
     splits = {}
     for name, paths in files.items():
         reader = {"text_column": args.text_column, "encoding": args.encoding, "separator": args.document_separator}
-        # Size and time of change are in the key, so that an edited file is read again.
-        stamps = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-        splits[name] = _cached_dataset(read_files, {"paths": paths, **reader}, ("text",), name, stamps)
+        splits[name] = cached_dataset(read_files, {"paths": paths, **reader}, ("text",), name, file_stamps(paths))
     return splits
+
+
+def file_stamps(paths: Iterable[str]) -> list[tuple[str, int, int]]:
+    """List what changes when a file is edited, as a part of cache keys: path, size and time of change."""
+    return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
 
 
 def _load_embedded(args: DataArguments) -> dict[str, Dataset]:
     """Load the embedded corpus with its own split by topic and package."""
-    interpreter = (sys.version, sysconfig.get_path("stdlib"))
-    rows = _cached_dataset(_read_embedded, {"kind": args.embedded_corpus}, ("split", "text"), "train", interpreter)
+    rows = cached_dataset(_read_embedded, {"kind": args.embedded_corpus}, ("split", "text"), "train", INTERPRETER)
     roles = np.array(rows["split"])
     rows = rows.select_columns(["text"])
     return {name: rows.select(np.flatnonzero(roles == name)) for name in ("train", "validation")}
 
 
-def _cached_dataset(
+def cached_dataset(
     generator: Callable[..., Iterator], options: dict[str, Any], columns: tuple[str, ...], name: str, cache_key: Any
 ) -> Dataset:
     """Run a generator of rows once, and read its rows from the datasets cache from then on.
@@ -333,17 +383,37 @@ def _hold_out(
             name: split.filter(_are_in, input_columns="text", batched=True, fn_kwargs={"name": name, "share": share})
             for name in ("train", "validation")
         }
-    hashed = split.map(
-        _add_places, batched=True, remove_columns=["text"], num_proc=num_proc, desc="Choosing validation documents"
-    )
-    places = np.array(hashed["place"])
-    held_out = places <= np.sort(places)[max(1, round(share * len(places))) - 1]
+    held_out = choose_held_out(split, "text", share, num_proc)
     if held_out.all():
         raise ValueError(
-            f"{share:.0%} of the {len(places)} training document(s) cannot be held out for validation without using up "
+            f"{share:.0%} of the {len(split)} training document(s) cannot be held out for validation without using up "
             "all of them; name --validation_files, or make more documents with --document_separator."
         )
     return {"train": split.select(np.flatnonzero(~held_out)), "validation": split.select(np.flatnonzero(held_out))}
+
+
+def choose_held_out(split: Dataset, column: str, share: float, num_proc: int | None) -> np.ndarray:
+    """Choose the validation rows by a hash of their text.
+
+    Args:
+        split (`Dataset`): at least one row.
+        column (`str`): holds the text; rows of equal text stay together.
+        share (`float`): of the rows, rounded, but at least one.
+        num_proc (`int`, *optional*): processes; default: the main process.
+
+    Returns:
+        `np.ndarray` of shape `(rows,)`: True on the rows to hold out.
+    """
+    hashed = split.map(
+        _add_places,
+        input_columns=column,
+        batched=True,
+        remove_columns=split.column_names,
+        num_proc=num_proc,
+        desc="Choosing validation rows",
+    )
+    places = np.array(hashed["place"])
+    return places <= np.sort(places)[max(1, round(share * len(places))) - 1]
 
 
 def _are_in(texts: list[str], name: str, share: float) -> list[bool]:
@@ -351,8 +421,8 @@ def _are_in(texts: list[str], name: str, share: float) -> list[bool]:
     return [(_place(text) < share) == (name == "validation") for text in texts]
 
 
-def _add_places(batch: dict[str, list[str]]) -> dict[str, list[float]]:
-    return {"place": [_place(text) for text in batch["text"]]}
+def _add_places(texts: list[str]) -> dict[str, list[float]]:
+    return {"place": [_place(text) for text in texts]}
 
 
 def _place(text: str) -> float:
@@ -360,7 +430,8 @@ def _place(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
 
 
-def _first(split: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
+def first_rows(split: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:
+    """Keep the first rows of a split, all if there is no limit."""
     if limit is None:
         return split
     return split.take(limit) if isinstance(split, IterableDataset) else split.select(range(min(limit, len(split))))
@@ -385,15 +456,20 @@ def load_tokenizer(args: DataArguments, corpus: Corpus) -> PreTrainedTokenizerFa
     """
     if not args.tokenizer_name:
         return _train_tokenizer(args.vocab_size, corpus["train"])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"Tokenizer {args.tokenizer_name!r} could not be loaded: {error} Check --tokenizer_name, or leave it out to "
-            "train a tokenizer."
-        ) from error
+    tokenizer = load_named_tokenizer(args.tokenizer_name)
     _require_eos(tokenizer)
     return tokenizer
+
+
+def load_named_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from the Hub or a folder."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"Tokenizer {name!r} could not be loaded: {error} Check --tokenizer_name, or leave it out to train a "
+            "tokenizer."
+        ) from error
 
 
 def _require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -409,27 +485,47 @@ def _train_tokenizer(vocab_size: int, split: Dataset | IterableDataset) -> PreTr
     """Train a byte-level BPE of at most `vocab_size` tokens."""
     if next(iter(split), None) is None:
         raise ValueError("The training split is empty: a tokenizer needs text. Add text or name --tokenizer_name.")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS_TOKEN, PAD_TOKEN],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=not are_progress_bars_disabled(),
-    )
-    documents = _first(split, TOKENIZER_DOCUMENTS)
-    backend.train_from_iterator((batch["text"] for batch in documents.iter(batch_size=1000)), trainer)
-    if backend.get_vocab_size() < vocab_size:
-        logger.warning("The text supports only %d of %d tokens.", backend.get_vocab_size(), vocab_size)
+    documents = first_rows(split, TOKENIZER_DOCUMENTS)
+    texts = (batch["text"] for batch in documents.iter(batch_size=1000))
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+        tokenizer_object=train_bpe(texts, vocab_size, [EOS_TOKEN, PAD_TOKEN]),
         bos_token=EOS_TOKEN,
         eos_token=EOS_TOKEN,
         unk_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
         clean_up_tokenization_spaces=False,
     )
+
+
+def train_bpe(texts: Iterable[list[str]], vocab_size: int, special_tokens: list[str] | list[AddedToken]) -> Tokenizer:
+    """Train a byte-level BPE, reversible for any text.
+
+    Args:
+        texts (iterable of `list[str]`): batches of text.
+        vocab_size (`int`): tokens, at most; at least 256 and the special ones.
+        special_tokens (`list`): get the ids from 0 on.
+
+    Returns:
+        `Tokenizer`: without post-processor. Little text gives fewer tokens, which is logged.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=not are_progress_bars_disabled(),
+    )
+    backend.train_from_iterator(texts, trainer)
+    warn_of_small_vocabulary(backend, vocab_size)
+    return backend
+
+
+def warn_of_small_vocabulary(backend: Tokenizer, vocab_size: int) -> None:
+    """Log it if a trained tokenizer has fewer tokens than it was to have."""
+    if backend.get_vocab_size() < vocab_size:
+        logger.warning("The text supports only %d of %d tokens.", backend.get_vocab_size(), vocab_size)
 
 
 def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, num_proc: int | None = None) -> Corpus:

@@ -34,6 +34,8 @@ _SKIPPED_PREFIXES = (".", "__pycache__", "config-", "_sysconfigdata")
 # Shorter passages ("Return True.") legitimately repeat and give nothing away.
 _SHORTEST_TRACKED_PASSAGE = 60
 
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 
 class EmbeddedDocument(NamedTuple):
     """One document of the embedded corpus.
@@ -71,18 +73,10 @@ def embedded_documents(kind: str = "docs", stdlib: Path | None = None) -> Iterat
     """
     if kind not in EMBEDDED_KINDS:
         raise ValueError(f"embedded_corpus must be one of {', '.join(EMBEDDED_KINDS)}; got {kind!r}.")
-    root = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
-    modules = list(_find_modules(root))
     seen_passages: set[str] = set()
     yield from _topic_documents(seen_passages)
 
-    num_parsed = 0
-    for name, path in modules:
-        parsed = _parse(path)
-        if parsed is None:
-            continue
-        num_parsed += 1
-        code, tree = parsed
+    for name, code, tree in read_modules(stdlib):
         split = split_of(name.partition(".")[0])
         passages = [
             f"{heading}\n\n{docstring}"
@@ -94,10 +88,33 @@ def embedded_documents(kind: str = "docs", stdlib: Path | None = None) -> Iterat
         if kind == "docs+source" and code.strip():
             yield EmbeddedDocument(name, "code", split, f"# {name}\n{code}")
 
+
+def read_modules(stdlib: Path | None = None) -> Iterator[tuple[str, str, ast.Module]]:
+    """Read the modules of the standard library that are worth reading, without importing any.
+
+    Args:
+        stdlib (`Path`, *optional*): folder of the standard library; default: the running interpreter's.
+
+    Yields:
+        `tuple`: dotted name, source code and syntax tree of the next module, in sorted order; unreadable ones are
+        left out and counted in a warning.
+
+    Raises:
+        FileNotFoundError: if no module is readable (a frozen or zipped standard library).
+    """
+    root = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
+    modules = list(_find_modules(root))
+    num_parsed = 0
+    for name, path in modules:
+        parsed = _parse(path)
+        if parsed is not None:
+            num_parsed += 1
+            yield name, *parsed
+
     if num_parsed == 0:
         raise FileNotFoundError(
             f"This Python has no readable standard-library sources in {root}, so there is no embedded corpus. "
-            "Pass your own text with --train_files, or a data set with --dataset_name."
+            "Pass your own text with --train_files, or name a data set."
         )
     if num_parsed < len(modules):
         logger.warning("Embedded corpus: skipped %d unreadable modules.", len(modules) - num_parsed)
@@ -112,8 +129,12 @@ def split_of(name: str) -> str:
     Returns:
         `str`: "validation" for about 6 % of all names, else "train"; the same on every machine.
     """
-    place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-    return "validation" if place < VALIDATION_SHARE else "train"
+    return "validation" if hashed_place(name) < VALIDATION_SHARE else "train"
+
+
+def hashed_place(name: str) -> float:
+    """Map a name to a number in [0, 1], evenly distributed and the same on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
 
 
 def _topic_documents(seen_passages: set[str]) -> Iterator[EmbeddedDocument]:
@@ -171,25 +192,33 @@ def _docstrings(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
     docstring = ast.get_docstring(tree)
     if docstring:
         yield module, docstring
-    yield from _member_docstrings(module, tree)
-
-
-def _member_docstrings(owner: str, node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Yield heading and docstring of what `node` defines; function bodies are not searched."""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if isinstance(child, ast.stmt | ast.excepthandler):  # definitions inside if, try, with
-                yield from _member_docstrings(owner, child)
-            continue
-        name = f"{owner}.{child.name}"
-        docstring = ast.get_docstring(child)
+    for name, node in find_definitions(module, tree):
+        docstring = ast.get_docstring(node)
         if docstring:
-            yield _heading(name, child), docstring
-        if isinstance(child, ast.ClassDef):
-            yield from _member_docstrings(name, child)
+            yield _heading(name, node), docstring
 
 
-def _heading(name: str, node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+def find_definitions(owner: str, node: ast.AST) -> Iterator[tuple[str, Definition]]:
+    """Find the classes and functions that a module or class defines; function bodies are not searched.
+
+    Args:
+        owner (`str`): dotted name of the module or class.
+        node (`ast.AST`): its syntax tree.
+
+    Yields:
+        `tuple`: dotted name and syntax tree of the next class, function or method, in source order.
+    """
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition):
+            name = f"{owner}.{child.name}"
+            yield name, child
+            if isinstance(child, ast.ClassDef):
+                yield from find_definitions(name, child)
+        elif isinstance(child, ast.stmt | ast.excepthandler):  # definitions inside if, try, with
+            yield from find_definitions(owner, child)
+
+
+def _heading(name: str, node: Definition) -> str:
     """Write the signature line of a class or function under its qualified name."""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Documents from local files: text and JSON lines, plain or compressed, one document at a time."""
+"""Documents and parallel sentences from local files: text and JSON lines, plain or compressed, one at a time."""
 
 import codecs
 import gzip
@@ -8,6 +8,8 @@ import logging
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -19,6 +21,8 @@ _JSON_SUFFIXES = (".jsonl", ".json")
 _DECOMPRESSORS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 READABLE = f"{', '.join(_TEXT_SUFFIXES + _JSON_SUFFIXES)}, each also with {' or '.join(_DECOMPRESSORS)}"
 _LONG_DOCUMENT = 64_000_000
+# Stands for the language in the path of paired text files, one file a language.
+LANGUAGE_PLACEHOLDER = "{lang}"
 
 
 def find_files(paths: Iterable[str]) -> list[str]:
@@ -58,32 +62,39 @@ def _format(path: Path) -> Literal["text", "json"] | None:
 
 def read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the documents of local files one at a time; blank ones are left out."""
-    paths, encoding = options["paths"], options["encoding"]
+    paths = options["paths"]
     num_documents = 0
-    # "utf-8-sig" is UTF-8 that also accepts the byte-order mark of Windows editors.
-    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     for path in map(Path, paths):
-        open_file = _DECOMPRESSORS.get(path.suffix.lower(), open)
-        try:
-            with open_file(path, "rt", encoding=codec) as file:
-                if _format(path) == "json":
-                    documents = _json_documents(file, path, options["text_column"])
-                else:
-                    documents = _text_documents(file, path, options["separator"])
-                for text in documents:
-                    if text and not text.isspace():
-                        num_documents += 1
-                        yield {"text": text}
-        except UnicodeError as error:
-            raise ValueError(
-                f"{path} is not {encoding} text ({error}); name its encoding with --encoding, e.g. --encoding latin-1."
-            ) from error
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is not a complete {path.suffix} file ({error}); compress or copy it again."
-            ) from error
+        with _open_text(path, options["encoding"]) as file:
+            if _format(path) == "json":
+                documents = _json_documents(file, path, options["text_column"])
+            else:
+                documents = _text_documents(file, path, options["separator"])
+            for text in documents:
+                if text and not text.isspace():
+                    num_documents += 1
+                    yield {"text": text}
     if num_documents == 0:
         raise ValueError(f"There is no text in {', '.join(paths[:3])}{', ...' * (len(paths) > 3)}; name other files.")
+
+
+@contextmanager
+def _open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a file, compressed or not, and name it in the errors of whatever reads it."""
+    # "utf-8-sig" is UTF-8 that also accepts the byte-order mark of Windows editors.
+    codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
+    open_file = _DECOMPRESSORS.get(path.suffix.lower(), open)
+    try:
+        with open_file(path, "rt", encoding=codec, newline=newline) as file:
+            yield file
+    except UnicodeError as error:
+        raise ValueError(
+            f"{path} is not {encoding} text ({error}); name its encoding with --encoding, e.g. --encoding latin-1."
+        ) from error
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(
+            f"{path} is not a complete {path.suffix} file ({error}); compress or copy it again."
+        ) from error
 
 
 def _text_documents(file: TextIO, path: Path, separator: str | None) -> Iterator[str]:
@@ -115,6 +126,14 @@ def _text_documents(file: TextIO, path: Path, separator: str | None) -> Iterator
 
 def _json_documents(file: TextIO, path: Path, column: str) -> Iterator[str]:
     """Yield the value of `column` of every line."""
+    for where, row in _json_rows(file, path):
+        if column not in row:
+            raise ValueError(f"{where} has no key {column!r}; set --text_column to one of: {', '.join(row)}.")
+        yield _checked_text(row[column], f"{where}: {column!r}", "; set --text_column")
+
+
+def _json_rows(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield file and number, for messages, and the object of every line that is not blank."""
     for number, line in enumerate(file, start=1):
         if line.isspace():
             continue
@@ -125,14 +144,15 @@ def _json_documents(file: TextIO, path: Path, column: str) -> Iterator[str]:
             raise ValueError(f"{where} is not JSON ({error}); every line must be one JSON object.") from error
         if not isinstance(row, dict):
             raise ValueError(f"{where} holds a {type(row).__name__}; every line must be one JSON object.")
-        if column not in row:
-            raise ValueError(f"{where} has no key {column!r}; set --text_column to one of: {', '.join(row)}.")
-        text = row[column]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: {column!r} holds {type(text).__name__}, not a string; set --text_column.")
-        if not _is_unicode(text):
-            raise ValueError(f"{where}: {column!r} holds half of a surrogate pair, which is no character.")
-        yield text
+        yield where, row
+
+
+def _checked_text(value: Any, where: str, remedy: str = "") -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} holds {type(value).__name__}, not a string{remedy}.")
+    if not _is_unicode(value):
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no character.")
+    return value
 
 
 def _is_unicode(text: str) -> bool:
@@ -144,4 +164,95 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-__all__ = ["READABLE", "find_files", "read_files"]
+def find_parallel_files(name: str, languages: Iterable[str]) -> dict[str, str]:
+    """Find the paired text files that a path with "{lang}" stands for.
+
+    Args:
+        name (`str`): path that holds "{lang}", at least once.
+        languages (iterable of `str`): those that may be read.
+
+    Returns:
+        `dict`: language -> absolute path, for the languages that have a file.
+
+    Raises:
+        FileNotFoundError: if no language has one.
+        ValueError: if the path is one of JSON lines, which hold all languages of a row.
+    """
+    if _format(Path(name)) == "json":
+        raise ValueError(f"{name}: JSON lines hold all languages in one file; name it without {LANGUAGE_PLACEHOLDER}.")
+    paths = {lang: Path(name.replace(LANGUAGE_PLACEHOLDER, lang)).expanduser().absolute() for lang in languages}
+    found = {lang: str(path) for lang, path in paths.items() if path.is_file()}
+    if not found:
+        raise FileNotFoundError(f"There is no file {name} with {LANGUAGE_PLACEHOLDER} as one of: {', '.join(paths)}.")
+    return found
+
+
+def read_paired_text(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the lines that stand beside each other in files of one sentence a line; `paths`: language -> file."""
+    paths = options["paths"]
+    # Each is opened by its own generator, so that an error names the file that it is in.
+    files = [_lines(Path(path), options["encoding"]) for path in paths.values()]
+    num_lines = 0
+    for lines in zip_longest(*files):
+        if None in lines:
+            rest = [(line is not None) + sum(1 for _ in file) for line, file in zip(lines, files, strict=True)]
+            counts = ", ".join(
+                f"{path} has {num_lines + more}" for path, more in zip(paths.values(), rest, strict=True)
+            )
+            raise ValueError(f"Paired files must have the same number of lines: {counts}.")
+        num_lines += 1
+        yield dict(zip(paths, lines, strict=True))
+    if num_lines == 0:
+        raise ValueError(f"There is no text in {', '.join(paths.values())}; name other files.")
+
+
+def _lines(path: Path, encoding: str) -> Iterator[str]:
+    # Only "\n" ends a sentence: a stray "\r" inside one would shift all that follow.
+    with _open_text(path, encoding, newline="\n") as file:
+        yield from file
+
+
+def read_parallel_json(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the languages of every JSON line, which stand in the line or in its "translation"; null becomes ""."""
+    path, languages = Path(options["path"]), options["languages"]
+    with _open_text(path, options["encoding"]) as file:
+        for where, row in _json_rows(file, path):
+            texts = _translations(row)
+            missing = [language for language in languages if language not in texts]
+            if missing:
+                raise ValueError(
+                    f"{where} has no key {missing[0]!r}, which the first line has; its keys: {', '.join(texts)}."
+                )
+            yield {
+                language: "" if texts[language] is None else _checked_text(texts[language], f"{where}: {language!r}")
+                for language in languages
+            }
+
+
+def languages_of_json(path: str, encoding: str) -> list[str]:
+    """List the keys of the first line, or of its "translation"."""
+    if _format(Path(path)) != "json":
+        raise ValueError(
+            f"{path} holds one language; name paired text files by a path with {LANGUAGE_PLACEHOLDER} in place of the "
+            "language."
+        )
+    with _open_text(Path(path), encoding) as file:
+        for _, row in _json_rows(file, Path(path)):
+            return list(_translations(row))
+    raise ValueError(f"There is no text in {path}; name another file.")
+
+
+def _translations(row: dict[str, Any]) -> dict[str, Any]:
+    return row["translation"] if isinstance(row.get("translation"), dict) else row
+
+
+__all__ = [
+    "LANGUAGE_PLACEHOLDER",
+    "READABLE",
+    "find_files",
+    "find_parallel_files",
+    "languages_of_json",
+    "read_files",
+    "read_paired_text",
+    "read_parallel_json",
+]
