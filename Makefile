@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RECIPE ?= configuration/recipes/embedded-cpu.yaml
 OUTPUT ?= runs/embedded-cpu
+SEQ2SEQ_RECIPE ?= configuration/recipes/code-summary-cpu.yaml
+SEQ2SEQ_OUTPUT ?= runs/code-summary
 
-.PHONY: install train test test-slow test-gpu quality style lock clean
+.PHONY: install train train-seq2seq test test-slow test-gpu quality style lock clean
 
 install: $(INSTALLED)
 
@@ -20,6 +22,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 train: install
 	$(BIN)/python scripts/run_clm.py $(RECIPE) --output_dir $(OUTPUT) --overwrite_output_dir
 	$(BIN)/python scripts/generate.py $(OUTPUT) --prompt "The import statement"
+
+train-seq2seq: install
+	$(BIN)/python scripts/run_translation.py $(SEQ2SEQ_RECIPE) --output_dir $(SEQ2SEQ_OUTPUT) --overwrite_output_dir
+	echo "def count_lines(path): return sum(1 for line in open(path))" | $(BIN)/python scripts/translate.py $(SEQ2SEQ_OUTPUT)
 
 test: quality
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10

@@ -103,20 +103,19 @@ class RoutingArguments:
             ) from None
 
 
-def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
-    """Read a model's shape.
+def read_preset(path: str | Path) -> tuple[type[StableMoEBaseConfig], dict[str, Any]]:
+    """Read a model's shape as it stands in a file.
 
     Args:
         path (`str` or `Path`): JSON file; its field `source` says where the numbers are from, `model_type` what kind of
             model it is ("stablemoe" where it is missing).
-        **overrides: fields to change.
 
     Returns:
-        `StableMoEConfig` or `StableMoESeq2SeqConfig`
+        `tuple`: the class of its config, and the values of its fields.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a file that is not a JSON object, an unknown field or a value out of range.
+        ValueError: for a file that is not a JSON object, or an unknown kind of model.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,10 +132,26 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
         raise ValueError(
             f"The model preset {str(path)!r} has the unknown `model_type` {model_type!r}; choose one of {list(CONFIGS)}."
         )
-    config_class = CONFIGS[model_type]
+    return CONFIGS[model_type], values
+
+
+def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
+    """Read a model's shape and make a config of it.
+
+    Args:
+        path (`str` or `Path`): see `read_preset`.
+        **overrides: fields to change.
+
+    Returns:
+        `StableMoEConfig` or `StableMoESeq2SeqConfig`
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: see `read_preset`; for an unknown field or a value out of range.
+    """
+    config_class, values = read_preset(path)
     values |= overrides
-    known = {entry.name for entry in fields(config_class)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - {entry.name for entry in fields(config_class)})
     if unknown:
         raise ValueError(f"The model preset {str(path)!r} or its overrides name unknown fields: {unknown}.")
     return config_class(**values)
@@ -209,4 +224,4 @@ def _recipe_to_argv(path: Path) -> list[str]:
     return argv
 
 
-__all__ = ["CONFIGS", "ModelArguments", "RoutingArguments", "check_fit", "load_preset", "parse_recipe"]
+__all__ = ["CONFIGS", "ModelArguments", "RoutingArguments", "check_fit", "load_preset", "parse_recipe", "read_preset"]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import is_main_process
 
 from .atomic_files import replace_file
@@ -21,7 +21,7 @@ from .checkpoints import (
     what_is_missing,
 )
 from .hub import build_model_card
-from .recipes import ModelArguments, RoutingArguments, load_preset
+from .recipes import ModelArguments, RoutingArguments, load_preset, read_preset
 from .report import summarize
 
 
@@ -109,16 +109,21 @@ def build_model(
     }
     implementations = {name: value for name, value in implementations.items() if value is not None}
     if model_args.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
         return auto_class.from_pretrained(model_args.model_name_or_path, **implementations)
+    _require_kind(read_preset(model_args.model_preset)[0], auto_class, f"The preset {model_args.model_preset!r}")
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     fields = {"vocab_size": len(tokenizer), **special, **fields, **model_args.overrides}
-    config = load_preset(model_args.model_preset, **fields)
-    if type(config) not in auto_class._model_mapping:
+    return auto_class.from_config(load_preset(model_args.model_preset, **fields), **implementations)
+
+
+def _require_kind(config_class: type, auto_class: type, what: str):
+    if config_class not in auto_class._model_mapping:
         raise ValueError(
-            f"The preset {model_args.model_preset!r} is of a {config.model_type!r} model, which {auto_class.__name__} "
-            "does not know; name a preset of the kind that this script trains."
+            f"{what} is of a {config_class.model_type!r} model, which {auto_class.__name__} does not load. Language "
+            "models are trained with scripts/run_clm.py, translation models with scripts/run_translation.py."
         )
-    return auto_class.from_config(config, **implementations)
 
 
 def build_callbacks(routing_args: RoutingArguments, max_steps: int, validation_rows, data_collator=None) -> list:

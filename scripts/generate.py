@@ -38,7 +38,8 @@ def main(argv=None):
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map="auto")
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: cannot load {arguments.model!r}: {error}") from error
+        reason = " ".join(str(error).split())  # transformers tells it in several lines
+        raise SystemExit(f"error: cannot load {arguments.model!r}: {reason}") from error
     prompt = tokenizer(arguments.prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:

@@ -14,20 +14,24 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 PYTHON = "\n".join(code for language, code in BLOCKS if language == "python")
 SHELL = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
-# `make test` would run this very suite; `make train` takes minutes, so a shorter run of its recipe stands in for it.
+# `make test` would run this very suite; `make train` takes minutes, so shorter runs of the recipes stand in for it.
 COMMANDS = [line for line in SHELL if not line.startswith("make ")]
-STAND_IN = "python scripts/run_clm.py configuration/recipes/embedded-cpu.yaml --max_steps 20 --ngram_baselines false"
+STAND_INS = [
+    "python scripts/run_clm.py configuration/recipes/embedded-cpu.yaml --max_steps 20 --ngram_baselines false",
+    "python scripts/run_translation.py configuration/recipes/code-summary-cpu.yaml --max_steps 20 --max_test_pairs 20",
+]
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A copy of what the commands use, with the trained model that the README starts from."""
+    """A copy of what the commands use, with the trained models that the README starts from."""
     folder = tmp_path_factory.mktemp("readme")
     for name in ("configuration", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("README.md", "hub_card.md"):
         shutil.copy(ROOT / name, folder)
-    run(folder, STAND_IN)
+    for command in STAND_INS:
+        run(folder, command)
     return folder
 
 

@@ -1,8 +1,6 @@
 """Tests of the training script, run as users run it. Run: `python -m pytest tests/test_run_clm.py`."""
 
-import importlib.util
 import json
-import os
 import random
 import re
 import shutil
@@ -17,9 +15,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from workplaces import ROOT, Workplace, assert_same_saved_weights, content, load_script, refuse
 
 
-ROOT = Path(__file__).parents[1]
 PRESET = {
     "source": "made up",
     "hidden_size": 16,
@@ -34,22 +32,16 @@ PRESET = {
 }
 
 
-class Workplace:
-    """A folder with a corpus, a preset and a datasets cache, and the commands to work there."""
+class CausalWorkplace(Workplace):
+    """A folder with a corpus and a preset."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        super().__init__(folder)
         generator = random.Random(0)
         words = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
         documents = [" ".join(generator.choices(words, k=25)) for _ in range(200)]
         (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n")
         (folder / "preset.json").write_text(json.dumps(PRESET))
-        self.environment = {
-            **os.environ,
-            "HF_DATASETS_CACHE": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-        }
 
     def arguments(self, output: str, *more: str, max_steps: int = 16) -> list[str]:
         text = f"""--model_preset preset.json --config_overrides {{"num_experts":3}} --train_files corpus.txt
@@ -59,29 +51,13 @@ class Workplace:
             --eval_strategy steps --eval_steps 5 --report_to none --use_cpu True --disable_tqdm True --do_train True"""
         return [*text.split(), "--document_separator", "", "--output_dir", str(self.folder / output), *more]
 
-    def start(self, *command: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def run(self, *command: str) -> str:
-        process = self.start(*command)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-3000:]
-        return output
-
     def train(self, output: str, *more: str, max_steps: int = 16) -> str:
         return self.run(str(ROOT / "scripts" / "run_clm.py"), *self.arguments(output, *more, max_steps=max_steps))
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    return Workplace(tmp_path_factory.mktemp("work"))
+    return CausalWorkplace(tmp_path_factory.mktemp("work"))
 
 
 @pytest.fixture(scope="module")
@@ -93,22 +69,10 @@ def whole_run(workplace):
 @pytest.fixture
 def script(workplace, monkeypatch):
     """The script's `main`, in this process: for command lines that go no further than the start."""
-    spec = importlib.util.spec_from_file_location("run_clm", ROOT / "scripts" / "run_clm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("run_clm")
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace.folder / "cache")
     return module.main
-
-
-def content(folder: Path) -> dict:
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_same_weights(folder: Path, expected: Path):
-    actual, expected = load_file(folder / "model.safetensors"), load_file(expected / "model.safetensors")
-    assert actual.keys() == expected.keys()
-    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
 
 def test_script_trains_through_both_stages_and_writes_its_results(workplace, whole_run):
@@ -173,19 +137,10 @@ def test_resuming_a_finished_run_changes_no_weight(workplace, whole_run, tmp_pat
     for name in ("model.safetensors", "results.json", "routing_fluctuation.json"):
         (tmp_path / "run" / name).unlink()
     workplace.train(str(tmp_path / "run"), "--resume_from_checkpoint", "latest")
-    assert_same_weights(tmp_path / "run", workplace.folder / "whole")
+    assert_same_saved_weights(tmp_path / "run", workplace.folder / "whole")
     # One step more than `max_steps`, as `Trainer` does it, would show here.
     for name in ("results.json", "routing_fluctuation.json"):
         assert (tmp_path / "run" / name).read_text() == (workplace.folder / "whole" / name).read_text()
-
-
-def refuse(main, arguments) -> str:
-    """Run `main`; return the one line that it ends with."""
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert isinstance(stop.value.code, str)  # printed to stderr, exit status 1
-    assert "\n" not in stop.value.code
-    return stop.value.code
 
 
 def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, whole_run, script):
@@ -286,7 +241,7 @@ def kill_and_resume(workplace, output: str, kills, max_steps: int):
 def test_killed_run_resumes_to_the_same_bits(workplace, whole_run):
     # While the first checkpoint is written, in stage 1; and while that after the transition is.
     kill_and_resume(workplace, "killed", [(2, 0.0), (8, 0.003)], max_steps=16)
-    assert_same_weights(workplace.folder / "killed", workplace.folder / "whole")
+    assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
     stages = [
         json.loads((workplace.folder / name / "results.json").read_text())["stages"] for name in ("killed", "whole")
     ]
@@ -300,7 +255,7 @@ def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
     workplace.train("long", max_steps=44)
     kills = [(step, generator.uniform(0, 0.04)) for step in range(4, 44, 4)]
     kill_and_resume(workplace, "long-killed", kills, max_steps=44)
-    assert_same_weights(workplace.folder / "long-killed", workplace.folder / "long")
+    assert_same_saved_weights(workplace.folder / "long-killed", workplace.folder / "long")
 
 
 def test_generating_from_a_folder_that_is_no_model_is_one_line(workplace):

@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Train a StableMoE translation model through both stages, score its translations and save it.
+
+python scripts/run_translation.py configuration/recipes/code-summary-cpu.yaml
+accelerate launch scripts/run_translation.py recipe.yaml --learning_rate 3e-4
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainingArguments, set_seed
+
+from modeling_stablemoe.atomic_files import replace_file
+from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
+from modeling_stablemoe.report import STAGE_HEADINGS, format_table
+from modeling_stablemoe.runs import (
+    FolderArguments,
+    RunFolder,
+    build_callbacks,
+    build_model,
+    summarize_run,
+    train,
+    write_results,
+)
+from modeling_stablemoe.token_batches import TokenBatchCollator, TokenBatches, sort_by_length
+from modeling_stablemoe.translation_data import (
+    TranslationDataArguments,
+    encode_pairs,
+    load_parallel_corpus,
+    load_translation_tokenizer,
+)
+from modeling_stablemoe.translation_metrics import TranslationMetrics, format_scores
+from modeling_stablemoe.translation_trainer import TranslationTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class BatchArguments:
+    """How sentence pairs become batches."""
+
+    batch_tokens: int = field(
+        default=4096,
+        metadata={
+            "help": "Most tokens of a training batch: pairs times the longest source or target among them. Several "
+            "batches make a step with --gradient_accumulation_steps and several processes."
+        },
+    )
+
+
+def parse_arguments(argv=None):
+    """Parse the command line: `(model, data, batch, routing, folder, training)` arguments."""
+    types = (
+        ModelArguments,
+        TranslationDataArguments,
+        BatchArguments,
+        RoutingArguments,
+        FolderArguments,
+        Seq2SeqTrainingArguments,
+    )
+    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+
+
+def check_training_arguments(training_args: Seq2SeqTrainingArguments):
+    """Refuse options of Trainer that would do something else here than they say."""
+    if training_args.do_train and training_args.per_device_train_batch_size != 1:
+        raise ValueError(
+            f"`--per_device_train_batch_size {training_args.per_device_train_batch_size}`: what Trainer takes for an "
+            "example is a batch of `--batch_tokens` tokens already. Set it to 1."
+        )
+    if training_args.label_smoothing_factor:
+        raise ValueError(
+            "`--label_smoothing_factor` takes the place of the model's loss, routing losses and all. Leave it at 0 and "
+            "set `label_smoothing` with `--config_overrides`."
+        )
+    if not training_args.predict_with_generate:
+        raise ValueError("`--predict_with_generate true` is needed: translations are what is scored.")
+
+
+def prepare_generation(model: PreTrainedModel, training_args: Seq2SeqTrainingArguments):
+    """Let `generate` default to what the run is scored with, here and for all who load the model."""
+    config = model.generation_config
+    config.max_length = training_args.generation_max_length or model.config.max_position_embeddings
+    config.num_beams = training_args.generation_num_beams or 1
+    if config.max_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"`--generation_max_length {config.max_length}` exceeds the model's "
+            f"{model.config.max_position_embeddings} positions."
+        )
+
+
+def prepare(model_args, data_args, batch_args, routing_args, folder_args, training_args) -> tuple:
+    """Make everything that training needs: `(trainer, encoded splits, checkpoint to resume from)`."""
+    check_training_arguments(training_args)
+    settings = (model_args, data_args, batch_args, routing_args)
+    folder = RunFolder(training_args, folder_args.overwrite_output_dir, *settings)
+    with training_args.main_process_first(desc="data"):
+        corpus = load_parallel_corpus(data_args)
+        tokenizer = load_translation_tokenizer(data_args, corpus)
+    special = {"decoder_start_token_id": tokenizer.eos_token_id}
+    model = build_model(model_args, AutoModelForSeq2SeqLM, tokenizer, **special)
+    prepare_generation(model, training_args)
+    positions = model.config.max_position_embeddings
+    lengths = {
+        "max_source_length": data_args.max_source_length or positions,
+        "max_target_length": data_args.max_target_length or positions,
+    }
+    check_fit(model.config, len(tokenizer), **lengths)
+    with training_args.main_process_first(desc="tokenization"):
+        encoded = encode_pairs(corpus, tokenizer, **lengths, num_proc=data_args.preprocessing_num_workers)
+    encoded = DatasetDict(
+        {**encoded, **{name: sort_by_length(encoded[name])[0] for name in encoded if name != "train"}}
+    )
+    batches = TokenBatches(encoded["train"], batch_args.batch_tokens, seed=training_args.seed)
+    logger.info(
+        "%d training pairs, %d tokens, in %d batches; %.1f%% padding.",
+        batches.num_pairs,
+        batches.num_tokens,
+        len(batches),
+        100 * batches.padding_share,
+    )
+    collator = TokenBatchCollator(tokenizer)
+    validation = encoded["validation"]
+    callbacks = build_callbacks(routing_args, training_args.max_steps, validation, collator)
+    checkpoint = folder.claim()
+    trainer = TranslationTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=batches,
+        eval_dataset=validation,
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=TranslationMetrics(tokenizer, validation["target"], validation["pair"]),
+        callbacks=callbacks,
+    )
+    return trainer, encoded, checkpoint
+
+
+def translate(trainer: TranslationTrainer, split: Dataset) -> tuple[dict, float]:
+    """Translate and score a split: its scores, with the translations beside them in a file, and its perplexity."""
+    metrics = TranslationMetrics(trainer.processing_class, split["target"], split["pair"])
+    trainer.compute_metrics = metrics
+    loss = trainer.predict(split, metric_key_prefix="test").metrics["test_loss"]
+    rows = zip(split["pair"], split["source"], split["target"], metrics.last_hypotheses, strict=True)
+    names = ("pair", "source", "reference", "translation")
+    lines = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in rows]
+    if trainer.is_world_process_zero():
+        path = Path(trainer.args.output_dir) / "translations.jsonl"
+        replace_file(path, lambda partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    return metrics.last_scores, math.exp(loss)
+
+
+def report(trainer: TranslationTrainer, encoded: DatasetDict, data_args: TranslationDataArguments):
+    """Score the test split (the validation split where there is none), write the results and print them."""
+    name = "test" if "test" in encoded else "validation"
+    scores, perplexity = translate(trainer, encoded[name])
+    results = {"split": name, "scores": scores, "perplexity": perplexity, **summarize_run(trainer)}
+    if not trainer.is_world_process_zero():
+        return
+    corpora = data_args.parallel_datasets or data_args.test_files or data_args.train_files
+    write_results(trainer, results, Path(__file__).parents[1] / "hub_card.md", ", ".join(corpora or ["Python itself"]))
+    print(f"\n{format_table(results['stages'], STAGE_HEADINGS)}\n\n{name}:\n{format_scores(scores)}")
+    print(f"perplexity: {perplexity:.2f}")
+
+
+def main(argv=None):
+    """Run the script."""
+    *arguments, training_args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    transformers.utils.logging.set_verbosity_warning()
+    set_seed(training_args.seed)
+
+    try:
+        trainer, encoded, checkpoint = prepare(*arguments, training_args)
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if training_args.do_train:
+        train(trainer, checkpoint)
+    report(trainer, encoded, arguments[1])
+
+
+if __name__ == "__main__":
+    main()

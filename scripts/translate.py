@@ -1,0 +1,135 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Translate files or the standard input, line by line, with a StableMoE translation model.
+
+python scripts/translate.py runs/multi30k --input german.txt --output english.txt
+echo "Ein Hund läuft." | python scripts/translate.py runs/multi30k
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_stablemoe  # noqa: F401 - registers the model with the Auto classes
+from modeling_stablemoe.atomic_files import replace_file
+from modeling_stablemoe.translation_tokenizer import encode_sources
+
+
+logger = logging.getLogger("translate")
+
+# Lines are sorted by length within this many batches, so that a batch has little padding.
+BATCHES_PER_CHUNK = 16
+
+
+def parse_arguments(argv=None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Hub name or folder of a checkpoint")
+    parser.add_argument("--input", nargs="+", metavar="FILE", help="UTF-8 text, a sentence a line (default: stdin)")
+    parser.add_argument("--output", metavar="FILE", help="where translations go, a line each (default: stdout)")
+    parser.add_argument(
+        "--target_language", help="language to translate into, for models that know several, such as 'de'"
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="sentences translated at once (default: 32)")
+    parser.add_argument("--num_beams", type=int, help="width of the beam search (default: the checkpoint's)")
+    parser.add_argument("--max_length", type=int, help="most tokens of a translation (default: the checkpoint's)")
+    arguments = parser.parse_args(argv)
+    for name in ("batch_size", "num_beams", "max_length"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be >= 1")
+    return arguments
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model and tokenizer, or end the script with one line that says why not."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoModelForSeq2SeqLM.from_pretrained(name, device_map="auto").eval(), tokenizer
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())  # transformers tells it in several lines
+        raise SystemExit(f"error: cannot load {name!r}: {reason}") from error
+
+
+def read_lines(paths: list[str] | None) -> Iterator[str]:
+    """Yield the lines of files, or of the standard input, without their line ends."""
+    for path in paths or ["-"]:
+        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as file:
+            for line in file:
+                yield line.rstrip("\r\n")
+
+
+def encode(lines: dict[int, str], model, tokenizer, target_language: str | None) -> list[list[int]]:
+    """Turn numbered lines into token ids; what is longer than the model's positions is cut off, with a warning."""
+    longest = model.config.max_position_embeddings
+    encoded = encode_sources(list(lines.values()), [target_language] * len(lines), tokenizer)
+    for number, ids in zip(lines, encoded, strict=True):
+        if len(ids) > longest:
+            logger.warning("line %d has %d tokens; only the first %d are translated", number, len(ids), longest)
+            ids[longest - 1 :] = [tokenizer.eos_token_id]
+    return encoded
+
+
+@torch.inference_mode()
+def translate(encoded: list[list[int]], model, tokenizer, batch_size: int, **generation) -> list[str]:
+    """Translate sentences, those of similar length together; a blank line stays blank."""
+    translations = [""] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt")
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        texts = tokenizer.batch_decode(model.generate(**inputs, **generation), skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            translations[row] = " ".join(text.split())
+    return translations
+
+
+def translate_lines(lines: Iterable[str], arguments: argparse.Namespace, model, tokenizer) -> Iterator[str]:
+    """Yield the translation of each line, in order, some batches at a time (line by line at a terminal)."""
+    at_terminal = not arguments.input and sys.stdin.isatty()
+    size = 1 if at_terminal else arguments.batch_size * BATCHES_PER_CHUNK
+    generation = {"num_beams": arguments.num_beams, "max_length": arguments.max_length}
+    generation = {name: value for name, value in generation.items() if value is not None}
+    lines, number = iter(lines), 1
+    with tqdm(unit=" lines", disable=at_terminal) as progress:
+        while chunk := list(islice(lines, size)):
+            full = {row: line for row, line in enumerate(chunk, start=number) if line.strip()}
+            encoded = encode(full, model, tokenizer, arguments.target_language)
+            done = iter(translate(encoded, model, tokenizer, arguments.batch_size, **generation))
+            yield from (next(done) if line.strip() else "" for line in chunk)
+            number += len(chunk)
+            progress.update(len(chunk))
+
+
+def main(argv=None):
+    """Run the script."""
+    arguments = parse_arguments(argv)
+    logging.basicConfig(format="%(name)s: %(message)s")
+    model, tokenizer = load(arguments.model)
+    if (arguments.max_length or 0) > model.config.max_position_embeddings:
+        raise SystemExit(f"error: --max_length exceeds the model's {model.config.max_position_embeddings} positions")
+    translations = translate_lines(read_lines(arguments.input), arguments, model, tokenizer)
+
+    def write(path):
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in translations)
+
+    try:
+        if arguments.output:
+            replace_file(arguments.output, write)
+        else:
+            for line in translations:
+                print(line, flush=True)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
