@@ -444,25 +444,17 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         )
         logits = self.lm_head(outputs.last_hidden_state)
 
-        loss = task_loss = targets = None
+        loss = task_loss = None
         if labels is not None:
             smoothing = self.config.label_smoothing if self.training else 0.0
             task_loss = self.loss_function(logits, labels, self.config.vocab_size, label_smoothing=smoothing, **kwargs)
-            loss, targets = task_loss, self.count_targets(labels)
+            loss = task_loss
         losses = {}
         if with_routing:
-            # Generation needs no loss, and takes the encoder's outputs without its routing.
-            needed = self.training and labels is not None and self.routing_stage == 1
-            sides = self._routing_losses(outputs, attention_mask, decoder_attention_mask, needed)
-            num_items = kwargs.get("num_items_in_batch")
-            for name, side in sides.items():
-                # Layers may stand on several devices.
-                losses[f"{name}_aux_loss"] = self.auxiliary_loss(side, targets, num_items).to(logits.device)
-            losses["aux_loss"] = sum(losses.values(), start=torch.zeros((), device=logits.device))
+            masks = {"encoder": attention_mask, "decoder": decoder_attention_mask}
+            losses = self._auxiliary_losses(outputs, masks, labels, kwargs.get("num_items_in_batch"))
             if self.training and loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * losses["aux_loss"]
-            if sides:
-                losses |= combine_routing_losses(list(sides.values()))._asdict()
         return StableMoESeq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -546,27 +538,40 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             decoder_attention_mask = real.flip(-1).cummax(-1).values.flip(-1)
         return decoder_input_ids, decoder_attention_mask
 
-    def _routing_losses(
+    def _auxiliary_losses(
         self,
         outputs: StableMoESeq2SeqModelOutput,
-        attention_mask: Tensor | None,
-        decoder_attention_mask: Tensor | None,
-        needed: bool,
+        masks: dict[str, Tensor | None],
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """Compute what the output holds of the routing losses, by field; `masks` are those of encoder and decoder."""
+        # Generation needs no loss, and takes the encoder's outputs without its routing.
+        needed = self.training and labels is not None and self.routing_stage == 1
+        sides = self._routing_losses(outputs, masks, needed)
+        targets = None if labels is None else self.count_targets(labels)
+        device = outputs.last_hidden_state.device  # layers may stand on several
+        losses = {
+            f"{name}_aux_loss": self.auxiliary_loss(side, targets, num_items_in_batch).to(device)
+            for name, side in sides.items()
+        }
+        losses["aux_loss"] = sum(losses.values(), start=torch.zeros((), device=device))
+        return losses | (combine_routing_losses(list(sides.values()))._asdict() if sides else {})
+
+    def _routing_losses(
+        self, outputs: StableMoESeq2SeqModelOutput, masks: dict[str, Tensor | None], needed: bool
     ) -> dict[str, RoutingLosses]:
         """Compute the routing losses of the sides whose routing was recorded: `"encoder"`, `"decoder"`."""
         sides = {}
         names = ("router_logits", "expert_indices", "distilled_router_logits")
         # In stage 2 nothing is distilled.
         expected = names if self.routing_stage == 1 else names[:2]
-        for name, stack, mask in (
-            ("encoder", self.model.encoder, attention_mask),
-            ("decoder", self.model.decoder, decoder_attention_mask),
-        ):
+        for name, stack in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
             if not stack.moe_layers:
                 continue
             recorded = StableMoEModelOutputWithPast(**{key: outputs.get(f"{name}_{key}") for key in names})
             if all(recorded.get(key) is not None for key in expected):
-                sides[name] = stack.routing_losses(recorded, mask)
+                sides[name] = stack.routing_losses(recorded, masks[name])
             elif needed:
                 raise ValueError(
                     "`encoder_outputs` hold no routing, which training needs for the routing losses. Run the encoder "

@@ -62,10 +62,12 @@ class TwoStageRoutingMixin:
 
         Raises:
             RuntimeError: if the routing is frozen already.
-            ValueError: if the model has no MoE layer.
+            ValueError: if the model has no MoE layer, or is the encoder or decoder of another model.
         """
         if not self.moe_layers_by_name:
             raise ValueError("There is no router to freeze: `moe_layer_positions` is empty, this is a dense model.")
+        if _is_side(self):
+            raise ValueError(f"{type(self).__name__} is a part: call `freeze_router()` on the model that holds it.")
         if self.routing_stage == 2:
             raise RuntimeError(
                 f"The routing is frozen already (fingerprint {self.config.router_fingerprint}). To learn a routing "

@@ -1,12 +1,12 @@
 """Tests of model presets and recipes. Run: `python -m pytest tests/test_recipes.py`."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import TrainingArguments
+from workplaces import load_script
 
 from modeling_stablemoe import StableMoEConfig
 from modeling_stablemoe.data import DataArguments
@@ -176,22 +176,14 @@ def test_stage1_steps_that_is_no_number_is_refused(text):
         RoutingArguments(stage1_steps=text).stage1  # noqa: B018 - the property raises
 
 
-def script_types(name: str) -> tuple:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.parse_arguments
-
-
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
 def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = path.read_text()
-    if "run_clm" not in text and "model_preset" not in text:
-        pytest.skip("a recipe of another script")
+    script = load_script("run_translation" if "predict_with_generate" in path.read_text() else "run_clm")
     # On a machine without GPU too.
     argv = [str(path), "--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False", "--fp16", "False"]
-    model, _, routing, *_ = script_types("run_clm")(argv)
+    arguments = {type(part): part for part in script.parse_arguments(argv)}
+    model, routing = arguments[ModelArguments], arguments[RoutingArguments]
     if model.model_preset is not None:
         load_preset(model.model_preset, **model.overrides)
     assert routing.stage1 is None or routing.stage1 > 0

@@ -277,3 +277,11 @@ def test_pairs_of_one_source_length_and_several_target_lengths_are_watched_witho
     watch = RoutingFluctuationCallback(pairs, check_steps=5, num_tokens=1000)
     make_seq2seq_trainer(tmp_path, watch, max_steps=1).train()
     assert watch.history.experts[0].numel() == 3 * 3 + 2 * (1 + 4 + 2)
+
+
+def test_one_side_alone_cannot_be_frozen():
+    model = tiny_seq2seq_model()
+    with pytest.raises(ValueError, match="StableMoEEncoder is a part: call `freeze_router\\(\\)` on the model"):
+        model.model.encoder.freeze_router()
+    assert model.routing_stage == 1
+    assert model.model.encoder.routing_stage == 1
