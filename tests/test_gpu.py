@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 
 
@@ -66,3 +66,18 @@ def test_generation_on_cuda_is_the_same_with_and_without_cache():
     model.freeze_router()
     options = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+def test_translation_on_cuda_routes_by_the_tables_with_and_without_cache():
+    model = tiny_seq2seq_model()
+    model.freeze_router()
+    model.eval().to("cuda")
+    source = random_ids(3, 9).cuda()
+    cached, uncached = (
+        model.generate(source, num_beams=3, max_new_tokens=12, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+    output = model(source, decoder_input_ids=cached, output_router_logits=True)
+    sides = [source] * len(output.encoder_expert_indices) + [cached] * len(output.decoder_expert_indices)
+    for layer, (used, ids) in enumerate(zip(output.expert_indices, sides, strict=True)):
+        assert torch.equal(used, model.route(ids)[layer])
