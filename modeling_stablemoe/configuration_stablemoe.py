@@ -85,27 +85,24 @@ class StableMoEBaseConfig(PreTrainedConfig):
     output_router_logits: bool = False
     router_fingerprint: str | None = None
 
-    # Fields in [0, 1); no field itself.
+    # No fields themselves. Fields in [0, 1):
     _probabilities = ("dropout", "attention_dropout")
-
-    @classmethod
-    def moe_positions(cls) -> dict[str, str]:
-        """Name the fields that place MoE layers, each with the field that counts the blocks they stand between."""
-        raise NotImplementedError
+    # Fields that place MoE layers, each with the field that counts the blocks they stand between:
+    _moe_positions = {}
 
     def __post_init__(self, **kwargs):
-        for positions, num_blocks in self.moe_positions().items():
+        for positions, num_blocks in self._moe_positions.items():
             if getattr(self, positions) is None and isinstance(getattr(self, num_blocks), Integral):
                 setattr(self, positions, [getattr(self, num_blocks) // 2])
         super().__post_init__(**kwargs)
         self.validate_architecture()
-        for positions in self.moe_positions():
+        for positions in self._moe_positions:
             setattr(self, positions, sorted(getattr(self, positions)))
 
     @property
     def num_moe_layers(self) -> int:
         """`int`: MoE layers of the whole model."""
-        return sum(len(getattr(self, positions)) for positions in self.moe_positions())
+        return sum(len(getattr(self, positions)) for positions in self._moe_positions)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -160,7 +157,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             "num_experts",
             "num_expert_sublayers",
             "distilled_router_dim",
-            *self.moe_positions().values(),
+            *self._moe_positions.values(),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
@@ -179,7 +176,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     def _validate_moe(self):
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"`router_type` {self.router_type!r} is unknown; choose one of {list(ROUTER_TYPES)}.")
-        for positions, num_blocks in self.moe_positions().items():
+        for positions, num_blocks in self._moe_positions.items():
             self._validate_positions(positions, num_blocks)
         factor = self.expert_capacity_factor
         if factor is not None and (
@@ -232,13 +229,10 @@ class StableMoEConfig(StableMoEBaseConfig):
         "expert_load",
     ]
 
+    _moe_positions = {"moe_layer_positions": "num_hidden_layers"}
+
     num_hidden_layers: int = 12
     moe_layer_positions: list[int] | None = None
-
-    @classmethod
-    def moe_positions(cls) -> dict[str, str]:
-        """Name the fields that place MoE layers, each with the field that counts the blocks they stand between."""
-        return {"moe_layer_positions": "num_hidden_layers"}
 
 
 class StableMoESeq2SeqConfig(StableMoEBaseConfig):
@@ -294,6 +288,7 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
     ]
 
     _probabilities = ("dropout", "attention_dropout", "label_smoothing")
+    _moe_positions = {"encoder_moe_layer_positions": "encoder_layers", "decoder_moe_layer_positions": "decoder_layers"}
 
     vocab_size: int = 64000
     hidden_size: int = 512
@@ -314,11 +309,6 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
     eos_token_id: int | list[int] | None = 1
     decoder_start_token_id: int | None = 1
     is_encoder_decoder: bool = True
-
-    @classmethod
-    def moe_positions(cls) -> dict[str, str]:
-        """Name the fields that place MoE layers, each with the field that counts the blocks they stand between."""
-        return {"encoder_moe_layer_positions": "encoder_layers", "decoder_moe_layer_positions": "decoder_layers"}
 
     def validate_architecture(self):
         """Check every field of the architecture against its range and against the others."""
