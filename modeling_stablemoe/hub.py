@@ -22,7 +22,8 @@ def build_model_card(
         model_name (`str`): Hub name or folder name of the model.
         config (`StableMoEBaseConfig`): of the trained model.
         results (`dict`): `perplexity`, `parameters`, `stages` and `distillation_agreement_at_transition` of the run,
-            and `scores` (of `score_translations`) for a translation model.
+            and, for a translation model, `scores` (of `score_translations`); `split` says what was measured on, unless
+            it was the validation split.
         dataset_name (`str`): what was measured on.
 
     Returns:
@@ -63,6 +64,7 @@ def build_model_card(
             f"{config.num_moe_layers} MoE layers"
         ),
         parameters=f"{results['parameters']:,}",
+        split=results.get("split", "validation"),
         perplexity=f"{results['perplexity']:.2f}",
         agreement="not measured" if agreement is None else f"{agreement:.1%}",
         stages_table=format_table(results["stages"], STAGE_HEADINGS),

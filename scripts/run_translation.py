@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 
 from modeling_stablemoe.atomic_files import replace_file
+from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
 from modeling_stablemoe.report import STAGE_HEADINGS, format_table
 from modeling_stablemoe.runs import (
@@ -165,7 +166,9 @@ def report(trainer: TranslationTrainer, encoded: DatasetDict, data_args: Transla
     if not trainer.is_world_process_zero():
         return
     corpora = data_args.parallel_datasets or data_args.test_files or data_args.train_files
-    write_results(trainer, results, Path(__file__).parents[1] / "hub_card.md", ", ".join(corpora or ["Python itself"]))
+    write_results(
+        trainer, results, Path(__file__).parents[1] / "hub_card.md", ", ".join(corpora or [f"Python {EMBEDDED_PAIR}"])
+    )
     print(f"\n{format_table(results['stages'], STAGE_HEADINGS)}\n\n{name}:\n{format_scores(scores)}")
     print(f"perplexity: {perplexity:.2f}")
 

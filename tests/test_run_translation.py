@@ -136,6 +136,7 @@ def test_card_says_what_the_model_translates_like(workplace, whole_run):
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["bleu"] == round(results["scores"]["mean_bleu"], 2)
     assert measured["perplexity"] == round(results["perplexity"], 3)
+    assert f"| test perplexity | {results['perplexity']:.2f} |" in card.text
     assert "AutoModelForSeq2SeqLM" in card.text
     assert "AutoModelForCausalLM" not in card.text
     assert results["scores"]["bleu_signature"] in card.text
