@@ -162,14 +162,28 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
+def run_in_two_processes(workplace, output: str, *more: str):
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    options = ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+    script = str(ROOT / "scripts/run_translation.py")
+    workplace.run(*launch.split(), *options, script, *workplace.arguments(output, *more))
+
+
+def test_two_processes_train_through_both_stages(workplace):
+    run_in_two_processes(workplace, "pair", "--eval_strategy", "no", "--gradient_accumulation_steps", "2")
+    results = results_of(workplace.folder / "pair")
+    assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
+    assert results["stages"][1]["fluctuation"] == 0
+    history = json.loads((workplace.folder / "pair/trainer_state.json").read_text())["log_history"]
+    losses = [entry["task_loss"] for entry in history if "task_loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+
+
 def test_two_processes_score_every_sentence_once(workplace, whole_run):
     # 26 sentences in batches of 4 on two processes: the last batches are filled up with sentences that are there already.
     trained = str(workplace.folder / "whole")
     start = ["--model_name_or_path", trained, "--tokenizer_name", trained, "--model_preset", "", "--stage1_steps", ""]
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    options = ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-    arguments = workplace.arguments("two", *start, "--do_train", "False", "--fluctuation_check_steps", "0")
-    workplace.run(*launch.split(), *options, str(ROOT / "scripts/run_translation.py"), *arguments)
+    run_in_two_processes(workplace, "two", *start, "--do_train", "False", "--fluctuation_check_steps", "0")
     actual, expected = results_of(workplace.folder / "two"), results_of(workplace.folder / "whole")
     assert actual["scores"] == expected["scores"]
     assert actual["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
