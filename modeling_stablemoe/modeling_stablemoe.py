@@ -545,7 +545,8 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         routing, aux_loss = None, None
         if with_routing and self.config.moe_layer_positions:
             routing = self.model.routing_losses(outputs, attention_mask)
-            targets = None if labels is None else self.count_targets(labels, kwargs.get("shift_labels"))
+            shifted = kwargs.get("shift_labels")
+            targets = None if labels is None and shifted is None else self.count_targets(labels, shifted)
             # Layers may stand on several devices.
             aux_loss = self.auxiliary_loss(routing, targets, kwargs.get("num_items_in_batch")).to(logits.device)
             if self.training and loss is not None:

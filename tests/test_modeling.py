@@ -233,6 +233,18 @@ def test_two_equal_micro_batches_sum_to_the_whole_loss_and_gradient_with_balance
     assert_close(gradients(parts), gradients(whole), rtol=1e-4, atol=1e-6)
 
 
+def test_auxiliary_loss_is_weighed_by_shifted_labels_that_come_without_labels():
+    model, options = tiny_model(), {"num_items_in_batch": 40, "output_router_logits": True}
+    labels = IDS.clone()
+    labels[0, 3:] = -100
+    shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+    alone = model(IDS, shift_labels=shifted, **options)
+    both = model(IDS, labels=labels, shift_labels=shifted, **options)
+    assert alone.loss is None
+    assert_close(alone.aux_loss, both.aux_loss)
+    assert alone.aux_loss < 0.5 * model(IDS, output_router_logits=True).aux_loss
+
+
 def test_shift_labels_are_used_as_they_are():
     model = tiny_model().train()
     shifted = F.pad(IDS, (0, 1), value=-100)[:, 1:].contiguous()
