@@ -109,7 +109,7 @@ class StageTransitionCallback(_LoggingCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         stablemoe = find_stablemoe(model)
-        _refuse_label_smoother(args)
+        refuse_label_smoother(args)
         self.transition_step = self.resolve_transition_step(state.max_steps)
         if stablemoe.routing_stage == 2 and state.global_step < self.transition_step:
             raise ValueError(
@@ -218,8 +218,12 @@ class StageTransitionCallback(_LoggingCallback):
             tqdm.write(f"{message} Fingerprint {model.config.router_fingerprint}.")
 
 
-def _refuse_label_smoother(args: TrainingArguments):
-    """Refuse Trainer's own label smoothing, which takes the place of the model's loss, routing losses and all."""
+def refuse_label_smoother(args: TrainingArguments):
+    """Refuse Trainer's own label smoothing, which takes the place of the model's loss, routing losses and all.
+
+    Raises:
+        ValueError: if `label_smoothing_factor` is set.
+    """
     if getattr(args, "label_smoothing_factor", 0):  # a loop of one's own may give less
         raise ValueError(
             f"`label_smoothing_factor={args.label_smoothing_factor}` makes Trainer compute the loss without the routing "
@@ -374,4 +378,4 @@ def _stack(rows: list[dict]) -> dict[str, Tensor]:
     return {name: torch.stack([torch.as_tensor(row[name], dtype=torch.long) for row in rows]) for name in rows[0]}
 
 
-__all__ = ["RoutingFluctuationCallback", "StageTransitionCallback", "find_stablemoe"]
+__all__ = ["RoutingFluctuationCallback", "StageTransitionCallback", "find_stablemoe", "refuse_label_smoother"]

@@ -47,7 +47,7 @@ class TokenBatches(torch.utils.data.Dataset):
             ValueError: if a limit is below 1, the data set is empty or lacks a column, or a pair exceeds `max_tokens`.
         """
         _check_limits(max_tokens, max_pairs)
-        source_lengths, target_lengths = (_lengths(dataset, column) for column in ("input_ids", "labels"))
+        source_lengths, target_lengths = (row_lengths(dataset, column) for column in ("input_ids", "labels"))
         sizes = np.maximum(source_lengths, target_lengths)
         _check_sizes(sizes, max_tokens)
         ties = np.random.default_rng(seed).permutation(len(sizes))
@@ -120,7 +120,7 @@ def sort_by_length(dataset: Dataset) -> tuple[Dataset, np.ndarray]:
     Raises:
         ValueError: if the data set lacks the column.
     """
-    order = np.argsort(-_lengths(dataset, "input_ids"), kind="stable")
+    order = np.argsort(-row_lengths(dataset, "input_ids"), kind="stable")
     return dataset.select(order), order
 
 
@@ -141,7 +141,7 @@ def _check_sizes(sizes: np.ndarray, max_tokens: int) -> None:
         )
 
 
-def _lengths(dataset: Dataset, column: str) -> np.ndarray:
+def row_lengths(dataset: Dataset, column: str) -> np.ndarray:
     """Return the number of tokens in a column of each row, as an int64 array, without making Python lists of them."""
     if column not in dataset.column_names:
         raise ValueError(
@@ -164,4 +164,4 @@ def _batch_starts(sizes: np.ndarray, max_tokens: int, max_pairs: int) -> np.ndar
     return np.array(starts)
 
 
-__all__ = ["TokenBatchCollator", "TokenBatches", "sort_by_length"]
+__all__ = ["TokenBatchCollator", "TokenBatches", "row_lengths", "sort_by_length"]

@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """`Seq2SeqTrainer` whose evaluation gives the same numbers for any batch size and any number of processes."""
 
-import numpy as np
 from transformers import Seq2SeqTrainer
+
+from .token_batches import row_lengths
 
 
 class TranslationTrainer(Seq2SeqTrainer):
@@ -17,8 +18,7 @@ class TranslationTrainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         """Evaluate or predict; arguments as those of `Trainer.evaluation_loop`."""
-        lengths = [len(labels) for labels in dataloader.dataset["labels"]]
-        self._targets_per_row = float(np.mean(lengths))
+        self._targets_per_row = float(row_lengths(dataloader.dataset, "labels").mean())
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(dataloader, *args, **kwargs)
 

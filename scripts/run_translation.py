@@ -17,6 +17,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 
 from modeling_stablemoe.atomic_files import replace_file
+from modeling_stablemoe.callbacks import refuse_label_smoother
 from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
 from modeling_stablemoe.report import STAGE_HEADINGS, format_table
@@ -76,11 +77,7 @@ def check_training_arguments(training_args: Seq2SeqTrainingArguments):
             f"`--per_device_train_batch_size {training_args.per_device_train_batch_size}`: what Trainer takes for an "
             "example is a batch of `--batch_tokens` tokens already. Set it to 1."
         )
-    if training_args.label_smoothing_factor:
-        raise ValueError(
-            "`--label_smoothing_factor` takes the place of the model's loss, routing losses and all. Leave it at 0 and "
-            "set `label_smoothing` with `--config_overrides`."
-        )
+    refuse_label_smoother(training_args)
     if not training_args.predict_with_generate:
         raise ValueError("`--predict_with_generate true` is needed: translations are what is scored.")
 

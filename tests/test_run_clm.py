@@ -4,10 +4,8 @@ import json
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -35,6 +33,8 @@ PRESET = {
 class CausalWorkplace(Workplace):
     """A folder with a corpus and a preset."""
 
+    script = "run_clm.py"
+
     def __init__(self, folder: Path):
         super().__init__(folder)
         generator = random.Random(0)
@@ -50,9 +50,6 @@ class CausalWorkplace(Workplace):
             --lr_scheduler_type constant --weight_decay 0.1 --logging_steps 3 --save_strategy steps --save_steps 2 --save_total_limit 2
             --eval_strategy steps --eval_steps 5 --report_to none --use_cpu True --disable_tqdm True --do_train True"""
         return [*text.split(), "--document_separator", "", "--output_dir", str(self.folder / output), *more]
-
-    def train(self, output: str, *more: str, max_steps: int = 16) -> str:
-        return self.run(str(ROOT / "scripts" / "run_clm.py"), *self.arguments(output, *more, max_steps=max_steps))
 
 
 @pytest.fixture(scope="module")
@@ -215,32 +212,9 @@ def test_bad_input_ends_the_process_with_an_error_and_no_traceback(workplace):
     assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", output.strip().splitlines()[-1])
 
 
-def kill_at(workplace, output: str, step: int, delay: float, *more: str, max_steps: int) -> bool:
-    """Start or resume a run and kill it `delay` seconds after it begins to save checkpoint `step`, if it gets there."""
-    process = workplace.start(
-        str(ROOT / "scripts" / "run_clm.py"), *workplace.arguments(output, *more, max_steps=max_steps)
-    )
-    checkpoint = workplace.folder / output / f"checkpoint-{step}"
-    deadline = time.monotonic() + 300
-    while process.poll() is None and not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
-
-
-def kill_and_resume(workplace, output: str, kills, max_steps: int):
-    more = []
-    for step, delay in kills:
-        assert kill_at(workplace, output, step, delay, *more, max_steps=max_steps)
-        more = ["--resume_from_checkpoint", "latest"]
-    workplace.train(output, *more, max_steps=max_steps)
-
-
 def test_killed_run_resumes_to_the_same_bits(workplace, whole_run):
     # While the first checkpoint is written, in stage 1; and while that after the transition is.
-    kill_and_resume(workplace, "killed", [(2, 0.0), (8, 0.003)], max_steps=16)
+    workplace.kill_and_resume("killed", [(2, 0.0), (8, 0.003)], max_steps=16)
     assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
     stages = [
         json.loads((workplace.folder / name / "results.json").read_text())["stages"] for name in ("killed", "whole")
@@ -254,7 +228,7 @@ def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
     generator = random.Random(1)
     workplace.train("long", max_steps=44)
     kills = [(step, generator.uniform(0, 0.04)) for step in range(4, 44, 4)]
-    kill_and_resume(workplace, "long-killed", kills, max_steps=44)
+    workplace.kill_and_resume("long-killed", kills, max_steps=44)
     assert_same_saved_weights(workplace.folder / "long-killed", workplace.folder / "long")
 
 

@@ -4,9 +4,7 @@ import json
 import math
 import random
 import re
-import signal
 import socket
-import time
 from pathlib import Path
 
 import datasets
@@ -41,6 +39,8 @@ WORDS = "the quick brown fox jumps over a lazy dog while seven wizards watch".sp
 class TranslationWorkplace(Workplace):
     """A folder with a preset and a corpus of two languages, made of English by writing each word backwards or twice."""
 
+    script = "run_translation.py"
+
     def __init__(self, folder: Path):
         super().__init__(folder)
         generator = random.Random(0)
@@ -67,9 +67,6 @@ class TranslationWorkplace(Workplace):
             --disable_tqdm True --predict_with_generate True --generation_num_beams 2 --generation_max_length 20
             --do_train True"""
         return [*text.split(), "--output_dir", str(self.folder / output), *more]
-
-    def train(self, output: str, *more: str, max_steps: int = 16) -> str:
-        return self.run(str(ROOT / "scripts/run_translation.py"), *self.arguments(output, *more, max_steps=max_steps))
 
 
 @pytest.fixture(scope="module")
@@ -299,25 +296,9 @@ def test_a_language_model_is_no_translation_model(workplace, script):
     assert not (workplace.folder / "new").exists()
 
 
-def kill_at(workplace, output: str, step: int, *more: str) -> bool:
-    """Start or resume a run and kill it when it begins to save checkpoint `step`."""
-    process = workplace.start(str(ROOT / "scripts/run_translation.py"), *workplace.arguments(output, *more))
-    checkpoint = workplace.folder / output / f"checkpoint-{step}"
-    deadline = time.monotonic() + 300
-    while process.poll() is None and not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode == -signal.SIGKILL
-
-
 def test_killed_run_resumes_across_the_transition_to_the_same_bits(workplace, whole_run):
     # In stage 1, while the checkpoint before the transition is written; then in stage 2.
-    more = []
-    for step in (4, 10):
-        assert kill_at(workplace, "killed", step, *more)
-        more = ["--resume_from_checkpoint", "latest"]
-    workplace.train("killed", *more)
+    workplace.kill_and_resume("killed", [(4, 0.0), (10, 0.0)])
     assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
     actual, expected = results_of(workplace.folder / "killed"), results_of(workplace.folder / "whole")
     assert actual["scores"] == expected["scores"]

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,12 @@ ROOT = Path(__file__).parents[1]
 
 
 class Workplace:
-    """A folder with a datasets cache of its own, and the commands to work there."""
+    """A folder with a datasets cache of its own, and the commands to work there; `arguments` makes a command line.
+
+    `script` is the name of the training script.
+    """
+
+    script: str
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -41,6 +48,32 @@ class Workplace:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output[-3000:]
         return output
+
+    def start_training(self, output: str, *more: str, **options) -> subprocess.Popen:
+        return self.start(str(ROOT / "scripts" / self.script), *self.arguments(output, *more, **options))
+
+    def train(self, output: str, *more: str, **options) -> str:
+        return self.run(str(ROOT / "scripts" / self.script), *self.arguments(output, *more, **options))
+
+    def kill_at(self, output: str, step: int, delay: float, *more: str, **options) -> bool:
+        """Start or resume a run, kill it `delay` seconds after it begins to save checkpoint `step`, if it gets there."""
+        process = self.start_training(output, *more, **options)
+        checkpoint = self.folder / output / f"checkpoint-{step}"
+        deadline = time.monotonic() + 300
+        while process.poll() is None and not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        return process.returncode == -signal.SIGKILL
+
+    def kill_and_resume(self, output: str, kills: list[tuple[int, float]], **options):
+        """Kill a run at each `(step, delay)` of `kills` in turn, then let it train to the end."""
+        more = []
+        for step, delay in kills:
+            assert self.kill_at(output, step, delay, *more, **options)
+            more = ["--resume_from_checkpoint", "latest"]
+        self.train(output, *more, **options)
 
 
 def load_script(name: str):
