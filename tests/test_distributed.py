@@ -229,6 +229,7 @@ def process(rank: int, folder: Path):
         # A store and a group each, so that a scenario that fails on one rank leaves none waiting in the next.
         store = dist.FileStore(str(folder / f"{scenario.__name__}.store"), WORLD)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
+        dist.barrier()  # one that ends without a collective would else close the connection that the other still opens
         try:
             torch.manual_seed(rank)
             result = scenario(rank, folder)
