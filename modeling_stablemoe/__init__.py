@@ -6,7 +6,7 @@ Importing this package registers the models with transformers' Auto classes.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from .callbacks import RoutingFluctuationCallback, StageTransitionCallback
+from .callbacks import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
 from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel, StableMoEPreTrainedModel
 from .modeling_stablemoe_seq2seq import (
@@ -27,6 +27,7 @@ AutoModelForSeq2SeqLM.register(StableMoESeq2SeqConfig, StableMoEForConditionalGe
 
 __all__ = [
     "RoutingFluctuationCallback",
+    "RoutingStatisticsCallback",
     "StableMoEConfig",
     "StableMoEForCausalLM",
     "StableMoEForConditionalGeneration",

@@ -7,6 +7,7 @@ They are thin: freezing is a method of the model, statistics live in `statistics
 import inspect
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -63,6 +64,13 @@ class _LoggingCallback(TrainerCallback):
             self._handler.callbacks.remove(self)
             self._handler.callbacks.insert(0, self)
 
+    def _add(self, logs: dict, state: TrainerState, metrics: dict):
+        """Add to the entry that the Trainer is about to give to the reporters."""
+        logs.update(metrics)
+        # The history holds a copy of `logs`, made before this call.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
     def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict):
         """Write an entry of its own to the log history and to the reporters."""
         state.log_history.append({**logs, "step": state.global_step})
@@ -72,15 +80,57 @@ class _LoggingCallback(TrainerCallback):
             control.should_log = should_log
 
 
-class StageTransitionCallback(_LoggingCallback):
+class RoutingStatisticsCallback(_LoggingCallback):
+    """Adds routing statistics to the Trainer's training logs, for a model of any router.
+
+    These are `task_loss`, `load_max_over_mean` and `routing_stage`; where the log covers steps in which the routing was
+    learned also `balance_loss` and, where it is distilled, `distillation_loss` and `distillation_agreement`.
+
+    `StageTransitionCallback` does all this and freezes the routing; take one of the two.
+
+    Raises:
+        ValueError: at the start of training, for a model of another kind or a dense one.
+    """
+
+    _meter: RoutingMeter | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Begin to watch the model."""
+        stablemoe = find_stablemoe(model)
+        refuse_label_smoother(args)
+        self._find_handler()
+        self._go_first()
+        if self._meter is not None:
+            self._meter.close()
+        self._meter = RoutingMeter(stablemoe)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Close the step in the statistics."""
+        self._meter.end_step()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the routing statistics since the last log to the Trainer's training logs."""
+        if logs is None or "loss" not in logs or self._meter is None:
+            return
+        totals = self._meter.pop_window()
+        if totals is None:
+            return
+        self._add(logs, state, totals.metrics(self._meter.model.routing_stage))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Stop watching."""
+        self._meter.close()
+
+
+class StageTransitionCallback(RoutingStatisticsCallback):
     """Freezes the routing at a given step of training: stage 1 before it, stage 2 after it.
 
     The transition happens once, at the end of that optimizer step, before anything is logged, evaluated or saved at
     that step. The stage is read from the model and the step from the Trainer, so a resumed run needs no more than the
-    checkpoint. `requires_grad` and the optimizer's groups stay as they are.
+    checkpoint. `requires_grad` and the optimizer's groups stay as they are. Every router that is distilled can be
+    frozen: `"stable"`, and `"switch"` and `"base"` with a `distilled_router` (table 5).
 
-    Adds to the Trainer's logs: `task_loss`, `load_max_over_mean`, `routing_stage` and, where the log covers steps of
-    stage 1, `balance_loss`, `distillation_loss` and `distillation_agreement`; at the transition an entry with
+    Adds the statistics of `RoutingStatisticsCallback` to the Trainer's logs and, at the transition, an entry with
     `transition_*` of its own.
 
     Args:
@@ -89,7 +139,7 @@ class StageTransitionCallback(_LoggingCallback):
 
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
-            another kind or dense, or if it is frozen already.
+            another kind or dense, if it is frozen already, or if its routing is not distilled.
     """
 
     def __init__(self, stage1_steps: int | float):
@@ -104,32 +154,27 @@ class StageTransitionCallback(_LoggingCallback):
             raise ValueError(f"`stage1_steps` must be at least 1 step, got {stage1_steps}.")
         self.stage1_steps = stage1_steps
         self.transition_step: int | None = None
-        self._meter: RoutingMeter | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         stablemoe = find_stablemoe(model)
-        refuse_label_smoother(args)
         self.transition_step = self.resolve_transition_step(state.max_steps)
+        stablemoe.require_distillation()
         if stablemoe.routing_stage == 2 and state.global_step < self.transition_step:
             raise ValueError(
                 f"The model's routing is frozen already, but stage 1 should last until step {self.transition_step} and "
-                f"this is step {state.global_step}. To train a frozen model further, leave StageTransitionCallback out; "
-                "to resume a run, give the `stage1_steps` it was started with."
+                f"this is step {state.global_step}. To train a frozen model further, or one with a hash, leave "
+                "StageTransitionCallback out; to resume a run, give the `stage1_steps` it was started with."
             )
         if state.global_step > 0:
             _check_fingerprint_of_checkpoint(stablemoe, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self._find_handler()
-        self._go_first()
-        if self._meter is not None:
-            self._meter.close()
-        self._meter = RoutingMeter(stablemoe)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
         if stablemoe.routing_stage == 1 and state.global_step >= self.transition_step:
             self._freeze(args, state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Freeze the routing at the end of the last step of stage 1."""
-        self._meter.end_step()
+        super().on_step_end(args, state, control, **kwargs)
         if self._meter.model.routing_stage == 1 and state.global_step >= self.transition_step:
             self._freeze(args, state, control)
 
@@ -139,19 +184,6 @@ class StageTransitionCallback(_LoggingCallback):
             for layer in self._meter.model.moe_layers_by_name.values():
                 for parameter in layer.router.stage1_parameters():
                     parameter.grad = None
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add the routing statistics since the last log to the Trainer's training logs."""
-        if logs is None or "loss" not in logs or self._meter is None:
-            return
-        totals = self._meter.pop_window()
-        if totals is None:
-            return
-        metrics = totals.metrics(self._meter.model.routing_stage)
-        logs.update(metrics)
-        # The history holds a copy of `logs`, made before this call.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(metrics)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop watching, and say so if training ended in stage 1."""
@@ -168,7 +200,7 @@ class StageTransitionCallback(_LoggingCallback):
                 state.global_step,
                 self.transition_step,
             )
-        self._meter.close()
+        super().on_train_end(args, state, control, **kwargs)
 
     def resolve_transition_step(self, max_steps: int) -> int:
         """Find the step at whose end the routing is frozen.
@@ -218,6 +250,38 @@ class StageTransitionCallback(_LoggingCallback):
             tqdm.write(f"{message} Fingerprint {model.config.router_fingerprint}.")
 
 
+class TrainingClockCallback(_LoggingCallback):
+    """Adds `train_seconds` to the Trainer's logs: the time spent in optimizer steps since the start of training.
+
+    Evaluation, saving and logging do not count. A resumed run continues from the last log of its checkpoint.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._started: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take up the time of the run that is resumed."""
+        self._find_handler()
+        self._go_first()
+        self.seconds = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock, once the device has done what it was told."""
+        if torch.cuda.is_available() and (control.should_log or control.should_evaluate):
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._started
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the time to logs of training and of evaluation."""
+        if logs is not None and ("loss" in logs or "eval_loss" in logs):
+            self._add(logs, state, {"train_seconds": self.seconds})
+
+
 def refuse_label_smoother(args: TrainingArguments):
     """Refuse Trainer's own label smoothing, which takes the place of the model's loss, routing losses and all.
 
@@ -252,8 +316,8 @@ def _lightest(load: Tensor) -> float:
 class RoutingFluctuationCallback(_LoggingCallback):
     """Measures routing fluctuation on fixed validation tokens (StableMoE, figures 2 and 7).
 
-    At every check it notes the expert of each token: the backbone router's choice in stage 1, which is what training
-    uses, the table's in stage 2. Logs `routing_fluctuation`, the share of tokens whose expert changed since the last
+    At every check it notes the expert of each token: the backbone router's greedy choice in stage 1, the table's in
+    stage 2. Logs `routing_fluctuation`, the share of tokens whose expert changed since the last
     check; at the end of training writes `routing_fluctuation.json` (see `RoutingHistory.summary`) and, where matplotlib
     is installed, `routing_fluctuation.png` to the output folder. A resumed run continues the history.
 
@@ -334,21 +398,30 @@ class RoutingFluctuationCallback(_LoggingCallback):
 
     @torch.no_grad()
     def _experts(self) -> Tensor:
-        """Route the fixed tokens as training does now: one `torch.LongTensor`, layer by layer."""
+        """Route the fixed tokens by the backbone, or by what is frozen: one `torch.LongTensor`, layer by layer."""
         model, modes = self._model, [(module, module.training) for module in self._model.modules()]
-        model.eval()
-        # No dropout, but the routing of training in every layer: what a layer sees depends on the routing before it.
-        for layer in model.moe_layers_by_name.values():
-            layer.router.train()
-        experts: list[list[Tensor]] = [[] for _ in model.moe_layers_by_name]
+        routers = [layer.router for layer in model.moe_layers_by_name.values()]
+        distilled = [router.distilled_router for router in routers]
+        try:
+            # No dropout, but the backbone's routing in every layer: what a layer sees depends on the routing before it.
+            model.eval()
+            for router in routers:
+                router.distilled_router = None
+            return self._forward()
+        finally:
+            for router, distilled_router in zip(routers, distilled, strict=True):
+                router.distilled_router = distilled_router
+            for module, mode in modes:
+                module.training = mode
+
+    def _forward(self) -> Tensor:
+        experts: list[list[Tensor]] = [[] for _ in self._model.moe_layers_by_name]
         masks = self._masks()
         for batch in self._batches:
-            batch = {name: values.to(model.device) for name, values in batch.items()}
-            output = model(**batch, use_cache=False, output_router_logits=True)
+            batch = {name: values.to(self._model.device) for name, values in batch.items()}
+            output = self._model(**batch, use_cache=False, output_router_logits=True)
             for of_layer, index in zip(experts, output.expert_indices, strict=True):
                 of_layer.append(index.cpu()[next(masks)])
-        for module, mode in modes:
-            module.training = mode
         return torch.cat([index for of_layer in experts for index in of_layer])
 
     @staticmethod
@@ -378,4 +451,11 @@ def _stack(rows: list[dict]) -> dict[str, Tensor]:
     return {name: torch.stack([torch.as_tensor(row[name], dtype=torch.long) for row in rows]) for name in rows[0]}
 
 
-__all__ = ["RoutingFluctuationCallback", "StageTransitionCallback", "find_stablemoe", "refuse_label_smoother"]
+__all__ = [
+    "RoutingFluctuationCallback",
+    "RoutingStatisticsCallback",
+    "StageTransitionCallback",
+    "TrainingClockCallback",
+    "find_stablemoe",
+    "refuse_label_smoother",
+]

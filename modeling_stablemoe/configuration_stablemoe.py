@@ -8,7 +8,11 @@ from transformers.activations import ACT2FN
 
 
 # One entry a router class of `routing_stablemoe.py`.
-ROUTER_TYPES = ("stable",)
+ROUTER_TYPES = ("stable", "switch", "base", "hash")
+# One entry a class of `distillation_stablemoe.py` (paper table 6).
+DISTILLED_ROUTERS = ("word_embedding",)
+# Of the balance loss, where the method has one: paper table 7; Fedus et al. (2022), section 2.2.
+_BALANCE_LOSS_COEFS = {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
 
 
@@ -37,9 +41,14 @@ class StableMoEBaseConfig(PreTrainedConfig):
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): the head shares the token embedding.
         num_experts (`int`, *optional*, defaults to 32): experts N of each MoE layer.
         num_expert_sublayers (`int`, *optional*, defaults to 3): FFN sublayers stacked in one expert.
-        router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy.
+        router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy, a row of table 1: `"stable"`,
+            `"switch"`, `"base"` or `"hash"`.
+        distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
+            frozen: `"word_embedding"`. Default: `"word_embedding"` for `"stable"`, `None` for all others: Switch and
+            BASE as published never freeze, and a hash is frozen from the start.
         distilled_router_dim (`int`, *optional*, defaults to 50): width of the distilled router's token embedding D.
-        balance_loss_coef (`float`, *optional*, defaults to 0.3): alpha of eq. 8.
+        balance_loss_coef (`float`, *optional*): of the balance loss: alpha of eq. 8 (default 0.3) for `"stable"`, alpha
+            of N sum_i f_i P_i (default 0.01) for `"switch"`; `"base"` and `"hash"` have no balance loss.
         distillation_loss_coef (`float`, *optional*, defaults to 1.0): weight of L_dis (1 in eq. 11; the released
             training command has 0.3).
         router_aux_loss_coef (`float`, *optional*, defaults to 1.0): factor on the whole auxiliary loss,
@@ -77,8 +86,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
     num_experts: int = 32
     num_expert_sublayers: int = 3
     router_type: str = "stable"
+    distilled_router: str | None = None
     distilled_router_dim: int = 50
-    balance_loss_coef: float = 0.3
+    balance_loss_coef: float | None = None
     distillation_loss_coef: float = 1.0
     router_aux_loss_coef: float = 1.0
     expert_capacity_factor: float | None = None
@@ -94,6 +104,10 @@ class StableMoEBaseConfig(PreTrainedConfig):
         for positions, num_blocks in self._moe_positions.items():
             if getattr(self, positions) is None and isinstance(getattr(self, num_blocks), Integral):
                 setattr(self, positions, [getattr(self, num_blocks) // 2])
+        if self.distilled_router is None and self.router_type == "stable":
+            self.distilled_router = "word_embedding"
+        if self.balance_loss_coef is None:
+            self.balance_loss_coef = _BALANCE_LOSS_COEFS.get(str(self.router_type), 0.0)
         super().__post_init__(**kwargs)
         self.validate_architecture()
         for positions in self._moe_positions:
@@ -176,6 +190,15 @@ class StableMoEBaseConfig(PreTrainedConfig):
     def _validate_moe(self):
         if self.router_type not in ROUTER_TYPES:
             raise ValueError(f"`router_type` {self.router_type!r} is unknown; choose one of {list(ROUTER_TYPES)}.")
+        if self.distilled_router not in (None, *DISTILLED_ROUTERS):
+            raise ValueError(
+                f"`distilled_router` {self.distilled_router!r} is unknown; choose one of {list(DISTILLED_ROUTERS)}."
+            )
+        if self.router_type == "hash" and self.distilled_router is not None:
+            raise ValueError(
+                f"`distilled_router` {self.distilled_router!r} has nothing to learn from a hash, which is fixed from the "
+                "start; leave it at None."
+            )
         for positions, num_blocks in self._moe_positions.items():
             self._validate_positions(positions, num_blocks)
         factor = self.expert_capacity_factor
@@ -325,6 +348,7 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
 
 
 __all__ = [
+    "DISTILLED_ROUTERS",
     "POSITION_EMBEDDING_TYPES",
     "ROUTER_TYPES",
     "StableMoEBaseConfig",

@@ -6,15 +6,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .experts_stablemoe import StableMoEExperts, drop_overflow
+from .frozen_stablemoe import FrozenRouter
 from .losses_stablemoe import is_distributed
-from .routing_stablemoe import FrozenRouter, build_router
+from .routing_stablemoe import build_router
 
 
 class StableMoELayer(GradientCheckpointingLayer):
     """A layer of experts between two Transformer blocks: h' = h + g (S_a(h) - h) (StableMoE, eqs. 7 and 14).
 
     S_a is the stack of expert a, its residuals inside; a and g are the router's. The layer is in stage 1 until
-    `freeze` has filled the table of `frozen_router`, in stage 2 from then on.
+    `freeze` has filled the table of `frozen_router`, in stage 2 from then on (with a hash, from the start).
     """
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -38,15 +39,18 @@ class StableMoELayer(GradientCheckpointingLayer):
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
         """
         frozen_index = self.frozen_router(token_ids) if self.frozen_router.is_frozen else None
-        decision = self.router(hidden_states, token_ids, frozen_index)
+        decision = self.router(hidden_states, token_ids, frozen_index, token_mask)
         delta = self.expert_stack(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             self._dispatch(decision.expert_index, token_mask).view(-1, 1),
             decision.gate.reshape(-1, 1),
         )
         hidden_states = hidden_states + delta.view_as(hidden_states)
-        if self.frozen_router.is_frozen and self.training and is_distributed():
-            hidden_states = hidden_states + self._idle_parameters_term().to(hidden_states.dtype)
+        idle = self.router.stage1_parameters()
+        if idle and self.frozen_router.is_frozen and self.training and is_distributed():
+            # With a gradient of zero: DistributedDataParallel stops at a parameter without gradient unless it looks for
+            # unused ones, which activation checkpointing forbids.
+            hidden_states = hidden_states + (sum(p.flatten()[:1].sum() for p in idle) * 0.0).to(hidden_states.dtype)
         return hidden_states
 
     def route(self, token_ids: Tensor) -> Tensor:
@@ -61,8 +65,13 @@ class StableMoELayer(GradientCheckpointingLayer):
         return self.frozen_router(token_ids) if self.frozen_router.is_frozen else self.router.assign(token_ids)
 
     def freeze(self):
-        """Evaluate the router for every token id and route by that table from now on (stage 1 -> 2)."""
+        """Evaluate the distilled router for every token id and route by that from now on (stage 1 -> 2)."""
         self.frozen_router.freeze(self.router.freeze())
+
+    @property
+    def is_routed_by_token(self) -> bool:
+        """`bool`: whether token ids alone decide which experts inference uses."""
+        return self.frozen_router.is_frozen or self.router.distilled_router is not None
 
     def resize(self, vocab_size: int):
         """Follow the vocabulary to a new size; see `FrozenRouter.resize` for the experts of new ids."""
@@ -75,14 +84,6 @@ class StableMoELayer(GradientCheckpointingLayer):
         if self.training and self.capacity_factor is not None:
             index = drop_overflow(index.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor)
         return index
-
-    def _idle_parameters_term(self) -> Tensor:
-        """Keep what learns in stage 1 only in the graph, with a gradient of zero.
-
-        DistributedDataParallel stops at a parameter without gradient unless it looks for unused ones, which
-        activation checkpointing forbids.
-        """
-        return sum(parameter.flatten()[:1].sum() for parameter in self.router.stage1_parameters()) * 0.0
 
 
 def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:

@@ -1,5 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The losses of stage 1 (StableMoE, eqs. 8 and 10) and the counts behind them: pure functions, no coefficients.
+"""The losses of a routing that learns (StableMoE, eqs. 8 and 10; Switch) and the counts behind them.
+
+Pure functions, no coefficients.
 
 Shape suffixes: T tokens, E experts.
 """
@@ -83,6 +85,36 @@ def balance_loss(
     return masked_mean(overload_E[expert_index] * gate_T, mask)
 
 
+def switch_balance_loss(
+    *, router_logits: Tensor, expert_index: Tensor, mask: Tensor | None = None, expert_load: Tensor | None = None
+) -> Tensor:
+    """Balance the experts' loads as Switch Transformer does: N sum_i f_i P_i.
+
+    Source: Fedus et al. (2022), eqs. 4 to 6 without alpha. f_i, the share of tokens sent to expert i, is a number; the
+    gradient flows through P_i, the mean probability of expert i. Deviation: padding takes no part.
+
+    Args:
+        router_logits (`torch.Tensor` of shape `(T, E)`): scores before the softmax.
+        expert_index (`torch.LongTensor` of shape `(T,)`): the expert each token was sent to, in [0, E).
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        expert_load (`torch.Tensor` of shape `(E,)`, *optional*): tokens sent to each expert, of all processes; default:
+            counted here.
+
+    Returns:
+        `torch.Tensor` of shape `()`: in [0, N]; 1 when loads or probabilities are even.
+    """
+    num_experts = router_logits.shape[-1]
+    if expert_load is None:
+        expert_load = count_expert_load(expert_index=expert_index, mask=mask, num_experts=num_experts)
+    share_E = expert_load.to(router_logits.dtype) / expert_load.sum().clamp(min=1)
+    # sum_i f_i P_i, the sum over experts first: one number a token, to be averaged.
+    return num_experts * masked_mean(torch.softmax(router_logits, dim=-1) @ share_E, mask)
+
+
+# By `router_type`: BASE is balanced by its assignment, a hash is not learned.
+BALANCE_LOSSES = {"stable": balance_loss, "switch": switch_balance_loss}
+
+
 def distillation_loss(*, distilled_logits: Tensor, teacher_index: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy of the distilled router against the backbone router's choice, in nats per token.
 
@@ -104,10 +136,11 @@ class RoutingLosses(NamedTuple):
     """What the MoE layers of a model add to its loss, and what tells how they fare.
 
     Attributes:
-        balance_loss (`torch.Tensor` of shape `()`): L_bal without its coefficient, summed over layers, gate mass a token.
+        balance_loss (`torch.Tensor` of shape `()`): that of the strategy without its coefficient, summed over layers:
+            L_bal in gate mass a token (StableMoE), or N sum_i f_i P_i (Switch); 0 for the others.
         distillation_loss (`torch.Tensor` of shape `()`): L_dis without its coefficient, summed over layers, nats a token.
         distillation_agreement (`torch.Tensor` of shape `()`): share of tokens that the distilled router sends where
-            the backbone router does, mean over layers; NaN where nothing is distilled (stage 2).
+            the backbone router does, mean over layers; NaN where nothing is distilled.
         expert_load (`torch.LongTensor` of shape `(moe layers, E)`): tokens of this process sent to each expert.
     """
 
@@ -119,45 +152,68 @@ class RoutingLosses(NamedTuple):
 
 def routing_losses(
     *,
+    router_type: str,
+    num_experts: int,
     router_logits: Sequence[Tensor],
     distilled_logits: Sequence[Tensor],
     expert_indices: Sequence[Tensor],
     mask: Tensor | None = None,
-    across_processes: bool = False,
+    learning: bool = True,
+    training: bool = False,
 ) -> RoutingLosses:
-    """Sum the losses of stage 1 over the MoE layers (StableMoE, eq. 11) and count the loads.
+    """Sum the losses of a routing that learns over the MoE layers (StableMoE, eq. 11) and count the loads.
 
     Args:
-        router_logits (sequence of `torch.Tensor` of shape `(T, E)`): backbone scores, one a layer; at least one.
-        distilled_logits (sequence of `torch.Tensor` of shape `(T, E)`): distilled scores, one a layer; empty in
-            stage 2, where both losses are 0.
-        expert_indices (sequence of `torch.LongTensor` of shape `(T,)`): the expert each token was sent to.
+        router_type (`str`): the routing strategy, which has a balance loss of its own or none.
+        num_experts (`int`): N.
+        router_logits (sequence of `torch.Tensor` of shape `(T, E)`): backbone scores, one a layer; empty for a hash.
+        distilled_logits (sequence of `torch.Tensor` of shape `(T, E)`): distilled scores, one a layer; empty where
+            nothing is distilled.
+        expert_indices (sequence of `torch.LongTensor` of shape `(T,)`): the expert each token was sent to; at least one.
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        across_processes (`bool`): whether balance counts run over the tokens of all processes (a collective).
+        learning (`bool`): whether the routing is learned; in stage 2 there is no loss but the task's.
+        training (`bool`): whether tokens went where the backbone router sent them, and balance counts run over the
+            tokens of all processes (a collective).
 
     Returns:
         `RoutingLosses`
     """
-    num_experts, device = router_logits[0].shape[-1], router_logits[0].device
+    device = expert_indices[0].device
     # A model may be spread over several devices.
     router_logits, distilled_logits, expert_indices = (
         [tensor.to(device) for tensor in tensors] for tensors in (router_logits, distilled_logits, expert_indices)
     )
     mask = None if mask is None else mask.to(device)
-    zero = router_logits[0].new_zeros(())
-    balance, distillation, agreement = zero, zero, zero
-    for logits, distilled in zip(router_logits, distilled_logits, strict=False):
-        # In evaluation tokens go where the distilled router says; what is measured is still the router that learns.
-        teacher = logits.detach().argmax(-1)
-        load = count_expert_load(expert_index=teacher, mask=mask, num_experts=num_experts)
-        if across_processes and is_distributed():
-            dist.all_reduce(load)
-        balance = balance + balance_loss(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load)
-        distillation = distillation + distillation_loss(distilled_logits=distilled, teacher_index=teacher, mask=mask)
-        agreement = agreement + masked_mean((distilled.detach().argmax(-1) == teacher).to(zero.dtype), mask)
+    # In evaluation tokens may go where the distilled router says; what is measured is still the router that learns.
+    teachers = expert_indices if training else [logits.detach().argmax(-1) for logits in router_logits]
+    zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros((), device=device)
+    balance, distillation, agreement = zero, zero, torch.full_like(zero, torch.nan)
+    if learning:
+        balance = _balance_losses(router_type, router_logits, teachers, mask, training).sum()
+    if learning and distilled_logits:
+        pairs = list(zip(distilled_logits, teachers, strict=True))
+        distillation = sum(distillation_loss(distilled_logits=d, teacher_index=t, mask=mask) for d, t in pairs)
+        agreed = [masked_mean((d.detach().argmax(-1) == t).to(zero.dtype), mask) for d, t in pairs]
+        agreement = torch.stack(agreed).mean()
     loads = [count_expert_load(expert_index=index, mask=mask, num_experts=num_experts) for index in expert_indices]
-    agreement = agreement / len(distilled_logits) if distilled_logits else torch.full_like(zero, torch.nan)
     return RoutingLosses(balance, distillation, agreement, torch.stack(loads))
+
+
+def _balance_losses(
+    router_type: str, router_logits: list[Tensor], teachers: list[Tensor], mask: Tensor | None, training: bool
+) -> Tensor:
+    """Compute the balance loss of each MoE layer, `(moe layers,)`; 0 where the strategy has none."""
+    if router_type not in BALANCE_LOSSES:
+        return torch.zeros((), device=teachers[0].device)
+    losses = []
+    for logits, teacher in zip(router_logits, teachers, strict=True):
+        load = count_expert_load(expert_index=teacher, mask=mask, num_experts=logits.shape[-1])
+        if training and is_distributed():
+            dist.all_reduce(load)
+        losses.append(
+            BALANCE_LOSSES[router_type](router_logits=logits, expert_index=teacher, mask=mask, expert_load=load)
+        )
+    return torch.stack(losses)
 
 
 def combine_routing_losses(sides: Sequence[RoutingLosses]) -> RoutingLosses:
@@ -227,6 +283,7 @@ def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | No
 
 
 __all__ = [
+    "BALANCE_LOSSES",
     "RoutingLosses",
     "balance_loss",
     "combine_routing_losses",
@@ -237,4 +294,5 @@ __all__ = [
     "label_smoothed_loss",
     "masked_mean",
     "routing_losses",
+    "switch_balance_loss",
 ]

@@ -18,11 +18,13 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
+from .distillation_stablemoe import DistilledRouter
 from .experts_stablemoe import ExpertSublayer
+from .frozen_stablemoe import FrozenRouter
 from .layer_stablemoe import StableMoELayer, token_mask
 from .losses_stablemoe import RoutingLosses, count_causal_targets, routing_losses
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
-from .routing_stablemoe import DistilledRouter, FrozenRouter, StableRouter
+from .routing_stablemoe import LearnedRouter, Router
 from .stages_stablemoe import TwoStageRoutingMixin
 
 
@@ -204,9 +206,9 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": StableMoEBlock,
         "attentions": StableMoEAttention,
-        "router_logits": OutputRecorder(StableRouter, index=0),
-        "expert_indices": OutputRecorder(StableRouter, index=1),
-        "distilled_router_logits": OutputRecorder(StableRouter, index=3),
+        "router_logits": OutputRecorder(Router, index=0),
+        "expert_indices": OutputRecorder(Router, index=1),
+        "distilled_router_logits": OutputRecorder(Router, index=3),
     }
 
     @torch.no_grad()
@@ -220,13 +222,13 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
             init.zeros_(module.up_proj_bias)
             init.zeros_(module.down_proj)
             init.zeros_(module.down_proj_bias)
-        elif isinstance(module, StableRouter):
+        elif isinstance(module, LearnedRouter):
             init.orthogonal_(module.centroids, gain=0.1)
         elif isinstance(module, DistilledRouter):
             init.normal_(module.embedding, mean=0.0, std=1.0)
             init.orthogonal_(module.centroids, gain=0.1)
         elif isinstance(module, FrozenRouter):
-            init.constant_(module.routing_table, -1)
+            init.copy_(module.routing_table, module.initial_table())
 
     def check_token_ids(self, token_ids: Tensor):
         """Refuse ids outside the vocabulary, on the CPU and outside compiled code.
@@ -358,7 +360,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         """Compute the routing losses of a forward pass that recorded its routing.
 
         Args:
-            outputs (`StableMoEModelOutputWithPast`): with `router_logits`, `expert_indices` and, in stage 1,
+            outputs (`StableMoEModelOutputWithPast`): with `expert_indices` and, where there are any, `router_logits` and
                 `distilled_router_logits`.
             attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
 
@@ -367,12 +369,15 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         """
         mask = token_mask(attention_mask, outputs.expert_indices[0].shape[-1])
         return routing_losses(
-            router_logits=outputs.router_logits,
+            router_type=self.config.router_type,
+            num_experts=self.config.num_experts,
+            router_logits=outputs.router_logits or (),
             distilled_logits=outputs.distilled_router_logits or (),
             expert_indices=[index.flatten() for index in outputs.expert_indices],
             mask=None if mask is None else mask.flatten(),
+            learning=not self.moe_layers[0].frozen_router.is_frozen,
             # Evaluation may run on one process alone, where a collective would wait for ever.
-            across_processes=self.training,
+            training=self.training,
         )
 
     @torch.no_grad()
@@ -560,7 +565,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             aux_loss=aux_loss,
-            router_logits=outputs.router_logits if output_router_logits else None,
+            router_logits=(outputs.router_logits or None) if output_router_logits else None,
             expert_indices=outputs.expert_indices if output_router_logits else None,
             task_loss=task_loss,
             **(routing._asdict() if routing is not None else {}),

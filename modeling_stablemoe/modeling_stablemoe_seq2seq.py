@@ -465,8 +465,8 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
-            encoder_router_logits=outputs.encoder_router_logits if output_router_logits else None,
-            decoder_router_logits=outputs.decoder_router_logits if output_router_logits else None,
+            encoder_router_logits=(outputs.encoder_router_logits or None) if output_router_logits else None,
+            decoder_router_logits=(outputs.decoder_router_logits or None) if output_router_logits else None,
             encoder_expert_indices=outputs.encoder_expert_indices if output_router_logits else None,
             decoder_expert_indices=outputs.decoder_expert_indices if output_router_logits else None,
             task_loss=task_loss,
@@ -563,9 +563,10 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
     ) -> dict[str, RoutingLosses]:
         """Compute the routing losses of the sides whose routing was recorded: `"encoder"`, `"decoder"`."""
         sides = {}
-        names = ("router_logits", "expert_indices", "distilled_router_logits")
-        # In stage 2 nothing is distilled.
-        expected = names if self.routing_stage == 1 else names[:2]
+        names = ("expert_indices", "router_logits", "distilled_router_logits")
+        # A hash has no scores, and in stage 2 nothing is distilled.
+        learned = 2 if self.config.distilled_router is None else 3
+        expected = names[:learned] if self.routing_stage == 1 else names[:1]
         for name, stack in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
             if not stack.moe_layers:
                 continue

@@ -20,7 +20,7 @@ class StableMoEModelOutputWithPast(ModelOutput):
         attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
             `(batch, heads, sequence, sequence)` a block.
         router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_router_logits`: backbone scores s (eq. 5),
-            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer.
+            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer. A hash has none.
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`: the expert of each
             token, padding included, one of shape `(batch, sequence)` a MoE layer.
         distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in
@@ -54,12 +54,12 @@ class StableMoECausalLMOutputWithPast(ModelOutput):
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
         task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: cross-entropy, nats per target token
             (over `num_items_in_batch` where that is given).
-        balance_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: eq. 8 without alpha, gate mass
-            per token, summed over layers.
+        balance_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: that of the router without its
+            coefficient, summed over layers: eq. 8, gate mass per token (StableMoE); N sum_i f_i P_i (Switch); else 0.
         distillation_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: eq. 10, nats per token,
             summed over layers.
         distillation_agreement (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: share of tokens that
-            the distilled router sends where the backbone router does; NaN in stage 2.
+            the distilled router sends where the backbone router does; NaN where nothing is distilled (stage 2).
         expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
             sent to each expert.
     """

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, PreTrainedTokenizerBase
 
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig, StableMoESeq2SeqConfig
 
 
+HASH_TABLES = ("random", "balanced")
 CONFIGS = {config.model_type: config for config in (StableMoEConfig, StableMoESeq2SeqConfig)}
 
 
@@ -75,7 +76,14 @@ class RoutingArguments:
         default=None,
         metadata={
             "help": "Length of stage 1: a number of optimizer steps ('600') or a share of all steps ('0.1'). Default: "
-            "no transition, for dense models and for checkpoints that are frozen already; '' unsets that of a recipe."
+            "no transition, for dense models, a hash and checkpoints that are frozen already; '' unsets that of a recipe."
+        },
+    )
+    hash_table: str = field(
+        default="random",
+        metadata={
+            "help": 'The table of a new model with `router_type` "hash": random, or balanced by how often the tokens '
+            "occur in the training text."
         },
     )
     fluctuation_check_steps: int = field(
@@ -84,6 +92,11 @@ class RoutingArguments:
     fluctuation_tokens: int = field(
         default=8192, metadata={"help": "Validation tokens that routing fluctuation is watched on."}
     )
+
+    def __post_init__(self):
+        """Check the name of the hash table."""
+        if self.hash_table not in HASH_TABLES:
+            raise ValueError(f"`--hash_table` must be one of {list(HASH_TABLES)}, got {self.hash_table!r}.")
 
     @property
     def stage1(self) -> int | float | None:
@@ -157,6 +170,12 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
     return config_class(**values)
 
 
+def model_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Give the fields of a config that a new model takes from its tokenizer: vocabulary and special tokens."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **special}
+
+
 def check_fit(config: StableMoEBaseConfig, num_tokens: int, **lengths: int):
     """Check that a model can read what it is to be trained on, before training finds out.
 
@@ -224,4 +243,13 @@ def _recipe_to_argv(path: Path) -> list[str]:
     return argv
 
 
-__all__ = ["CONFIGS", "ModelArguments", "RoutingArguments", "check_fit", "load_preset", "parse_recipe", "read_preset"]
+__all__ = [
+    "CONFIGS",
+    "ModelArguments",
+    "RoutingArguments",
+    "check_fit",
+    "load_preset",
+    "model_fields",
+    "parse_recipe",
+    "read_preset",
+]

@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import is_main_process
 
 from .atomic_files import replace_file
-from .callbacks import RoutingFluctuationCallback, StageTransitionCallback
+from .callbacks import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from .checkpoints import (
     check_run_folder,
     claim_run_folder,
@@ -20,8 +22,10 @@ from .checkpoints import (
     run_identity,
     what_is_missing,
 )
+from .configuration_stablemoe import StableMoEBaseConfig
+from .hash_tables import balanced_hash_table, count_tokens
 from .hub import build_model_card
-from .recipes import ModelArguments, RoutingArguments, load_preset, read_preset
+from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields, read_preset
 from .report import summarize
 
 
@@ -81,8 +85,10 @@ class RunFolder:
 
 
 def _as_settings(part: Any) -> dict:
-    # Of the routing, only the length of stage 1 changes what is trained; the rest is measurement.
-    return {"stage1_steps": part.stage1_steps} if isinstance(part, RoutingArguments) else asdict(part)
+    if not isinstance(part, RoutingArguments):
+        return asdict(part)
+    # Of the routing, only these change what is trained; the rest is measurement.
+    return {"stage1_steps": part.stage1_steps, "hash_table": part.hash_table}
 
 
 def build_model(
@@ -113,8 +119,7 @@ def build_model(
         _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
         return auto_class.from_pretrained(model_args.model_name_or_path, **implementations)
     _require_kind(read_preset(model_args.model_preset)[0], auto_class, f"The preset {model_args.model_preset!r}")
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    fields = {"vocab_size": len(tokenizer), **special, **fields, **model_args.overrides}
+    fields = {**model_fields(tokenizer), **fields, **model_args.overrides}
     return auto_class.from_config(load_preset(model_args.model_preset, **fields), **implementations)
 
 
@@ -126,11 +131,41 @@ def _require_kind(config_class: type, auto_class: type, what: str):
         )
 
 
-def build_callbacks(routing_args: RoutingArguments, max_steps: int, validation_rows, data_collator=None) -> list:
-    """Make the callbacks that the routing arguments ask for.
+def balance_hash(model: PreTrainedModel, routing_args: RoutingArguments, train_rows: Dataset):
+    """Give a new model with a hash the tables that the routing arguments ask for.
+
+    Args:
+        model (`PreTrainedModel`): of any router.
+        routing_args (`RoutingArguments`): kind of table.
+        train_rows (`Dataset`): what it is balanced for: `input_ids` and, for the decoder of a pair, `labels`.
+
+    Raises:
+        ValueError: for a balanced table where there is no hash, or for a streamed corpus.
+    """
+    if routing_args.hash_table == "random":
+        return
+    if model.config.router_type != "hash":
+        raise ValueError('`--hash_table balanced` needs a model with `router_type` "hash".')
+    config = model.config
+    if config.is_encoder_decoder:
+        columns = ["input_ids"] * len(config.encoder_moe_layer_positions)
+        columns += ["labels"] * len(config.decoder_moe_layer_positions)
+    else:
+        columns = ["input_ids"] * config.num_moe_layers
+    counts = {column: count_tokens(train_rows, config.vocab_size, column) for column in set(columns)}
+    # The layers differ in how ids of equal frequency are spread.
+    tables = [balanced_hash_table(counts[column], config.num_experts, seed) for seed, column in enumerate(columns)]
+    model.set_routing_tables(torch.stack(tables))
+
+
+def build_callbacks(
+    routing_args: RoutingArguments, config: StableMoEBaseConfig, max_steps: int, validation_rows, data_collator=None
+) -> list:
+    """Make the callbacks that the routing arguments ask for; the logs of every MoE model get routing statistics.
 
     Args:
         routing_args (`RoutingArguments`): length of stage 1, checks of fluctuation.
+        config (`StableMoEBaseConfig`): of the model.
         max_steps (`int`): steps of the whole training; <= 0 where only Trainer will know.
         validation_rows (iterable of `Mapping`): what fluctuation is watched on.
         data_collator (`Callable`, *optional*): makes a batch of them; see `RoutingFluctuationCallback`.
@@ -146,6 +181,8 @@ def build_callbacks(routing_args: RoutingArguments, max_steps: int, validation_r
         callbacks.append(StageTransitionCallback(routing_args.stage1))
         if max_steps > 0:
             callbacks[0].resolve_transition_step(max_steps)
+    elif config.num_moe_layers:
+        callbacks.append(RoutingStatisticsCallback())
     if routing_args.fluctuation_check_steps:
         callbacks.append(
             RoutingFluctuationCallback(
@@ -207,6 +244,7 @@ def write_results(trainer: Trainer, results: dict, card_template: str | Path, da
 __all__ = [
     "FolderArguments",
     "RunFolder",
+    "balance_hash",
     "build_callbacks",
     "build_model",
     "summarize_run",

@@ -11,8 +11,8 @@ from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
+from .frozen_stablemoe import is_frozen_table
 from .layer_stablemoe import StableMoELayer, moe_layers_of
-from .routing_stablemoe import is_frozen_table
 
 
 logger = logging.get_logger(__name__)
@@ -34,6 +34,12 @@ class TwoStageRoutingMixin:
         self.register_load_state_dict_pre_hook(_check_tables_to_load)
         self.register_load_state_dict_post_hook(_follow_loaded_tables)
 
+    def post_init(self):
+        """Initialise the weights; a routing that is fixed from the start is frozen from here on."""
+        super().post_init()
+        if self.config.router_type == "hash" and self._read_tables() and not _is_side(self):
+            self.config.router_fingerprint = self.router_fingerprint()
+
     @classmethod
     def check_config(cls, config):
         """Refuse the config of another kind of model.
@@ -51,7 +57,7 @@ class TwoStageRoutingMixin:
 
     @property
     def routing_stage(self) -> int:
-        """`int`: 1 while the routing is learned, 2 when it is frozen. A dense model stays in 1."""
+        """`int`: 1 while the routing is learned, 2 when it is frozen. A hash starts in 2, a dense model stays in 1."""
         layers = self.moe_layers_by_name.values()
         return 2 if layers and all(layer.frozen_router.is_frozen for layer in layers) else 1
 
@@ -62,24 +68,67 @@ class TwoStageRoutingMixin:
 
         Raises:
             RuntimeError: if the routing is frozen already.
-            ValueError: if the model has no MoE layer, or is the encoder or decoder of another model.
+            ValueError: if the model has no MoE layer, is the encoder or decoder of another model, or learns a routing
+                that is not distilled.
         """
-        if not self.moe_layers_by_name:
-            raise ValueError("There is no router to freeze: `moe_layer_positions` is empty, this is a dense model.")
-        if _is_side(self):
-            raise ValueError(f"{type(self).__name__} is a part: call `freeze_router()` on the model that holds it.")
+        self._require_whole("freeze_router()")
         if self.routing_stage == 2:
             raise RuntimeError(
                 f"The routing is frozen already (fingerprint {self.config.router_fingerprint}). To learn a routing "
                 "anew, start from a stage-1 checkpoint."
             )
+        self.require_distillation()
         for layer in self.moe_layers_by_name.values():
             layer.freeze()
         self.config.router_fingerprint = self.router_fingerprint()
 
+    def require_distillation(self):
+        """Refuse a routing that is learned but not distilled, and so cannot be frozen.
+
+        Raises:
+            ValueError: naming the remedy.
+        """
+        if self.routing_stage == 1 and self.config.distilled_router is None:
+            raise ValueError(
+                f"A {self.config.router_type!r} router routes by hidden states and cannot be frozen: it has no "
+                '`distilled_router`. Train it with `distilled_router="word_embedding"`, which then stands for it.'
+            )
+
+    def set_routing_tables(self, tables: Tensor):
+        """Route by tables of one's own from now on: another hash, say. A stage-1 model is frozen by it.
+
+        Args:
+            tables (`torch.LongTensor` of shape `(moe layers, vocab_size)`): the expert of each token id.
+
+        Raises:
+            ValueError: if the shape is another, an expert is outside [0, num_experts), the model has no MoE layer or is
+                the encoder or decoder of another model.
+        """
+        self._require_whole("set_routing_tables()")
+        layers = self.moe_layers_by_name
+        expected = (len(layers), self.config.vocab_size)
+        if tuple(tables.shape) != expected:
+            raise ValueError(
+                f"`tables` must be of shape {expected}, moe layers x vocabulary, got {tuple(tables.shape)}."
+            )
+        if tables.min() < 0 or tables.max() >= self.config.num_experts:
+            raise ValueError(f"`tables` must send every token to an expert in [0, {self.config.num_experts}).")
+        for layer, table in zip(layers.values(), tables, strict=True):
+            layer.frozen_router.freeze(table)
+        self.config.router_fingerprint = self.router_fingerprint()
+
+    def _require_whole(self, method: str):
+        if not self.moe_layers_by_name:
+            raise ValueError("There is no router to freeze: `moe_layer_positions` is empty, this is a dense model.")
+        if _is_side(self):
+            raise ValueError(f"{type(self).__name__} is a part: call `{method}` on the model that holds it.")
+
     @torch.no_grad()
     def route(self, input_ids: Tensor) -> Tensor:
         """Give the experts that inference would use.
+
+        Where hidden states decide, as in Switch and BASE, a forward pass finds out; it takes `input_ids` for whole
+        sequences without padding.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`): in [0, vocab_size).
@@ -88,11 +137,26 @@ class TwoStageRoutingMixin:
             `torch.LongTensor` of shape `(moe layers, batch, sequence)`: in [0, num_experts).
 
         Raises:
-            ValueError: for an id outside the vocabulary.
+            ValueError: for an id outside the vocabulary; for an encoder-decoder whose hidden states decide.
         """
         self.base_model.check_token_ids(input_ids)
-        routes = [layer.route(input_ids) for layer in self.moe_layers_by_name.values()]
+        layers = self.moe_layers_by_name.values()
+        if not all(layer.is_routed_by_token for layer in layers):
+            return self._route_by_hidden_states(input_ids)
+        routes = [layer.route(input_ids) for layer in layers]
         return torch.stack(routes) if routes else input_ids.new_zeros((0, *input_ids.shape))
+
+    def _route_by_hidden_states(self, input_ids: Tensor) -> Tensor:
+        if self.config.is_encoder_decoder:
+            raise ValueError(
+                f"A {self.config.router_type!r} router routes by hidden states, so a token alone has no expert. Run the "
+                "model on source and target with `output_router_logits=True` and read `expert_indices`."
+            )
+        modes = [(module, module.training) for module in self.modules()]
+        outputs = self.eval().base_model(input_ids, use_cache=False, output_expert_indices=True)
+        for module, mode in modes:
+            module.training = mode
+        return torch.stack(outputs.expert_indices)
 
     def router_fingerprint(self) -> str | None:
         """Compute the sha256 of the frozen routing.

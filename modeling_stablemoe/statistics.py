@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Routing statistics of training: sums over tokens, so that micro-batches, steps and processes add up exactly."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -43,9 +44,9 @@ class RoutingTotals:
 
         Returns:
             `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean` (of the worst layer) and
-            `routing_stage`; where there are tokens of stage 1 also `balance_loss`, `distillation_loss` (per token,
-            summed over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that
-            is trained) and `distillation_agreement` (share of the tokens of stage 1).
+            `routing_stage`; where there are tokens of stage 1 also `balance_loss` and, if the routing is distilled,
+            `distillation_loss` (per token, summed over layers, without their coefficients; tokens of stage 2 count with
+            0, as they do in the loss that is trained) and `distillation_agreement` (share of the tokens of stage 1).
         """
         targets, task, tokens, balance, distillation, agreed, learned = self.sums.tolist()
         metrics = {"routing_stage": stage, "load_max_over_mean": imbalance(self.load)}
@@ -53,6 +54,7 @@ class RoutingTotals:
             metrics["task_loss"] = task / targets
         if learned:
             metrics["balance_loss"] = balance / tokens
+        if learned and not math.isnan(agreed):
             metrics["distillation_loss"] = distillation / tokens
             metrics["distillation_agreement"] = agreed / learned
         return metrics

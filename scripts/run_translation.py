@@ -24,6 +24,7 @@ from modeling_stablemoe.report import STAGE_HEADINGS, format_table
 from modeling_stablemoe.runs import (
     FolderArguments,
     RunFolder,
+    balance_hash,
     build_callbacks,
     build_model,
     summarize_run,
@@ -124,9 +125,10 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, traini
         len(batches),
         100 * batches.padding_share,
     )
+    balance_hash(model, routing_args, encoded["train"])
     collator = TokenBatchCollator(tokenizer)
     validation = encoded["validation"]
-    callbacks = build_callbacks(routing_args, training_args.max_steps, validation, collator)
+    callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, validation, collator)
     checkpoint = folder.claim()
     trainer = TranslationTrainer(
         model=model,

@@ -1,6 +1,7 @@
 """StableMoE in float64 NumPy, straight from the paper's equations: one token at a time, shares no code with the package."""
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 
 ALPHA = 0.3  # eq. 8, table 7
@@ -40,33 +41,54 @@ def expert_stack(h, sublayers):
     return x
 
 
-def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=None):
+def softmax(x):
+    return np.exp(log_softmax(x))
+
+
+def balanced(scores):
+    """The assignment of most affinity that gives every expert as many tokens, which must be possible."""
+    num_tokens, num_experts = scores.shape
+    slots = np.repeat(np.arange(num_experts), num_tokens // num_experts)
+    _, chosen = linear_sum_assignment(-scores[:, slots])
+    return slots[chosen]
+
+
+# Paper table 1: the gate g of a token with scores s on expert a.
+GATES = {
+    "stable": lambda s, a: sigmoid(s[a]),
+    "switch": lambda s, a: softmax(s)[a],
+    "base": lambda s, a: sigmoid(s[a]),
+    "hash": lambda s, a: 1.0,
+}
+
+
+def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=None, router="stable"):
     """One MoE layer on T tokens.
 
-    `routing` is "greedy" (stage 1, training: eq. 6), "distilled" (stage 1, evaluation) or "frozen" (stage 2: eq. 13,
-    by `table`). Returns h' (T, d), the scores s (T, N), the distilled scores (T, N) and the experts a (T,).
+    `routing` is "greedy" (eq. 6), "balanced" (BASE while it trains), "distilled" (evaluation of what is distilled) or
+    "frozen" (eq. 13, by `table`). Returns h' (T, d), the scores s (T, N), the distilled scores (T, N) and the experts a
+    (T,); without such scores, zeros.
     """
-    E = params[f"{prefix}router.centroids"]
-    D = params[f"{prefix}router.distilled_router.embedding"]
-    E_hat = params[f"{prefix}router.distilled_router.centroids"]
-    outputs, scores, distilled_scores, assigned = [], [], [], []
-    for t, (h, token) in enumerate(zip(hidden, token_ids, strict=True)):
-        s = np.array([E_i @ h for E_i in E])  # eq. 5
-        s_hat = np.array([E_hat_i @ D[token] for E_hat_i in E_hat])  # eq. 12
-        a = {
-            "greedy": np.argmax(s),
-            "distilled": np.argmax(s_hat),
-            "frozen": table[token] if table is not None else -1,
-        }
-        a = int(a[routing])
+    nothing = np.zeros((1, hidden.shape[1]))
+    E = params.get(f"{prefix}router.centroids", nothing)
+    D = params.get(f"{prefix}router.distilled_router.embedding", np.zeros((max(token_ids) + 1, 1)))
+    E_hat = params.get(f"{prefix}router.distilled_router.centroids", np.zeros((1, 1)))
+    scores = np.array([[E_i @ h for E_i in E] for h in hidden])  # eq. 5
+    distilled_scores = np.array([[E_hat_i @ D[token] for E_hat_i in E_hat] for token in token_ids])  # eq. 12
+    real = np.ones(len(hidden), bool) if mask is None else np.array(mask)
+    if routing == "frozen":
+        assigned = np.array([table[token] for token in token_ids])
+    else:
+        assigned = (distilled_scores if routing == "distilled" else scores).argmax(-1)
+    if routing == "balanced":
+        assigned[real] = balanced(scores[real])
+    outputs = []
+    for h, s, a, is_real in zip(hidden, scores, assigned, real, strict=True):
         output = h
-        if mask is None or mask[t]:
-            output = h + sigmoid(s[a]) * (expert_stack(h, sublayers_of(params, f"{prefix}expert_stack.", a)) - h)
+        if is_real:
+            output = h + GATES[router](s, a) * (expert_stack(h, sublayers_of(params, f"{prefix}expert_stack.", a)) - h)
         outputs.append(output)  # eqs. 7 and 14
-        scores.append(s)
-        distilled_scores.append(s_hat)
-        assigned.append(a)
-    return np.array(outputs), np.array(scores), np.array(distilled_scores), np.array(assigned)
+    return np.array(outputs), scores, distilled_scores, assigned
 
 
 def balance_loss(scores, assigned):
@@ -78,6 +100,14 @@ def balance_loss(scores, assigned):
         A_i = [t for t in range(T) if assigned[t] == i]
         total += (len(A_i) - n) / n * sum(sigmoid(scores[t, i]) for t in A_i)
     return total / T
+
+
+def switch_balance_loss(scores, assigned):
+    """Fedus et al., eqs. 4 to 6 without alpha: N sum_i f_i P_i."""
+    T, N = scores.shape
+    f = [sum(a == i for a in assigned) / T for i in range(N)]
+    P = [sum(softmax(s)[i] for s in scores) / T for i in range(N)]
+    return N * sum(f_i * P_i for f_i, P_i in zip(f, P, strict=True))
 
 
 def distillation_loss(distilled_scores, assigned):

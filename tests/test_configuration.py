@@ -50,7 +50,7 @@ def test_sizes_and_counts_must_be_positive_integers(name, value):
         tiny_config(**{name: value})
 
 
-@pytest.mark.parametrize("value", [-0.1, NAN, INF, -INF, "0.3", True, None])
+@pytest.mark.parametrize("value", [-0.1, NAN, INF, -INF, "0.3", True])
 @pytest.mark.parametrize("name", COEFFICIENTS)
 def test_coefficients_must_be_finite_and_not_negative(name, value):
     with pytest.raises(ValueError, match=rf"^`{name}` must be a finite number >= 0, got {value!r}\.$"):

@@ -193,11 +193,16 @@ def test_expert_load_counts_the_real_tokens_of_each_expert(tokens, masked):
     assert count_expert_load(expert_index=index, mask=mask, num_experts=5).tolist() == expected
 
 
+STABLE = {"router_type": "stable", "num_experts": 3}
+
+
 def test_routing_losses_sum_over_layers_and_average_agreement():
     router_logits = [torch.randn(6, 3) for _ in range(2)]
     distilled_logits = [router_logits[0].clone(), -router_logits[1]]  # agree everywhere, agree nowhere
     indices = [logits.argmax(-1) for logits in router_logits]
-    losses = routing_losses(router_logits=router_logits, distilled_logits=distilled_logits, expert_indices=indices)
+    losses = routing_losses(
+        **STABLE, router_logits=router_logits, distilled_logits=distilled_logits, expert_indices=indices
+    )
     parts = [losses_of(*scores) for scores in zip(router_logits, distilled_logits, strict=True)]
     torch.testing.assert_close(losses.balance_loss, parts[0][0] + parts[1][0], **CLOSE)
     torch.testing.assert_close(losses.distillation_loss, parts[0][1] + parts[1][1], **CLOSE)
@@ -210,6 +215,7 @@ def test_agreement_is_the_share_of_real_tokens_sent_alike():
     distilled_logits = F.one_hot(torch.tensor([0, 2, 2, 1]), 3).float()
     mask = torch.tensor([True, True, True, False])
     losses = routing_losses(
+        **STABLE,
         router_logits=[router_logits],
         distilled_logits=[distilled_logits],
         expert_indices=[router_logits.argmax(-1)],
@@ -223,6 +229,7 @@ def test_evaluation_measures_the_losses_of_the_backbone_router_and_the_loads_of_
     router_logits = torch.randn(8, 3)
     distilled_logits = torch.randn(8, 3)
     losses = routing_losses(
+        **STABLE,
         router_logits=[router_logits],
         distilled_logits=[distilled_logits],
         expert_indices=[distilled_logits.argmax(-1)],
@@ -235,7 +242,11 @@ def test_evaluation_measures_the_losses_of_the_backbone_router_and_the_loads_of_
 
 def test_in_stage_2_both_losses_are_zero_and_loads_are_still_counted():
     losses = routing_losses(
-        router_logits=[torch.randn(4, 3)], distilled_logits=[], expert_indices=[torch.tensor([0, 2, 2, 2])]
+        **STABLE,
+        router_logits=[torch.randn(4, 3)],
+        distilled_logits=[],
+        expert_indices=[torch.tensor([0, 2, 2, 2])],
+        learning=False,
     )
     assert float(losses.balance_loss) == float(losses.distillation_loss) == 0.0
     assert math.isnan(losses.distillation_agreement)
@@ -314,6 +325,8 @@ def test_routing_losses_ask_other_processes_only_when_told_to(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     router_logits = torch.tensor([[0.0, 1.0]] * 4, dtype=torch.float64)
     arguments = {
+        "router_type": "stable",
+        "num_experts": 2,
         "router_logits": [router_logits],
         "distilled_logits": [router_logits],
         "expert_indices": [router_logits.argmax(-1)],
@@ -322,7 +335,7 @@ def test_routing_losses_ask_other_processes_only_when_told_to(monkeypatch):
     assert not asked
     gate = 1 / (1 + math.exp(-1))
     torch.testing.assert_close(alone.balance_loss, double(gate), **CLOSE)
-    together = routing_losses(**arguments, across_processes=True)
+    together = routing_losses(**arguments, training=True)
     assert [load.tolist() for load in asked] == [[0, 4]]
     torch.testing.assert_close(together.balance_loss, double(0.0), **CLOSE)
     assert together.expert_load.tolist() == [[0, 4]], "the reported load is this process's own"

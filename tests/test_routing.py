@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_stablemoe import StableMoEForCausalLM
+from modeling_stablemoe.distillation_stablemoe import DistilledRouter
+from modeling_stablemoe.frozen_stablemoe import FrozenRouter
 from modeling_stablemoe.layer_stablemoe import StableMoELayer
-from modeling_stablemoe.routing_stablemoe import DistilledRouter, FrozenRouter, StableRouter, build_router
+from modeling_stablemoe.routing_stablemoe import StableRouter, build_router
 
 
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
@@ -34,7 +36,7 @@ def gradients_of(model, loss) -> set[str]:
 
 
 @contextlib.contextmanager
-def recorded_warnings(name: str = "modeling_stablemoe.routing_stablemoe"):
+def recorded_warnings(name: str = "modeling_stablemoe.tensors_stablemoe"):
     """Messages of one logger, which transformers keeps from propagating; what `warning_once` has said is forgotten."""
     from transformers.utils import logging as transformers_logging
 

@@ -51,7 +51,15 @@ class Recorder(TrainerCallback):
         self.logs.append({**logs, "step": state.global_step})
 
 
-def make_trainer(folder, *callbacks, model=None, optimizers=(None, None), trainer_class=Trainer, **arguments):
+def make_trainer(
+    folder,
+    *callbacks,
+    model=None,
+    optimizers=(None, None),
+    trainer_class=Trainer,
+    train_dataset=BLOCKS,
+    **arguments,
+):
     options = {
         "max_steps": 12,
         "per_device_train_batch_size": 2,
@@ -66,7 +74,7 @@ def make_trainer(folder, *callbacks, model=None, optimizers=(None, None), traine
     return trainer_class(
         model=tiny_model() if model is None else model,
         args=TrainingArguments(output_dir=str(folder), **options),
-        train_dataset=options.pop("train_dataset", BLOCKS),
+        train_dataset=train_dataset,
         eval_dataset=BLOCKS[:4],
         data_collator=collate_blocks,
         callbacks=list(callbacks),

@@ -1,0 +1,49 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What routers compute with: scores that are exact and finite, and tensors that an engine may have sharded."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import is_torchdynamo_compiling, logging
+from transformers.utils.generic import maybe_autocast
+
+
+logger = logging.get_logger(__name__)
+
+
+def score(features: Tensor, centroids: Tensor) -> Tensor:
+    """Dot products in float32 whatever the autocast (float64 for float64 input), `(..., D) x (E, D) -> (..., E)`."""
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    with maybe_autocast(device_type=features.device.type, enabled=False):
+        return _finite(F.linear(features.to(dtype), centroids.to(dtype)))
+
+
+def _finite(scores: Tensor) -> Tensor:
+    """Let a non-finite score count as the lowest finite one of its token (as 0 where the token has none)."""
+    finite = torch.isfinite(scores)
+    # Asking for a value makes an accelerator wait, so only the CPU is asked.
+    if scores.device.type == "cpu" and not is_torchdynamo_compiling() and not finite.all():
+        logger.warning_once(
+            "Routing scores are NaN or infinite: they count as the lowest finite score of their token. The hidden "
+            "states or the router have diverged; lower the learning rate or clip gradients."
+        )
+    lowest = torch.where(finite, scores, torch.inf).amin(-1, keepdim=True)
+    lowest = torch.where(torch.isfinite(lowest), lowest, 0.0).detach()
+    return torch.where(finite, scores, lowest)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that FSDP2 or tensor parallelism has sharded; any other tensor is returned as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def copy_into(target: Tensor, values: Tensor):
+    """Copy whole `values` into `target`, each process its own part where `target` is sharded."""
+    if hasattr(target, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
+    target.copy_(values)
+
+
+__all__ = ["copy_into", "full_tensor", "score"]

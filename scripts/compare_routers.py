@@ -1,0 +1,149 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Train several systems (routers, positions, sizes) on the same data with the same schedule, and compare them.
+
+python scripts/compare_routers.py configuration/recipes/compare-cpu.yaml
+python scripts/compare_routers.py configuration/recipes/compare-cpu.yaml --only hash stablemoe --seeds 0 1 2
+"""
+
+import copy
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from datasets import DatasetDict
+from transformers import TrainingArguments
+
+from modeling_stablemoe.atomic_files import replace_file
+from modeling_stablemoe.comparison import (
+    RESULTS_FILE,
+    Comparison,
+    environment,
+    read_systems,
+    settings_of,
+)
+from modeling_stablemoe.comparison_report import format_comparison, summarize_systems, write_figures
+from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
+from modeling_stablemoe.recipes import ModelArguments, check_fit, parse_recipe, read_preset
+
+
+@dataclass
+class CompareArguments:
+    """What to compare."""
+
+    systems: str = field(
+        default="configuration/systems/table2.yaml",
+        metadata={"help": "YAML file with a mapping of names to settings; see those under configuration/systems/."},
+    )
+    only: list[str] = field(default_factory=list, metadata={"help": "Names of systems to keep; default: all."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "Seeds: of initial weights and order of batches alike."}
+    )
+    reference: str = field(
+        default="stablemoe", metadata={"help": "The system that the others are measured against, in the table."}
+    )
+    test_files: list[str] = field(
+        default_factory=list, metadata={"help": "Files or folders to measure at the end, beside the validation text."}
+    )
+    fluctuation_check_steps: int = field(
+        default=0, metadata={"help": "Steps between checks of routing fluctuation (figures 2 and 7); 0: none."}
+    )
+    fluctuation_tokens: int = field(
+        default=8192, metadata={"help": "Validation tokens that routing fluctuation is watched on."}
+    )
+
+    def __post_init__(self):
+        """Check the seeds."""
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`--seeds` must be different numbers, at least one; got {self.seeds}.")
+
+
+def parse_arguments(argv=None):
+    """Parse the command line: `(model, data, compare, training)` arguments."""
+    types = (ModelArguments, DataArguments, CompareArguments, TrainingArguments)
+    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+
+
+def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments):
+    """Refuse what a comparison cannot use."""
+    if model_args.model_preset is None:
+        raise ValueError("Systems are trained from the beginning: name a `--model_preset`, no `--model_name_or_path`.")
+    if training_args.max_steps <= 0:
+        raise ValueError("Systems are trained for the same number of steps: set `--max_steps`.")
+    if data_args.streaming:
+        raise ValueError("A comparison needs blocks that can be read again for every run: leave `--streaming` out.")
+    if training_args.resume_from_checkpoint is not None:
+        raise ValueError("A comparison always resumes what its output folder holds: leave the option out.")
+
+
+def prepare(model_args, data_args, compare_args, training_args) -> tuple:
+    """Make what all runs share, and the systems to run."""
+    check_arguments(model_args, data_args, training_args)
+    systems = read_systems(compare_args.systems, compare_args.only)
+    _, preset = read_preset(model_args.model_preset)
+    with training_args.main_process_first(desc="data"):
+        corpus = load_corpus(data_args)
+        tokenizer = load_tokenizer(data_args, corpus)
+        if compare_args.test_files:
+            test_args = copy.copy(data_args)
+            test_args.validation_files, test_args.max_validation_documents = compare_args.test_files, None
+            corpus = DatasetDict({**corpus, "test": load_corpus(test_args)["validation"]})
+    block_size = data_args.block_size or (preset | model_args.overrides).get("max_position_embeddings", 1024)
+    with training_args.main_process_first(desc="packing"):
+        blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
+    comparison = Comparison(
+        model_args,
+        data_args,
+        training_args,
+        tokenizer,
+        blocks,
+        compare_args.fluctuation_check_steps,
+        compare_args.fluctuation_tokens,
+    )
+    for system in systems:
+        check_fit(comparison.config_of(system), len(tokenizer), block_size=block_size)
+    return comparison, systems
+
+
+def report(comparison: Comparison, runs: list[dict], reference: str):
+    """Write `results.json`, `results.md` and the figures of the runs so far."""
+    folder = Path(comparison.training_args.output_dir)
+    rows = summarize_systems(runs, reference)
+    results = {
+        "environment": environment(comparison.training_args.device),
+        "settings": settings_of(comparison),
+        "systems": rows,
+        "runs": runs,
+    }
+    table = format_comparison(rows, reference)
+    replace_file(folder / RESULTS_FILE, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
+    replace_file(folder / "results.md", lambda partial: partial.write_text(table + "\n"))
+    write_figures(runs, folder)
+    return table
+
+
+def main(argv=None):
+    """Run the script."""
+    *arguments, training_args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    transformers.utils.logging.set_verbosity_warning()
+    compare_args = arguments[2]
+    try:
+        comparison, systems = prepare(*arguments, training_args)
+        runs, table = [], ""
+        # Seed by seed, so that whatever is there after an interruption can be compared.
+        for seed in compare_args.seeds:
+            for system in systems:
+                runs.append(comparison.run(system, seed))
+                if training_args.process_index == 0:
+                    table = report(comparison, runs, compare_args.reference)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if training_args.process_index == 0:
+        print(f"\n{table}\n\nResults, table and figures are in {training_args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
