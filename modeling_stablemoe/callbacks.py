@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from .distillation_stablemoe import sees_context
 from .fluctuation import RoutingHistory
 from .stages_stablemoe import TwoStageRoutingMixin
 from .statistics import RoutingMeter, imbalance
@@ -244,6 +245,11 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             message += (
                 f" The frozen table sends the {table_load[0].sum().item():,.0f} tokens seen in stage 1 to their experts "
                 f"with max/mean {imbalance(table_load):.2f} (lightest expert {_lightest(table_load):.2f} of the mean)."
+            )
+        if sees_context(model.config):
+            message += (
+                f" The distilled router looks back at earlier tokens ({model.config.distilled_router}), so its weights are "
+                "frozen, not a table."
             )
         self._log(args, state, control, report)
         if state.is_world_process_zero:

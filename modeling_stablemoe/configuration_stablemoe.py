@@ -9,8 +9,8 @@ from transformers.activations import ACT2FN
 
 # One entry a router class of `routing_stablemoe.py`.
 ROUTER_TYPES = ("stable", "switch", "base", "hash")
-# One entry a class of `distillation_stablemoe.py` (paper table 6).
-DISTILLED_ROUTERS = ("word_embedding",)
+# One entry a kind of distilled router, see `distillation_stablemoe.py` (paper table 6).
+DISTILLED_ROUTERS = ("word_embedding", "bigram", "cnn", "transformer_1", "transformer_2", "transformer_3")
 # Of the balance loss, where the method has one: paper table 7; Fedus et al. (2022), section 2.2.
 _BALANCE_LOSS_COEFS = {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
@@ -44,8 +44,12 @@ class StableMoEBaseConfig(PreTrainedConfig):
         router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy, a row of table 1: `"stable"`,
             `"switch"`, `"base"` or `"hash"`.
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
-            frozen: `"word_embedding"`. Default: `"word_embedding"` for `"stable"`, `None` for all others: Switch and
-            BASE as published never freeze, and a hash is frozen from the start.
+            frozen (table 6). `"word_embedding"` sees the token alone and freezes into a table. These look back at
+            earlier tokens, and freeze as weights: `"bigram"`, the mean of the embeddings of this token and the last;
+            `"cnn"`, a causal convolution of width 5; `"transformer_1"`, `"transformer_2"` and `"transformer_3"`, so
+            many causal layers. They cost more with every token of context, and float64 arithmetic, which MPS lacks.
+            Default: `"word_embedding"` for `"stable"`, `None` for all others: Switch and BASE as published never
+            freeze, and a hash is frozen from the start.
         distilled_router_dim (`int`, *optional*, defaults to 50): width of the distilled router's token embedding D.
         balance_loss_coef (`float`, *optional*): of the balance loss: alpha of eq. 8 (default 0.3) for `"stable"`, alpha
             of N sum_i f_i P_i (default 0.01) for `"switch"`; `"base"` and `"hash"` have no balance loss.
@@ -58,7 +62,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         expert_capacity_factor (`float`, *optional*): tokens past `factor * tokens / num_experts` on one expert pass the
             layer unchanged while training (the released code has 2). `None` drops no token; inference never does.
         output_router_logits (`bool`, *optional*, defaults to `False`): return router logits and expert indices.
-        router_fingerprint (`str`, *optional*): sha256 of the frozen routing tables, written by `freeze_router()` and
+        router_fingerprint (`str`, *optional*): sha256 of the frozen routing, written by `freeze_router()` and
             checked on loading; `None` in stage 1.
 
     Raises:

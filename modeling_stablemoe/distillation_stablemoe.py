@@ -1,30 +1,65 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Distilled routers: what a routing is distilled into while it is learned (StableMoE, eq. 12 and table 6).
 
-Shape suffixes: E experts, V vocabulary, R distilled router width.
+All score features of the token against centroids, s^_{t,i} = E^_i . f_t. The word embedding takes f_t = D(X_t), which
+sees the token alone, so its routing is a table over the vocabulary. The others look back at earlier tokens.
+
+Shape suffixes: B batch, S tokens to be routed, C tokens of the context, E experts, V vocabulary, R distilled router
+width, L layers.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_stablemoe import StableMoEBaseConfig
+from .context_stablemoe import TokenContext
 from .tensors_stablemoe import full_tensor, score
 
 
 class DistilledRouter(nn.Module):
-    """The router that sees only the token: s^_{t,i} = E^_i . D(X_t) (StableMoE, eq. 12)."""
+    """What all distilled routers share: an embedding D of their own and centroids E^.
+
+    All weights are parameters of this very module, none of a module inside it: sharding and offloading engines bring
+    them together for `forward`, and the frozen router holds a copy of them by name.
+    """
+
+    # Whether earlier tokens matter.
+    sees_context: bool
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.distilled_router_dim))  # D
-        self.centroids = nn.Parameter(torch.empty(config.num_experts, config.distilled_router_dim))  # E^
+        for name, shape in self.shapes(config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
-    def forward(self, token_ids: Tensor | None = None) -> Tensor:
+    @classmethod
+    def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:
+        """Give the shape of each weight, by name; the input width of a matrix comes last."""
+        return {
+            "embedding": (config.vocab_size, config.distilled_router_dim),  # D
+            "centroids": (config.num_experts, config.distilled_router_dim),  # E^
+        }
+
+    @torch.no_grad()
+    def resize(self, vocab_size: int):
+        """Keep the rows of the first `vocab_size` ids; new ids start as the initialisation starts them, at N(0, 1)."""
+        old = self.embedding
+        new_rows = torch.randn(max(vocab_size - old.shape[0], 0), old.shape[1], dtype=old.dtype, device=old.device)
+        self.embedding = nn.Parameter(torch.cat([old[:vocab_size], new_rows]), requires_grad=old.requires_grad)
+
+
+class WordEmbeddingRouter(DistilledRouter):
+    """The router that sees only the token: s^_{t,i} = E^_i . D(X_t) (StableMoE, eq. 12)."""
+
+    sees_context = False
+
+    def forward(self, token_ids: Tensor | None = None, context: TokenContext | None = None) -> Tensor:
         """Score tokens.
 
         Args:
             token_ids (`torch.LongTensor` of any shape `(...)`, *optional*): in [0, V); `None` is the whole vocabulary.
+            context (`TokenContext`, *optional*): of no consequence.
 
         Returns:
             `torch.Tensor` of shape `(..., E)`: distilled scores, float32 (float64 in a float64 model).
@@ -43,12 +78,226 @@ class DistilledRouter(nn.Module):
         with torch.no_grad():
             return self().argmax(-1)
 
-    @torch.no_grad()
-    def resize(self, vocab_size: int):
-        """Keep the rows of the first `vocab_size` ids; new ids start as the initialisation starts them, at N(0, 1)."""
-        old = self.embedding
-        new_rows = torch.randn(max(vocab_size - old.shape[0], 0), old.shape[1], dtype=old.dtype, device=old.device)
-        self.embedding = nn.Parameter(torch.cat([old[:vocab_size], new_rows]), requires_grad=old.requires_grad)
+    def assign(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
+        """Give the experts that inference would use now, `torch.LongTensor` of the shape of `token_ids`."""
+        return self.table()[token_ids]
+
+    def freeze(self) -> Tensor:
+        """Give what stage 2 will route by: the table."""
+        return self.table()
 
 
-__all__ = ["DistilledRouter"]
+class ContextRouter(DistilledRouter):
+    """A router that looks back at earlier tokens, and so cannot be a table.
+
+    It learns in float32. Wherever the routing of inference is meant, in the evaluation of stage 1 as in stage 2, its
+    weights are rounded to float32 and all sums are taken in float64. A float32 sum depends on the shape of the batch
+    around a token and on what a cache has taken out of it; in float64 the difference is so small that only a tie of
+    two experts' scores could show it.
+
+    The price: every step computes over the whole context, whose ids it needs (see `cached_context`), and a device that
+    has no float64, such as MPS, cannot route by it.
+    """
+
+    sees_context = True
+
+    def forward(self, token_ids: Tensor, context: TokenContext, exact: bool = False) -> Tensor:
+        """Score tokens.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(B, S)`): the context holds them too.
+            context (`TokenContext`): what came before them.
+            exact (`bool`): score for inference, in float64, instead of for learning.
+
+        Returns:
+            `torch.Tensor` of shape `(B, S, E)`: distilled scores, float32 (float64 if `exact` or in a float64 model).
+        """
+        return self.scores({name: full_tensor(weight) for name, weight in self.named_parameters()}, context, exact)
+
+    @classmethod
+    def scores(cls, weights: dict[str, Tensor], context: TokenContext, exact: bool) -> Tensor:
+        """Score the tokens of a context by weights that need not be a module's; see `forward`."""
+
+        def cast(values: Tensor) -> Tensor:
+            return values.float().double() if exact else values.to(torch.promote_types(values.dtype, torch.float32))
+
+        others = {name: cast(weight) for name, weight in weights.items() if name != "embedding"}
+        real = torch.ones_like(context.ids, dtype=torch.bool) if context.mask is None else context.mask
+        with maybe_autocast(device_type=context.ids.device.type, enabled=False):
+            embedded = cast(F.embedding(context.ids, weights["embedding"]))
+            features = cls.features(embedded.masked_fill(~real.unsqueeze(-1), 0.0), real, others)
+        return score(features[:, context.positions], others["centroids"])
+
+    @staticmethod
+    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Compute f_t of every token of the context from the tokens up to it.
+
+        Args:
+            embedded (`torch.Tensor` of shape `(B, C, R)`): D(X_t), 0 on padding.
+            real (`torch.BoolTensor` of shape `(B, C)`): False on padding, which no other token sees.
+            weights (`dict[str, torch.Tensor]`): all but the embedding, in the dtype of `embedded`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, C, R)`
+        """
+        raise NotImplementedError
+
+    def assign(self, token_ids: Tensor, context: TokenContext) -> Tensor:
+        """Give the experts that inference would use now, `torch.LongTensor` of the shape of `token_ids`, `(B, S)`."""
+        with torch.no_grad():
+            return self(token_ids, context, exact=True).argmax(-1)
+
+    @classmethod
+    def assign_by(cls, weights: dict[str, Tensor], context: TokenContext) -> Tensor:
+        """Do what `assign` does by weights that need not be a module's."""
+        with torch.no_grad():
+            return cls.scores(weights, context, exact=True).argmax(-1)
+
+    def freeze(self) -> dict[str, Tensor]:
+        """Give what stage 2 will route by: all weights, as inference rounds them.
+
+        Raises:
+            ValueError: if a weight is NaN or infinite.
+        """
+        weights = {name: full_tensor(weight.detach()).float() for name, weight in self.named_parameters()}
+        diverged = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        if diverged:
+            raise ValueError(
+                f"The distilled router cannot be frozen: {', '.join(diverged)} hold NaN or infinite weights. Training has "
+                "diverged; lower the learning rate or clip gradients."
+            )
+        return weights
+
+
+class BigramRouter(ContextRouter):
+    """f_t = (D(X_t) + D(X_{t-1})) / 2, and D(X_t) where no token precedes."""
+
+    @staticmethod
+    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Average each embedding with the one before; arguments and result as of `ContextRouter.features`."""
+        previous = F.pad(embedded, (0, 0, 1, 0))[:, :-1]
+        has_previous = F.pad(real, (1, 0))[:, :-1].unsqueeze(-1)
+        return torch.where(has_previous, (embedded + previous) / 2, embedded)
+
+
+class ConvolutionRouter(ContextRouter):
+    """f_t = b + sum_k W_k D(X_{t-4+k}), k = 0 ... 4: a causal convolution; tokens that are not there count as 0."""
+
+    width = 5
+
+    @classmethod
+    def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:
+        """See `DistilledRouter.shapes`."""
+        R = config.distilled_router_dim
+        # W_0 ... W_4 side by side, the oldest token's first.
+        return {**super().shapes(config), "conv_weight": (R, cls.width * R), "conv_bias": (R,)}
+
+    @staticmethod
+    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Convolve the embeddings; arguments and result as of `ContextRouter.features`."""
+        width = ConvolutionRouter.width
+        padded = F.pad(embedded, (0, 0, width - 1, 0))
+        windows = torch.cat([padded[:, k : k + embedded.shape[1]] for k in range(width)], dim=-1)
+        return F.linear(windows, weights["conv_weight"], weights["conv_bias"])
+
+
+class TransformerRouter(ContextRouter):
+    """Causal Transformer layers over D(X_t) and sinusoidal positions: pre-norm, ReLU, no dropout, final norm.
+
+    Their number is in the name, `"transformer_1"` to `"transformer_3"`; their weights are stacked, `(L, ...)`.
+    """
+
+    @classmethod
+    def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:
+        """See `DistilledRouter.shapes`."""
+        L, R = int(config.distilled_router.removeprefix("transformer_")), config.distilled_router_dim
+        return {
+            **super().shapes(config),
+            "attn_norm_weight": (L, R),
+            "attn_norm_bias": (L, R),
+            "qkv_weight": (L, 3 * R, R),
+            "qkv_bias": (L, 3 * R),
+            "out_weight": (L, R, R),
+            "out_bias": (L, R),
+            "mlp_norm_weight": (L, R),
+            "mlp_norm_bias": (L, R),
+            "up_weight": (L, 4 * R, R),
+            "up_bias": (L, 4 * R),
+            "down_weight": (L, R, 4 * R),
+            "down_bias": (L, R),
+            "norm_weight": (R,),
+            "norm_bias": (R,),
+        }
+
+    @staticmethod
+    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Run the layers; arguments and result as of `ContextRouter.features`."""
+        C, R = embedded.shape[1:]
+        # A token sees earlier real ones and itself, which leaves no row of padding without anything to see.
+        causal = torch.ones(C, C, dtype=torch.bool, device=real.device).tril()
+        itself = torch.eye(C, dtype=torch.bool, device=real.device)
+        visible = (causal & real[:, None, :]) | itself
+        hidden = embedded + _sinusoids(real.long().cumsum(-1) - 1, R).to(embedded.dtype)
+
+        def norm(values: Tensor, name: str, layer: int) -> Tensor:
+            return F.layer_norm(values, (R,), weights[f"{name}_weight"][layer], weights[f"{name}_bias"][layer])
+
+        def linear(values: Tensor, name: str, layer: int) -> Tensor:
+            return F.linear(values, weights[f"{name}_weight"][layer], weights[f"{name}_bias"][layer])
+
+        for layer in range(weights["qkv_weight"].shape[0]):
+            qkv = linear(norm(hidden, "attn_norm", layer), "qkv", layer)
+            hidden = hidden + linear(_attend(qkv, visible), "out", layer)
+            inner = linear(norm(hidden, "mlp_norm", layer), "up", layer).relu()
+            hidden = hidden + linear(inner, "down", layer)
+        return F.layer_norm(hidden, (R,), weights["norm_weight"], weights["norm_bias"])
+
+
+def _attend(qkv: Tensor, visible: Tensor) -> Tensor:
+    """Attend with as many heads as of 5, 2 and 1 divide the width, `(B, C, 3 R), (B, C, C) -> (B, C, R)`."""
+    width = qkv.shape[-1] // 3
+    heads = next(number for number in (5, 2, 1) if width % number == 0)
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.split(width, dim=-1))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1))
+    return attended.transpose(1, 2).flatten(-2)
+
+
+def _sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Give the sines, then the cosines of positions `(B, C)` at geometric wavelengths: `(B, C, R)`, float64."""
+    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    angle = positions.unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
+
+
+# By `distilled_router` (paper table 6).
+_DISTILLED_ROUTERS: dict[str, type[DistilledRouter]] = {
+    "word_embedding": WordEmbeddingRouter,
+    "bigram": BigramRouter,
+    "cnn": ConvolutionRouter,
+    "transformer_1": TransformerRouter,
+    "transformer_2": TransformerRouter,
+    "transformer_3": TransformerRouter,
+}
+
+
+def distilled_router_class(config: StableMoEBaseConfig) -> type[DistilledRouter] | None:
+    """Find the class that `config.distilled_router` names; `None` where nothing is distilled."""
+    return None if config.distilled_router is None else _DISTILLED_ROUTERS[config.distilled_router]
+
+
+def sees_context(config: StableMoEBaseConfig) -> bool:
+    """Tell whether a token's expert depends on the tokens before it once the routing is frozen."""
+    kind = distilled_router_class(config)
+    return kind is not None and kind.sees_context
+
+
+__all__ = [
+    "BigramRouter",
+    "ContextRouter",
+    "ConvolutionRouter",
+    "DistilledRouter",
+    "TransformerRouter",
+    "WordEmbeddingRouter",
+    "distilled_router_class",
+    "sees_context",
+]

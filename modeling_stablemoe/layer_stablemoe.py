@@ -1,12 +1,13 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""One MoE layer: router, experts, gate and residual, and the table that the routing is frozen into."""
+"""One MoE layer: router, experts, gate and residual, and what the routing is frozen into."""
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_stablemoe import StableMoEBaseConfig
+from .context_stablemoe import TokenContext
 from .experts_stablemoe import StableMoEExperts, drop_overflow
-from .frozen_stablemoe import FrozenRouter
+from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
 from .routing_stablemoe import build_router
 
@@ -15,7 +16,7 @@ class StableMoELayer(GradientCheckpointingLayer):
     """A layer of experts between two Transformer blocks: h' = h + g (S_a(h) - h) (StableMoE, eqs. 7 and 14).
 
     S_a is the stack of expert a, its residuals inside; a and g are the router's. The layer is in stage 1 until
-    `freeze` has filled the table of `frozen_router`, in stage 2 from then on (with a hash, from the start).
+    `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -23,10 +24,16 @@ class StableMoELayer(GradientCheckpointingLayer):
         self.num_experts = config.num_experts
         self.capacity_factor = config.expert_capacity_factor
         self.router = build_router(config)
-        self.frozen_router = FrozenRouter(config)
+        self.frozen_router = build_frozen_router(config)
         self.expert_stack = StableMoEExperts(config)
 
-    def forward(self, hidden_states: Tensor, token_ids: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        token_ids: Tensor,
+        token_mask: Tensor | None = None,
+        context: TokenContext | None = None,
+    ) -> Tensor:
         """Send each token through its expert.
 
         Args:
@@ -34,12 +41,13 @@ class StableMoELayer(GradientCheckpointingLayer):
             token_ids (`torch.LongTensor` of shape `(batch, sequence)`): the tokens that the distilled router sees.
             token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding, which passes
                 unchanged; `None` means there is none.
+            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
 
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
         """
-        frozen_index = self.frozen_router(token_ids) if self.frozen_router.is_frozen else None
-        decision = self.router(hidden_states, token_ids, frozen_index, token_mask)
+        frozen_index = self.frozen_router(token_ids, context) if self.frozen_router.is_frozen else None
+        decision = self.router(hidden_states, token_ids, frozen_index, token_mask, context)
         delta = self.expert_stack(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             self._dispatch(decision.expert_index, token_mask).view(-1, 1),
@@ -53,28 +61,28 @@ class StableMoELayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + (sum(p.flatten()[:1].sum() for p in idle) * 0.0).to(hidden_states.dtype)
         return hidden_states
 
-    def route(self, token_ids: Tensor) -> Tensor:
-        """Give the experts that inference would use: the table's, or the distilled router's while it learns.
+    def route(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
+        """Give the experts that inference would use: the frozen ones, or the distilled router's while it learns.
 
         Args:
-            token_ids (`torch.LongTensor` of any shape): in [0, vocab_size).
+            token_ids (`torch.LongTensor` of any shape; of shape `(batch, sequence)` where there is a context): in
+                [0, vocab_size).
+            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
 
         Returns:
             `torch.LongTensor` of the shape of `token_ids`: in [0, num_experts).
         """
-        return self.frozen_router(token_ids) if self.frozen_router.is_frozen else self.router.assign(token_ids)
-
-    def freeze(self):
-        """Evaluate the distilled router for every token id and route by that from now on (stage 1 -> 2)."""
-        self.frozen_router.freeze(self.router.freeze())
+        if self.frozen_router.is_frozen:
+            return self.frozen_router(token_ids, context)
+        return self.router.assign(token_ids, context)
 
     @property
     def is_routed_by_token(self) -> bool:
-        """`bool`: whether token ids alone decide which experts inference uses."""
+        """`bool`: whether token ids alone, a token's own or earlier ones too, decide which experts inference uses."""
         return self.frozen_router.is_frozen or self.router.distilled_router is not None
 
     def resize(self, vocab_size: int):
-        """Follow the vocabulary to a new size; see `FrozenRouter.resize` for the experts of new ids."""
+        """Follow the vocabulary to a new size; see `resize` of the frozen router for the experts of new ids."""
         self.router.resize(vocab_size)
         self.frozen_router.resize(vocab_size)
 

@@ -9,7 +9,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -18,9 +18,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
-from .distillation_stablemoe import DistilledRouter
+from .context_stablemoe import TokenContext, cached_context, whole_context
+from .distillation_stablemoe import DistilledRouter, sees_context
 from .experts_stablemoe import ExpertSublayer
-from .frozen_stablemoe import FrozenRouter
+from .frozen_stablemoe import FrozenRouter, FrozenWeights
 from .layer_stablemoe import StableMoELayer, token_mask
 from .losses_stablemoe import RoutingLosses, count_causal_targets, routing_losses
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
@@ -225,10 +226,33 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
         elif isinstance(module, LearnedRouter):
             init.orthogonal_(module.centroids, gain=0.1)
         elif isinstance(module, DistilledRouter):
-            init.normal_(module.embedding, mean=0.0, std=1.0)
-            init.orthogonal_(module.centroids, gain=0.1)
+            self._init_distilled_router(module)
         elif isinstance(module, FrozenRouter):
             init.copy_(module.routing_table, module.initial_table())
+        elif isinstance(module, FrozenWeights):
+            for bits in module.parameters():
+                init.copy_(bits, torch.full_like(bits, -1))
+
+    def _init_distilled_router(self, module: DistilledRouter):
+        init.normal_(module.embedding, mean=0.0, std=1.0)
+        init.orthogonal_(module.centroids, gain=0.1)
+        for name, parameter in module.named_parameters():
+            if name.endswith("norm_weight"):
+                init.ones_(parameter)
+            elif name.endswith("_bias"):
+                init.zeros_(parameter)
+            elif name.endswith("_weight"):  # features of the size of the embedding's
+                init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
+
+    def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
+        """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.
+
+        A router that looks back at earlier tokens must know which of them are padding, which the ready mask of four
+        dimensions hides: there the mask stays as it is.
+        """
+        if sees_context(self.config):
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 
     def check_token_ids(self, token_ids: Tensor):
         """Refuse ids outside the vocabulary, on the CPU and outside compiled code.
@@ -293,6 +317,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         # Post-norm blocks end with a norm of their own.
         has_norm = config.do_layer_norm_before
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        self.sees_context = bool(moe_layer_positions) and sees_context(config)
         self.gradient_checkpointing = False
 
     def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -330,13 +355,22 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         hidden_states = inputs_embeds * self.embed_scale + positions
         return nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
 
-    def transform(self, hidden_states: Tensor, *, token_ids: Tensor, token_mask: Tensor | None, **kwargs) -> Tensor:
+    def transform(
+        self,
+        hidden_states: Tensor,
+        *,
+        token_ids: Tensor,
+        token_mask: Tensor | None,
+        context: TokenContext | None,
+        **kwargs,
+    ) -> Tensor:
         """Run the blocks, the MoE layers between them and the final norm.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `embed`.
             token_ids (`torch.LongTensor` of shape `(batch, sequence)`): what the tokens are routed by.
             token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
+            context (`TokenContext`, *optional*): what came before, of `context_of`.
             **kwargs: for the blocks.
 
         Returns:
@@ -347,7 +381,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
-                hidden_states = moe_layers[position](hidden_states, token_ids, token_mask)
+                hidden_states = moe_layers[position](hidden_states, token_ids, token_mask, context)
         return self.norm(hidden_states)
 
     def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
@@ -355,6 +389,40 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         if input_ids is not None or not self.moe_layer_positions:
             return input_ids
         return self.nearest_token_ids(inputs_embeds)
+
+    def context_of(
+        self,
+        token_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        is_packed: bool = False,
+    ) -> TokenContext | None:
+        """Give the sequences so far to routers that look back at earlier tokens, and note new tokens in the cache.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): of `routed_by`.
+            attention_mask (`torch.Tensor`, *optional*): see `token_mask`.
+            cache (`Cache`, *optional*): of the self-attention, before the blocks add these tokens to it.
+            is_packed (`bool`): whether a row holds several sequences.
+
+        Returns:
+            `TokenContext`, or `None` where routers see the token alone.
+
+        Raises:
+            ValueError: see `cached_context`; also for packed sequences.
+        """
+        if not self.sees_context:
+            return None
+        if is_packed:
+            raise ValueError(
+                f"A {self.config.distilled_router!r} router looks back at earlier tokens and cannot tell apart sequences that "
+                "are packed into one row. Pad them instead, one a row; for continuous batching train a model with "
+                '`distilled_router="word_embedding"`.'
+            )
+        if cache is None:
+            return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]))
+        whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        return cached_context(cache, len(self.layers), token_ids, whole_mask)
 
     def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
         """Compute the routing losses of a forward pass that recorded its routing.
@@ -437,7 +505,8 @@ class StableMoEModel(StableMoEBackbone):
                 not routed; or a mask that the attention implementation takes as it is, where every token is routed.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): default: counted over the
                 tokens that `attention_mask` shows.
-            past_key_values (`Cache`, *optional*): keys and values of earlier positions.
+            past_key_values (`Cache`, *optional*): keys and values of earlier positions; and their ids, which this
+                model adds, where the distilled router looks back at them.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): in place of
                 token embeddings. Without `input_ids` each vector is routed as the token whose embedding is nearest.
             use_cache (`bool`, *optional*): return `past_key_values`.
@@ -449,7 +518,8 @@ class StableMoEModel(StableMoEBackbone):
 
         Raises:
             ValueError: without `input_ids` and `inputs_embeds`; for a token id outside the vocabulary or a position
-                past `max_position_embeddings` (on an accelerator the embedding's own device assertion fires).
+                past `max_position_embeddings` (on an accelerator the embedding's own device assertion fires); see
+                `context_of` for a distilled router that looks back.
         """
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
@@ -463,10 +533,12 @@ class StableMoEModel(StableMoEBackbone):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, position_ids),
-            token_ids=self.routed_by(input_ids, inputs_embeds),
+            token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            context=self.context_of(token_ids, attention_mask, past_key_values, "cu_seq_lens_q" in kwargs),
             attention_mask=causal_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

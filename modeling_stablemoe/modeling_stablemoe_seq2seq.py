@@ -126,10 +126,12 @@ class StableMoEEncoder(StableMoEBackbone):
             ValueError: see `StableMoEModel.forward`.
         """
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
+        token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, None)),
-            token_ids=self.routed_by(input_ids, inputs_embeds),
+            token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            context=self.context_of(token_ids, attention_mask),
             attention_mask=create_bidirectional_mask(
                 config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
             ),
@@ -207,10 +209,12 @@ class StableMoEDecoder(StableMoEBackbone):
                 f"a {type(past_key_values).__name__}."
             )
         self_attention_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
-            token_ids=self.routed_by(input_ids, inputs_embeds),
+            token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            context=self.context_of(token_ids, attention_mask, self_attention_cache),
             attention_mask=create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,

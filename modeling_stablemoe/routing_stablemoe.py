@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .assignment_stablemoe import balanced_assignment
 from .configuration_stablemoe import StableMoEBaseConfig
-from .distillation_stablemoe import DistilledRouter
+from .context_stablemoe import TokenContext
+from .distillation_stablemoe import distilled_router_class
 from .tensors_stablemoe import score
 
 
@@ -44,35 +45,42 @@ class Router(nn.Module):
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
-        self.distilled_router = DistilledRouter(config) if config.distilled_router is not None else None
+        distilled_router = distilled_router_class(config)
+        self.distilled_router = None if distilled_router is None else distilled_router(config)
 
-    def index_by_token(self, token_ids: Tensor, frozen_index: Tensor | None) -> Tensor | None:
+    def index_by_token(
+        self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None
+    ) -> Tensor | None:
         """Give the experts of tokens where the ids alone decide; `None` where the hidden states do.
 
         Args:
             token_ids (`torch.LongTensor` of shape `(B, S)`): in [0, V).
             frozen_index (`torch.LongTensor` of shape `(B, S)`, *optional*): the frozen experts; `None` in stage 1.
+            context (`TokenContext`, *optional*): see `assign`.
         """
         if frozen_index is not None:
             return frozen_index
-        return None if self.training or self.distilled_router is None else self.assign(token_ids)
+        return None if self.training or self.distilled_router is None else self.assign(token_ids, context)
 
-    def distilled_logits(self, token_ids: Tensor, frozen_index: Tensor | None) -> Tensor | None:
+    def distilled_logits(
+        self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None
+    ) -> Tensor | None:
         """Score tokens with the distilled router while it learns, `(T, E)`; see `index_by_token`."""
         if frozen_index is not None or self.distilled_router is None:
             return None
-        return self.distilled_router(token_ids).flatten(0, -2)
+        return self.distilled_router(token_ids, context).flatten(0, -2)
 
-    def assign(self, token_ids: Tensor) -> Tensor:
+    def assign(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
         """Give the experts that inference would use now, of a routing that is distilled.
 
         Args:
-            token_ids (`torch.LongTensor` of any shape): in [0, V).
+            token_ids (`torch.LongTensor` of any shape; of shape `(B, S)` where there is a context): in [0, V).
+            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
 
         Returns:
             `torch.LongTensor` of the shape of `token_ids`: in [0, E).
         """
-        return self.distilled_router.table()[token_ids]
+        return self.distilled_router.assign(token_ids, context)
 
     def stage1_parameters(self) -> list[nn.Parameter]:
         """List the parameters that learn in stage 1 only, D and E^: the frozen routing stands for them in stage 2."""
@@ -83,13 +91,17 @@ class Router(nn.Module):
         if self.distilled_router is not None:
             self.distilled_router.resize(vocab_size)
 
-    def freeze(self) -> Tensor:
-        """Decide what stage 2 will route by (eq. 13), for the whole vocabulary.
+    def freeze(self) -> Tensor | dict[str, Tensor]:
+        """Decide what stage 2 will route by (eq. 13).
 
         Returns:
-            `torch.LongTensor` of shape `(V,)`: the expert of each token id.
+            `torch.LongTensor` of shape `(V,)`: the expert of each token id; or the weights by name of a distilled
+            router that looks back at earlier tokens.
+
+        Raises:
+            ValueError: if such weights are NaN or infinite.
         """
-        return self.distilled_router.table()
+        return self.distilled_router.freeze()
 
 
 class LearnedRouter(Router):
@@ -116,6 +128,7 @@ class StableRouter(LearnedRouter):
         token_ids: Tensor,
         frozen_index: Tensor | None = None,
         token_mask: Tensor | None = None,
+        context: TokenContext | None = None,
     ) -> RoutingDecision:
         """Decide for each token.
 
@@ -126,16 +139,18 @@ class StableRouter(LearnedRouter):
                 `None` in stage 1.
             token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding, whose expert is of no
                 consequence.
+            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
 
         Returns:
             `RoutingDecision`
         """
         router_logits = self.score(hidden_states)
-        expert_index = self.index_by_token(token_ids, frozen_index)
+        expert_index = self.index_by_token(token_ids, frozen_index, context)
         if expert_index is None:
             expert_index = router_logits.argmax(-1).view_as(token_ids)
         gate = torch.sigmoid(_chosen(router_logits, expert_index))
-        return RoutingDecision(router_logits, expert_index, gate, self.distilled_logits(token_ids, frozen_index))
+        distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
+        return RoutingDecision(router_logits, expert_index, gate, distilled_logits)
 
 
 class SwitchRouter(LearnedRouter):
@@ -147,14 +162,16 @@ class SwitchRouter(LearnedRouter):
         token_ids: Tensor,
         frozen_index: Tensor | None = None,
         token_mask: Tensor | None = None,
+        context: TokenContext | None = None,
     ) -> RoutingDecision:
         """Decide for each token; arguments and result as of `StableRouter.forward`."""
         router_logits = self.score(hidden_states)
-        expert_index = self.index_by_token(token_ids, frozen_index)
+        expert_index = self.index_by_token(token_ids, frozen_index, context)
         if expert_index is None:
             expert_index = router_logits.argmax(-1).view_as(token_ids)
         gate = _chosen(torch.softmax(router_logits, dim=-1), expert_index)
-        return RoutingDecision(router_logits, expert_index, gate, self.distilled_logits(token_ids, frozen_index))
+        distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
+        return RoutingDecision(router_logits, expert_index, gate, distilled_logits)
 
 
 class BaseRouter(LearnedRouter):
@@ -169,10 +186,11 @@ class BaseRouter(LearnedRouter):
         token_ids: Tensor,
         frozen_index: Tensor | None = None,
         token_mask: Tensor | None = None,
+        context: TokenContext | None = None,
     ) -> RoutingDecision:
         """Decide for each token; arguments and result as of `StableRouter.forward`."""
         router_logits = self.score(hidden_states)
-        expert_index = self.index_by_token(token_ids, frozen_index)
+        expert_index = self.index_by_token(token_ids, frozen_index, context)
         if expert_index is None:
             expert_index = router_logits.argmax(-1).view_as(token_ids)
             if self.training and token_mask is None:
@@ -180,7 +198,8 @@ class BaseRouter(LearnedRouter):
             elif self.training:
                 expert_index[token_mask] = balanced_assignment(router_logits[token_mask.flatten()])
         gate = torch.sigmoid(_chosen(router_logits, expert_index))
-        return RoutingDecision(router_logits, expert_index, gate, self.distilled_logits(token_ids, frozen_index))
+        distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
+        return RoutingDecision(router_logits, expert_index, gate, distilled_logits)
 
 
 class HashRouter(Router):
@@ -190,7 +209,12 @@ class HashRouter(Router):
     """
 
     def forward(
-        self, hidden_states: Tensor, token_ids: Tensor, frozen_index: Tensor, token_mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        token_ids: Tensor,
+        frozen_index: Tensor,
+        token_mask: Tensor | None = None,
+        context: TokenContext | None = None,
     ) -> RoutingDecision:
         """Decide for each token; arguments and result as of `StableRouter.forward`."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
+from .context_stablemoe import whole_context
+from .distillation_stablemoe import sees_context
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
-from .frozen_stablemoe import is_frozen_table
-from .layer_stablemoe import StableMoELayer, moe_layers_of
+from .layer_stablemoe import StableMoELayer, moe_layers_of, token_mask
 
 
 logger = logging.get_logger(__name__)
@@ -21,8 +22,9 @@ logger = logging.get_logger(__name__)
 class TwoStageRoutingMixin:
     """What `PreTrainedModel` gains from MoE layers whose routing is learned in stage 1 and frozen in stage 2.
 
-    The tables are the one truth about the stage: they travel with the weights. `config.router_fingerprint` is their
-    checksum, written with them and compared when a checkpoint is loaded.
+    The frozen routers (tables, or weights where the distilled router looks back at earlier tokens) are the one truth
+    about the stage: they travel with the weights. `config.router_fingerprint` is their checksum, written with them and
+    compared when a checkpoint is loaded.
     """
 
     # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
@@ -31,13 +33,13 @@ class TwoStageRoutingMixin:
     def __init__(self, config, *args, **kwargs):
         self.check_config(config)
         super().__init__(config, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(_check_tables_to_load)
-        self.register_load_state_dict_post_hook(_follow_loaded_tables)
+        self.register_load_state_dict_pre_hook(_check_routing_to_load)
+        self.register_load_state_dict_post_hook(_follow_loaded_routing)
 
     def post_init(self):
         """Initialise the weights; a routing that is fixed from the start is frozen from here on."""
         super().post_init()
-        if self.config.router_type == "hash" and self._read_tables() and not _is_side(self):
+        if self.config.router_type == "hash" and self._read_routing() and not _is_side(self):
             self.config.router_fingerprint = self.router_fingerprint()
 
     @classmethod
@@ -62,14 +64,16 @@ class TwoStageRoutingMixin:
         return 2 if layers and all(layer.frozen_router.is_frozen for layer in layers) else 1
 
     def freeze_router(self):
-        """Go from stage 1 to stage 2: evaluate the distilled router for every token id, and route by that from now on.
+        """Go from stage 1 to stage 2: freeze the distilled router, and route by that from now on (StableMoE, eq. 13).
 
-        The experts of every id are those that evaluation used a moment before (StableMoE, eq. 13).
+        One that sees the token alone is evaluated for every token id, and its table is what is kept; of one that looks
+        back at earlier tokens a copy of its weights is. The experts of all tokens are those that evaluation used a
+        moment before.
 
         Raises:
             RuntimeError: if the routing is frozen already.
             ValueError: if the model has no MoE layer, is the encoder or decoder of another model, or learns a routing
-                that is not distilled.
+                that is not distilled; if weights to be frozen are NaN or infinite.
         """
         self._require_whole("freeze_router()")
         if self.routing_stage == 2:
@@ -78,8 +82,10 @@ class TwoStageRoutingMixin:
                 "anew, start from a stage-1 checkpoint."
             )
         self.require_distillation()
-        for layer in self.moe_layers_by_name.values():
-            layer.freeze()
+        layers = self.moe_layers_by_name.values()
+        # All are asked before any is frozen: a router may refuse.
+        for layer, decided in [(layer, layer.router.freeze()) for layer in layers]:
+            layer.frozen_router.freeze(decided)
         self.config.router_fingerprint = self.router_fingerprint()
 
     def require_distillation(self):
@@ -102,9 +108,14 @@ class TwoStageRoutingMixin:
 
         Raises:
             ValueError: if the shape is another, an expert is outside [0, num_experts), the model has no MoE layer or is
-                the encoder or decoder of another model.
+                the encoder or decoder of another model, or its distilled router looks back at earlier tokens.
         """
         self._require_whole("set_routing_tables()")
+        if sees_context(self.config):
+            raise ValueError(
+                f"A {self.config.distilled_router!r} router looks back at earlier tokens: it freezes as weights and has no "
+                'tables to set. Build the model with `distilled_router="word_embedding"`, or with `router_type="hash"`.'
+            )
         layers = self.moe_layers_by_name
         expected = (len(layers), self.config.vocab_size)
         if tuple(tables.shape) != expected:
@@ -124,14 +135,16 @@ class TwoStageRoutingMixin:
             raise ValueError(f"{type(self).__name__} is a part: call `{method}` on the model that holds it.")
 
     @torch.no_grad()
-    def route(self, input_ids: Tensor) -> Tensor:
+    def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Give the experts that inference would use.
 
-        Where hidden states decide, as in Switch and BASE, a forward pass finds out; it takes `input_ids` for whole
-        sequences without padding.
+        Where the distilled router looks back at earlier tokens, `input_ids` are whole sequences from their start. So
+        they are where hidden states decide, as in Switch and BASE: a forward pass finds out.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 on padding, whose experts are of
+                no consequence.
 
         Returns:
             `torch.LongTensor` of shape `(moe layers, batch, sequence)`: in [0, num_experts).
@@ -142,18 +155,19 @@ class TwoStageRoutingMixin:
         self.base_model.check_token_ids(input_ids)
         layers = self.moe_layers_by_name.values()
         if not all(layer.is_routed_by_token for layer in layers):
-            return self._route_by_hidden_states(input_ids)
-        routes = [layer.route(input_ids) for layer in layers]
+            return self._route_by_hidden_states(input_ids, attention_mask)
+        context = whole_context(input_ids, token_mask(attention_mask, input_ids.shape[1]))
+        routes = [layer.route(input_ids, context) for layer in layers]
         return torch.stack(routes) if routes else input_ids.new_zeros((0, *input_ids.shape))
 
-    def _route_by_hidden_states(self, input_ids: Tensor) -> Tensor:
+    def _route_by_hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.config.is_encoder_decoder:
             raise ValueError(
                 f"A {self.config.router_type!r} router routes by hidden states, so a token alone has no expert. Run the "
                 "model on source and target with `output_router_logits=True` and read `expert_indices`."
             )
         modes = [(module, module.training) for module in self.modules()]
-        outputs = self.eval().base_model(input_ids, use_cache=False, output_expert_indices=True)
+        outputs = self.eval().base_model(input_ids, attention_mask, use_cache=False, output_expert_indices=True)
         for module, mode in modes:
             module.training = mode
         return torch.stack(outputs.expert_indices)
@@ -167,41 +181,43 @@ class TwoStageRoutingMixin:
         if self.routing_stage == 1:
             return None
         layers = self.moe_layers_by_name.values()
-        return _fingerprint([layer.frozen_router.values() for layer in layers], self.config.num_experts)
+        return _fingerprint(layer.frozen_router.encode(layer.frozen_router.contents()) for layer in layers)
 
     def check_routing(self):
-        """Check the tables against themselves and against `config.router_fingerprint`, after loading.
+        """Check what is frozen against itself and against `config.router_fingerprint`, after loading.
 
         Raises:
-            ValueError: naming the layer, if a table is damaged, missing, or not the one that the config was saved with.
+            ValueError: naming the layer, if a table (or weights) is damaged, missing, or not the one that the config was
+                saved with.
         """
-        if not self._read_tables():
+        if not self._read_routing():
             return
         expected = self.config.router_fingerprint
         layers = self.moe_layers_by_name
         unfrozen = [name for name, layer in layers.items() if not layer.frozen_router.is_frozen]
         if expected is not None and (unfrozen or not layers):
+            missing = f"the {_noun(layers)} of {', '.join(unfrozen)}" if layers else "every MoE layer"
             raise ValueError(
-                f"The config says that the routing is frozen (`router_fingerprint` {expected}), but "
-                f"{'the routing table of ' + ', '.join(unfrozen) if layers else 'every MoE layer'} is missing from the "
-                "weights. Restore the checkpoint from its source, or, to train stage 1 again, load it with "
+                f"The config says that the routing is frozen (`router_fingerprint` {expected}), but {missing} is "
+                "missing from the weights. Restore the checkpoint from its source, or, to train stage 1 again, load it with "
                 "`router_fingerprint=None`."
             )
         if unfrozen and len(unfrozen) < len(layers):
             raise ValueError(f"Some MoE layers are frozen and others are not: {', '.join(unfrozen)}. {_RESTORE}")
         _check_fingerprint(self.router_fingerprint(), expected, layers)
 
-    def _read_tables(self) -> bool:
+    def _read_routing(self) -> bool:
         """Let every layer re-derive its stage; False where this process holds no weights to read it from."""
         for name, layer in self.moe_layers_by_name.items():
-            router = layer.frozen_router
-            if router.routing_table.is_meta and not hasattr(router, "_hf_hook"):
-                self._expect_tables()
-                return False
-            router.refresh(f"{name}.frozen_router")
+            # Weights on the meta device belong to another process, unless a hook brings them from the disk.
+            for module in layer.frozen_router.modules():
+                if any(p.is_meta for p in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):
+                    self._expect_routing()
+                    return False
+            layer.frozen_router.refresh(f"{name}.frozen_router")
         return True
 
-    def _expect_tables(self):
+    def _expect_routing(self):
         """Take the stage from the config until another process, which loads the weights, sends them here (FSDP)."""
         for layer in self.moe_layers_by_name.values():
             layer.frozen_router.is_frozen = self.config.router_fingerprint is not None
@@ -210,7 +226,8 @@ class TwoStageRoutingMixin:
         """Resize the vocabulary, routers included; arguments as in `PreTrainedModel.resize_token_embeddings`.
 
         All old ids keep their expert. While the routing is learned, new rows of D start at N(0, 1); in a frozen model
-        the new id v goes to expert v mod num_experts, and the fingerprint follows.
+        the new id v goes to expert v mod num_experts (where the router looks back at earlier tokens: is taken for the id
+        v mod the old vocabulary size), and the fingerprint follows.
         """
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for layer in self.moe_layers_by_name.values():
@@ -243,19 +260,19 @@ class TwoStageRoutingMixin:
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if is_fsdp_enabled() and not is_local_dist_rank_0():
-            model._expect_tables()  # what stands in its tables now, zeros in transformers 5.15, is no routing
+            model._expect_routing()  # what stands in its frozen routers now, zeros in transformers 5.15, is no routing
         else:
             model.check_routing()
         return loaded
 
     def save_pretrained(self, *args, **kwargs):
-        """Save weights, tables, config and the code files that load them; see `PreTrainedModel.save_pretrained`."""
+        """Save weights, frozen routers, config and the code files that load them; see `PreTrainedModel.save_pretrained`."""
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(*args, **kwargs)
 
     def requires_grad_(self, requires_grad: bool = True):
-        """Switch gradients on or off for all parameters but the tables, which are integers and take none."""
+        """Switch gradients on or off for all parameters but the frozen routers, which are integers and take none."""
         for parameter in self.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(requires_grad)
@@ -305,21 +322,26 @@ def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:
     )
 
 
-def _fingerprint(tables: Iterable[Tensor], num_experts: int) -> str:
+def _fingerprint(routers: Iterable[bytes]) -> str:
+    """Take the checksum of frozen routers, each as of `FrozenRouting.encode`."""
     digest = hashlib.sha256(b"stablemoe-routing-1")
-    for table in tables:
-        digest.update(f"|{num_experts} experts, {table.shape[0]} tokens|".encode())
-        digest.update(table.cpu().numpy().astype("<i4").tobytes())
+    for router in routers:
+        digest.update(router)
     return digest.hexdigest()
 
 
-def _check_fingerprint(actual: str | None, expected: str | None, layers: Iterable[str]):
+def _check_fingerprint(actual: str | None, expected: str | None, layers: dict[str, StableMoELayer]):
     if actual != expected:
         raise ValueError(
-            f"The routing tables of {', '.join(layers)} are not those that this checkpoint was saved with: their "
+            f"The {_noun(layers)}s of {', '.join(layers)} are not those that this checkpoint was saved with: their "
             f"fingerprint is {actual}, the config has {expected}. {_RESTORE} If you changed the tables yourself, "
             "write the new fingerprint into config.json."
         )
+
+
+def _noun(layers: dict[str, StableMoELayer]) -> str:
+    """Say what the routing of all layers is frozen into; layers of one model do not differ in it."""
+    return next((layer.frozen_router.noun for layer in layers.values()), "routing table")
 
 
 def _is_side(model: TwoStageRoutingMixin) -> bool:
@@ -327,36 +349,37 @@ def _is_side(model: TwoStageRoutingMixin) -> bool:
     return len(model.moe_layers_by_name) != model.config.num_moe_layers
 
 
-def _check_tables_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix: str, *args):
+def _check_routing_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix: str, *args):
     """Refuse a state dict with damaged tables, or with another frozen routing, before anything is overwritten."""
     if prefix or _is_side(model):
         return  # loaded as a part of a larger model, which has looked already
-    tables = {}
-    for name, layer in model.moe_layers_by_name.items():
+    layers = model.moe_layers_by_name
+    encoded = []
+    for name, layer in layers.items():
         router = f"{name}.frozen_router"
-        table = state_dict.get(f"{router}.routing_table")
-        if table is None or table.is_meta or hasattr(table, "device_mesh"):
-            return  # one file of several, or one shard of several: the tables are checked when they are there
-        if table.shape != layer.frozen_router.routing_table.shape:
+        parameters = dict(layer.frozen_router.named_parameters())
+        contents = {key: state_dict.get(f"{router}.{key}") for key in parameters}
+        if any(value is None or value.is_meta or hasattr(value, "device_mesh") for value in contents.values()):
+            return  # one file of several, or one shard of several: the routing is checked when all of it is there
+        if any(contents[key].shape != parameter.shape for key, parameter in parameters.items()):
             return  # torch says so
-        if is_frozen_table(table, layer.num_experts, router):
-            tables[name] = table
-    if tables and model.config.router_fingerprint is not None:
-        actual = _fingerprint(tables.values(), model.config.num_experts)
-        _check_fingerprint(actual, model.config.router_fingerprint, tables)
+        if layer.frozen_router.check(contents, router):
+            encoded.append(layer.frozen_router.encode(contents))
+    if encoded and model.config.router_fingerprint is not None:
+        _check_fingerprint(_fingerprint(encoded), model.config.router_fingerprint, layers)
 
 
-def _follow_loaded_tables(model: TwoStageRoutingMixin, incompatible_keys):
-    """Bring stage and fingerprint in line with tables that `load_state_dict` has just written.
+def _follow_loaded_routing(model: TwoStageRoutingMixin, incompatible_keys):
+    """Bring stage and fingerprint in line with frozen routers that `load_state_dict` has just written.
 
-    A config is not part of a state dict, so a fingerprint follows the tables into a stage. It never follows them to
+    A config is not part of a state dict, so a fingerprint follows the routers into a stage. It never follows them to
     another routing.
     """
-    if not model._read_tables() or _is_side(model):
+    if not model._read_routing() or _is_side(model):
         return
     frozen = [layer.frozen_router.is_frozen for layer in model.moe_layers_by_name.values()]
     if any(frozen) != all(frozen):
-        return  # a sharded checkpoint: the next file brings the other tables
+        return  # a sharded checkpoint: the next file brings the others
     if model.config.router_fingerprint is None:
         model.config.router_fingerprint = model.router_fingerprint()
     elif frozen and not any(frozen):

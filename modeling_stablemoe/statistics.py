@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .frozen_stablemoe import FrozenRouter
 from .losses_stablemoe import is_distributed
 from .stages_stablemoe import TwoStageRoutingMixin
 
@@ -157,12 +158,13 @@ class RoutingMeter:
         """Send the tokens of stage 1, of all processes, through the frozen tables; every process must call this.
 
         Returns:
-            `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens; `None` where there were none to count.
+            `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens; `None` where there were none to count, or
+            weights are frozen instead of tables.
         """
-        if self.token_counts is None:
+        layers = self.model.moe_layers_by_name.values()
+        if self.token_counts is None or not all(isinstance(layer.frozen_router, FrozenRouter) for layer in layers):
             return None
         loads = []
-        layers = self.model.moe_layers_by_name.values()
         for layer, counts in zip(layers, _sum_across_processes(self.token_counts.double()), strict=True):
             experts = layer.frozen_router.values().long().to(counts.device)
             load = torch.zeros(layer.num_experts, dtype=torch.double, device=counts.device)

@@ -24,6 +24,7 @@ TABLE = "model.moe_layers.{}.frozen_router.routing_table"
 CODE_FILES = {
     "assignment_stablemoe.py",
     "configuration_stablemoe.py",
+    "context_stablemoe.py",
     "distillation_stablemoe.py",
     "experts_stablemoe.py",
     "frozen_stablemoe.py",

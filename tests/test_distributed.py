@@ -183,6 +183,24 @@ def fsdp_bf16(rank: int, folder: Path) -> dict:
     }
 
 
+def fsdp_looking_back(rank: int, folder: Path) -> dict:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = tiny_model(moe_layer_positions=POSITIONS, distilled_router="transformer_1")
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    optimizer = adamw(model)
+    train(model, range(3), optimizer, rank)
+    before = model.route(batch(0))
+    model.freeze_router()
+    train(model, range(3, 6), optimizer, rank)
+    outputs = model.eval()(batch(0), output_router_logits=True)
+    return {
+        **facts_about(model),
+        "routes of a batch": [before, model.route(batch(0)), torch.stack(outputs.expert_indices)],
+        "weights": full_weights(model),
+    }
+
+
 def efficient_loading(rank: int, folder: Path, name: str = "frozen") -> dict:
     """What `accelerate launch` with FSDP2 and `cpu_ram_efficient_loading` does: rank 0 reads, the others receive."""
     from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
@@ -216,6 +234,7 @@ SCENARIOS = [
     fsdp_freeze_untrained,
     fsdp_across_the_transition,
     fsdp_bf16,
+    fsdp_looking_back,
     efficient_loading,
     efficient_loading_in_stage_1,
 ]
@@ -360,6 +379,18 @@ def test_fsdp_in_bfloat16_keeps_a_table_that_bfloat16_could_not_hold(ran):
     table = results(ran, fsdp_bf16)[0]["table"]
     assert table.dtype == torch.int32
     assert torch.equal(table.long(), result["routes"][0, 0])
+
+
+def test_fsdp_in_bfloat16_freezes_the_weights_of_a_router_that_looks_back(ran):
+    for result in results(ran, fsdp_looking_back):
+        before, said, used = result["routes of a batch"]
+        assert torch.equal(before, said)
+        assert torch.equal(before, used)
+        assert result["fingerprint"] == result["in config"]
+    first, second = results(ran, fsdp_looking_back)
+    plain = tiny_model(moe_layer_positions=POSITIONS, distilled_router="transformer_1")
+    plain.load_state_dict(first["weights"])
+    assert plain.router_fingerprint() == first["fingerprint"] == second["fingerprint"]
 
 
 @pytest.mark.parametrize("scenario", [efficient_loading_in_stage_1, efficient_loading])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.distillation_stablemoe import DistilledRouter
+from modeling_stablemoe.distillation_stablemoe import WordEmbeddingRouter
 from modeling_stablemoe.frozen_stablemoe import FrozenRouter
 from modeling_stablemoe.layer_stablemoe import StableMoELayer
 from modeling_stablemoe.routing_stablemoe import StableRouter, build_router
@@ -61,7 +61,7 @@ def recorded_warnings(name: str = "modeling_stablemoe.tensors_stablemoe"):
 @given(seed=st.integers(0, 999), num_experts=st.integers(1, 9), width=st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_table_is_the_argmax_of_centroids_times_embedding_and_ties_go_to_the_lowest_expert(seed, num_experts, width):
-    router = DistilledRouter(tiny_config(num_experts=num_experts, distilled_router_dim=width))
+    router = WordEmbeddingRouter(tiny_config(num_experts=num_experts, distilled_router_dim=width))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():  # small integers: products are exact, and ties are many
         router.embedding.copy_(torch.randint(-2, 3, router.embedding.shape, generator=generator))

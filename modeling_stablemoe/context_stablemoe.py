@@ -1,0 +1,113 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The tokens that a router may look back at, and how a key/value cache carries them from one step to the next.
+
+Shape suffixes: B batch, S tokens to be routed, C tokens of the context.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.utils import is_torchdynamo_compiling
+
+
+class TokenContext(NamedTuple):
+    """The sequences so far.
+
+    Attributes:
+        ids (`torch.LongTensor` of shape `(B, C)`): from the start of each sequence; what follows the last token to be
+            routed is of no consequence.
+        mask (`torch.BoolTensor` of shape `(B, C)`, *optional*): False on padding; `None`: every token is real.
+        positions (`torch.LongTensor` of shape `(S,)`): where in the context the tokens to be routed stand.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    positions: Tensor
+
+
+def whole_context(token_ids: Tensor, mask: Tensor | None = None) -> TokenContext:
+    """Make the context of whole sequences, every token of which is to be routed.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(B, S)`): from the start of each sequence.
+        mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding.
+
+    Returns:
+        `TokenContext`
+    """
+    return TokenContext(token_ids, mask, torch.arange(token_ids.shape[1], device=token_ids.device))
+
+
+def cached_context(
+    cache: Cache, num_blocks: int, token_ids: Tensor, attention_mask: Tensor | None = None
+) -> TokenContext:
+    """Add tokens to the ids that a cache holds, and give all of them.
+
+    The ids are one more layer of the cache, after those of the blocks, shaped like the keys of one head of width 1. So
+    whatever is done to keys and values (beams reordered, candidates cropped, rows repeated or selected) is done to them.
+
+    Args:
+        cache (`Cache`): before the blocks have added these tokens to it.
+        num_blocks (`int`): blocks that keep keys and values in it.
+        token_ids (`torch.LongTensor` of shape `(B, S)`): the new tokens.
+        attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 on padding.
+
+    Returns:
+        `TokenContext`
+
+    Raises:
+        ValueError: for a cache that is offloaded, or holds keys of tokens whose ids it does not hold; for an attention
+            mask of another width.
+    """
+    layer = _id_layer(cache, num_blocks)
+    if cache.layers[0].is_initialized:
+        _check_lengths(cache.layers[0], layer)
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device) + layer.get_seq_length()
+    states = token_ids.long()[:, None, :, None]
+    ids = layer.update(states, states)[0][:, 0, :, 0]
+    if attention_mask is None:
+        return TokenContext(ids, None, positions)
+    missing = ids.shape[1] - attention_mask.shape[1]
+    if missing < 0 or (missing > 0 and not isinstance(layer, StaticLayer)):
+        raise ValueError(
+            f"`attention_mask` covers {attention_mask.shape[1]} tokens, cache and input together have {ids.shape[1]}: "
+            "pass it for the whole sequence, (batch, past + sequence)."
+        )
+    return TokenContext(ids, F.pad(attention_mask.bool(), (0, missing)), positions)
+
+
+def _id_layer(cache: Cache, num_blocks: int) -> CacheLayerMixin:
+    """Find the layer of a cache that holds token ids, appending it where there is none yet."""
+    if cache.offloading:
+        raise ValueError(
+            "This router looks back at token ids, which live in the cache, and an offloaded cache cannot hold them. "
+            'Generate without `cache_implementation="offloaded"` or "offloaded_static".'
+        )
+    while len(cache.layers) < num_blocks:  # a cache without a config makes its layers as they are needed
+        cache.layers.append(cache.layer_class_to_replicate())
+    if len(cache.layers) == num_blocks:
+        first = cache.layers[0]
+        static = isinstance(first, StaticLayer)
+        cache.layers.append(StaticLayer(max_cache_len=first.max_cache_len) if static else DynamicLayer())
+    return cache.layers[num_blocks]
+
+
+def _check_lengths(block: CacheLayerMixin, layer: CacheLayerMixin):
+    """Refuse a cache that other code has filled: it holds keys of tokens whose ids nobody knows."""
+    cached, known = block.get_seq_length(), layer.get_seq_length()
+    # Only where looking costs nothing: a static cache counts on the device.
+    if block.is_compileable and (is_torchdynamo_compiling() or block.device.type != "cpu"):
+        return
+    if layer.is_initialized and layer.keys.dtype != torch.long:
+        known = 0
+    if int(cached) != int(known):
+        raise ValueError(
+            f"The cache holds keys of {int(cached)} tokens but the ids of {int(known)}, and this router looks back at ids. "
+            "Pass a cache that this model has filled from the start, or none."
+        )
+
+
+__all__ = ["TokenContext", "cached_context", "whole_context"]
