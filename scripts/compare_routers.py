@@ -45,7 +45,8 @@ class CompareArguments:
         default="stablemoe", metadata={"help": "The system that the others are measured against, in the table."}
     )
     test_files: list[str] = field(
-        default_factory=list, metadata={"help": "Files or folders to measure at the end, beside the validation text."}
+        default_factory=list,
+        metadata={"help": "Files or folders to measure at the end, as many documents as of the validation text."},
     )
     fluctuation_check_steps: int = field(
         default=0, metadata={"help": "Steps between checks of routing fluctuation (figures 2 and 7); 0: none."}
@@ -88,7 +89,7 @@ def prepare(model_args, data_args, compare_args, training_args) -> tuple:
         tokenizer = load_tokenizer(data_args, corpus)
         if compare_args.test_files:
             test_args = copy.copy(data_args)
-            test_args.validation_files, test_args.max_validation_documents = compare_args.test_files, None
+            test_args.validation_files = compare_args.test_files
             corpus = DatasetDict({**corpus, "test": load_corpus(test_args)["validation"]})
     block_size = data_args.block_size or (preset | model_args.overrides).get("max_position_embeddings", 1024)
     with training_args.main_process_first(desc="packing"):

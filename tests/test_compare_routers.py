@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from test_run_clm import PRESET
 from workplaces import Workplace, load_script, refuse
 
+from modeling_stablemoe import comparison
+from modeling_stablemoe.data import collate_blocks
+
 
 SYSTEMS = """
 dense: {config: {moe_layer_positions: []}}
@@ -101,16 +104,31 @@ def test_every_system_is_trained_and_measured_with_every_seed(workplace, printed
     assert re.search(r"\| stablemoe +\| 2 +\|.* ± .*\| \+0\.0 ± 0\.0 % ", table)
 
 
-def test_all_systems_see_the_same_batches_in_the_same_order(workplace, printed, monkeypatch):
-    curves = {}
-    for name in ("hash", "stablemoe"):
-        for seed in (0, 1):
-            path = workplace.folder / "all" / name / f"seed-{seed}" / "checkpoint-8" / "trainer_state.json"
-            assert json.loads(path.read_text())["global_step"] == 8
-            results = json.loads((path.parents[1] / "results.json").read_text())
-            curves[name, seed] = [entry["task_loss"] for entry in results["training_curve"]]
-    # At the start experts do nothing yet, so the same batches have nearly the same loss in models of equal weights.
-    assert curves["hash", 0] != curves["hash", 1]
+def test_all_systems_see_the_same_batches_in_an_order_of_the_seed(workplace, script, monkeypatch):
+    seen = []
+
+    def collate(features):
+        batch = collate_blocks(features)
+        seen.append(batch["input_ids"].tolist())
+        return batch
+
+    monkeypatch.setattr(comparison, "collate_blocks", collate)
+    options = ["--only", "hash", "switch", "--seeds", "0", "1", "--max_steps", "3"]
+    arguments = workplace.arguments("same", *options, "--eval_strategy", "no", "--fluctuation_check_steps", "0")
+    script(arguments)
+    results = json.loads((workplace.folder / "same" / "results.json").read_text())
+    steps, per_run = 3, len(seen) // 4
+    runs = [seen[start : start + steps] for start in range(0, len(seen), per_run)]
+    assert [(run["system"], run["seed"]) for run in results["runs"]] == [
+        ("switch", 0),
+        ("hash", 0),
+        ("switch", 1),
+        ("hash", 1),
+    ]
+    assert runs[0] == runs[1]
+    assert runs[2] == runs[3]
+    assert runs[0] != runs[2]
+    assert results["runs"][0]["perplexity"] != results["runs"][1]["perplexity"]
 
 
 def test_a_finished_comparison_is_read_and_a_new_seed_added(workplace, printed):
