@@ -20,7 +20,6 @@ import torch
 import transformers
 import yaml
 from datasets import DatasetDict
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from .atomic_files import replace_file
@@ -29,7 +28,7 @@ from .configuration_stablemoe import StableMoEConfig
 from .data import DataArguments, collate_blocks
 from .flops import count_parameters, forward_flops
 from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields
-from .runs import LATEST, RunFolder, balance_hash, build_callbacks, train
+from .runs import LATEST, RunFolder, build_callbacks, set_hash_tables, train
 from .statistics import imbalance
 
 
@@ -46,7 +45,7 @@ class System:
         name (`str`): in tables and figures, and of its folder.
         config (`dict`): fields of the config to change.
         stage1_steps (`str`, *optional*): see `RoutingArguments`.
-        hash_table (`str`): see `RoutingArguments`.
+        hash_table (`str`, *optional*): see `RoutingArguments`.
         family (`str`, *optional*): what it has in common with others that differ in size, which figures join by a
             line; default: its name.
     """
@@ -54,7 +53,7 @@ class System:
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     stage1_steps: str | None = None
-    hash_table: str = "random"
+    hash_table: str | None = None
     family: str | None = None
 
     def __post_init__(self):
@@ -201,7 +200,7 @@ class Comparison:
         }
         config = self.config_of(system)
         model = AutoModelForCausalLM.from_config(config, **{k: v for k, v in implementations.items() if v is not None})
-        balance_hash(model, routing_args, self.blocks["train"])
+        set_hash_tables(model, routing_args, self.blocks["train"])
         if not config.num_moe_layers:
             routing_args = RoutingArguments()
         clock = TrainingClockCallback()
@@ -223,12 +222,13 @@ class Comparison:
         Returns:
             `dict`: `perplexity` by split, `validation_curve` and `training_curve` (lists of log entries), `seconds` of
             training, `tokens_per_second`, `parameters` and `forward_flops` (see `flops.py`), `load` (share of the
-            validation tokens of each expert, a list a MoE layer), `load_max_over_mean`, `transition` and `fluctuation`
-            (see `RoutingHistory.summary`), `None` where there is none.
+            validation tokens of each expert, a list a MoE layer), `load_max_over_mean`, `mean_gate`, `closed_gates` (see
+            `measure_routing`), `transition` and `fluctuation` (see `RoutingHistory.summary`), `None` where there is none.
         """
         args, history = trainer.args, list(trainer.state.log_history)  # evaluation adds to it
         evaluated = {name: trainer.evaluate(rows) for name, rows in self.blocks.items() if name != "train"}
-        load = expert_load(trainer, self.blocks["validation"])
+        routing = measure_routing(trainer, self.blocks["validation"])
+        load = None if routing is None else routing["load"]
         tokens = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         tokens *= len(self.blocks["train"][0]["input_ids"])
         fluctuation = Path(args.output_dir) / "routing_fluctuation.json"
@@ -254,29 +254,50 @@ class Comparison:
             "router_fingerprint": trainer.model.config.router_fingerprint,
             "load": None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
             "load_max_over_mean": None if load is None else imbalance(load),
+            "mean_gate": None if routing is None else routing["mean_gate"],
+            "closed_gates": None if routing is None else routing["closed_gates"],
             "fluctuation": json.loads(fluctuation.read_text()) if fluctuation.is_file() else None,
         }
 
 
 @torch.no_grad()
-def expert_load(trainer: Trainer, rows) -> Tensor | None:
-    """Count the tokens that inference sends to each expert.
+def measure_routing(trainer: Trainer, rows) -> dict | None:
+    """Measure how inference routes.
 
     Args:
         trainer (`Trainer`): of a StableMoE language model; every process must call this.
         rows (`Dataset`): with `input_ids`.
 
     Returns:
-        `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens; `None` for a dense model.
+        `dict`: `load`, tokens sent to each expert, a `torch.DoubleTensor` of shape `(moe layers, num_experts)`;
+        `mean_gate`, over tokens and layers, and `closed_gates`, the share of gates below 0.05, which leave next to
+        nothing of what their expert does. `None` for a dense model.
     """
     model = trainer.model.eval()
     if not model.config.num_moe_layers:
         return None
-    load = torch.zeros(model.config.num_moe_layers, model.config.num_experts, device=trainer.args.device)
-    for batch in trainer.get_eval_dataloader(rows):
-        output = model(batch["input_ids"].to(trainer.args.device), output_router_logits=True, logits_to_keep=1)
-        load += output.expert_load
-    return trainer.accelerator.reduce(load).double().cpu()
+    layers = model.moe_layers_by_name.values()
+    load = torch.zeros(len(layers), model.config.num_experts, device=trainer.args.device)
+    gates = torch.zeros(3, device=trainer.args.device)  # how many, their sum, how many are closed
+
+    def observe(router, inputs, decision):
+        gate = decision.gate
+        gates.add_(torch.stack([gate.new_tensor(gate.numel()), gate.sum(), (gate < 0.05).sum().to(gate.dtype)]))
+
+    hooks = [layer.router.register_forward_hook(observe) for layer in layers]
+    try:
+        for batch in trainer.get_eval_dataloader(rows):
+            output = model(batch["input_ids"].to(trainer.args.device), output_router_logits=True, logits_to_keep=1)
+            load += output.expert_load
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total, mass, closed = trainer.accelerator.reduce(gates).tolist()
+    return {
+        "load": trainer.accelerator.reduce(load).double().cpu(),
+        "mean_gate": mass / total,
+        "closed_gates": closed / total,
+    }
 
 
 def _let_go(trainer: Trainer):
@@ -331,7 +352,7 @@ __all__ = [
     "Comparison",
     "System",
     "environment",
-    "expert_load",
+    "measure_routing",
     "read_systems",
     "settings_of",
 ]

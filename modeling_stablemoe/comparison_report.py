@@ -29,7 +29,8 @@ def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> lis
         standard deviations over seeds of the perplexity of each split (`validation_mean`, `validation_std`, ...; no
         deviation with one seed), `above_reference`, by how much its validation perplexity exceeds that of the
         reference (mean over the seeds that both have, of the ratio, minus 1) with `above_reference_std`,
-        `tokens_per_second`, `load_max_over_mean`, and `agreement`, of the distilled router at the transition.
+        `tokens_per_second`, `load_max_over_mean`, `mean_gate`, and `agreement`, of the distilled router at the
+        transition.
     """
     groups = group_by_system(runs)
     rows = []
@@ -41,6 +42,7 @@ def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> lis
             "flops": group[0]["forward_flops"],
             "tokens_per_second": mean(run["tokens_per_second"] for run in group),
             "load_max_over_mean": _mean_of(run["load_max_over_mean"] for run in group),
+            "mean_gate": _mean_of(run["mean_gate"] for run in group),
             "agreement": _mean_of((run["transition"] or {}).get("transition_agreement") for run in group),
         }
         for split in group[0]["perplexity"]:
@@ -92,7 +94,12 @@ def format_comparison(rows: Sequence[dict], reference: str | None = None) -> str
     headings |= {split: f"{split} PPL" for split in splits}
     if any("above_reference" in row for row in rows):
         headings["above_reference"] = f"against {reference}"
-    headings |= {"load_max_over_mean": "load max/mean", "agreement": "agreement", "tokens_per_second": "tokens/s"}
+    headings |= {
+        "load_max_over_mean": "load max/mean",
+        "mean_gate": "mean gate",
+        "agreement": "agreement",
+        "tokens_per_second": "tokens/s",
+    }
     return format_table([_cells(row, splits) for row in rows], headings)
 
 
@@ -111,8 +118,9 @@ def _cells(row: dict, splits: Sequence[str]) -> dict:
         cells["above_reference"] = _plus_minus(
             100 * row["above_reference"], None if deviation is None else 100 * deviation, "{:+.1f}", " %"
         )
-    if row["load_max_over_mean"] is not None:
-        cells["load_max_over_mean"] = f"{row['load_max_over_mean']:.2f}"
+    for name in ("load_max_over_mean", "mean_gate"):
+        if row[name] is not None:
+            cells[name] = f"{row[name]:.2f}"
     if row["agreement"] is not None:
         cells["agreement"] = f"{row['agreement']:.0%}"
     return cells

@@ -79,11 +79,12 @@ class RoutingArguments:
             "no transition, for dense models, a hash and checkpoints that are frozen already; '' unsets that of a recipe."
         },
     )
-    hash_table: str = field(
-        default="random",
+    hash_table: str | None = field(
+        default=None,
         metadata={
-            "help": 'The table of a new model with `router_type` "hash": random, or balanced by how often the tokens '
-            "occur in the training text."
+            "help": "Route a new model from the start by a hash table: random, or balanced by how often the tokens occur "
+            'in the training text. Default: random with `router_type` "hash", none otherwise. With another router it '
+            "tells what the table and what the gate is worth."
         },
     )
     fluctuation_check_steps: int = field(
@@ -94,8 +95,9 @@ class RoutingArguments:
     )
 
     def __post_init__(self):
-        """Check the name of the hash table."""
-        if self.hash_table not in HASH_TABLES:
+        """Check the name of the hash table; an empty string unsets that of a recipe."""
+        self.hash_table = self.hash_table or None
+        if self.hash_table not in (None, *HASH_TABLES):
             raise ValueError(f"`--hash_table` must be one of {list(HASH_TABLES)}, got {self.hash_table!r}.")
 
     @property

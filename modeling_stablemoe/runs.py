@@ -131,22 +131,27 @@ def _require_kind(config_class: type, auto_class: type, what: str):
         )
 
 
-def balance_hash(model: PreTrainedModel, routing_args: RoutingArguments, train_rows: Dataset):
-    """Give a new model with a hash the tables that the routing arguments ask for.
+def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, train_rows: Dataset):
+    """Give a new model the hash tables that the routing arguments ask for, if any.
 
     Args:
-        model (`PreTrainedModel`): of any router.
+        model (`PreTrainedModel`): of any router; one that is not a hash is frozen by them.
         routing_args (`RoutingArguments`): kind of table.
         train_rows (`Dataset`): what it is balanced for: `input_ids` and, for the decoder of a pair, `labels`.
 
     Raises:
-        ValueError: for a balanced table where there is no hash, or for a streamed corpus.
+        ValueError: if a stage 1 is asked for, too; for a streamed corpus, which cannot be counted.
     """
-    if routing_args.hash_table == "random":
-        return
-    if model.config.router_type != "hash":
-        raise ValueError('`--hash_table balanced` needs a model with `router_type` "hash".')
     config = model.config
+    if routing_args.hash_table is None or not config.num_moe_layers:
+        return
+    if routing_args.stage1 is not None:
+        raise ValueError(
+            "`--hash_table` fixes the routing from the start: there is no stage 1, unset `--stage1_steps`."
+        )
+    if routing_args.hash_table == "random":
+        model.set_routing_tables(torch.randint(config.num_experts, (config.num_moe_layers, config.vocab_size)))
+        return
     if config.is_encoder_decoder:
         columns = ["input_ids"] * len(config.encoder_moe_layer_positions)
         columns += ["labels"] * len(config.decoder_moe_layer_positions)
@@ -244,9 +249,9 @@ def write_results(trainer: Trainer, results: dict, card_template: str | Path, da
 __all__ = [
     "FolderArguments",
     "RunFolder",
-    "balance_hash",
     "build_callbacks",
     "build_model",
+    "set_hash_tables",
     "summarize_run",
     "train",
     "write_results",

@@ -21,9 +21,9 @@ from modeling_stablemoe.report import format_results
 from modeling_stablemoe.runs import (
     FolderArguments,
     RunFolder,
-    balance_hash,
     build_callbacks,
     build_model,
+    set_hash_tables,
     summarize_run,
     train,
     write_results,
@@ -69,7 +69,7 @@ def prepare(model_args, data_args, routing_args, folder_args, training_args) -> 
     check_fit(model.config, len(tokenizer), block_size=block_size)
     with training_args.main_process_first(desc="packing"):
         blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
-    balance_hash(model, routing_args, blocks["train"])
+    set_hash_tables(model, routing_args, blocks["train"])
     callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, blocks["validation"])
     checkpoint = folder.claim()
     trainer = Trainer(

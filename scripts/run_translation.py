@@ -24,9 +24,9 @@ from modeling_stablemoe.report import STAGE_HEADINGS, format_table
 from modeling_stablemoe.runs import (
     FolderArguments,
     RunFolder,
-    balance_hash,
     build_callbacks,
     build_model,
+    set_hash_tables,
     summarize_run,
     train,
     write_results,
@@ -125,7 +125,7 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, traini
         len(batches),
         100 * batches.padding_share,
     )
-    balance_hash(model, routing_args, encoded["train"])
+    set_hash_tables(model, routing_args, encoded["train"])
     collator = TokenBatchCollator(tokenizer)
     validation = encoded["validation"]
     callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, validation, collator)

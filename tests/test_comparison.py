@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, tiny_seq2seq_model
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,11 +13,12 @@ from trainers import BLOCKS, make_trainer, training_logs
 
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
 from modeling_stablemoe.callbacks import TrainingClockCallback
-from modeling_stablemoe.comparison import expert_load, read_systems
+from modeling_stablemoe.comparison import measure_routing, read_systems
 from modeling_stablemoe.comparison_report import format_comparison, summarize_systems, write_figures
 from modeling_stablemoe.flops import count_parameters, forward_flops
 from modeling_stablemoe.hash_tables import balanced_hash_table, count_tokens
-from modeling_stablemoe.recipes import load_preset
+from modeling_stablemoe.recipes import RoutingArguments, load_preset
+from modeling_stablemoe.runs import set_hash_tables
 
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,38 @@ def test_tokens_are_counted_in_rows_of_any_length():
         count_tokens(stream, 6)
 
 
+def test_a_model_is_routed_by_the_hash_table_that_is_asked_for():
+    rows = Dataset.from_dict({"input_ids": [[token % 40 for token in range(start, start + 16)] for start in range(9)]})
+    for overrides in ({"router_type": "hash"}, {}):
+        model = tiny_model(**overrides, moe_layer_positions=[0, 2])
+        before = model.router_fingerprint()
+        set_hash_tables(model, RoutingArguments(), rows)
+        assert model.router_fingerprint() == before
+        set_hash_tables(model, RoutingArguments(hash_table="balanced"), rows)
+        assert model.routing_stage == 2
+        assert model.config.router_fingerprint == model.router_fingerprint() != before
+        ids = torch.tensor(rows["input_ids"])
+        for route in model.route(ids):
+            load = route.flatten().bincount(minlength=5)
+            assert load.max() - load.min() <= 6  # of 144, spread over 24 ids of up to 9
+        assert not torch.equal(*model.route(torch.arange(99).unsqueeze(0)[:, :60]))
+        set_hash_tables(model, RoutingArguments(hash_table="random"), rows)
+        assert model.routing_stage == 2
+    with pytest.raises(ValueError, match="there is no stage 1, unset `--stage1_steps`"):
+        set_hash_tables(model, RoutingArguments(stage1_steps="0.1", hash_table="random"), rows)
+
+
+def test_encoder_and_decoder_are_balanced_by_their_own_tokens():
+    model = tiny_seq2seq_model(router_type="hash")
+    sources, targets = torch.arange(2, 42), torch.arange(45, 85)
+    rows = Dataset.from_dict({"input_ids": [sources.tolist()], "labels": [targets.tolist()]})
+    set_hash_tables(model, RoutingArguments(hash_table="balanced"), rows)
+    encoder, *decoder = model.route(sources.unsqueeze(0)), *model.route(targets.unsqueeze(0))[1:]
+    assert encoder[0].flatten().bincount(minlength=5).tolist() == [8] * 5
+    for layer in decoder:
+        assert layer.flatten().bincount(minlength=5).tolist() == [8] * 5
+
+
 # Sizes
 
 
@@ -181,13 +214,31 @@ def test_training_time_is_logged_without_evaluation_and_continues_after_a_resume
     assert resumed.seconds > max(before)
 
 
-def test_the_load_of_inference_is_counted_over_all_validation_tokens(tmp_path):
-    model = tiny_model(moe_layer_positions=[0, 2])
+@pytest.mark.parametrize("router_type", ["stable", "switch", "hash"])
+def test_load_and_gates_of_inference_are_measured_over_all_validation_tokens(tmp_path, router_type):
+    model = tiny_model(moe_layer_positions=[0, 2], router_type=router_type)
     trainer = make_trainer(tmp_path, RoutingStatisticsCallback(), model=model, per_device_eval_batch_size=3)
-    load = expert_load(trainer, BLOCKS[:5])
+    routers = [layer.router for layer in model.moe_layers_by_name.values()]
+    model(torch.zeros((1, 1), dtype=torch.long), output_router_logits=True)  # transformers leaves hooks of its own
+    hooks = [len(router._forward_hooks) for router in routers]
+    measured = measure_routing(trainer, BLOCKS[:5])
+    assert [len(router._forward_hooks) for router in routers] == hooks
     ids = torch.stack([row["input_ids"] for row in BLOCKS[:5]])
-    assert torch.equal(load, torch.stack([r.flatten().bincount(minlength=5) for r in model.route(ids)]).double())
-    assert expert_load(make_trainer(tmp_path, model=tiny_model(moe_layer_positions=[])), BLOCKS[:5]) is None
+    assert torch.equal(
+        measured["load"], torch.stack([r.flatten().bincount(minlength=5) for r in model.route(ids)]).double()
+    )
+    outputs = model.eval()(ids, output_router_logits=True)
+    gates = torch.ones(2, 80)
+    if router_type != "hash":
+        function = torch.sigmoid if router_type == "stable" else lambda scores: scores.softmax(-1)
+        pairs = zip(outputs.router_logits, outputs.expert_indices, strict=True)
+        gates = torch.stack([function(s).gather(-1, i.view(-1, 1)).squeeze(-1) for s, i in pairs])
+    assert measured["mean_gate"] == pytest.approx(gates.mean().item(), rel=1e-5)
+    assert measured["closed_gates"] == pytest.approx((gates < 0.05).double().mean().item())
+
+
+def test_a_dense_model_has_no_routing_to_measure(tmp_path):
+    assert measure_routing(make_trainer(tmp_path, model=tiny_model(moe_layer_positions=[])), BLOCKS[:5]) is None
 
 
 # Summaries
@@ -207,6 +258,7 @@ def run_of(system: str, seed: int, perplexity: float, **changes) -> dict:
         "config": {"num_experts": 16},
         "load": [[0.5, 0.3, 0.2]],
         "load_max_over_mean": 1.5,
+        "mean_gate": 0.4,
         "transition": {"transition_agreement": 0.25},
         "fluctuation": {"last_fluctuation": {"steps": [0, 20, 40], "cumulative_share": [0.1, 0.6, 1.0]}},
         **changes,
@@ -217,6 +269,7 @@ DENSE = {
     "parameters": {"shared": 1_300_000, "experts": 0},
     "load": None,
     "load_max_over_mean": None,
+    "mean_gate": None,
     "transition": None,
     "fluctuation": None,
 }
