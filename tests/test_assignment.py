@@ -1,14 +1,19 @@
 """The balanced assignment: against scipy's exact one, its loads, degenerate scores, and what it leaves alone."""
 
+import time
+from statistics import median
+
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from modeling_stablemoe import assignment_stablemoe
 from modeling_stablemoe.assignment_stablemoe import balanced_assignment, best_paths, clearing_prices, round_to_grid
+from modeling_stablemoe.experts_stablemoe import StableMoEExperts
 
 
 def largest_sum(scores: torch.Tensor) -> float:
@@ -281,3 +286,23 @@ def record_prices(monkeypatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(assignment_stablemoe, "clearing_prices", record)
     return prices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["normal", "common direction"])
+def test_8192_tokens_cost_a_fraction_of_what_their_experts_cost(kind):
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_experts": 32, "num_expert_sublayers": 3}
+    config = tiny_config(**sizes)
+    config._experts_implementation = "grouped_mm"
+    experts = StableMoEExperts(config)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    scores, hidden = make_scores(kind, 8192, 32), torch.randn(8192, 256, requires_grad=True)
+    ratios = []
+    for _ in range(5):
+        start = time.perf_counter()
+        index = balanced_assignment(scores)
+        assigned = time.perf_counter()
+        experts(hidden, index.unsqueeze(-1), torch.ones(8192, 1)).sum().backward()
+        ratios.append((assigned - start) / (time.perf_counter() - assigned))
+    assert median(ratios) < 0.2, ratios
