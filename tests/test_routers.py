@@ -314,7 +314,7 @@ def test_a_routing_that_is_not_distilled_is_not_frozen(kind, tmp_path):
 # The hash
 
 
-def test_a_hash_is_random_frozen_from_the_start_and_the_same_for_the_same_seed():
+def test_a_hash_is_random_frozen_from_the_start_and_the_same_for_the_same_seed(tmp_path):
     first, again, other = (tiny_model(seed, router_type="hash", moe_layer_positions=[0, 2]) for seed in (0, 0, 1))
     assert first.routing_stage == 2
     assert first.config.router_fingerprint == first.router_fingerprint() == again.router_fingerprint()
@@ -326,7 +326,7 @@ def test_a_hash_is_random_frozen_from_the_start_and_the_same_for_the_same_seed()
     with pytest.raises(RuntimeError, match="frozen already"):
         first.freeze_router()
     with pytest.raises(ValueError, match=r"frozen already.*or one with a hash"):
-        make_trainer("unused", StageTransitionCallback(5), model=first).train()
+        make_trainer(tmp_path, StageTransitionCallback(5), model=first).train()
 
 
 def test_a_hash_layer_returns_what_the_expert_gives():
