@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from workplaces import load_script
 
 from modeling_stablemoe import StableMoEConfig
+from modeling_stablemoe.comparison import read_systems
 from modeling_stablemoe.data import DataArguments
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
 
@@ -176,17 +177,31 @@ def test_stage1_steps_that_is_no_number_is_refused(text):
         RoutingArguments(stage1_steps=text).stage1  # noqa: B018 - the property raises
 
 
+def script_of(path):
+    """The script that a recipe is for."""
+    text = path.read_text()
+    if "\nsystems: " in text:
+        return "compare_routers"
+    return "run_translation" if "predict_with_generate" in text else "run_clm"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=relative)
 def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    script = load_script("run_translation" if "predict_with_generate" in path.read_text() else "run_clm")
     # On a machine without GPU too.
     argv = [str(path), "--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False", "--fp16", "False"]
-    arguments = {type(part): part for part in script.parse_arguments(argv)}
-    model, routing = arguments[ModelArguments], arguments[RoutingArguments]
+    arguments = {type(part).__name__: part for part in load_script(script_of(path)).parse_arguments(argv)}
+    model = arguments["ModelArguments"]
     if model.model_preset is not None:
         load_preset(model.model_preset, **model.overrides)
-    assert routing.stage1 is None or routing.stage1 > 0
+    if "CompareArguments" in arguments:
+        systems = read_systems(arguments["CompareArguments"].systems)
+        assert "stablemoe" in {system.name for system in systems}
+        for system in systems:
+            load_preset(model.model_preset, **model.overrides, **system.config)
+    else:
+        stage1 = arguments["RoutingArguments"].stage1
+        assert stage1 is None or stage1 > 0
 
 
 def test_an_empty_string_unsets_what_a_recipe_has_set():
