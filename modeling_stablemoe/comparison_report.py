@@ -170,9 +170,14 @@ def write_figures(runs: Sequence[dict], folder: str | Path) -> list[Path]:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
         path = Path(folder) / f"{name}.png"
-        replace_file(path, lambda partial, figure=figure: figure.savefig(partial, format="png", dpi=150))
+        replace_file(path, lambda partial, figure=figure: figure.savefig(partial, format="png", dpi=110))
         written.append(path)
     return written
+
+
+def _color(name: str, groups: dict[str, list[dict]]) -> str:
+    """Give a system the same colour in every figure."""
+    return f"C{list(groups).index(name) % 10}"
 
 
 def _draw_perplexity(panels, groups: dict[str, list[dict]]) -> bool:
@@ -185,12 +190,17 @@ def _draw_perplexity(panels, groups: dict[str, list[dict]]) -> bool:
         columns = list(zip(*(curve[:length] for curve in curves), strict=True))
         means = [mean(column) for column in columns]
         times = zip(*([point["seconds"] for point in run["validation_curve"][:length]] for run in group), strict=True)
-        [line] = over_steps.plot(steps[:length], means, marker=".", label=name)
+        color = _color(name, groups)
+        over_steps.plot(steps[:length], means, marker=".", label=name, color=color)
         low, high = [min(column) for column in columns], [max(column) for column in columns]
-        over_steps.fill_between(steps[:length], low, high, color=line.get_color(), alpha=0.15)
-        over_time.plot([mean(column) / 60 for column in times], means, marker=".", label=name)
-    over_steps.set(xlabel="step", ylabel="validation perplexity", yscale="log")
-    over_time.set(xlabel="training time (min)", ylabel="validation perplexity", yscale="log")
+        over_steps.fill_between(steps[:length], low, high, color=color, alpha=0.15)
+        over_time.plot([mean(column) / 60 for column in times], means, marker=".", label=name, color=color)
+    over_steps.set(xlabel="step", ylabel="validation perplexity")
+    over_time.set(xlabel="training time (min)", ylabel="validation perplexity")
+    for axes in panels:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_minor_formatter("{x:.0f}")
     return any(group[0]["validation_curve"] for group in groups.values())
 
 
@@ -219,7 +229,12 @@ def _draw_fluctuation(panels, groups: dict[str, list[dict]]) -> bool:
         if group[0]["fluctuation"] is None:
             continue
         curve = group[0]["fluctuation"]["last_fluctuation"]
-        panels[0].plot(curve["steps"], [100 * share for share in curve["cumulative_share"]], label=name)
+        panels[0].plot(
+            curve["steps"],
+            [100 * share for share in curve["cumulative_share"]],
+            label=name,
+            color=_color(name, groups),
+        )
         drawn = True
     panels[0].set(xlabel="last fluctuation step", ylabel="validation tokens (%), cumulative", ylim=(-2, 102))
     return drawn
@@ -232,7 +247,7 @@ def _draw_load(panels, groups: dict[str, list[dict]]) -> bool:
         if group[0]["load"] is None:
             continue
         shares = sorted((100 * share for share in group[0]["load"][0]), reverse=True)
-        panels[0].plot(range(1, len(shares) + 1), shares, marker=".", label=name)
+        panels[0].plot(range(1, len(shares) + 1), shares, marker=".", label=name, color=_color(name, groups))
         drawn = True
     panels[0].set(xlabel="expert, by load", ylabel="validation tokens (%)", ylim=(0, None))
     return drawn
