@@ -105,22 +105,14 @@ class Router(nn.Module):
 
 
 class LearnedRouter(Router):
-    """A router that scores hidden states against centroids: s_{t,i} = E_i . h_t (eq. 5)."""
+    """A router that scores hidden states against centroids: s_{t,i} = E_i . h_t (eq. 5).
+
+    What tells one from another are two columns of paper table 1: `assignment` and `gate`.
+    """
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.centroids = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))  # E
-
-    def score(self, hidden_states: Tensor) -> Tensor:
-        """Score `(B, S, D)` against the centroids: `(T, E)`."""
-        return score(hidden_states.reshape(-1, hidden_states.shape[-1]), self.centroids)
-
-
-class StableRouter(LearnedRouter):
-    """StableMoE: greedy while it is learned, fixed from then on; sigmoid gate in both stages (eqs. 5 to 7, 12 to 14).
-
-    The gate is of the backbone score in every case, so the centroids E keep learning in stage 2.
-    """
 
     def forward(
         self,
@@ -144,34 +136,36 @@ class StableRouter(LearnedRouter):
         Returns:
             `RoutingDecision`
         """
-        router_logits = self.score(hidden_states)
+        router_logits = score(hidden_states.reshape(-1, hidden_states.shape[-1]), self.centroids)
         expert_index = self.index_by_token(token_ids, frozen_index, context)
         if expert_index is None:
-            expert_index = router_logits.argmax(-1).view_as(token_ids)
-        gate = torch.sigmoid(_chosen(router_logits, expert_index))
+            expert_index = self.assignment(router_logits, token_mask).view_as(token_ids)
+        gate = self.gate(router_logits, expert_index.view(-1, 1)).view_as(token_ids)
         distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
         return RoutingDecision(router_logits, expert_index, gate, distilled_logits)
+
+    def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Choose the expert of each token by its scores, `(T, E) -> (T,)`: greedily, unless a strategy says else."""
+        return router_logits.argmax(-1)
+
+    def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
+        """Weigh the expert of each token, `(T, E), (T, 1) -> (T, 1)`: by the sigmoid of its score, unless told else."""
+        return torch.sigmoid(router_logits.gather(-1, expert_index))
+
+
+class StableRouter(LearnedRouter):
+    """StableMoE: greedy while it is learned, fixed from then on; sigmoid gate in both stages (eqs. 5 to 7, 12 to 14).
+
+    The gate is of the backbone score in every case, so the centroids E keep learning in stage 2.
+    """
 
 
 class SwitchRouter(LearnedRouter):
     """Switch Transformer (Fedus et al., 2022): greedy, softmax gate."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        token_ids: Tensor,
-        frozen_index: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        context: TokenContext | None = None,
-    ) -> RoutingDecision:
-        """Decide for each token; arguments and result as of `StableRouter.forward`."""
-        router_logits = self.score(hidden_states)
-        expert_index = self.index_by_token(token_ids, frozen_index, context)
-        if expert_index is None:
-            expert_index = router_logits.argmax(-1).view_as(token_ids)
-        gate = _chosen(torch.softmax(router_logits, dim=-1), expert_index)
-        distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
-        return RoutingDecision(router_logits, expert_index, gate, distilled_logits)
+    def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
+        """Weigh the expert of each token by its probability; see `LearnedRouter.gate`."""
+        return torch.softmax(router_logits, dim=-1).gather(-1, expert_index)
 
 
 class BaseRouter(LearnedRouter):
@@ -180,26 +174,16 @@ class BaseRouter(LearnedRouter):
     Each process balances its own tokens, and so all together are balanced.
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        token_ids: Tensor,
-        frozen_index: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        context: TokenContext | None = None,
-    ) -> RoutingDecision:
-        """Decide for each token; arguments and result as of `StableRouter.forward`."""
-        router_logits = self.score(hidden_states)
-        expert_index = self.index_by_token(token_ids, frozen_index, context)
-        if expert_index is None:
-            expert_index = router_logits.argmax(-1).view_as(token_ids)
-            if self.training and token_mask is None:
-                expert_index = balanced_assignment(router_logits).view_as(token_ids)
-            elif self.training:
-                expert_index[token_mask] = balanced_assignment(router_logits[token_mask.flatten()])
-        gate = torch.sigmoid(_chosen(router_logits, expert_index))
-        distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
-        return RoutingDecision(router_logits, expert_index, gate, distilled_logits)
+    def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Balance the real tokens while training; see `LearnedRouter.assignment`."""
+        if not self.training:
+            return router_logits.argmax(-1)
+        if token_mask is None:
+            return balanced_assignment(router_logits)
+        expert_index = router_logits.argmax(-1)
+        real = token_mask.flatten()
+        expert_index[real] = balanced_assignment(router_logits[real])
+        return expert_index
 
 
 class HashRouter(Router):
@@ -216,15 +200,10 @@ class HashRouter(Router):
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
     ) -> RoutingDecision:
-        """Decide for each token; arguments and result as of `StableRouter.forward`."""
+        """Decide for each token; arguments and result as of `LearnedRouter.forward`."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         gate = torch.ones(frozen_index.shape, dtype=dtype, device=hidden_states.device)
         return RoutingDecision(None, frozen_index, gate, None)
-
-
-def _chosen(values: Tensor, expert_index: Tensor) -> Tensor:
-    """Pick the value of each token's expert, `(T, E), (B, S) -> (B, S)`."""
-    return values.gather(-1, expert_index.view(-1, 1)).view_as(expert_index)
 
 
 # The names of `router_type`; the one place where a strategy is chosen.
