@@ -194,12 +194,8 @@ class Comparison:
 
     def _trainer(self, system: System, routing_args: RoutingArguments, args: TrainingArguments) -> tuple:
         set_seed(args.seed)
-        implementations = {
-            "attn_implementation": self.model_args.attn_implementation,
-            "experts_implementation": self.model_args.experts_implementation,
-        }
         config = self.config_of(system)
-        model = AutoModelForCausalLM.from_config(config, **{k: v for k, v in implementations.items() if v is not None})
+        model = AutoModelForCausalLM.from_config(config, **self.model_args.implementations)
         set_hash_tables(model, routing_args, self.blocks["train"])
         if not config.num_moe_layers:
             routing_args = RoutingArguments()

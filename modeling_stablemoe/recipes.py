@@ -67,6 +67,15 @@ class ModelArguments:
         except json.JSONDecodeError as error:
             raise ValueError(f"`--config_overrides` is not valid JSON: {error}.") from error
 
+    @property
+    def implementations(self) -> dict[str, str]:
+        """`dict`: those of attention and experts that are named, as `from_pretrained` and `from_config` take them."""
+        named = {
+            "attn_implementation": self.attn_implementation,
+            "experts_implementation": self.experts_implementation,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
 
 @dataclass
 class RoutingArguments:

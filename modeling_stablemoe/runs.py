@@ -109,18 +109,13 @@ def build_model(
         OSError: if there is no such preset or checkpoint.
         ValueError: if it is damaged or of another kind.
     """
-    implementations = {
-        "attn_implementation": model_args.attn_implementation,
-        "experts_implementation": model_args.experts_implementation,
-    }
-    implementations = {name: value for name, value in implementations.items() if value is not None}
     if model_args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
         _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
-        return auto_class.from_pretrained(model_args.model_name_or_path, **implementations)
+        return auto_class.from_pretrained(model_args.model_name_or_path, **model_args.implementations)
     _require_kind(read_preset(model_args.model_preset)[0], auto_class, f"The preset {model_args.model_preset!r}")
     fields = {**model_fields(tokenizer), **fields, **model_args.overrides}
-    return auto_class.from_config(load_preset(model_args.model_preset, **fields), **implementations)
+    return auto_class.from_config(load_preset(model_args.model_preset, **fields), **model_args.implementations)
 
 
 def _require_kind(config_class: type, auto_class: type, what: str):

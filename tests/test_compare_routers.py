@@ -1,7 +1,6 @@
 """The comparison script, run as users run it."""
 
 import json
-import random
 import re
 import shutil
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 from safetensors.torch import load_file
-from test_run_clm import PRESET
-from workplaces import Workplace, load_script, refuse
+from test_run_clm import CausalWorkplace
+from workplaces import load_script, refuse
 
 from modeling_stablemoe import comparison
 from modeling_stablemoe.data import collate_blocks
@@ -27,19 +26,15 @@ stablemoe: {stage1_steps: 0.5}
 NAMES = ["dense", "switch", "base", "hash", "base-fixed", "stablemoe"]
 
 
-class CompareWorkplace(Workplace):
-    """A folder with a corpus, a preset and systems."""
+class CompareWorkplace(CausalWorkplace):
+    """The folder of the training script, with a test split and systems."""
 
     script = "compare_routers.py"
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        words = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
-        generator = random.Random(0)
-        documents = [" ".join(generator.choices(words, k=25)) for _ in range(200)]
-        (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n")
+        documents = (folder / "corpus.txt").read_text().strip().split("\n\n")
         (folder / "test.txt").write_text("\n\n".join(reversed(documents[:40])) + "\n")
-        (folder / "preset.json").write_text(json.dumps(PRESET))
         (folder / "systems.yaml").write_text(SYSTEMS)
 
     def arguments(self, output: str, *more: str, **options) -> list[str]:
