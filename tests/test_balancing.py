@@ -1,0 +1,281 @@
+"""The balanced table: against scipy's exact one and brute force, bound, limit, degenerate tables, and errors."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from modeling_stablemoe.balancing_stablemoe import BalancedTable, balanced_table
+
+
+MAX_LOADS = [1.0, 1.05, 1.2, 1.5, 2.0]
+
+
+@st.composite
+def small_problems(draw):
+    num_ids, num_experts = draw(st.integers(1, 8)), draw(st.integers(1, 4))
+    rows = st.lists(st.integers(0, 12), min_size=num_experts, max_size=num_experts)
+    agreement = draw(st.lists(rows, min_size=num_ids, max_size=num_ids))
+    counts = draw(st.lists(st.integers(0, 15), min_size=num_ids, max_size=num_ids))
+    return torch.tensor(agreement), torch.tensor(counts), draw(st.sampled_from(MAX_LOADS))
+
+
+def exact_limit(counts: torch.Tensor, num_experts: int, max_load: float) -> Fraction:
+    return Fraction(str(max_load)) * int(counts.sum()) / num_experts
+
+
+def smallest_load(counts: torch.Tensor, num_experts: int) -> int:
+    """What the most loaded expert must take at least: the sums of all subsets, one expert after the other."""
+    loads = {(0,) * num_experts}
+    for count in counts.tolist():
+        loads = {
+            tuple(sorted(load[:i] + (load[i] + count,) + load[i + 1 :])) for load in loads for i in range(num_experts)
+        }
+    return min(max(load) for load in loads)
+
+
+def largest_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: float) -> float:
+    """The optimum, for whole numbers."""
+    num_ids, num_experts = agreement.shape
+    once = np.kron(np.eye(num_ids), np.ones(num_experts))
+    load = np.kron(counts.numpy(), np.eye(num_experts))
+    result = milp(
+        -agreement.numpy().ravel().astype(float),
+        integrality=np.ones(num_ids * num_experts),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(load, -np.inf, math.floor(limit + 1e-9))],
+        options={"mip_rel_gap": 0},
+    )
+    return round(-result.fun)
+
+
+def assert_consistent(result: BalancedTable, agreement: torch.Tensor, counts: torch.Tensor) -> None:
+    """What must hold for any result."""
+    num_experts = agreement.shape[1]
+    load = torch.stack([counts.double()[result.table == i].sum() for i in range(num_experts)])
+    assert result.table.dtype == torch.long
+    torch.testing.assert_close(result.load, load, rtol=1e-12, atol=0)
+    assert (result.load <= result.limit).all()
+    kept = agreement.double().gather(1, result.table.unsqueeze(-1)).sum().item()
+    assert result.agreement == pytest.approx(kept, rel=1e-12)
+    assert result.best_agreement == pytest.approx(agreement.double().amax(-1).sum().item(), rel=1e-12)
+    assert result.agreement <= result.bound <= result.best_agreement
+
+
+def zipf_problem(num_ids: int, num_experts: int, heaviest: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts of a power law, the first `heaviest` times the last, and shares that prefer some experts."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = (heaviest / torch.arange(1, num_ids + 1)).ceil()[torch.randperm(num_ids, generator=generator)]
+    taste = torch.randn(num_experts, generator=generator)
+    shares = (2 * torch.randn(num_ids, num_experts, generator=generator) + taste).softmax(-1)
+    return shares.double() * counts.unsqueeze(-1), counts
+
+
+def greedy_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: float) -> float:
+    """Heaviest id first, each to the expert with room where most tokens agree."""
+    room, kept = [limit] * agreement.shape[1], 0.0
+    for token in counts.argsort(descending=True).tolist():
+        expert = max(
+            (i for i in range(len(room)) if room[i] >= counts[token]), key=agreement[token].tolist().__getitem__
+        )
+        room[expert] -= counts[token].item()
+        kept += agreement[token, expert].item()
+    return kept
+
+
+@given(problem=small_problems())
+@settings(max_examples=150, deadline=None)
+def test_small_problems_reach_the_optimum_of_scipy_and_raise_the_limit_only_where_nothing_fits(problem):
+    agreement, counts, max_load = problem
+    result = balanced_table(agreement, counts, max_load)
+    assert_consistent(result, agreement, counts)
+    limit, needed = exact_limit(counts, agreement.shape[1], max_load), smallest_load(counts, agreement.shape[1])
+    if needed <= limit:
+        assert result.limit == pytest.approx(float(limit), rel=1e-12)
+    else:
+        assert result.limit >= needed
+    assert result.agreement == largest_agreement(agreement, counts, result.limit)
+    assert result.bound == result.agreement
+
+
+@given(seed=st.integers(0, 999), max_load=st.sampled_from(MAX_LOADS[1:]))
+@settings(max_examples=30, deadline=None)
+def test_counts_that_are_not_whole_reach_the_optimum_of_brute_force(seed, max_load):
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.rand(6, generator=generator, dtype=torch.float64)
+    agreement = torch.rand(6, 3, generator=generator, dtype=torch.float64) * counts.unsqueeze(-1)
+    result = balanced_table(agreement, counts, max_load)
+    assert_consistent(result, agreement, counts)
+    tables = torch.tensor(list(itertools.product(range(3), repeat=6)))
+    load = torch.stack([(counts * (tables == i)).sum(-1) for i in range(3)], dim=-1)
+    kept = agreement.gather(1, tables.T).sum(0)
+    assert result.agreement == pytest.approx(kept[load.amax(-1) <= result.limit * (1 + 1e-9)].max().item(), rel=1e-9)
+    needed, limit = load.amax(-1).min().item(), max_load * counts.sum().item() / 3
+    assert (result.limit > limit * (1 + 1e-9)) == (needed > limit * (1 + 1e-9))
+
+
+def test_by_hand_the_id_that_loses_least_leaves_the_crowded_expert():
+    agreement = torch.tensor([[5.0, 0.0], [5.0, 4.0], [5.0, 1.0], [3.0, 2.5]])
+    result = balanced_table(agreement, torch.ones(4), 1.0)
+    assert result.table.tolist() == [0, 1, 0, 1]
+    assert result[1:5] == (16.5, 18.0, 16.5, 2.0)
+
+
+def test_greedy_packing_misses_the_limit_but_a_table_within_it_is_found():
+    # Heaviest first gives 3 + 2 + 2 on one expert; 3 + 3 and 2 + 2 + 2 fit.
+    result = balanced_table(torch.ones(5, 2), torch.tensor([3, 3, 2, 2, 2]), 1.0)
+    assert result.limit == 6
+    assert result.load.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("heaviest", [300.0, 30000.0])
+@pytest.mark.parametrize("max_load", [1.05, 1.5])
+def test_many_ids_come_close_to_the_bound_and_beat_the_greedy_table(heaviest, max_load):
+    agreement, counts = zipf_problem(2000, 16, heaviest)
+    result = balanced_table(agreement, counts, max_load)
+    assert_consistent(result, agreement, counts)
+    assert result.limit == pytest.approx(max(max_load * counts.sum().item() / 16, counts.max().item()), rel=1e-9)
+    assert result.bound - result.agreement <= 1e-3 * result.bound
+    assert result.agreement > greedy_agreement(agreement, counts, result.limit)
+    assert result.bound < result.best_agreement
+
+
+@pytest.mark.parametrize("max_load", [4.0, 4.5])
+def test_rebalanced_table_stays_where_the_limit_does_not_bind(max_load):
+    generator = torch.Generator().manual_seed(0)
+    table, counts = torch.randint(4, (300,), generator=generator), torch.randint(1, 99, (300,), generator=generator)
+    result = balanced_table(torch.eye(4)[table] * counts.unsqueeze(-1), counts, max_load)
+    assert torch.equal(result.table, table)
+    assert result.agreement == result.bound == result.best_agreement == counts.sum()
+
+
+def test_rebalanced_table_moves_no_more_tokens_than_are_too_many():
+    # Expert 0 has 60 tokens of 80, in ids of one token; 20 may stay.
+    table = torch.cat([torch.zeros(60), torch.arange(20) % 3 + 1]).long()
+    result = balanced_table(torch.eye(4)[table], torch.ones(80), 1.0)
+    assert result.agreement == result.bound == 40
+    assert result.load.tolist() == [20] * 4
+
+
+@given(problem=small_problems(), exponent=st.sampled_from([-40, -3, 5, 60]))
+@settings(max_examples=40, deadline=None)
+def test_scale_of_the_agreement_changes_nothing(problem, exponent):
+    agreement, counts, max_load = problem
+    result = balanced_table(agreement, counts, max_load)
+    scaled = balanced_table(agreement.double() * 2.0**exponent, counts, max_load)
+    assert torch.equal(scaled.table, result.table)
+    assert scaled.agreement == result.agreement * 2.0**exponent
+
+
+@given(problem=small_problems(), factor=st.sampled_from([0.1, 0.25, 3.0, 1e6]))
+@settings(max_examples=40, deadline=None)
+def test_scale_of_the_counts_changes_no_agreement(problem, factor):
+    agreement, counts, max_load = problem
+    result = balanced_table(agreement, counts, max_load)
+    # In float32 a tenth is off by more than loads may be.
+    scaled = balanced_table(agreement, counts.double() * factor, max_load)
+    assert scaled.agreement == result.agreement
+    assert scaled.limit == pytest.approx(result.limit * factor, rel=1e-6)
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_order_of_the_experts_does_not_matter(seed):
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, 30, (8,), generator=generator)
+    # So that one table alone is the best.
+    agreement, experts = torch.rand(8, 4, generator=generator) * counts.unsqueeze(-1), torch.tensor([2, 0, 3, 1])
+    result, permuted = (balanced_table(values, counts, 1.2) for values in (agreement, agreement[:, experts]))
+    assert result.bound == result.agreement
+    assert torch.equal(experts[permuted.table], result.table)
+    assert torch.equal(permuted.load, result.load[experts])
+
+
+def test_ids_that_weigh_nothing_go_to_their_best_expert():
+    agreement = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [9.0, 0.0, 1.0], [9.0, 1.0, 0.0], [9.0, 0.0, 0.0]])
+    result = balanced_table(agreement, torch.tensor([0, 0, 1, 1, 1]), 1.0)
+    assert result.table.tolist() == [0, 1, 2, 1, 0]
+    assert (result.agreement, result.bound, result.best_agreement) == (12, 12, 28)
+
+
+@pytest.mark.parametrize(
+    ("agreement", "counts"),
+    [
+        (torch.ones(0, 3), torch.ones(0)),
+        (torch.ones(1, 1), torch.ones(1)),
+        (torch.ones(9, 1), torch.rand(9)),
+        (torch.ones(2, 5), torch.tensor([1.0, 7.0])),
+        (torch.zeros(40, 5), torch.arange(40)),
+        (torch.ones(40, 5), torch.arange(40)),
+        (torch.arange(12.0).view(4, 3), torch.zeros(4)),
+        (torch.eye(3)[[0, 0, 0, 0]] * 1e9, torch.tensor([1e9, 1, 1, 1])),
+        (torch.rand(30, 4, generator=torch.Generator().manual_seed(0)) ** 9, torch.logspace(-9, 9, 30)),
+        (torch.ones(4, 2), torch.tensor([1e-300, 1.0, 1.0, 3.0])),
+    ],
+)
+@pytest.mark.parametrize("max_load", [1.0, 1.3])
+def test_degenerate_problems_keep_what_can_be_kept(agreement, counts, max_load):
+    result = balanced_table(agreement, counts, max_load)
+    assert_consistent(result, agreement, counts)
+    assert result.bound == pytest.approx(result.agreement, rel=1e-3)
+
+
+def test_id_heavier_than_the_limit_raises_it_to_its_own_weight():
+    agreement, counts = zipf_problem(200, 8, 300.0)
+    counts[7] = 5000.0
+    assert balanced_table(agreement, counts, 1.1).limit == 5000
+
+
+def test_same_numbers_give_the_same_table_draw_no_random_numbers_and_stay_as_they_are():
+    agreement, counts = zipf_problem(400, 8, 300.0)
+    before, state = (agreement.clone(), counts.clone()), torch.get_rng_state()
+    first = balanced_table(agreement.requires_grad_(), counts, 1.05)
+    torch.manual_seed(3)
+    assert torch.equal(balanced_table(agreement, counts, 1.05).table, first.table)
+    torch.manual_seed(0)
+    torch.set_rng_state(state)
+    balanced_table(agreement, counts, 1.05)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(agreement.detach(), before[0])
+    assert torch.equal(counts, before[1])
+
+
+def test_more_nodes_never_keep_less():
+    agreement, counts = zipf_problem(60, 6, 300.0, seed=1)
+    kept = [balanced_table(agreement, counts, 1.1, node_limit=limit) for limit in (0, 20000)]
+    assert kept[0].agreement <= kept[1].agreement <= kept[1].bound <= kept[0].bound
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (3, 0)])
+def test_agreement_that_is_no_matrix_is_refused(shape):
+    with pytest.raises(ValueError, match=r"`agreement` has shape .* one row per token id"):
+        balanced_table(torch.ones(shape), torch.ones(3), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 1), ()])
+def test_counts_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"`token_counts` has shape .* one count per row"):
+        balanced_table(torch.ones(3, 2), torch.ones(shape), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [(-1.0, "holds -1.0; pass numbers >= 0"), (math.nan, "nan; pass finite")]
+)
+@pytest.mark.parametrize("name", ["agreement", "token_counts"])
+def test_numbers_that_are_negative_or_not_finite_are_refused(name, value, message):
+    tensors = {"agreement": torch.ones(3, 2), "token_counts": torch.ones(3)}
+    tensors[name].view(-1)[1] = value
+    with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
+        balanced_table(**tensors, max_load=1.0)
+
+
+@pytest.mark.parametrize("max_load", [0.99, -1.0, math.nan, math.inf])
+def test_max_load_below_one_or_not_finite_is_refused(max_load):
+    with pytest.raises(ValueError, match=rf"`max_load` is {max_load}; pass a finite number >= 1"):
+        balanced_table(torch.ones(3, 2), torch.ones(3), max_load)
