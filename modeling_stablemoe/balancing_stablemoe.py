@@ -40,7 +40,7 @@ MOST_SWEEPS = 3
 # Sums of the same numbers in another order differ by less, relatively.
 ROUNDING = 1e-12
 # All pairs of so many ids are looked at when places are changed, so often.
-MOST_EXCHANGING = 500
+MOST_EXCHANGING = 200
 MOST_EXCHANGES = 60
 # Ids that may change, in a depth-first search that stands a chance.
 MOST_SEARCHED = 2000
@@ -51,7 +51,7 @@ MOST_PRICED = 24
 # What it costs to drop a node after one sweep, in nodes that are priced.
 DROP_COST = 0.2
 # Many ids are not searched on where this share of the bound at most is missing.
-NEGLIGIBLE = 2e-5
+NEGLIGIBLE = 1e-3
 
 
 class BalancedTable(NamedTuple):
@@ -658,4 +658,79 @@ def balanced_table(agreement: Tensor, token_counts: Tensor, max_load: float, nod
     return BalancedTable(table_V, kept, best_agreement, bound, limit, load_E)
 
 
-__all__ = ["BalancedTable", "balanced_table"]
+@torch.no_grad()
+def balanced_table_in_bands(
+    agreement: Tensor, token_counts: Tensor, max_load: float, num_bands: int, node_limit: int = 20000
+) -> BalancedTable:
+    """Choose a table that is balanced among the frequent ids, among the less frequent ones, and so on to the rarest.
+
+    A few ids are a large part of any text. A load within its limit says nothing of how they are spread: an expert that
+    serves several of them has little left for rare ids. So ids are cut into bands, each with as many tokens, and
+    placed band by band, the most frequent first. After every band no expert has more than `max_load` times the mean
+    of the tokens placed so far, but for an id that alone is more: that shares its expert with nothing until the others
+    have caught up. Within a band the table is chosen as in `balanced_table`, given those before.
+
+    Args:
+        agreement (`torch.Tensor` of shape `(V, E)`): see `balanced_table`.
+        token_counts (`torch.Tensor` of shape `(V,)`): see `balanced_table`.
+        max_load (`float`): see `balanced_table`.
+        num_bands (`int`): >= 1; with 1 this is `balanced_table`.
+        node_limit (`int`, *optional*, defaults to 20000): see `balanced_table`; for each band.
+
+    Returns:
+        `BalancedTable`, on the CPU. Its `bound` is of tables that hold the same ids of heavier bands.
+
+    Raises:
+        ValueError: see `balanced_table`; also for fewer than one band.
+    """
+    if num_bands < 1:
+        raise ValueError(f"`num_bands` is {num_bands}; pass an integer >= 1.")
+    count_V = token_counts.detach().cpu().double()
+    if num_bands == 1 or agreement.shape[-1:] == (1,) or not count_V.sum() > 0:
+        return balanced_table(agreement, token_counts, max_load, node_limit)
+    check(agreement, token_counts, max_load)
+    agreement_VE, num_experts = agreement.detach().cpu().double(), agreement.shape[1]
+    order_V = count_V.argsort(descending=True, stable=True)
+    share_V = count_V[order_V].cumsum(0) / count_V.sum()
+    band_V = (share_V * num_bands).ceil().clamp(1, num_bands).long()
+    table_V, load_E = agreement_VE.argmax(-1), torch.zeros(num_experts, dtype=torch.float64)
+    placed, gaps, capacity = 0.0, 0.0, 0.0
+    for band in band_V.unique().tolist():
+        ids = order_V[(band_V == band) & (count_V[order_V] > 0)]
+        placed += count_V[ids].sum().item()
+        band_table, gap, capacity = place_band(
+            agreement_VE[ids], count_V[ids], load_E, max_load * placed / num_experts, node_limit
+        )
+        table_V[ids] = band_table
+        load_E, gaps = load_E + table_load(band_table, count_V[ids], num_experts), gaps + gap
+    kept = agreement_VE.gather(1, table_V.unsqueeze(-1)).sum().item()
+    best = agreement_VE.amax(-1).sum().item()
+    return BalancedTable(
+        table_V, kept, best, max(kept, min(kept + gaps, best)), max(capacity, load_E.max().item()), load_E
+    )
+
+
+def place_band(
+    agreement_VE: Tensor, weight_V: Tensor, load_E: Tensor, limit: float, node_limit: int
+) -> tuple[Tensor, float, float]:
+    """Place ids in descending weight beside the loads that are there.
+
+    Returns:
+        Their table, `(V,)`; how much more another one may keep at most; the limit, raised to what the greedy packing
+        needs where that is more.
+    """
+    heap = [(tokens, expert) for expert, tokens in enumerate(load_E.tolist())]
+    heapq.heapify(heap)
+    packed, needed = [], 0.0
+    for weight in weight_V.tolist():
+        tokens, expert = heap[0]
+        heapq.heapreplace(heap, (tokens + weight, expert))
+        packed.append(expert)
+        needed = max(needed, tokens + weight)
+    limit = max(limit, needed) * (1 + ROUNDING)
+    problem = Problem(agreement_VE, weight_V, (limit - load_E).clamp(min=0.0))
+    table_V, gap = Search(problem, torch.tensor(packed), node_limit).run()
+    return table_V, gap, limit
+
+
+__all__ = ["BalancedTable", "balanced_table", "balanced_table_in_bands"]

@@ -19,11 +19,15 @@ from transformers.trainer_callback import CallbackHandler
 
 from .distillation_stablemoe import sees_context
 from .fluctuation import RoutingHistory
+from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from .stages_stablemoe import TwoStageRoutingMixin
-from .statistics import RoutingMeter, imbalance
+from .statistics import RoutingMeter
 
 
 logger = logging.getLogger(__name__)
+
+# Beside a checkpoint of stage 1: what `SettlingWatch` goes on from.
+WATCH_FILE = "stage1_watch.safetensors"
 
 
 def find_stablemoe(model: nn.Module) -> TwoStageRoutingMixin:
@@ -84,8 +88,9 @@ class _LoggingCallback(TrainerCallback):
 class RoutingStatisticsCallback(_LoggingCallback):
     """Adds routing statistics to the Trainer's training logs, for a model of any router.
 
-    These are `task_loss`, `load_max_over_mean` and `routing_stage`; where the log covers steps in which the routing was
-    learned also `balance_loss` and, where it is distilled, `distillation_loss` and `distillation_agreement`.
+    These are `task_loss`, `load_max_over_mean`, `mean_gate`, `closed_gates`, `common_direction` and `routing_stage`; where
+    the log covers steps in which the routing was learned also `balance_loss` and, where it is distilled,
+    `distillation_loss`, `distillation_agreement` and `distillation_agreement_by_id` (see `RoutingTotals.metrics`).
 
     `StageTransitionCallback` does all this and freezes the routing; take one of the two.
 
@@ -124,60 +129,125 @@ class RoutingStatisticsCallback(_LoggingCallback):
 
 
 class StageTransitionCallback(RoutingStatisticsCallback):
-    """Freezes the routing at a given step of training: stage 1 before it, stage 2 after it.
+    """Freezes the routing: stage 1 before, stage 2 after.
 
-    The transition happens once, at the end of that optimizer step, before anything is logged, evaluated or saved at
-    that step. The stage is read from the model and the step from the Trainer, so a resumed run needs no more than the
+    The transition happens once, at the end of an optimizer step, before anything is logged, evaluated or saved at that
+    step. The stage is read from the model and the step from the Trainer, so a resumed run needs no more than the
     checkpoint. `requires_grad` and the optimizer's groups stay as they are. Every router that is distilled can be
     frozen: `"stable"`, and `"switch"` and `"base"` with a `distilled_router` (table 5).
 
-    Adds the statistics of `RoutingStatisticsCallback` to the Trainer's logs and, at the transition, an entry with
-    `transition_*` of its own.
+    Adds the statistics of `RoutingStatisticsCallback` to the Trainer's logs and, while there are tables to compare,
+    `table_change`, the share of the tokens so far whose expert, by the table that would be frozen, is not that of the
+    last check. At the transition it logs an entry with `transition_*` of its own and says in plain words what is being
+    frozen; a routing that is not worth it (see `stage1.Verdict`) gets a warning with the remedy.
 
     Args:
         stage1_steps (`int` or `float`): length of stage 1, as optimizer steps (an `int` >= 1) or as a share of all
             steps (a `float` in (0, 1)). The paper's language models take 6 000 of 60 000 steps (table 7).
+        settled_change (`float`, *optional*): freeze earlier, once `table_change` was at most this in two checks in
+            succession and nothing speaks against it. `stage1_steps` is the latest step then.
+        hold_until_ready (`int` or `float`, *optional*): where something speaks against freezing after `stage1_steps`,
+            go on with stage 1 until nothing does, but until this step, or share of all steps, at the latest.
+        check_steps (`int`, *optional*): optimizer steps between checks. Default: as between logs.
 
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
-            another kind or dense, if it is frozen already, or if its routing is not distilled.
+            another kind or dense, if it is frozen already, if its routing is not distilled, or if it is to settle and
+            has no table.
     """
 
-    def __init__(self, stage1_steps: int | float):
-        if isinstance(stage1_steps, bool) or not isinstance(stage1_steps, (int, float)):
-            raise ValueError(f"`stage1_steps` must be an int (steps) or a float (share), got {stage1_steps!r}.")
-        if isinstance(stage1_steps, float) and not 0 < stage1_steps < 1:
-            raise ValueError(
-                f"`stage1_steps` as a share of all steps must lie inside (0, 1), got {stage1_steps}; pass an int for "
-                "a number of steps."
-            )
-        if isinstance(stage1_steps, int) and stage1_steps < 1:
-            raise ValueError(f"`stage1_steps` must be at least 1 step, got {stage1_steps}.")
+    def __init__(
+        self,
+        stage1_steps: int | float,
+        settled_change: float | None = None,
+        hold_until_ready: int | float | None = None,
+        check_steps: int | None = None,
+    ):
+        _check_steps("stage1_steps", stage1_steps)
+        if hold_until_ready is not None:
+            _check_steps("hold_until_ready", hold_until_ready)
+        if settled_change is not None and (
+            isinstance(settled_change, bool)
+            or not isinstance(settled_change, (int, float))
+            or not 0 <= settled_change < 1
+        ):
+            raise ValueError(f"`settled_change` is a share of tokens in [0, 1), got {settled_change!r}.")
+        if check_steps is not None and (
+            isinstance(check_steps, bool) or not isinstance(check_steps, int) or check_steps < 1
+        ):
+            raise ValueError(f"`check_steps` must be an integer >= 1, got {check_steps!r}.")
         self.stage1_steps = stage1_steps
+        self.settled_change = settled_change
+        self.hold_until_ready = hold_until_ready
+        self.check_steps = check_steps
         self.transition_step: int | None = None
+        self.last_step: int | None = None
+        self._watch: SettlingWatch | None = None
+        self._change: float | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         stablemoe = find_stablemoe(model)
         self.transition_step = self.resolve_transition_step(state.max_steps)
+        self.last_step = self.resolve_last_step(state.max_steps)
         stablemoe.require_distillation()
-        if stablemoe.routing_stage == 2 and state.global_step < self.transition_step:
+        if self.settled_change is not None and sees_context(stablemoe.config):
+            raise ValueError(
+                f"`settled_change` watches a table, and a {stablemoe.config.distilled_router!r} router has none: leave it out."
+            )
+        settled = self.settled_change is not None and any("transition_step" in entry for entry in state.log_history)
+        if stablemoe.routing_stage == 2 and state.global_step < self.transition_step and not settled:
             raise ValueError(
                 f"The model's routing is frozen already, but stage 1 should last until step {self.transition_step} and "
                 f"this is step {state.global_step}. To train a frozen model further, or one with a hash, leave "
                 "StageTransitionCallback out; to resume a run, give the `stage1_steps` it was started with."
             )
-        if state.global_step > 0:
-            _check_fingerprint_of_checkpoint(stablemoe, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        if stablemoe.routing_stage == 1 and state.global_step >= self.transition_step:
-            self._freeze(args, state, control)
+        self._watch = SettlingWatch(self._meter)
+        if state.global_step > 0:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            _check_fingerprint_of_checkpoint(stablemoe, checkpoint)
+            self._watch.load(checkpoint / WATCH_FILE)
+        if stablemoe.routing_stage == 1 and state.global_step >= self.last_step:
+            self._freeze(args, state, control, judge(self._meter))
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Freeze the routing at the end of the last step of stage 1."""
+        """Close the step in the statistics; check the routing, and freeze it when it is time."""
         super().on_step_end(args, state, control, **kwargs)
-        if self._meter.model.routing_stage == 1 and state.global_step >= self.transition_step:
-            self._freeze(args, state, control)
+        if self._meter.model.routing_stage == 2:
+            return
+        step, interval = state.global_step, self.check_steps or max(1, int(state.logging_steps))
+        is_check = step % interval == 0
+        if is_check:
+            self._change = self._watch.check()
+        if step >= self.last_step or (step >= self.transition_step and self.hold_until_ready is None):
+            self._freeze(args, state, control, judge(self._meter))
+        elif step == self.transition_step or (step > self.transition_step and is_check):
+            verdict = judge(self._meter)
+            if not verdict.problems():
+                self._freeze(args, state, control, verdict)
+            elif step == self.transition_step:
+                self._say(
+                    state, f"StableMoE: the transition is held, until step {self.last_step} at the latest:", verdict
+                )
+        elif is_check and self.settled_change is not None and self._watch.has_settled(self.settled_change):
+            verdict = judge(self._meter)
+            if not verdict.problems():
+                self._freeze(args, state, control, verdict)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the routing statistics, and the change that the last check found."""
+        super().on_log(args, state, control, logs=logs, **kwargs)
+        if logs is not None and "loss" in logs and self._change is not None:
+            self._add(logs, state, {"table_change": self._change})
+            self._change = None
+
+    def on_save(self, args, state, control, **kwargs):
+        """Put beside a checkpoint of stage 1 what watching goes on from."""
+        if self._meter is not None and self._meter.model.routing_stage == 1:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                self._watch.save(folder / WATCH_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
@@ -188,23 +258,23 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop watching, and say so if training ended in stage 1."""
-        if self._meter.model.routing_stage == 1 and state.global_step >= self.transition_step:
+        if self._meter.model.routing_stage == 1 and state.global_step >= self.last_step:
             logger.warning(
                 "The best checkpoint, loaded at the end of training, is from stage 1 (the transition was at step %d): its "
                 "routing is not frozen. Train it on, or call `model.freeze_router()`.",
-                self.transition_step,
+                self.last_step,
             )
         elif self._meter.model.routing_stage == 1:
             logger.warning(
                 "Training ended at step %d, before the transition at step %d: the routing is not frozen. Train on, or "
                 "call `model.freeze_router()`.",
                 state.global_step,
-                self.transition_step,
+                self.last_step,
             )
         super().on_train_end(args, state, control, **kwargs)
 
     def resolve_transition_step(self, max_steps: int) -> int:
-        """Find the step at whose end the routing is frozen.
+        """Find the step at whose end the routing is frozen, unless it settles earlier or is held.
 
         Args:
             max_steps (`int`): optimizer steps of the whole training.
@@ -215,45 +285,71 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         Raises:
             ValueError: if stage 1 would outlast training.
         """
-        if isinstance(self.stage1_steps, float):
-            return max(1, round(self.stage1_steps * max_steps))
-        if self.stage1_steps > max_steps:
-            raise ValueError(
-                f"Stage 1 of {self.stage1_steps} steps is longer than training ({max_steps} steps): the routing would "
-                "never be frozen. Lower `stage1_steps` or train longer."
-            )
-        return self.stage1_steps
+        return _resolve_steps("stage1_steps", self.stage1_steps, max_steps)
 
-    def _freeze(self, args, state, control):
-        model = self._meter.model
-        recent = self._meter.recent()
-        model.freeze_router()
-        report = {"routing_stage": 2, "transition_step": state.global_step}
-        message = f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins."
-        metrics = {} if recent is None else recent.metrics(stage=1)
-        if "distillation_agreement" in metrics:
-            report["transition_agreement"] = metrics["distillation_agreement"]
-            report["transition_load_max_over_mean"] = metrics["load_max_over_mean"]
-            message += (
-                f" Over the last {self._meter.num_recent_steps} steps the distilled router sent "
-                f"{metrics['distillation_agreement']:.1%} of the tokens where the backbone router did, and the "
-                f"backbone's expert load was max/mean {metrics['load_max_over_mean']:.2f}."
+    def resolve_last_step(self, max_steps: int) -> int:
+        """Find the step at whose end the routing is frozen at the latest.
+
+        Raises:
+            ValueError: if it is not between the transition and the end of training.
+        """
+        transition = self.resolve_transition_step(max_steps)
+        if self.hold_until_ready is None:
+            return transition
+        last = _resolve_steps("hold_until_ready", self.hold_until_ready, max_steps)
+        if last < transition:
+            raise ValueError(
+                f"`hold_until_ready` ends at step {last}, before the transition at step {transition}; raise it, or leave "
+                "it out."
             )
-        table_load = self._meter.table_load()
-        if table_load is not None:
-            report["transition_table_load_max_over_mean"] = imbalance(table_load)
-            message += (
-                f" The frozen table sends the {table_load[0].sum().item():,.0f} tokens seen in stage 1 to their experts "
-                f"with max/mean {imbalance(table_load):.2f} (lightest expert {_lightest(table_load):.2f} of the mean)."
-            )
-        if sees_context(model.config):
-            message += (
-                f" The distilled router looks back at earlier tokens ({model.config.distilled_router}), so its weights are "
-                "frozen, not a table."
-            )
+        return last
+
+    def _freeze(self, args, state, control, verdict: Verdict):
+        """Freeze, log what was frozen, and say it."""
+        model, counts = self._meter.model, self._meter.counted_tokens()
+        balanced = model.freeze_router()
+        frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
+        report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
         self._log(args, state, control, report)
-        if state.is_world_process_zero:
-            tqdm.write(f"{message} Fingerprint {model.config.router_fingerprint}.")
+        opening = f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins."
+        closing = f"Fingerprint {model.config.router_fingerprint}."
+        if sees_context(model.config):
+            closing = (
+                f"The distilled router looks back at earlier tokens ({model.config.distilled_router}), so its weights are "
+                f"frozen, not a table. {closing}"
+            )
+        self._say(state, " ".join([opening, *frozen.sentences(), closing]), verdict)
+
+    def _say(self, state: TrainerState, message: str, verdict: Verdict):
+        if not state.is_world_process_zero:
+            return
+        tqdm.write(message)
+        problems = verdict.problems()
+        if problems:
+            logger.warning("This routing is not worth freezing: %s.", "; ".join(problems))
+
+
+def _check_steps(name: str, steps: int | float):
+    if isinstance(steps, bool) or not isinstance(steps, (int, float)):
+        raise ValueError(f"`{name}` must be an int (steps) or a float (share), got {steps!r}.")
+    if isinstance(steps, float) and not 0 < steps < 1:
+        raise ValueError(
+            f"`{name}` as a share of all steps must lie inside (0, 1), got {steps}; pass an int for a number of steps."
+        )
+    if isinstance(steps, int) and steps < 1:
+        raise ValueError(f"`{name}` must be at least 1 step, got {steps}.")
+
+
+def _resolve_steps(name: str, steps: int | float, max_steps: int) -> int:
+    if isinstance(steps, float):
+        return max(1, round(steps * max_steps))
+    if steps > max_steps:
+        what = "Stage 1" if name == "stage1_steps" else f"`{name}`"
+        raise ValueError(
+            f"{what} of {steps} steps is longer than training ({max_steps} steps): the routing would never be frozen. "
+            f"Lower `{name}` or train longer."
+        )
+    return steps
 
 
 class TrainingClockCallback(_LoggingCallback):
@@ -313,10 +409,6 @@ def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Pa
             f"The routing tables in {str(checkpoint)!r} are not those that it was saved with: their fingerprint is "
             f"{actual}, its config has {expected}. Resume from an earlier checkpoint."
         )
-
-
-def _lightest(load: Tensor) -> float:
-    return (load.amin(-1) / load.mean(-1)).min().item()
 
 
 class RoutingFluctuationCallback(_LoggingCallback):

@@ -46,6 +46,8 @@ class System:
         config (`dict`): fields of the config to change.
         stage1_steps (`str`, *optional*): see `RoutingArguments`.
         hash_table (`str`, *optional*): see `RoutingArguments`.
+        settled_change (`float`, *optional*): see `RoutingArguments`.
+        hold_until_ready (`str`, *optional*): see `RoutingArguments`.
         family (`str`, *optional*): what it has in common with others that differ in size, which figures join by a
             line; default: its name.
     """
@@ -54,12 +56,16 @@ class System:
     config: dict[str, Any] = field(default_factory=dict)
     stage1_steps: str | None = None
     hash_table: str | None = None
+    settled_change: float | None = None
+    hold_until_ready: str | None = None
     family: str | None = None
 
     def __post_init__(self):
         """Give it a family, and check the rest."""
         self.family = self.family or self.name
-        self.stage1_steps = None if self.stage1_steps is None else str(self.stage1_steps)
+        for name in ("stage1_steps", "hold_until_ready"):
+            steps = getattr(self, name)
+            setattr(self, name, None if steps is None else str(steps))
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"The system {self.name!r} cannot be the name of a folder; choose another name.")
         if not isinstance(self.config, dict):
@@ -74,9 +80,14 @@ class System:
         """
         try:
             arguments = RoutingArguments(
-                self.stage1_steps, self.hash_table, fluctuation_check_steps, fluctuation_tokens
+                stage1_steps=self.stage1_steps,
+                settled_change=self.settled_change,
+                hold_until_ready=self.hold_until_ready,
+                hash_table=self.hash_table,
+                fluctuation_check_steps=fluctuation_check_steps,
+                fluctuation_tokens=fluctuation_tokens,
             )
-            _ = arguments.stage1
+            _ = arguments.stage1, arguments.hold
         except ValueError as error:
             raise ValueError(f"System {self.name!r}: {error}") from error
         return arguments

@@ -10,7 +10,11 @@ from transformers.activations import ACT2FN
 # One entry a router class of `routing_stablemoe.py`.
 ROUTER_TYPES = ("stable", "switch", "base", "hash")
 # One entry a kind of distilled router, see `distillation_stablemoe.py` (paper table 6).
-DISTILLED_ROUTERS = ("word_embedding", "bigram", "cnn", "transformer_1", "transformer_2", "transformer_3")
+DISTILLED_ROUTERS = ("word_embedding", "counts", "bigram", "cnn", "transformer_1", "transformer_2", "transformer_3")
+# Of these the routing is a table over the vocabulary; the others look back at earlier tokens.
+TABLE_ROUTERS = ("word_embedding", "counts")
+BALANCE_GRADIENTS = ("all", "centroids")
+ROUTER_NORMALIZATIONS = ("center", "standardize")
 # Of the balance loss, where the method has one: paper table 7; Fedus et al. (2022), section 2.2.
 _BALANCE_LOSS_COEFS = {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
@@ -44,8 +48,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy, a row of table 1: `"stable"`,
             `"switch"`, `"base"` or `"hash"`.
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
-            frozen (table 6). `"word_embedding"` sees the token alone and freezes into a table. These look back at
-            earlier tokens, and freeze as weights: `"bigram"`, the mean of the embeddings of this token and the last;
+            frozen (table 6). `"word_embedding"` sees the token alone and freezes into a table. So does `"counts"`, which
+            waits for no gradient: each token id goes to the expert that it was sent to most often (see `CountRouter`).
+            These look back at earlier tokens, and freeze as weights: `"bigram"`, the mean of the embeddings of this token and the last;
             `"cnn"`, a causal convolution of width 5; `"transformer_1"`, `"transformer_2"` and `"transformer_3"`, so
             many causal layers. They cost more with every token of context, and float64 arithmetic, which MPS lacks.
             Default: `"word_embedding"` for `"stable"`, `None` for all others: Switch and BASE as published never
@@ -55,6 +60,34 @@ class StableMoEBaseConfig(PreTrainedConfig):
             of N sum_i f_i P_i (default 0.01) for `"switch"`; `"base"` and `"hash"` have no balance loss.
         distillation_loss_coef (`float`, *optional*, defaults to 1.0): weight of L_dis (1 in eq. 11; the released
             training command has 0.3).
+        balance_gradient (`str`, *optional*, defaults to `"all"`): what learns from the balance loss: `"all"` is the
+            paper's, centroids and hidden states; `"centroids"` keeps it out of the hidden states, which else can shut
+            every gate at once by moving along the centroids' negative sum.
+        balance_loss_warmup_tokens (`int`, *optional*, defaults to 0): the balance loss counts in full after so many
+            tokens of stage 1, of all processes, and in proportion before; 0 is the paper's.
+        router_normalization (`str`, *optional*): what is done to hidden states before they are scored to choose experts in
+            stage 1: `"center"` subtracts their running mean, `"standardize"` also divides each feature by its running
+            standard deviation. The gate is of the raw states in both stages. The statistics are numbers without gradient;
+            they follow the tokens of stage 1, of all processes, and travel with the weights. In training as in evaluation
+            nothing but them is used, never those of the batch. Default: `None`, the paper's raw states.
+        router_half_life (`int`, *optional*, defaults to 65536): tokens, of all processes, after which a token counts
+            half in the running statistics of `router_normalization`.
+        expert_bias_rate (`float`, *optional*, defaults to 0.0): balances without a loss (Wang et al., 2024): a bias an
+            expert is added to the scores that choose experts, not to the gate; after each forward pass of stage 1 it
+            rises by so much where an expert had less than its share of the tokens of all processes, and falls where it
+            had more. 0 is the paper's.
+        counts_half_life (`int`, *optional*): tokens, of all processes, after which a token counts half for `"counts"`.
+            `None`: all tokens of stage 1 count the same.
+        share_experts_in_stage1 (`bool`, *optional*, defaults to `False`): while the routing is learned all experts of a
+            layer are equal and learn from all of its tokens; they part when it is frozen, each to learn from its own
+            tokens. So no update is lost on an expert that will not serve the token. `False` is the paper's.
+        max_frozen_load (`float`, *optional*): when the routing is frozen into a table, no expert gets more than this
+            times the mean of the tokens of stage 1; the table keeps as much agreement as that allows (see
+            `balanced_table`). Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1; `None`, the paper's,
+            freezes the distilled router as it is.
+        frozen_load_bands (`int`, *optional*, defaults to 1): with `max_frozen_load`, cut the token ids into so many bands
+            from frequent to rare, each with as many tokens, and keep to the limit after every band: frequent ids are
+            spread over all experts, too (see `balanced_table_in_bands`).
         router_aux_loss_coef (`float`, *optional*, defaults to 1.0): factor on the whole auxiliary loss,
             `loss = task_loss + router_aux_loss_coef * aux_loss` with
             `aux_loss = balance_loss_coef * L_bal + distillation_loss_coef * L_dis`. It is the one name that trainers
@@ -94,6 +127,15 @@ class StableMoEBaseConfig(PreTrainedConfig):
     distilled_router_dim: int = 50
     balance_loss_coef: float | None = None
     distillation_loss_coef: float = 1.0
+    balance_gradient: str = "all"
+    balance_loss_warmup_tokens: int = 0
+    router_normalization: str | None = None
+    router_half_life: int = 65536
+    expert_bias_rate: float = 0.0
+    counts_half_life: int | None = None
+    share_experts_in_stage1: bool = False
+    max_frozen_load: float | None = None
+    frozen_load_bands: int = 1
     router_aux_loss_coef: float = 1.0
     expert_capacity_factor: float | None = None
     output_router_logits: bool = False
@@ -175,6 +217,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             "num_experts",
             "num_expert_sublayers",
             "distilled_router_dim",
+            "frozen_load_bands",
             *self._moe_positions.values(),
         ):
             value = getattr(self, name)
@@ -203,6 +246,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
                 f"`distilled_router` {self.distilled_router!r} has nothing to learn from a hash, which is fixed from the "
                 "start; leave it at None."
             )
+        self._validate_stage1()
         for positions, num_blocks in self._moe_positions.items():
             self._validate_positions(positions, num_blocks)
         factor = self.expert_capacity_factor
@@ -210,6 +254,63 @@ class StableMoEBaseConfig(PreTrainedConfig):
             isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < float("inf")
         ):
             raise ValueError(f"`expert_capacity_factor` must be None (no token is dropped) or > 0, got {factor!r}.")
+
+    def _validate_stage1(self):
+        for name, choices in (
+            ("balance_gradient", BALANCE_GRADIENTS),
+            ("router_normalization", (None, *ROUTER_NORMALIZATIONS)),
+            ("share_experts_in_stage1", (False, True)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, (str, bool, type(None))) or value not in choices:
+                raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+        for name, least, optional in (
+            ("balance_loss_warmup_tokens", 0, False),
+            ("router_half_life", 1, False),
+            ("counts_half_life", 1, True),
+        ):
+            value = getattr(self, name)
+            if optional and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+                raise ValueError(f"`{name}` is a number of tokens, an integer >= {least}; got {value!r}.")
+        rate, limit = self.expert_bias_rate, self.max_frozen_load
+        if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < float("inf"):
+            raise ValueError(f"`expert_bias_rate` must be a finite number >= 0, got {rate!r}.")
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, Real) or not 1 <= limit < float("inf")
+        ):
+            raise ValueError(
+                f"`max_frozen_load` is a multiple of the mean load, a number >= 1 or None; got {limit!r}."
+            )
+        self._validate_stage1_of_router()
+
+    def _validate_stage1_of_router(self):
+        """Refuse settings that would do nothing with this router."""
+        if self.counts_half_life is not None and self.distilled_router != "counts":
+            raise ValueError(
+                f'`counts_half_life` ({self.counts_half_life}) belongs to `distilled_router="counts"`; leave it at None.'
+            )
+        if self.max_frozen_load is not None and self.distilled_router not in TABLE_ROUTERS:
+            raise ValueError(
+                f"`max_frozen_load` ({self.max_frozen_load}) balances a table over the vocabulary, which `distilled_router` "
+                f"{self.distilled_router!r} has not: choose one of {list(TABLE_ROUTERS)}, or leave it at None. A hash is "
+                "balanced when it is made (`--hash_table balanced`)."
+            )
+        if self.frozen_load_bands > 1 and self.max_frozen_load is None:
+            raise ValueError(
+                f"`frozen_load_bands` ({self.frozen_load_bands}) belongs to `max_frozen_load`; set that too, to 1.05 say."
+            )
+        if self.expert_bias_rate and self.router_type == "base":
+            raise ValueError(
+                "`expert_bias_rate` has nothing to balance in BASE, which balances each batch; leave it at 0."
+            )
+        settings = ("expert_bias_rate", "router_normalization", "share_experts_in_stage1")
+        idle = [name for name in settings if self.router_type == "hash" and getattr(self, name)]
+        if idle:
+            raise ValueError(
+                f"{', '.join(idle)}: a hash is fixed from the start and has no stage 1; leave them unset."
+            )
 
     def _validate_positions(self, name: str, num_blocks_name: str):
         positions, num_blocks = getattr(self, name), getattr(self, num_blocks_name)
@@ -254,6 +355,7 @@ class StableMoEConfig(StableMoEBaseConfig):
         "distillation_loss",
         "distillation_agreement",
         "expert_load",
+        "routing_health",
     ]
 
     _moe_positions = {"moe_layer_positions": "num_hidden_layers"}
@@ -312,6 +414,7 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
         "distillation_loss",
         "distillation_agreement",
         "expert_load",
+        "routing_health",
     ]
 
     _probabilities = ("dropout", "attention_dropout", "label_smoothing")
@@ -352,9 +455,12 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
 
 
 __all__ = [
+    "BALANCE_GRADIENTS",
     "DISTILLED_ROUTERS",
     "POSITION_EMBEDDING_TYPES",
+    "ROUTER_NORMALIZATIONS",
     "ROUTER_TYPES",
+    "TABLE_ROUTERS",
     "StableMoEBaseConfig",
     "StableMoEConfig",
     "StableMoESeq2SeqConfig",

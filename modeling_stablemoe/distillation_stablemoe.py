@@ -15,13 +15,14 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
-from .tensors_stablemoe import full_tensor, score
+from .running_stablemoe import histogram, sum_across_processes
+from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, to_bits
 
 
 class DistilledRouter(nn.Module):
     """What all distilled routers share: an embedding D of their own and centroids E^.
 
-    All weights are parameters of this very module, none of a module inside it: sharding and offloading engines bring
+    All that it holds are parameters of this very module, none of a module inside it: sharding and offloading engines bring
     them together for `forward`, and the frozen router holds a copy of them by name.
     """
 
@@ -40,6 +41,19 @@ class DistilledRouter(nn.Module):
             "embedding": (config.vocab_size, config.distilled_router_dim),  # D
             "centroids": (config.num_experts, config.distilled_router_dim),  # E^
         }
+
+    def choose(self, token_ids: Tensor, logits: Tensor) -> Tensor:
+        """Tell what tokens would be sent to for which `forward` gave `logits`, `(T, E) -> (T,)`: the best one."""
+        return logits.argmax(-1)
+
+    def observe(self, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
+        """Follow where the backbone sends tokens in stage 1: a matter of gradients, unless a router counts.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(T,)`): in [0, V).
+            expert_index (`torch.LongTensor` of shape `(T,)`): in [0, E).
+            mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        """
 
     @torch.no_grad()
     def resize(self, vocab_size: int):
@@ -85,6 +99,69 @@ class WordEmbeddingRouter(DistilledRouter):
     def freeze(self) -> Tensor:
         """Give what stage 2 will route by: the table."""
         return self.table()
+
+    @torch.no_grad()
+    def expected_shares(self) -> Tensor:
+        """Estimate which share of the tokens of each id the backbone sends to each expert, `(V, E)`; rows sum to 1."""
+        return self().softmax(-1)
+
+
+class CountRouter(WordEmbeddingRouter):
+    """The router that needs no gradient: each id goes to the expert that the backbone sent it to most often.
+
+    For a router that sees only the token that is the best there is: no table over the vocabulary agrees with more of the
+    routing that was counted. An id that has not been seen goes where D and E^ send it, which learn beside the counts
+    (eq. 10). Ties go to the lowest index.
+
+    Attributes:
+        expert_counts (`torch.nn.Parameter` of shape `(V, E)`): how many tokens of each id went to each expert in
+            stage 1, of all processes, each counting half after `counts_half_life` more tokens; float32, kept by its bits
+            (see `running_stablemoe.py`).
+    """
+
+    def __init__(self, config: StableMoEBaseConfig):
+        super().__init__(config)
+        self.half_life = config.counts_half_life
+        counts = torch.zeros((config.vocab_size, config.num_experts), dtype=torch.int32)
+        self.expert_counts = nn.Parameter(counts, requires_grad=False)
+
+    def counts(self) -> Tensor:
+        """Return the counts, whole: `torch.FloatTensor` of shape `(V, E)`."""
+        return from_bits(full_tensor(self.expert_counts))
+
+    def table(self) -> Tensor:
+        """Evaluate the expert of each id, `torch.LongTensor` of shape `(V,)`."""
+        counts = self.counts()
+        return torch.where(counts.amax(-1) > 0, counts.argmax(-1), super().table())
+
+    def choose(self, token_ids: Tensor, logits: Tensor) -> Tensor:
+        """See `DistilledRouter.choose`."""
+        counts = self.counts()[token_ids.flatten()]
+        return torch.where(counts.amax(-1) > 0, counts.argmax(-1), logits.argmax(-1))
+
+    @torch.no_grad()
+    def expected_shares(self) -> Tensor:
+        """See `WordEmbeddingRouter.expected_shares`, which speaks for the ids that have not been seen."""
+        counts = self.counts()
+        total = counts.sum(-1, keepdim=True)
+        return torch.where(
+            total > 0, counts / total.clamp(min=torch.finfo(counts.dtype).tiny), super().expected_shares()
+        )
+
+    @torch.no_grad()
+    def observe(self, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
+        """Count where the backbone sent tokens; every process must call this. Arguments as of `DistilledRouter.observe`."""
+        counts = self.counts()
+        pairs = histogram(token_ids * counts.shape[1] + expert_index, mask, counts.numel())
+        new = sum_across_processes({"pairs": pairs})["pairs"]
+        kept = 1.0 if self.half_life is None else 0.5 ** (new.sum() / self.half_life)
+        copy_into(self.expert_counts, to_bits((kept * counts.double() + new.view_as(counts)).float()))
+
+    @torch.no_grad()
+    def resize(self, vocab_size: int):
+        """See `DistilledRouter.resize`; new ids have not been seen."""
+        super().resize(vocab_size)
+        self.expert_counts = resize_rows(self.expert_counts, vocab_size)
 
 
 class ContextRouter(DistilledRouter):
@@ -272,6 +349,7 @@ def _sinusoids(positions: Tensor, width: int) -> Tensor:
 # By `distilled_router` (paper table 6).
 _DISTILLED_ROUTERS: dict[str, type[DistilledRouter]] = {
     "word_embedding": WordEmbeddingRouter,
+    "counts": CountRouter,
     "bigram": BigramRouter,
     "cnn": ConvolutionRouter,
     "transformer_1": TransformerRouter,
@@ -295,6 +373,7 @@ __all__ = [
     "BigramRouter",
     "ContextRouter",
     "ConvolutionRouter",
+    "CountRouter",
     "DistilledRouter",
     "TransformerRouter",
     "WordEmbeddingRouter",

@@ -134,6 +134,21 @@ def batched_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_ind
     return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 
+def shared_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+    """Run all experts as one, the mean of their parameters: each gets the same share of every token's gradient."""
+    sentinel_T1 = top_k_index >= self.num_experts
+
+    def rows(parameter_EX: Tensor) -> Tensor:
+        return parameter_EX.mean(0)
+
+    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_Y: Tensor) -> Tensor:
+        return F.linear(x_TX, weight_EYX.mean(0)) + bias_Y
+
+    routed_TD = hidden_states.masked_fill(sentinel_T1, 0.0)
+    delta_TD = _stack(self.sublayers, routed_TD, rows, linear).masked_fill(sentinel_T1, 0.0)
+    return (delta_TD * top_k_weights).to(hidden_states.dtype)
+
+
 def drop_overflow(expert_index: Tensor, *, num_experts: int, capacity_factor: float) -> Tensor:
     """Replace the experts of the tokens past capacity by the sentinel, in the order of the tokens.
 
@@ -196,6 +211,14 @@ class StableMoEExperts(nn.Module):
             `torch.Tensor` of shape `(T, D)`: what to add to h; 0 for sentinels.
         """
         return eager_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def forward_shared(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute what `forward` does where all experts are equal, and keep them equal while they learn.
+
+        No update is lost on an expert that will not serve the token later. Arguments and result as of `forward`; which
+        expert a token has makes no difference, but for sentinels.
+        """
+        return shared_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
 __all__ = ["ALL_STABLEMOE_EXPERTS_FUNCTIONS", "ExpertSublayer", "StableMoEExperts", "drop_overflow"]

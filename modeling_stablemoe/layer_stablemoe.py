@@ -26,6 +26,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         self.router = build_router(config)
         self.frozen_router = build_frozen_router(config)
         self.expert_stack = StableMoEExperts(config)
+        self.shares_experts = config.share_experts_in_stage1
 
     def forward(
         self,
@@ -33,6 +34,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         token_ids: Tensor,
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
+        recalled: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """Send each token through its expert.
 
@@ -42,13 +44,16 @@ class StableMoELayer(GradientCheckpointingLayer):
             token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding, which passes
                 unchanged; `None` means there is none.
             context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
+            recalled (`dict[str, torch.Tensor]`, *optional*): the router's running statistics, see `Router.recall`.
 
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
         """
         frozen_index = self.frozen_router(token_ids, context) if self.frozen_router.is_frozen else None
-        decision = self.router(hidden_states, token_ids, frozen_index, token_mask, context)
-        delta = self.expert_stack(
+        decision = self.router(hidden_states, token_ids, frozen_index, token_mask, context, recalled)
+        shared = self.shares_experts and frozen_index is None
+        run_experts = self.expert_stack.forward_shared if shared else self.expert_stack
+        delta = run_experts(
             hidden_states.reshape(-1, hidden_states.shape[-1]),
             self._dispatch(decision.expert_index, token_mask).view(-1, 1),
             decision.gate.reshape(-1, 1),

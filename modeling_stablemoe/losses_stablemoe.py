@@ -139,14 +139,11 @@ class RoutingLosses(NamedTuple):
         balance_loss (`torch.Tensor` of shape `()`): that of the strategy without its coefficient, summed over layers:
             L_bal in gate mass a token (StableMoE), or N sum_i f_i P_i (Switch); 0 for the others.
         distillation_loss (`torch.Tensor` of shape `()`): L_dis without its coefficient, summed over layers, nats a token.
-        distillation_agreement (`torch.Tensor` of shape `()`): share of tokens that the distilled router sends where
-            the backbone router does, mean over layers; NaN where nothing is distilled.
         expert_load (`torch.LongTensor` of shape `(moe layers, E)`): tokens of this process sent to each expert.
     """
 
     balance_loss: Tensor
     distillation_loss: Tensor
-    distillation_agreement: Tensor
     expert_load: Tensor
 
 
@@ -157,8 +154,8 @@ def routing_losses(
     router_logits: Sequence[Tensor],
     distilled_logits: Sequence[Tensor],
     expert_indices: Sequence[Tensor],
+    teachers: Sequence[Tensor] = (),
     mask: Tensor | None = None,
-    learning: bool = True,
     training: bool = False,
 ) -> RoutingLosses:
     """Sum the losses of a routing that learns over the MoE layers (StableMoE, eq. 11) and count the loads.
@@ -170,33 +167,31 @@ def routing_losses(
         distilled_logits (sequence of `torch.Tensor` of shape `(T, E)`): distilled scores, one a layer; empty where
             nothing is distilled.
         expert_indices (sequence of `torch.LongTensor` of shape `(T,)`): the expert each token was sent to; at least one.
+        teachers (sequence of `torch.LongTensor` of shape `(T,)`): the choice of the backbone router, one a layer: in
+            training the same, in evaluation not where tokens go by the distilled router. Empty once the routing is
+            fixed: in stage 2 there is no loss but the task's.
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        learning (`bool`): whether the routing is learned; in stage 2 there is no loss but the task's.
-        training (`bool`): whether tokens went where the backbone router sent them, and balance counts run over the
-            tokens of all processes (a collective).
+        training (`bool`): whether balance counts run over the tokens of all processes (a collective).
 
     Returns:
         `RoutingLosses`
     """
     device = expert_indices[0].device
     # A model may be spread over several devices.
-    router_logits, distilled_logits, expert_indices = (
-        [tensor.to(device) for tensor in tensors] for tensors in (router_logits, distilled_logits, expert_indices)
+    router_logits, distilled_logits, expert_indices, teachers = (
+        [tensor.to(device) for tensor in tensors]
+        for tensors in (router_logits, distilled_logits, expert_indices, teachers)
     )
     mask = None if mask is None else mask.to(device)
-    # In evaluation tokens may go where the distilled router says; what is measured is still the router that learns.
-    teachers = expert_indices if training else [logits.detach().argmax(-1) for logits in router_logits]
     zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros((), device=device)
-    balance, distillation, agreement = zero, zero, torch.full_like(zero, torch.nan)
-    if learning:
+    balance, distillation = zero, zero
+    if teachers:
         balance = _balance_losses(router_type, router_logits, teachers, mask, training).sum()
-    if learning and distilled_logits:
-        pairs = list(zip(distilled_logits, teachers, strict=True))
+    if teachers and distilled_logits:
+        pairs = zip(distilled_logits, teachers, strict=True)
         distillation = sum(distillation_loss(distilled_logits=d, teacher_index=t, mask=mask) for d, t in pairs)
-        agreed = [masked_mean((d.detach().argmax(-1) == t).to(zero.dtype), mask) for d, t in pairs]
-        agreement = torch.stack(agreed).mean()
     loads = [count_expert_load(expert_index=index, mask=mask, num_experts=num_experts) for index in expert_indices]
-    return RoutingLosses(balance, distillation, agreement, torch.stack(loads))
+    return RoutingLosses(balance, distillation, torch.stack(loads))
 
 
 def _balance_losses(
@@ -217,7 +212,7 @@ def _balance_losses(
 
 
 def combine_routing_losses(sides: Sequence[RoutingLosses]) -> RoutingLosses:
-    """Sum the routing losses of an encoder and a decoder; their agreement is averaged over the routed tokens.
+    """Sum the routing losses of an encoder and a decoder.
 
     Args:
         sides (sequence of `RoutingLosses`): at least one.
@@ -226,15 +221,8 @@ def combine_routing_losses(sides: Sequence[RoutingLosses]) -> RoutingLosses:
         `RoutingLosses`: on the device of the last one.
     """
     device = sides[-1].balance_loss.device
-    sides = [RoutingLosses(*(value.to(device) for value in side)) for side in sides]
-    tokens = torch.stack([side.expert_load.sum() for side in sides])
-    agreed = torch.stack([side.distillation_agreement for side in sides]) * tokens
-    return RoutingLosses(
-        torch.stack([side.balance_loss for side in sides]).sum(),
-        torch.stack([side.distillation_loss for side in sides]).sum(),
-        agreed.sum() / tokens.sum().clamp(min=1),
-        torch.cat([side.expert_load for side in sides]),
-    )
+    balance, distillation, loads = zip(*([value.to(device) for value in side] for side in sides), strict=True)
+    return RoutingLosses(torch.stack(balance).sum(), torch.stack(distillation).sum(), torch.cat(loads))
 
 
 def label_smoothed_loss(

@@ -2,6 +2,7 @@
 """Transformer blocks with MoE layers between them, and the decoder-only language model made of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 from .context_stablemoe import TokenContext, cached_context, whole_context
-from .distillation_stablemoe import DistilledRouter, sees_context
+from .distillation_stablemoe import CountRouter, DistilledRouter, sees_context
 from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
+from .health_stablemoe import RoutingHealth, mean_health, routing_health
 from .layer_stablemoe import StableMoELayer, token_mask
-from .losses_stablemoe import RoutingLosses, count_causal_targets, routing_losses
+from .losses_stablemoe import RoutingLosses, combine_routing_losses, count_causal_targets, routing_losses
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .routing_stablemoe import LearnedRouter, Router
+from .running_stablemoe import RouterMemory
 from .stages_stablemoe import TwoStageRoutingMixin
 
 
@@ -210,6 +213,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
         "router_logits": OutputRecorder(Router, index=0),
         "expert_indices": OutputRecorder(Router, index=1),
         "distilled_router_logits": OutputRecorder(Router, index=3),
+        "routing_traces": OutputRecorder(Router, index=4),
     }
 
     @torch.no_grad()
@@ -220,11 +224,16 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
             init.ones_(module.norm_weight)
             init.zeros_(module.norm_bias)
             init.normal_(module.up_proj, mean=0.0, std=self.config.initializer_range)
+            if self.config.share_experts_in_stage1:
+                init.copy_(module.up_proj, module.up_proj[:1].expand_as(module.up_proj).clone())
             init.zeros_(module.up_proj_bias)
             init.zeros_(module.down_proj)
             init.zeros_(module.down_proj_bias)
         elif isinstance(module, LearnedRouter):
             init.orthogonal_(module.centroids, gain=0.1)
+        elif isinstance(module, RouterMemory):
+            for values in module.parameters():
+                init.zeros_(values)
         elif isinstance(module, DistilledRouter):
             self._init_distilled_router(module)
         elif isinstance(module, FrozenRouter):
@@ -236,6 +245,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
     def _init_distilled_router(self, module: DistilledRouter):
         init.normal_(module.embedding, mean=0.0, std=1.0)
         init.orthogonal_(module.centroids, gain=0.1)
+        if isinstance(module, CountRouter):
+            init.zeros_(module.expert_counts)
         for name, parameter in module.named_parameters():
             if name.endswith("norm_weight"):
                 init.ones_(parameter)
@@ -267,6 +278,32 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
             "`vocab_size`; use the model's own tokenizer, or `resize_token_embeddings` after adding tokens",
         )
 
+    @staticmethod
+    def describe_routing(sides: list[RoutingLosses], health: list[RoutingHealth]) -> dict[str, Any]:
+        """Gather the fields of an output that tell how the routing fares.
+
+        Args:
+            sides (`list[RoutingLosses]`): of the backbone, or of encoder and decoder.
+            health (`list[RoutingHealth]`): of all MoE layers, in the same order.
+
+        Returns:
+            `dict`: `balance_loss`, `distillation_loss`, `expert_load`, `distillation_agreement` and `routing_health`.
+        """
+        losses = combine_routing_losses(sides)
+        mean = mean_health(health, losses.expert_load.sum(-1))
+        return {
+            **losses._asdict(),
+            "distillation_agreement": mean.distillation_agreement,
+            "routing_health": mean,
+        }
+
+    def _balance_weight(self) -> Tensor | float:
+        """Give the share of the balance loss that counts by now, of `balance_loss_warmup_tokens`."""
+        if not self.config.balance_loss_warmup_tokens:
+            return 1.0
+        first = next(iter(self.moe_layers_by_name.values()))
+        return (first.router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
+
     def auxiliary_loss(
         self, routing: RoutingLosses, targets: Tensor | None, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
@@ -283,10 +320,10 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
         Returns:
             `torch.Tensor` of shape `()`.
         """
-        aux_loss = (
-            self.config.balance_loss_coef * routing.balance_loss
-            + self.config.distillation_loss_coef * routing.distillation_loss
-        )
+        aux_loss = self.config.distillation_loss_coef * routing.distillation_loss
+        if self.config.balance_loss_coef:
+            weight = self.config.balance_loss_coef * self._balance_weight()
+            aux_loss = aux_loss + weight * routing.balance_loss
         if num_items_in_batch is None or targets is None:
             return aux_loss
         if torch.is_tensor(num_items_in_batch):
@@ -381,7 +418,9 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
-                hidden_states = moe_layers[position](hidden_states, token_ids, token_mask, context)
+                moe_layer = moe_layers[position]
+                recalled = moe_layer.router.recall()
+                hidden_states = moe_layer(hidden_states, token_ids, token_mask, context, recalled)
         return self.norm(hidden_states)
 
     def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
@@ -428,25 +467,48 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         """Compute the routing losses of a forward pass that recorded its routing.
 
         Args:
-            outputs (`StableMoEModelOutputWithPast`): with `expert_indices` and, where there are any, `router_logits` and
-                `distilled_router_logits`.
+            outputs (`StableMoEModelOutputWithPast`): with `expert_indices`, `routing_traces` and, where there are any,
+                `router_logits` and `distilled_router_logits`.
             attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
 
         Returns:
             `RoutingLosses`
         """
-        mask = token_mask(attention_mask, outputs.expert_indices[0].shape[-1])
         return routing_losses(
             router_type=self.config.router_type,
             num_experts=self.config.num_experts,
             router_logits=outputs.router_logits or (),
             distilled_logits=outputs.distilled_router_logits or (),
             expert_indices=[index.flatten() for index in outputs.expert_indices],
-            mask=None if mask is None else mask.flatten(),
-            learning=not self.moe_layers[0].frozen_router.is_frozen,
+            teachers=[t.teacher_index for t in outputs.routing_traces if t.teacher_index is not None],
+            mask=self._flat_mask(outputs, attention_mask, outputs.expert_indices[0].device),
             # Evaluation may run on one process alone, where a collective would wait for ever.
             training=self.training,
         )
+
+    def routing_health(
+        self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None
+    ) -> list[RoutingHealth]:
+        """Measure the health of each MoE layer's routing in a forward pass; arguments as of `routing_losses`."""
+        layers = []
+        for trace in outputs.routing_traces:
+            mask = self._flat_mask(outputs, attention_mask, trace.gate.device)
+            layers.append(routing_health(**trace._asdict(), vocab_size=self.config.vocab_size, mask=mask))
+        return layers
+
+    def observe_routing(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None):
+        """Let the routers follow a training pass of stage 1 with what no gradient brings them.
+
+        Every process must call this; arguments as of `routing_losses`.
+        """
+        for layer, trace in zip(self.moe_layers, outputs.routing_traces, strict=True):
+            if not layer.frozen_router.is_frozen:
+                layer.router.observe(trace, self._flat_mask(outputs, attention_mask, trace.gate.device))
+
+    @staticmethod
+    def _flat_mask(outputs, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        mask = token_mask(attention_mask, outputs.expert_indices[0].shape[-1])
+        return None if mask is None else mask.flatten().to(device)
 
     @torch.no_grad()
     def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
@@ -610,6 +672,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             output_router_logits=with_routing,
             output_expert_indices=with_routing,
             output_distilled_router_logits=with_routing,
+            output_routing_traces=with_routing,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -619,15 +682,17 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         if labels is not None:
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             loss = task_loss
-        routing, aux_loss = None, None
+        routing, aux_loss = {}, None
         if with_routing and self.config.moe_layer_positions:
-            routing = self.model.routing_losses(outputs, attention_mask)
+            losses = self.model.routing_losses(outputs, attention_mask)
+            routing = self.describe_routing([losses], self.model.routing_health(outputs, attention_mask))
             shifted = kwargs.get("shift_labels")
             targets = None if labels is None and shifted is None else self.count_targets(labels, shifted)
             # Layers may stand on several devices.
-            aux_loss = self.auxiliary_loss(routing, targets, kwargs.get("num_items_in_batch")).to(logits.device)
-            if self.training and loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss
+            aux_loss = self.auxiliary_loss(losses, targets, kwargs.get("num_items_in_batch")).to(logits.device)
+            if self.training:
+                self.model.observe_routing(outputs, attention_mask)
+                loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss
         elif with_routing:
             aux_loss = torch.zeros((), device=logits.device)
         return StableMoECausalLMOutputWithPast(
@@ -640,7 +705,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             router_logits=(outputs.router_logits or None) if output_router_logits else None,
             expert_indices=outputs.expert_indices if output_router_logits else None,
             task_loss=task_loss,
-            **(routing._asdict() if routing is not None else {}),
+            **routing,
         )
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:

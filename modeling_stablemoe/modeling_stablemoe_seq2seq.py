@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_stablemoe import StableMoESeq2SeqConfig
 from .layer_stablemoe import token_mask
-from .losses_stablemoe import RoutingLosses, combine_routing_losses, label_smoothed_loss
+from .losses_stablemoe import label_smoothed_loss
 from .modeling_stablemoe import (
     StableMoEAttention,
     StableMoEBackbone,
@@ -338,7 +338,14 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        recorded = ("hidden_states", "attentions", "router_logits", "expert_indices", "distilled_router_logits")
+        recorded = (
+            "hidden_states",
+            "attentions",
+            "router_logits",
+            "expert_indices",
+            "distilled_router_logits",
+            "routing_traces",
+        )
         return StableMoESeq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             past_key_values=decoder_outputs.past_key_values,
@@ -444,6 +451,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             output_router_logits=with_routing,
             output_expert_indices=with_routing,
             output_distilled_router_logits=with_routing,
+            output_routing_traces=with_routing,
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
@@ -552,7 +560,9 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         """Compute what the output holds of the routing losses, by field; `masks` are those of encoder and decoder."""
         # Generation needs no loss, and takes the encoder's outputs without its routing.
         needed = self.training and labels is not None and self.routing_stage == 1
-        sides = self._routing_losses(outputs, masks, needed)
+        recorded = self._recorded_routing(outputs, needed)
+        stacks = {"encoder": self.model.encoder, "decoder": self.model.decoder}
+        sides = {name: stacks[name].routing_losses(side, masks[name]) for name, side in recorded.items()}
         targets = None if labels is None else self.count_targets(labels)
         device = outputs.last_hidden_state.device  # layers may stand on several
         losses = {
@@ -560,28 +570,34 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             for name, side in sides.items()
         }
         losses["aux_loss"] = sum(losses.values(), start=torch.zeros((), device=device))
-        return losses | (combine_routing_losses(list(sides.values()))._asdict() if sides else {})
+        if not sides:
+            return losses
+        health = [layer for name, side in recorded.items() for layer in stacks[name].routing_health(side, masks[name])]
+        if self.training:
+            for name, side in recorded.items():
+                stacks[name].observe_routing(side, masks[name])
+        return losses | self.describe_routing(list(sides.values()), health)
 
-    def _routing_losses(
-        self, outputs: StableMoESeq2SeqModelOutput, masks: dict[str, Tensor | None], needed: bool
-    ) -> dict[str, RoutingLosses]:
-        """Compute the routing losses of the sides whose routing was recorded: `"encoder"`, `"decoder"`."""
+    def _recorded_routing(
+        self, outputs: StableMoESeq2SeqModelOutput, needed: bool
+    ) -> dict[str, StableMoEModelOutputWithPast]:
+        """Pick out the sides whose routing was recorded: `"encoder"`, `"decoder"`."""
         sides = {}
-        names = ("expert_indices", "router_logits", "distilled_router_logits")
+        names = ("expert_indices", "routing_traces", "router_logits", "distilled_router_logits")
         # A hash has no scores, and in stage 2 nothing is distilled.
-        learned = 2 if self.config.distilled_router is None else 3
-        expected = names[:learned] if self.routing_stage == 1 else names[:1]
+        learned = 3 if self.config.distilled_router is None else 4
+        expected = names[:learned] if self.routing_stage == 1 else names[:2]
         for name, stack in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
             if not stack.moe_layers:
                 continue
             recorded = StableMoEModelOutputWithPast(**{key: outputs.get(f"{name}_{key}") for key in names})
             if all(recorded.get(key) is not None for key in expected):
-                sides[name] = stack.routing_losses(recorded, masks[name])
+                sides[name] = recorded
             elif needed:
                 raise ValueError(
                     "`encoder_outputs` hold no routing, which training needs for the routing losses. Run the encoder "
-                    "with `output_router_logits=True, output_expert_indices=True, output_distilled_router_logits=True`, "
-                    "or pass `input_ids`."
+                    "with `output_router_logits=True, output_expert_indices=True, output_distilled_router_logits=True, "
+                    "output_routing_traces=True`, or pass `input_ids`."
                 )
         return sides
 

@@ -7,6 +7,9 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
+from .health_stablemoe import RoutingHealth
+from .routing_stablemoe import RoutingTrace
+
 
 @dataclass
 class StableMoEModelOutputWithPast(ModelOutput):
@@ -25,6 +28,8 @@ class StableMoEModelOutputWithPast(ModelOutput):
             token, padding included, one of shape `(batch, sequence)` a MoE layer.
         distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in
             stage 1: distilled scores (eq. 12), shaped like `router_logits`.
+        routing_traces (`tuple[RoutingTrace]`, *optional*): with `output_routing_traces`: what losses and statistics are
+            made of, one a MoE layer.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -34,6 +39,7 @@ class StableMoEModelOutputWithPast(ModelOutput):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
     distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    routing_traces: tuple[RoutingTrace, ...] | None = None
 
 
 @dataclass
@@ -62,6 +68,8 @@ class StableMoECausalLMOutputWithPast(ModelOutput):
             the distilled router sends where the backbone router does; NaN where nothing is distilled (stage 2).
         expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
             sent to each expert.
+        routing_health (`RoutingHealth`, *optional*): with `aux_loss`: what tells a healthy routing from a sick one, mean
+            over layers.
     """
 
     loss: torch.FloatTensor | None = None
@@ -77,6 +85,7 @@ class StableMoECausalLMOutputWithPast(ModelOutput):
     distillation_loss: torch.FloatTensor | None = None
     distillation_agreement: torch.FloatTensor | None = None
     expert_load: torch.LongTensor | None = None
+    routing_health: RoutingHealth | None = None
 
 
 @dataclass
@@ -110,6 +119,8 @@ class StableMoESeq2SeqModelOutput(ModelOutput):
         decoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`.
         encoder_distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`.
         decoder_distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`.
+        encoder_routing_traces (`tuple[RoutingTrace]`, *optional*): with `output_routing_traces`.
+        decoder_routing_traces (`tuple[RoutingTrace]`, *optional*): with `output_routing_traces`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -126,6 +137,8 @@ class StableMoESeq2SeqModelOutput(ModelOutput):
     decoder_expert_indices: tuple[torch.LongTensor, ...] | None = None
     encoder_distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
     decoder_distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
+    encoder_routing_traces: tuple[RoutingTrace, ...] | None = None
+    decoder_routing_traces: tuple[RoutingTrace, ...] | None = None
 
 
 @dataclass
@@ -163,6 +176,7 @@ class StableMoESeq2SeqLMOutput(ModelOutput):
             the distilled router sends where the backbone router does, over all layers; NaN in stage 2.
         expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
             sent to each expert, the encoder's layers first.
+        routing_health (`RoutingHealth`, *optional*): with `aux_loss`: see `StableMoECausalLMOutputWithPast`.
     """
 
     loss: torch.FloatTensor | None = None
@@ -186,6 +200,7 @@ class StableMoESeq2SeqLMOutput(ModelOutput):
     distillation_loss: torch.FloatTensor | None = None
     distillation_agreement: torch.FloatTensor | None = None
     expert_load: torch.LongTensor | None = None
+    routing_health: RoutingHealth | None = None
 
     @property
     def expert_indices(self) -> tuple[torch.LongTensor, ...]:

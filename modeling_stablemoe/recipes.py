@@ -88,12 +88,26 @@ class RoutingArguments:
             "no transition, for dense models, a hash and checkpoints that are frozen already; '' unsets that of a recipe."
         },
     )
+    settled_change: float | None = field(
+        default=None,
+        metadata={
+            "help": "End stage 1 earlier, once at most this share of the tokens changed experts between two logs, twice in "
+            "succession (0.02, say), and nothing speaks against freezing. --stage1_steps is the latest step then."
+        },
+    )
+    hold_until_ready: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the routing is not worth freezing after --stage1_steps, go on with stage 1 until it is, at most "
+            "until this step ('900') or share of all steps ('0.4')."
+        },
+    )
     hash_table: str | None = field(
         default=None,
         metadata={
-            "help": "Route a new model from the start by a hash table: random, or balanced by how often the tokens occur "
-            'in the training text. Default: random with `router_type` "hash", none otherwise. With another router it '
-            "tells what the table and what the gate is worth."
+            "help": "Route a new model from the start by a table: random, balanced by how often the tokens occur in the "
+            'training text, or that of a frozen checkpoint, a folder. Default: random with `router_type` "hash", none '
+            "otherwise. Tells what a table is worth, and with another router what the gate is."
         },
     )
     fluctuation_check_steps: int = field(
@@ -104,27 +118,43 @@ class RoutingArguments:
     )
 
     def __post_init__(self):
-        """Check the name of the hash table; an empty string unsets that of a recipe."""
+        """Check what needs no model; an empty string unsets the option of a recipe."""
         self.hash_table = self.hash_table or None
-        if self.hash_table not in (None, *HASH_TABLES):
-            raise ValueError(f"`--hash_table` must be one of {list(HASH_TABLES)}, got {self.hash_table!r}.")
+        if not self.stage1_steps and (self.settled_change is not None or self.hold_until_ready):
+            raise ValueError(
+                "`--settled_change` and `--hold_until_ready` need a `--stage1_steps` to end earlier or later."
+            )
+        if self.hash_table not in (None, *HASH_TABLES) and not Path(self.hash_table).is_dir():
+            raise ValueError(
+                f"`--hash_table` must be one of {list(HASH_TABLES)} or the folder of a frozen checkpoint, got "
+                f"{self.hash_table!r}."
+            )
 
     @property
     def stage1(self) -> int | float | None:
         """`int` (steps), `float` (share) or `None`: `stage1_steps` as `StageTransitionCallback` takes it."""
-        if not self.stage1_steps:
-            return None
-        text = str(self.stage1_steps)
-        try:
-            return int(text)
-        except ValueError:
-            pass
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(
-                f"`--stage1_steps` must be a number of steps such as 600 or a share such as 0.1, got {text!r}."
-            ) from None
+        return _parse_steps("stage1_steps", self.stage1_steps)
+
+    @property
+    def hold(self) -> int | float | None:
+        """`int` (steps), `float` (share) or `None`: `hold_until_ready` as `StageTransitionCallback` takes it."""
+        return _parse_steps("hold_until_ready", self.hold_until_ready)
+
+
+def _parse_steps(option: str, text: str | None) -> int | float | None:
+    if not text:
+        return None
+    text = str(text)
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"`--{option}` must be a number of steps such as 600 or a share such as 0.1, got {text!r}."
+        ) from None
 
 
 def read_preset(path: str | Path) -> tuple[type[StableMoEBaseConfig], dict[str, Any]]:

@@ -12,10 +12,32 @@ import torch
 from torch import Tensor, nn
 
 from .assignment_stablemoe import balanced_assignment
+from .balancing_stablemoe import BalancedTable, balanced_table_in_bands
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class
+from .running_stablemoe import RouterMemory, needs_memory
 from .tensors_stablemoe import score
+
+
+class RoutingTrace(NamedTuple):
+    """What a router saw and decided, for losses and statistics; nothing here has a gradient.
+
+    Attributes:
+        hidden_states (`torch.Tensor` of shape `(T, D)`): input of the MoE layer, not normalised.
+        token_ids (`torch.LongTensor` of shape `(T,)`): in [0, V).
+        gate (`torch.Tensor` of shape `(T,)`): in [0, 1].
+        teacher_index (`torch.LongTensor` of shape `(T,)`, *optional*): the backbone router's choice while it learns: where
+            the tokens went in training, where they would go by its scores in evaluation.
+        distilled_index (`torch.LongTensor` of shape `(T,)`, *optional*): the choice of the distilled router while there
+            is one that learns.
+    """
+
+    hidden_states: Tensor
+    token_ids: Tensor
+    gate: Tensor
+    teacher_index: Tensor | None
+    distilled_index: Tensor | None
 
 
 class RoutingDecision(NamedTuple):
@@ -27,12 +49,14 @@ class RoutingDecision(NamedTuple):
         expert_index (`torch.LongTensor` of shape `(B, S)`): the expert of each token, in [0, E).
         gate (`torch.Tensor` of shape `(B, S)`): its weight, in [0, 1], dtype of `router_logits`.
         distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
+        trace (`RoutingTrace`): what losses and statistics are made of.
     """
 
     router_logits: Tensor | None
     expert_index: Tensor
     gate: Tensor
     distilled_logits: Tensor | None
+    trace: RoutingTrace
 
 
 class Router(nn.Module):
@@ -47,6 +71,8 @@ class Router(nn.Module):
         self.num_experts = config.num_experts
         distilled_router = distilled_router_class(config)
         self.distilled_router = None if distilled_router is None else distilled_router(config)
+        self.memory = RouterMemory(config) if needs_memory(config) else None
+        self.max_frozen_load, self.frozen_load_bands = config.max_frozen_load, config.frozen_load_bands
 
     def index_by_token(
         self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None
@@ -84,35 +110,64 @@ class Router(nn.Module):
 
     def stage1_parameters(self) -> list[nn.Parameter]:
         """List the parameters that learn in stage 1 only, D and E^: the frozen routing stands for them in stage 2."""
-        return [] if self.distilled_router is None else list(self.distilled_router.parameters())
+        if self.distilled_router is None:
+            return []
+        return [p for p in self.distilled_router.parameters() if p.is_floating_point()]
 
     def resize(self, vocab_size: int):
         """Follow the vocabulary to a new size; see `DistilledRouter.resize`."""
-        if self.distilled_router is not None:
-            self.distilled_router.resize(vocab_size)
+        for part in (self.distilled_router, self.memory):
+            if part is not None:
+                part.resize(vocab_size)
 
-    def freeze(self) -> Tensor | dict[str, Tensor]:
-        """Decide what stage 2 will route by (eq. 13).
+    def recall(self) -> dict[str, Tensor] | None:
+        """Copy the running statistics, for a forward pass whose activations may be recomputed after they moved on."""
+        return None if self.memory is None else {name: values.clone() for name, values in self.memory().items()}
+
+    def observe(self, trace: RoutingTrace, mask: Tensor | None):
+        """Follow a training pass of stage 1 with running statistics and counts; every process must call this.
+
+        Args:
+            trace (`RoutingTrace`): of the pass.
+            mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        """
+        if self.memory is not None:
+            self.memory.observe(trace.hidden_states, trace.token_ids, trace.teacher_index, mask)
+        if self.distilled_router is not None:
+            self.distilled_router.observe(trace.token_ids, trace.teacher_index, mask)
+
+    def freeze(self) -> tuple[Tensor | dict[str, Tensor], BalancedTable | None]:
+        """Decide what stage 2 will route by (eq. 13), within `max_frozen_load` where that is set.
 
         Returns:
-            `torch.LongTensor` of shape `(V,)`: the expert of each token id; or the weights by name of a distilled
-            router that looks back at earlier tokens.
+            `tuple`: the expert of each token id, a `torch.LongTensor` of shape `(V,)`, or the weights by name of a
+            distilled router that looks back at earlier tokens; and what balancing the table came to, if it was.
 
         Raises:
             ValueError: if such weights are NaN or infinite.
         """
-        return self.distilled_router.freeze()
+        if self.max_frozen_load is None:
+            return self.distilled_router.freeze(), None
+        # An id that was never seen counts as seen once: many of them make a load, too.
+        counts = self.memory()["token_counts"].clamp(min=1).double().cpu()
+        agreement = self.distilled_router.expected_shares().double().cpu() * counts.unsqueeze(-1)
+        balanced = balanced_table_in_bands(agreement, counts, self.max_frozen_load, self.frozen_load_bands)
+        return balanced.table, balanced
 
 
 class LearnedRouter(Router):
     """A router that scores hidden states against centroids: s_{t,i} = E_i . h_t (eq. 5).
 
-    What tells one from another are two columns of paper table 1: `assignment` and `gate`.
+    What tells one from another are two columns of paper table 1: `assignment` and `gate`. With `router_normalization` the
+    choice of experts and the balance loss go by the scores of normalised states; the gate is of the raw ones in either
+    stage, as the paper's, so stage 2 does not need the statistics.
     """
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.centroids = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))  # E
+        self.is_normalized = config.router_normalization is not None
+        self.balances_hidden_states = config.balance_gradient == "all"
 
     def forward(
         self,
@@ -121,6 +176,7 @@ class LearnedRouter(Router):
         frozen_index: Tensor | None = None,
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
+        recalled: dict[str, Tensor] | None = None,
     ) -> RoutingDecision:
         """Decide for each token.
 
@@ -132,17 +188,44 @@ class LearnedRouter(Router):
             token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding, whose expert is of no
                 consequence.
             context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
+            recalled (`dict[str, torch.Tensor]`, *optional*): the running statistics; default: as they are now.
 
         Returns:
             `RoutingDecision`
         """
-        router_logits = score(hidden_states.reshape(-1, hidden_states.shape[-1]), self.centroids)
-        expert_index = self.index_by_token(token_ids, frozen_index, context)
-        if expert_index is None:
-            expert_index = self.assignment(router_logits, token_mask).view_as(token_ids)
-        gate = self.gate(router_logits, expert_index.view(-1, 1)).view_as(token_ids)
+        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.memory is not None and recalled is None:
+            recalled = self.memory()
+        scores = gate_scores = score(hidden_states, self.centroids)
+        features = hidden_states
+        if self.is_normalized and frozen_index is None:
+            features = self.memory.normalize(hidden_states, recalled)
+            scores = score(features, self.centroids)
+        expert_index, teacher_index = self.index_by_token(token_ids, frozen_index, context), None
+        if frozen_index is None:
+            teacher_index = self.assignment(self._with_bias(scores, recalled), token_mask)
+            expert_index = teacher_index.view_as(token_ids) if expert_index is None else expert_index
+        gate = self.gate(gate_scores, expert_index.view(-1, 1)).view_as(token_ids)
         distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
-        return RoutingDecision(router_logits, expert_index, gate, distilled_logits)
+        if not self.balances_hidden_states and frozen_index is None:
+            # The same numbers, of which the balance loss reaches the centroids alone.
+            scores = score(features.detach(), self.centroids)
+        trace = self._trace(hidden_states, token_ids, gate, teacher_index, distilled_logits)
+        return RoutingDecision(scores, expert_index, gate, distilled_logits, trace)
+
+    def _trace(self, hidden_states, token_ids, gate, teacher_index, distilled_logits) -> RoutingTrace:
+        distilled_index = None
+        if distilled_logits is not None:
+            distilled_index = self.distilled_router.choose(token_ids, distilled_logits.detach())
+        return RoutingTrace(
+            hidden_states.detach(), token_ids.flatten(), gate.detach().flatten(), teacher_index, distilled_index
+        )
+
+    def _with_bias(self, router_logits: Tensor, recalled: dict[str, Tensor] | None) -> Tensor:
+        """Add what balances the choice of experts, and leaves the gates alone."""
+        if recalled is None or "expert_bias" not in recalled:
+            return router_logits
+        return router_logits.detach() + recalled["expert_bias"]
 
     def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
         """Choose the expert of each token by its scores, `(T, E) -> (T,)`: greedily, unless a strategy says else."""
@@ -199,11 +282,13 @@ class HashRouter(Router):
         frozen_index: Tensor,
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
+        recalled: dict[str, Tensor] | None = None,
     ) -> RoutingDecision:
         """Decide for each token; arguments and result as of `LearnedRouter.forward`."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         gate = torch.ones(frozen_index.shape, dtype=dtype, device=hidden_states.device)
-        return RoutingDecision(None, frozen_index, gate, None)
+        trace = RoutingTrace(hidden_states.detach().flatten(0, -2), token_ids.flatten(), gate.flatten(), None, None)
+        return RoutingDecision(None, frozen_index, gate, None, trace)
 
 
 # The names of `router_type`; the one place where a strategy is chosen.
@@ -232,6 +317,7 @@ __all__ = [
     "LearnedRouter",
     "Router",
     "RoutingDecision",
+    "RoutingTrace",
     "StableRouter",
     "SwitchRouter",
     "build_router",

@@ -23,6 +23,7 @@ from .checkpoints import (
     what_is_missing,
 )
 from .configuration_stablemoe import StableMoEBaseConfig
+from .frozen_stablemoe import FrozenRouter
 from .hash_tables import balanced_hash_table, count_tokens
 from .hub import build_model_card
 from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields, read_preset
@@ -88,7 +89,8 @@ def _as_settings(part: Any) -> dict:
     if not isinstance(part, RoutingArguments):
         return asdict(part)
     # Of the routing, only these change what is trained; the rest is measurement.
-    return {"stage1_steps": part.stage1_steps, "hash_table": part.hash_table}
+    names = ("stage1_steps", "settled_change", "hold_until_ready", "hash_table")
+    return {name: getattr(part, name) for name in names}
 
 
 def build_model(
@@ -135,7 +137,9 @@ def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, trai
         train_rows (`Dataset`): what it is balanced for: `input_ids` and, for the decoder of a pair, `labels`.
 
     Raises:
-        ValueError: if a stage 1 is asked for, too; for a streamed corpus, which cannot be counted.
+        OSError: if a folder of tables is no checkpoint.
+        ValueError: if a stage 1 is asked for, too; for a streamed corpus, which cannot be counted; for a checkpoint that
+            has no tables or not those of this model.
     """
     config = model.config
     if routing_args.hash_table is None or not config.num_moe_layers:
@@ -147,6 +151,9 @@ def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, trai
     if routing_args.hash_table == "random":
         model.set_routing_tables(torch.randint(config.num_experts, (config.num_moe_layers, config.vocab_size)))
         return
+    if routing_args.hash_table != "balanced":
+        model.set_routing_tables(_tables_of_checkpoint(type(model), routing_args.hash_table))
+        return
     if config.is_encoder_decoder:
         columns = ["input_ids"] * len(config.encoder_moe_layer_positions)
         columns += ["labels"] * len(config.decoder_moe_layer_positions)
@@ -156,6 +163,14 @@ def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, trai
     # The layers differ in how ids of equal frequency are spread.
     tables = [balanced_hash_table(counts[column], config.num_experts, seed) for seed, column in enumerate(columns)]
     model.set_routing_tables(torch.stack(tables))
+
+
+def _tables_of_checkpoint(model_class: type[PreTrainedModel], folder: str) -> torch.Tensor:
+    """Read the frozen tables of a checkpoint: `torch.IntTensor` of shape `(moe layers, V)`."""
+    routers = [layer.frozen_router for layer in model_class.from_pretrained(folder).moe_layers_by_name.values()]
+    if not routers or not all(isinstance(router, FrozenRouter) and router.is_frozen for router in routers):
+        raise ValueError(f"The checkpoint {folder!r} has no frozen routing tables that `--hash_table` could take.")
+    return torch.stack([router.values() for router in routers])
 
 
 def build_callbacks(
@@ -178,9 +193,9 @@ def build_callbacks(
     """
     callbacks = []
     if routing_args.stage1 is not None:
-        callbacks.append(StageTransitionCallback(routing_args.stage1))
+        callbacks.append(StageTransitionCallback(routing_args.stage1, routing_args.settled_change, routing_args.hold))
         if max_steps > 0:
-            callbacks[0].resolve_transition_step(max_steps)
+            callbacks[0].resolve_last_step(max_steps)
     elif config.num_moe_layers:
         callbacks.append(RoutingStatisticsCallback())
     if routing_args.fluctuation_check_steps:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
+from .balancing_stablemoe import BalancedTable
 from .context_stablemoe import whole_context
 from .distillation_stablemoe import sees_context
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
@@ -63,12 +64,15 @@ class TwoStageRoutingMixin:
         layers = self.moe_layers_by_name.values()
         return 2 if layers and all(layer.frozen_router.is_frozen for layer in layers) else 1
 
-    def freeze_router(self):
+    def freeze_router(self) -> list[BalancedTable]:
         """Go from stage 1 to stage 2: freeze the distilled router, and route by that from now on (StableMoE, eq. 13).
 
         One that sees the token alone is evaluated for every token id, and its table is what is kept; of one that looks
         back at earlier tokens a copy of its weights is. The experts of all tokens are those that evaluation used a
-        moment before.
+        moment before, unless `config.max_frozen_load` sends some elsewhere to balance the table.
+
+        Returns:
+            `list[BalancedTable]`: with `max_frozen_load`, what that came to, one a MoE layer; else empty.
 
         Raises:
             RuntimeError: if the routing is frozen already.
@@ -84,9 +88,11 @@ class TwoStageRoutingMixin:
         self.require_distillation()
         layers = self.moe_layers_by_name.values()
         # All are asked before any is frozen: a router may refuse.
-        for layer, decided in [(layer, layer.router.freeze()) for layer in layers]:
-            layer.frozen_router.freeze(decided)
+        decided = [layer.router.freeze() for layer in layers]
+        for layer, (contents, _) in zip(layers, decided, strict=True):
+            layer.frozen_router.freeze(contents)
         self.config.router_fingerprint = self.router_fingerprint()
+        return [balanced for _, balanced in decided if balanced is not None]
 
     def require_distillation(self):
         """Refuse a routing that is learned but not distilled, and so cannot be frozen.
@@ -111,11 +117,7 @@ class TwoStageRoutingMixin:
                 the encoder or decoder of another model, or its distilled router looks back at earlier tokens.
         """
         self._require_whole("set_routing_tables()")
-        if sees_context(self.config):
-            raise ValueError(
-                f"A {self.config.distilled_router!r} router looks back at earlier tokens: it freezes as weights and has no "
-                'tables to set. Build the model with `distilled_router="word_embedding"`, or with `router_type="hash"`.'
-            )
+        self.require_tables()
         layers = self.moe_layers_by_name
         expected = (len(layers), self.config.vocab_size)
         if tuple(tables.shape) != expected:
@@ -127,6 +129,18 @@ class TwoStageRoutingMixin:
         for layer, table in zip(layers.values(), tables, strict=True):
             layer.frozen_router.freeze(table)
         self.config.router_fingerprint = self.router_fingerprint()
+
+    def require_tables(self):
+        """Refuse a routing that freezes as weights.
+
+        Raises:
+            ValueError: naming the remedy.
+        """
+        if sees_context(self.config):
+            raise ValueError(
+                f"A {self.config.distilled_router!r} router looks back at earlier tokens: it freezes as weights and has no "
+                'tables to set. Build the model with `distilled_router="word_embedding"`, or with `router_type="hash"`.'
+            )
 
     def _require_whole(self, method: str):
         if not self.moe_layers_by_name:

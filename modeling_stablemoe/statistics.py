@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .frozen_stablemoe import FrozenRouter
 from .losses_stablemoe import is_distributed
 from .stages_stablemoe import TwoStageRoutingMixin
 
@@ -19,9 +18,10 @@ class RoutingTotals:
     """Sums over the tokens of some forward passes.
 
     Attributes:
-        sums (`torch.DoubleTensor` of shape `(7,)`): targets, task loss (nats), routed tokens, balance loss (gate mass),
-            distillation loss (nats), tokens on which distilled and backbone router agree (mean over layers), tokens
-            routed in stage 1.
+        sums (`torch.DoubleTensor` of shape `(11,)`): targets, task loss (nats), routed tokens, balance loss (gate mass),
+            distillation loss (nats), tokens routed in stage 1; and, each a mean over layers times tokens, what
+            `RoutingHealth` has: gates, closed gates, common direction and, of the tokens of stage 1, agreement and
+            agreement by token id.
         load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
     """
 
@@ -44,13 +44,20 @@ class RoutingTotals:
             stage (`int`): routing stage to report.
 
         Returns:
-            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean` (of the worst layer) and
-            `routing_stage`; where there are tokens of stage 1 also `balance_loss` and, if the routing is distilled,
-            `distillation_loss` (per token, summed over layers, without their coefficients; tokens of stage 2 count with
-            0, as they do in the loss that is trained) and `distillation_agreement` (share of the tokens of stage 1).
+            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean` (of the worst layer),
+            `mean_gate`, `closed_gates` and `common_direction` (see `RoutingHealth`) and `routing_stage`; where there are
+            tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
+            over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that is
+            trained), `distillation_agreement` (share of the tokens of stage 1) and `distillation_agreement_by_id`.
         """
-        targets, task, tokens, balance, distillation, agreed, learned = self.sums.tolist()
+        targets, task, tokens, balance, distillation, learned, gate, closed, common, agreed, by_id = self.sums.tolist()
         metrics = {"routing_stage": stage, "load_max_over_mean": imbalance(self.load)}
+        if tokens:
+            metrics |= {
+                "mean_gate": gate / tokens,
+                "closed_gates": closed / tokens,
+                "common_direction": common / tokens,
+            }
         if targets:
             metrics["task_loss"] = task / targets
         if learned:
@@ -58,6 +65,7 @@ class RoutingTotals:
         if learned and not math.isnan(agreed):
             metrics["distillation_loss"] = distillation / tokens
             metrics["distillation_agreement"] = agreed / learned
+            metrics["distillation_agreement_by_id"] = by_id / learned
         return metrics
 
 
@@ -94,6 +102,7 @@ class RoutingMeter:
         self._recent: deque[RoutingTotals] = deque(maxlen=recent_steps)
         # How often each MoE layer saw each token id in stage 1: weighs the rows of the tables that are frozen.
         self.token_counts: Tensor | None = None
+        self._resumed_counts: Tensor | None = None
         self._hook = model.register_forward_hook(self._observe, with_kwargs=True)
 
     def close(self):
@@ -113,8 +122,11 @@ class RoutingMeter:
             divisor = kwargs.get("num_items_in_batch")
             task = output.task_loss * (targets if divisor is None else divisor)
         sums = [targets, task.squeeze(), tokens, output.balance_loss * tokens, output.distillation_loss * tokens]
-        learns = module.routing_stage == 1  # in stage 2 there is nothing to agree on: NaN
-        sums += [output.distillation_agreement * tokens, tokens] if learns else [torch.zeros_like(tokens)] * 2
+        learns = module.routing_stage == 1
+        none = torch.zeros_like(tokens)
+        *watched, agreement, by_id = (value * tokens for value in output.routing_health)
+        # In stage 2 there is nothing to agree on: NaN.
+        sums += [tokens, *watched, agreement, by_id] if learns else [none, *watched, none, none]
         totals = RoutingTotals(torch.stack([value.detach().double() for value in sums]), load)
         self._step = totals if self._step is None else self._step + totals
         if learns:
@@ -154,22 +166,43 @@ class RoutingMeter:
             return None
         return sum(list(self._recent)[1:], start=self._recent[0]).across_processes()
 
-    def table_load(self) -> Tensor | None:
-        """Send the tokens of stage 1, of all processes, through the frozen tables; every process must call this.
+    def recent_steps(self) -> dict[str, Tensor] | None:
+        """Give the totals of the last steps, one row a step, for `resume_recent`; every process must call this.
 
         Returns:
-            `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens; `None` where there were none to count, or
-            weights are frozen instead of tables.
+            `dict[str, torch.Tensor]`: `sums` and `load` as of `RoutingTotals`, of all processes, on the CPU.
         """
-        layers = self.model.moe_layers_by_name.values()
-        if self.token_counts is None or not all(isinstance(layer.frozen_router, FrozenRouter) for layer in layers):
+        if not self._recent:
             return None
-        loads = []
-        for layer, counts in zip(layers, _sum_across_processes(self.token_counts.double()), strict=True):
-            experts = layer.frozen_router.values().long().to(counts.device)
-            load = torch.zeros(layer.num_experts, dtype=torch.double, device=counts.device)
-            loads.append(load.scatter_add_(0, experts, counts))
-        return torch.stack(loads)
+        steps = RoutingTotals(
+            torch.stack([step.sums for step in self._recent]), torch.stack([step.load for step in self._recent])
+        )
+        return {name: _sum_across_processes(getattr(steps, name).clone()).cpu() for name in ("sums", "load")}
+
+    def resume_recent(self, steps: dict[str, Tensor]):
+        """Go on from the `recent_steps` of an earlier part of the run."""
+        # They are of all processes: one of them takes them up.
+        share = 1.0 if not is_distributed() or dist.get_rank() == 0 else 0.0
+        device = self.model.device
+        self._recent.extend(
+            RoutingTotals(share * sums.to(device), share * load.to(device))
+            for sums, load in zip(steps["sums"], steps["load"], strict=True)
+        )
+
+    def counted_tokens(self) -> Tensor | None:
+        """Count how often each MoE layer routed each token id in stage 1, of all processes; every process must call this.
+
+        Returns:
+            `torch.DoubleTensor` of shape `(moe layers, V)`; `None` where there were none to count.
+        """
+        if self.token_counts is None:
+            return self._resumed_counts
+        counts = _sum_across_processes(self.token_counts.double())
+        return counts if self._resumed_counts is None else counts + self._resumed_counts.to(counts.device)
+
+    def resume_counts(self, counts: Tensor):
+        """Go on from the `counted_tokens` of an earlier part of the run."""
+        self._resumed_counts = counts.double()
 
 
 __all__ = ["RoutingMeter", "RoutingTotals", "imbalance"]

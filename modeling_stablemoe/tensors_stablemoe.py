@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What routers compute with: scores that are exact and finite, and tensors that an engine may have sharded."""
+"""What routers compute with: scores that are exact and finite, tensors that an engine may have sharded, floats kept as bits."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.generic import maybe_autocast
 
@@ -46,4 +46,20 @@ def copy_into(target: Tensor, values: Tensor):
     target.copy_(values)
 
 
-__all__ = ["copy_into", "full_tensor", "score"]
+def to_bits(values: Tensor) -> Tensor:
+    """Give the integers, `int32`, that have the bits of `float32` values: no cast of a model changes them."""
+    return values.contiguous().view(torch.int32)
+
+
+def from_bits(bits: Tensor) -> Tensor:
+    """Give the `float32` values that `to_bits` was given."""
+    return bits.view(torch.float32)
+
+
+def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
+    """Keep the first rows of a parameter without gradient, and add rows of zeros where there are to be more."""
+    added = parameter.new_zeros((max(num_rows - parameter.shape[0], 0), *parameter.shape[1:]))
+    return nn.Parameter(torch.cat([parameter.detach()[:num_rows], added]), requires_grad=False)
+
+
+__all__ = ["copy_into", "from_bits", "full_tensor", "resize_rows", "score", "to_bits"]

@@ -23,16 +23,19 @@ EVERY_ID = torch.arange(99).unsqueeze(0)
 TABLE = "model.moe_layers.{}.frozen_router.routing_table"
 CODE_FILES = {
     "assignment_stablemoe.py",
+    "balancing_stablemoe.py",
     "configuration_stablemoe.py",
     "context_stablemoe.py",
     "distillation_stablemoe.py",
     "experts_stablemoe.py",
     "frozen_stablemoe.py",
+    "health_stablemoe.py",
     "layer_stablemoe.py",
     "losses_stablemoe.py",
     "modeling_stablemoe.py",
     "outputs_stablemoe.py",
     "routing_stablemoe.py",
+    "running_stablemoe.py",
     "stages_stablemoe.py",
     "tensors_stablemoe.py",
 }

@@ -149,6 +149,20 @@ def test_a_model_is_routed_by_the_hash_table_that_is_asked_for():
         set_hash_tables(model, RoutingArguments(stage1_steps="0.1", hash_table="random"), rows)
 
 
+def test_a_model_is_routed_by_the_tables_of_a_checkpoint(tmp_path):
+    source, model = tiny_model(), tiny_model(seed=1)
+    source.save_pretrained(tmp_path / "learning")
+    source.freeze_router()
+    source.save_pretrained(tmp_path / "frozen")
+    rows = Dataset.from_dict({"input_ids": [[1, 2]]})
+    set_hash_tables(model, RoutingArguments(hash_table=str(tmp_path / "frozen")), rows)
+    assert model.router_fingerprint() == source.router_fingerprint()
+    with pytest.raises(ValueError, match="has no frozen routing tables"):
+        set_hash_tables(model, RoutingArguments(hash_table=str(tmp_path / "learning")), rows)
+    with pytest.raises(ValueError, match=r"must be one of .* or the folder of a frozen checkpoint"):
+        RoutingArguments(hash_table=str(tmp_path / "nothing"))
+
+
 def test_encoder_and_decoder_are_balanced_by_their_own_tokens():
     model = tiny_seq2seq_model(router_type="hash")
     sources, targets = torch.arange(2, 42), torch.arange(45, 85)

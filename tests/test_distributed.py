@@ -22,6 +22,13 @@ from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 WORLD = 2
 EVERY_ID = torch.arange(99).unsqueeze(0)
 POSITIONS = [0, 2]
+FOLLOWING = {
+    "distilled_router": "counts",
+    "router_normalization": "standardize",
+    "expert_bias_rate": 0.1,
+    "balance_loss_warmup_tokens": 50,
+    "max_frozen_load": 1.3,
+}
 
 
 def model_on_every_rank() -> StableMoEForCausalLM:
@@ -98,6 +105,50 @@ def ddp_gradients(rank: int, folder: Path, as_trainer: bool = False) -> dict:
 
 def ddp_gradients_as_trainer(rank: int, folder: Path) -> dict:
     return ddp_gradients(rank, folder, as_trainer=True)
+
+
+def following(**settings) -> tuple[StableMoEForCausalLM, list]:
+    """A model with running statistics and counts, the same on every rank, and a record of what its routers decide."""
+    model = tiny_model(moe_layer_positions=POSITIONS, **(FOLLOWING | settings))
+    decisions = []
+    for layer in model.moe_layers_by_name.values():
+        layer.router.register_forward_hook(lambda router, args, decision: decisions.append(decision))
+    return model, decisions
+
+
+def statistics_of(model) -> dict:
+    """All that the routers of a model follow, whole."""
+    kept = {}
+    for name, layer in model.moe_layers_by_name.items():
+        kept |= {f"{name}.{key}": values.clone() for key, values in layer.router.memory().items()}
+        kept[f"{name}.counts"] = layer.router.distilled_router.counts().clone()
+    return kept
+
+
+def ddp_statistics(rank: int, folder: Path) -> dict:
+    model, decisions = following()
+    parallel = torch.nn.parallel.DistributedDataParallel(model.train())
+    for step in range(3):
+        ids = batch(step, rank)
+        parallel(ids, labels=ids).loss.backward()
+    return {
+        "statistics": statistics_of(model),
+        "routed": [
+            (decision.trace.token_ids, decision.expert_index.flatten(), decision.trace.hidden_states)
+            for decision in decisions
+        ],
+        "balanced": [layer.table for layer in model.freeze_router()],
+        **facts_about(model),
+    }
+
+
+def fsdp_statistics(rank: int, folder: Path) -> dict:
+    model = shard(following(share_experts_in_stage1=True)[0])
+    losses = train(model, range(3), adamw(model), rank)
+    before = statistics_of(model)
+    model.freeze_router()
+    losses += train(model, range(3, 5), adamw(model), rank)
+    return {**facts_about(model), "before": before, "after": statistics_of(model), "losses": losses}
 
 
 def evaluation_on_one_rank(rank: int, folder: Path) -> dict:
@@ -230,6 +281,8 @@ SCENARIOS = [
     ddp_across_the_transition,
     ddp_gradients,
     ddp_gradients_as_trainer,
+    ddp_statistics,
+    fsdp_statistics,
     evaluation_on_one_rank,
     fsdp_freeze_untrained,
     fsdp_across_the_transition,
@@ -316,6 +369,47 @@ def test_two_processes_have_the_gradient_of_one_with_both_batches(ran, scenario)
     if scenario is ddp_gradients_as_trainer:
         mean = mean * WORLD
     assert_close(mean, expected["aux_loss"], rtol=1e-5, atol=0)
+
+
+def test_counts_and_statistics_are_of_the_tokens_of_both_processes(ran):
+    first, second = results(ran, ddp_statistics)
+    for name, values in first["statistics"].items():
+        assert torch.equal(values, second["statistics"][name]), name
+    # Two layers by turns, three batches.
+    for layer, name in enumerate(following()[0].moe_layers_by_name):
+        routed = [result["routed"][layer::2] for result in (first, second)]
+        counted = torch.zeros(99, 5)
+        for ids, experts, _ in (*routed[0], *routed[1]):
+            for token_id, expert in zip(ids.tolist(), experts.tolist(), strict=True):
+                counted[token_id, expert] += 1
+        assert torch.equal(first["statistics"][f"{name}.counts"], counted)
+        assert torch.equal(first["statistics"][f"{name}.token_counts"], counted.sum(-1).long())
+        assert int(first["statistics"][f"{name}.tokens"]) == 3 * 36
+        # Fewer tokens than the half-life: a plain average, and a spread around the means of the batches before.
+        hidden = torch.cat([states for *_, states in (*routed[0], *routed[1])])
+        assert_close(first["statistics"][f"{name}.feature_mean"], hidden.mean(0), rtol=1e-4, atol=1e-5)
+        assert_close(
+            first["statistics"][f"{name}.feature_variance"], hidden.var(0, correction=0), rtol=1e-3, atol=1e-4
+        )
+    assert first["fingerprint"] == second["fingerprint"] == first["in config"]
+    for ours, theirs in zip(first["balanced"], second["balanced"], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_sharded_model_follows_what_one_process_follows(ran):
+    first, second = results(ran, fsdp_statistics)
+    plain = following(share_experts_in_stage1=True)[0]
+    losses = train(plain, range(3), adamw(plain))
+    for name, values in statistics_of(plain).items():
+        assert torch.equal(first["before"][name], second["before"][name]), name
+        assert torch.equal(first["before"][name], first["after"][name]), name
+        if not name.endswith(("counts", "bias")):  # a sum in another order may send a token elsewhere
+            assert_close(
+                first["before"][name], values, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    assert first["fingerprint"] == second["fingerprint"] == first["in config"]
+    mean_losses = [(ours + theirs) / 2 for ours, theirs in zip(first["losses"], second["losses"], strict=True)]
+    assert mean_losses[:3] == pytest.approx(losses, rel=1e-2)
 
 
 def test_evaluation_on_one_process_does_not_wait_for_the_others(ran):

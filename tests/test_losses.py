@@ -196,33 +196,21 @@ def test_expert_load_counts_the_real_tokens_of_each_expert(tokens, masked):
 STABLE = {"router_type": "stable", "num_experts": 3}
 
 
-def test_routing_losses_sum_over_layers_and_average_agreement():
+def test_routing_losses_sum_over_layers():
     router_logits = [torch.randn(6, 3) for _ in range(2)]
     distilled_logits = [router_logits[0].clone(), -router_logits[1]]  # agree everywhere, agree nowhere
     indices = [logits.argmax(-1) for logits in router_logits]
     losses = routing_losses(
-        **STABLE, router_logits=router_logits, distilled_logits=distilled_logits, expert_indices=indices
+        **STABLE,
+        router_logits=router_logits,
+        distilled_logits=distilled_logits,
+        expert_indices=indices,
+        teachers=indices,
     )
     parts = [losses_of(*scores) for scores in zip(router_logits, distilled_logits, strict=True)]
     torch.testing.assert_close(losses.balance_loss, parts[0][0] + parts[1][0], **CLOSE)
     torch.testing.assert_close(losses.distillation_loss, parts[0][1] + parts[1][1], **CLOSE)
-    torch.testing.assert_close(losses.distillation_agreement, torch.tensor(0.5), **CLOSE)
     assert losses.expert_load.tolist() == [torch.bincount(index, minlength=3).tolist() for index in indices]
-
-
-def test_agreement_is_the_share_of_real_tokens_sent_alike():
-    router_logits = F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
-    distilled_logits = F.one_hot(torch.tensor([0, 2, 2, 1]), 3).float()
-    mask = torch.tensor([True, True, True, False])
-    losses = routing_losses(
-        **STABLE,
-        router_logits=[router_logits],
-        distilled_logits=[distilled_logits],
-        expert_indices=[router_logits.argmax(-1)],
-        mask=mask,
-    )
-    torch.testing.assert_close(losses.distillation_agreement, torch.tensor(2 / 3), **CLOSE)
-    assert losses.expert_load.tolist() == [[1, 1, 1]]
 
 
 def test_evaluation_measures_the_losses_of_the_backbone_router_and_the_loads_of_the_distilled_one():
@@ -233,6 +221,7 @@ def test_evaluation_measures_the_losses_of_the_backbone_router_and_the_loads_of_
         router_logits=[router_logits],
         distilled_logits=[distilled_logits],
         expert_indices=[distilled_logits.argmax(-1)],
+        teachers=[router_logits.argmax(-1)],
     )
     balance, distillation = losses_of(router_logits, distilled_logits)
     torch.testing.assert_close(losses.balance_loss, balance, **CLOSE)
@@ -246,10 +235,8 @@ def test_in_stage_2_both_losses_are_zero_and_loads_are_still_counted():
         router_logits=[torch.randn(4, 3)],
         distilled_logits=[],
         expert_indices=[torch.tensor([0, 2, 2, 2])],
-        learning=False,
     )
     assert float(losses.balance_loss) == float(losses.distillation_loss) == 0.0
-    assert math.isnan(losses.distillation_agreement)
     assert losses.expert_load.tolist() == [[1, 0, 3]]
 
 
@@ -330,6 +317,7 @@ def test_routing_losses_ask_other_processes_only_when_told_to(monkeypatch):
         "router_logits": [router_logits],
         "distilled_logits": [router_logits],
         "expert_indices": [router_logits.argmax(-1)],
+        "teachers": [router_logits.argmax(-1)],
     }
     alone = routing_losses(**arguments)
     assert not asked

@@ -208,3 +208,12 @@ def test_an_empty_string_unsets_what_a_recipe_has_set():
     model = ModelArguments(model_preset="", config_overrides="", model_name_or_path="somewhere")
     assert (model.model_preset, model.config_overrides, model.model_name_or_path) == (None, None, "somewhere")
     assert RoutingArguments(stage1_steps="").stage1 is None
+
+
+def test_what_ends_stage_1_earlier_or_later_needs_a_stage_1():
+    for options in ({"settled_change": 0.1}, {"hold_until_ready": "0.5"}):
+        with pytest.raises(ValueError, match="need a `--stage1_steps`"):
+            RoutingArguments(**options)
+    held = RoutingArguments(stage1_steps="10", hold_until_ready="0.5")
+    assert (held.stage1, held.hold) == (10, 0.5)
+    assert RoutingArguments(stage1_steps="10", hold_until_ready="").hold is None

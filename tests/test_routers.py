@@ -437,7 +437,8 @@ def test_balance_counts_run_over_all_processes_for_switch_too(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     logits = torch.tensor([[0.0, 1.0]] * 4)
-    arguments = {"router_logits": [logits], "distilled_logits": [], "expert_indices": [logits.argmax(-1)]}
+    chosen = [logits.argmax(-1)]
+    arguments = {"router_logits": [logits], "distilled_logits": [], "expert_indices": chosen, "teachers": chosen}
     losses = routing_losses(router_type="switch", num_experts=2, training=True, **arguments)
     assert_close(losses.balance_loss, torch.tensor(1.0))  # 4 tokens each: f = (1/2, 1/2)
 

@@ -171,6 +171,8 @@ def test_resuming_with_other_settings_names_the_setting_and_changes_nothing(work
         (["--stage1_steps", "ten"], "must be a number of steps"),
         (["--stage1_steps", "1.5"], "must lie inside"),
         (["--stage1_steps", "100"], "longer than training"),
+        (["--hold_until_ready", "1"], "before the transition at step"),
+        (["--settled_change", "2"], "`settled_change` is a share of tokens"),
         (["--hash_table", "balanced"], "there is no stage 1, unset `--stage1_steps`"),
         (["--block_size", "17"], "Sequences of 17 tokens do not fit the model's 16 positions"),
         (["--config_overrides", '{"vocab_size": 270}'], "The tokenizer has 280 tokens, the model's vocabulary 270"),

@@ -1,0 +1,129 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What tells a healthy routing from a sick one: gates, the hidden states that are scored, agreement on rare tokens.
+
+Nothing here has a gradient or waits for the device.
+
+Shape suffixes: T tokens, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .losses_stablemoe import masked_mean
+
+
+# Below it a gate leaves next to nothing of what its expert does, and next to no gradient for the expert.
+CLOSED_GATE = 0.05
+
+
+class RoutingHealth(NamedTuple):
+    """The health of a routing in one forward pass, of one MoE layer or the mean of several.
+
+    Each a `torch.Tensor` of shape `()`.
+
+    Attributes:
+        mean_gate: mean gate of the real tokens, in [0, 1].
+        closed_gates: share of them whose gate is below 0.05.
+        common_direction: norm of their mean hidden state over their mean norm, at the input of the layer, in [0, 1].
+            Near 1 they all point the same way, and so all prefer the same expert.
+        distillation_agreement: share of them that the distilled router sends where the backbone router does; NaN where
+            nothing is distilled.
+        distillation_agreement_by_id: the same where every token id that occurs counts once, so that rare ones weigh as
+            much as frequent ones.
+    """
+
+    mean_gate: Tensor
+    closed_gates: Tensor
+    common_direction: Tensor
+    distillation_agreement: Tensor
+    distillation_agreement_by_id: Tensor
+
+
+@torch.no_grad()
+def routing_health(
+    *,
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    gate: Tensor,
+    teacher_index: Tensor | None,
+    distilled_index: Tensor | None,
+    vocab_size: int,
+    mask: Tensor | None = None,
+) -> RoutingHealth:
+    """Measure the health of one MoE layer's routing; arguments as of `RoutingTrace`.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(T, D)`): input of the MoE layer.
+        token_ids (`torch.LongTensor` of shape `(T,)`): in [0, vocab_size).
+        gate (`torch.Tensor` of shape `(T,)`): in [0, 1].
+        teacher_index (`torch.LongTensor` of shape `(T,)`, *optional*): choice of the backbone router.
+        distilled_index (`torch.LongTensor` of shape `(T,)`, *optional*): choice of the distilled router.
+        vocab_size (`int`): V.
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+
+    Returns:
+        `RoutingHealth`
+    """
+    agreement = agreement_by_id = torch.full((), torch.nan, device=gate.device)
+    if teacher_index is not None and distilled_index is not None:
+        agreed = (teacher_index == distilled_index).float()
+        agreement, agreement_by_id = masked_mean(agreed, mask), mean_by_id(agreed, token_ids, vocab_size, mask)
+    return RoutingHealth(
+        masked_mean(gate.float(), mask),
+        masked_mean((gate < CLOSED_GATE).float(), mask),
+        common_direction(hidden_states, mask),
+        agreement,
+        agreement_by_id,
+    )
+
+
+def mean_health(layers: Sequence[RoutingHealth], num_tokens: Tensor) -> RoutingHealth:
+    """Average the health of several layers over the tokens that they routed.
+
+    Args:
+        layers (sequence of `RoutingHealth`): at least one; they may stand on several devices.
+        num_tokens (`torch.LongTensor` of shape `(layers,)`): tokens that each routed.
+
+    Returns:
+        `RoutingHealth`: on the device of `num_tokens`.
+    """
+    weight = num_tokens / num_tokens.sum().clamp(min=1)
+    return RoutingHealth(
+        *(
+            (torch.stack([value.to(weight.device) for value in of_layers]) * weight).sum()
+            for of_layers in zip(*layers, strict=True)
+        )
+    )
+
+
+def common_direction(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compare the norm of the mean with the mean norm, `(T, D) -> ()`: in [0, 1]; 0 where all are zero."""
+    hidden_states = hidden_states.float()
+    if mask is not None:
+        hidden_states = torch.where(mask.unsqueeze(-1), hidden_states, 0.0)
+    mean_norm = hidden_states.norm(dim=-1).sum()
+    return hidden_states.sum(0).norm() / mean_norm.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def mean_by_id(values: Tensor, token_ids: Tensor, vocab_size: int, mask: Tensor | None = None) -> Tensor:
+    """Average values over the tokens of each id, then over the ids that occur; 0 where no token is real.
+
+    Args:
+        values (`torch.Tensor` of shape `(T,)`): any float dtype.
+        token_ids (`torch.LongTensor` of shape `(T,)`): in [0, vocab_size).
+        vocab_size (`int`): V.
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    real = torch.ones_like(values) if mask is None else mask.to(values.dtype)
+    occurrences = values.new_zeros(vocab_size).scatter_add_(0, token_ids, real)
+    weight = real / occurrences[token_ids].clamp(min=1)
+    return (weight * values).sum() / weight.sum().clamp(min=1)
+
+
+__all__ = ["CLOSED_GATE", "RoutingHealth", "common_direction", "mean_by_id", "mean_health", "routing_health"]

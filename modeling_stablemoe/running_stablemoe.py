@@ -1,0 +1,168 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What a router remembers of the tokens of stage 1: numbers that no gradient reaches.
+
+Kept as integers, floats by their bits, like the frozen routing and for the same reasons (see `frozen_stablemoe.py`):
+they survive a cast of the model, mixed precision and sharding engines without losing a bit, so routing and gates
+are the same everywhere. They follow the tokens of all processes and stand still in stage 2.
+
+Shape suffixes: T tokens, D hidden size, E experts, V vocabulary.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .configuration_stablemoe import StableMoEBaseConfig
+from .losses_stablemoe import is_distributed
+from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, to_bits
+
+
+# Keeps a feature that never varies finite.
+VARIANCE_EPSILON = 1e-6
+
+
+class RouterMemory(nn.Module):
+    """The running statistics that a config asks for.
+
+    Parameters, all integers without gradient: `tokens` `(1,)`, routed so far; `feature_mean` and `feature_variance`,
+    `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `token_counts`, `(V,)`, how often
+    each id was routed, with `max_frozen_load`.
+    """
+
+    def __init__(self, config: StableMoEBaseConfig):
+        super().__init__()
+        self.half_life = config.router_half_life
+        self.normalization = config.router_normalization
+        self.bias_rate = config.expert_bias_rate
+        self._register("tokens", 1, torch.int64)
+        if config.router_normalization is not None:
+            self._register("feature_mean", config.hidden_size, torch.int32)
+            self._register("feature_variance", config.hidden_size, torch.int32)
+        if config.expert_bias_rate:
+            self._register("expert_bias", config.num_experts, torch.int32)
+        if config.max_frozen_load is not None:
+            self._register("token_counts", config.vocab_size, torch.int64)
+
+    def _register(self, name: str, size: int, dtype: torch.dtype):
+        self.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False))
+
+    def forward(self) -> dict[str, Tensor]:
+        """Return what is kept by name, floats as floats: a module of its own, for the hooks of offloading."""
+        whole = {name: full_tensor(values) for name, values in self.named_parameters()}
+        return {name: from_bits(values) if values.dtype == torch.int32 else values for name, values in whole.items()}
+
+    def normalize(self, hidden_states: Tensor, recalled: dict[str, Tensor]) -> Tensor:
+        """Center, and standardize, hidden states by running statistics; float32 at least.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`): h.
+            recalled (`dict[str, torch.Tensor]`): the statistics, of `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(T, D)`: what is scored; h itself until tokens have been observed, and without
+            `router_normalization`.
+        """
+        if self.normalization is None:
+            return hidden_states
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        features = hidden_states.to(dtype) - recalled["feature_mean"]
+        if self.normalization == "center":
+            return features
+        deviation = (recalled["feature_variance"] + VARIANCE_EPSILON).sqrt()
+        return features / torch.where(recalled["tokens"] > 0, deviation, 1.0)
+
+    @torch.no_grad()
+    def observe(self, hidden_states: Tensor, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
+        """Follow the tokens of a training pass of stage 1; every process must call this.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`): h.
+            token_ids (`torch.LongTensor` of shape `(T,)`): in [0, V).
+            expert_index (`torch.LongTensor` of shape `(T,)`): where the tokens went.
+            mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        """
+        kept = self()
+        sums = {"tokens": self._count(token_ids, mask)}
+        if self.normalization is not None:
+            sums |= self._feature_sums(hidden_states, mask, kept["feature_mean"])
+        if "expert_bias" in kept:
+            sums["load"] = histogram(expert_index, mask, len(kept["expert_bias"]))
+        if "token_counts" in kept:
+            sums["ids"] = histogram(token_ids, mask, len(kept["token_counts"]))
+        sums = sum_across_processes(sums)
+        if self.normalization is not None:
+            self._follow_features(kept, sums)
+        if "expert_bias" in kept:
+            behind = torch.sign(sums["load"].mean() - sums["load"])
+            copy_into(self.expert_bias, to_bits(kept["expert_bias"] + self.bias_rate * behind.float()))
+        if "token_counts" in kept:
+            copy_into(self.token_counts, kept["token_counts"] + sums["ids"].long())
+        copy_into(self.tokens, kept["tokens"] + sums["tokens"].long())
+
+    @staticmethod
+    def _count(token_ids: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return torch.full((1,), float(token_ids.numel()), dtype=torch.double, device=token_ids.device)
+        return mask.sum().double().view(1)
+
+    @staticmethod
+    def _feature_sums(hidden_states: Tensor, mask: Tensor | None, center: Tensor) -> dict[str, Tensor]:
+        """Sum distances from the running mean: of h itself, a large mean would drown what varies."""
+        distance = hidden_states.float() - center
+        if mask is not None:
+            distance = torch.where(mask.unsqueeze(-1), distance, 0.0)  # padding may hold NaN
+        return {"shift": distance.sum(0).double(), "square": distance.square().sum(0).double()}
+
+    def _follow_features(self, kept: dict[str, Tensor], sums: dict[str, Tensor]):
+        """Move mean and variance towards those of a batch: a plain average at first, an exponential one later."""
+        new, seen = sums["tokens"], kept["tokens"]
+        shift, square = (sums[name] / new.clamp(min=1) for name in ("shift", "square"))
+        # A batch of padding alone moves nothing.
+        share = torch.maximum(1 - 0.5 ** (new / self.half_life), new / (new + seen).clamp(min=1))
+        spread = (1 - share) * kept["feature_variance"] + share * square
+        variance = spread - (share * shift).square()
+        copy_into(self.feature_mean, to_bits((kept["feature_mean"] + share * shift).float()))
+        copy_into(self.feature_variance, to_bits(variance.clamp(min=0.0).float()))
+
+    @torch.no_grad()
+    def resize(self, vocab_size: int):
+        """Follow the vocabulary to a new size; new ids have not been seen."""
+        if hasattr(self, "token_counts"):
+            self.token_counts = resize_rows(self.token_counts, vocab_size)
+
+
+def needs_memory(config: StableMoEBaseConfig) -> bool:
+    """Tell whether a config asks for any running statistics."""
+    return (
+        config.router_normalization is not None
+        or config.expert_bias_rate > 0
+        or config.balance_loss_warmup_tokens > 0
+        or config.max_frozen_load is not None
+    )
+
+
+def histogram(index: Tensor, mask: Tensor | None, size: int) -> Tensor:
+    """Count how often each of `size` numbers occurs on real tokens, float64: a sum of counts is exact up to 2^53.
+
+    Args:
+        index (`torch.LongTensor` of shape `(T,)`): in [0, size).
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        size (`int`): bins.
+
+    Returns:
+        `torch.DoubleTensor` of shape `(size,)`.
+    """
+    ones = torch.ones_like(index, dtype=torch.double) if mask is None else mask.double()
+    return ones.new_zeros(size).scatter_add_(0, index, ones)
+
+
+def sum_across_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add up the tensors of all processes, one-dimensional and of one dtype, in one collective."""
+    if not is_distributed():
+        return values
+    packed = torch.cat(list(values.values()))
+    dist.all_reduce(packed)
+    return dict(zip(values, packed.split([len(part) for part in values.values()]), strict=True))
+
+
+__all__ = ["RouterMemory", "histogram", "needs_memory", "sum_across_processes"]
