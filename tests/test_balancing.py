@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from modeling_stablemoe.balancing_stablemoe import BalancedTable, balanced_table
+from modeling_stablemoe.balancing_stablemoe import BalancedTable, balanced_table, balanced_table_in_bands
 
 
 MAX_LOADS = [1.0, 1.05, 1.2, 1.5, 2.0]
@@ -279,3 +279,75 @@ def test_numbers_that_are_negative_or_not_finite_are_refused(name, value, messag
 def test_max_load_below_one_or_not_finite_is_refused(max_load):
     with pytest.raises(ValueError, match=rf"`max_load` is {max_load}; pass a finite number >= 1"):
         balanced_table(torch.ones(3, 2), torch.ones(3), max_load)
+
+
+# In bands of frequency
+
+
+def bands_of(counts: torch.Tensor, num_bands: int) -> list[torch.Tensor]:
+    """Ids from frequent to rare, cut where the tokens so far pass another share of all."""
+    order = counts.double().argsort(descending=True, stable=True)
+    share = counts.double()[order].cumsum(0) / counts.sum()
+    return [order[(share * num_bands).ceil().clamp(1, num_bands) == band] for band in range(1, num_bands + 1)]
+
+
+@pytest.mark.parametrize("max_load", [1.02, 1.2])
+def test_every_band_is_spread_as_evenly_as_its_heaviest_ids_allow(max_load):
+    agreement, counts = zipf_problem(600, 8, 3000)
+    plain = balanced_table_in_bands(agreement, counts, max_load, 1)
+    banded = balanced_table_in_bands(agreement, counts, max_load, 6)
+    assert torch.equal(plain.table, balanced_table(agreement, counts, max_load).table)
+    assert_consistent(banded, agreement, counts)
+    placed = torch.zeros(8, dtype=torch.double)
+    for ids in bands_of(counts, 6):
+        before = placed.clone()
+        placed.index_add_(0, banded.table[ids], counts[ids].double())
+        allowed = max(max_load * placed.sum() / 8, before.min() + counts[ids].max())
+        assert (placed[placed > before] <= allowed * (1 + 1e-9)).all()
+    frequent = torch.cat(bands_of(counts, 6)[:4])
+    loads = [
+        torch.zeros(8, dtype=torch.double).index_add(0, result.table[frequent], counts[frequent].double())
+        for result in (plain, banded)
+    ]
+    assert loads[1].std() < loads[0].std()
+    assert banded.agreement <= plain.agreement
+    assert banded.load.max() <= max_load * counts.sum() / 8 + 1e-6
+
+
+@settings(max_examples=40)
+@given(small_problems(), st.integers(2, 3))
+def test_small_bands_are_placed_at_the_optimum_beside_those_before(problem, num_bands):
+    agreement, counts, max_load = problem
+    result = balanced_table_in_bands(agreement, counts, max_load, num_bands)
+    assert_consistent(result, agreement, counts)
+    num_experts = agreement.shape[1]
+    if num_experts == 1 or not counts.sum():
+        return
+    load = torch.zeros(num_experts, dtype=torch.double)
+    placed = 0.0
+    for ids in bands_of(counts, num_bands):
+        ids = ids[counts[ids] > 0]
+        if not len(ids):
+            continue
+        placed += counts[ids].sum().item()
+        packed = load.clone()
+        needed = 0.0
+        for count in counts[ids].tolist():
+            expert = int(packed.argmin())
+            packed[expert] += count
+            needed = max(needed, packed[expert].item())
+        room = (max(max_load * placed / num_experts, needed) + 1e-9 - load).clamp(min=0)
+        best = 0
+        for choice in itertools.product(range(num_experts), repeat=len(ids)):
+            added = torch.zeros(num_experts, dtype=torch.double).index_add(
+                0, torch.tensor(choice), counts[ids].double()
+            )
+            if (added <= room).all():
+                best = max(best, int(agreement[ids, list(choice)].sum()))
+        assert int(agreement[ids, result.table[ids]].sum()) == best
+        load.index_add_(0, result.table[ids], counts[ids].double())
+
+
+def test_no_band_is_refused():
+    with pytest.raises(ValueError, match="`num_bands` is 0; pass an integer >= 1"):
+        balanced_table_in_bands(torch.ones(3, 2), torch.ones(3), 1.0, 0)
