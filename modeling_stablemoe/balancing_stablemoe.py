@@ -727,8 +727,8 @@ def place_band(
         heapq.heapreplace(heap, (tokens + weight, expert))
         packed.append(expert)
         needed = max(needed, tokens + weight)
-    limit = max(limit, needed) * (1 + ROUNDING)
-    problem = Problem(agreement_VE, weight_V, (limit - load_E).clamp(min=0.0))
+    limit = max(limit, needed)
+    problem = Problem(agreement_VE, weight_V, (limit * (1 + ROUNDING) - load_E).clamp(min=0.0))
     table_V, gap = Search(problem, torch.tensor(packed), node_limit).run()
     return table_V, gap, limit
 
