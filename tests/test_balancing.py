@@ -314,7 +314,7 @@ def test_every_band_is_spread_as_evenly_as_its_heaviest_ids_allow(max_load):
     assert banded.load.max() <= banded.limit == plain.limit
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(small_problems(), st.integers(2, 3))
 def test_small_bands_are_placed_at_the_optimum_beside_those_before(problem, num_bands):
     agreement, counts, max_load = problem

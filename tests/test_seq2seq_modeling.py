@@ -475,7 +475,12 @@ def test_bfloat16_autocast_trains_with_scores_in_float32(stage, implementation):
 # Outputs of the encoder in place of a source
 
 
-RECORDED = ("output_router_logits", "output_expert_indices", "output_distilled_router_logits")
+RECORDED = (
+    "output_router_logits",
+    "output_expert_indices",
+    "output_distilled_router_logits",
+    "output_routing_traces",
+)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -487,7 +492,7 @@ def test_training_goes_on_from_encoder_outputs_that_hold_their_routing(stage):
     assert_same_losses(model(encoder_outputs=encoded, **rest), model(**batch))
 
 
-@pytest.mark.parametrize("recorded", [(), RECORDED[:1], RECORDED[:2]])
+@pytest.mark.parametrize("recorded", [(), RECORDED[:1], RECORDED[:2], RECORDED[:3]])
 def test_encoder_outputs_without_routing_are_refused_where_stage_1_learns(recorded):
     model, batch = tiny_seq2seq_model().train(), batch_of()
     source = {name: batch[name] for name in ("input_ids", "attention_mask")}
