@@ -81,6 +81,10 @@ class StableMoEBaseConfig(PreTrainedConfig):
         share_experts_in_stage1 (`bool`, *optional*, defaults to `False`): while the routing is learned all experts of a
             layer are equal and learn from all of its tokens; they part when it is frozen, each to learn from its own
             tokens. So no update is lost on an expert that will not serve the token. `False` is the paper's.
+        reset_gates_at_freeze (`bool`, *optional*, defaults to `False`): set the centroids to zero when the routing is
+            frozen, so that every sigmoid gate begins stage 2 at 1/2. Where the frozen expert of a token is not the
+            backbone's choice its score is low, so its gate is shut, and a shut gate learns next to nothing. `False`, the
+            paper's, keeps the centroids.
         max_frozen_load (`float`, *optional*): when the routing is frozen into a table, no expert gets more than this
             times the mean of the tokens of stage 1; the table keeps as much agreement as that allows (see
             `balanced_table`). Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1; `None`, the paper's,
@@ -134,6 +138,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     expert_bias_rate: float = 0.0
     counts_half_life: int | None = None
     share_experts_in_stage1: bool = False
+    reset_gates_at_freeze: bool = False
     max_frozen_load: float | None = None
     frozen_load_bands: int = 1
     router_aux_loss_coef: float = 1.0
@@ -260,6 +265,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             ("balance_gradient", BALANCE_GRADIENTS),
             ("router_normalization", (None, *ROUTER_NORMALIZATIONS)),
             ("share_experts_in_stage1", (False, True)),
+            ("reset_gates_at_freeze", (False, True)),
         ):
             value = getattr(self, name)
             if not isinstance(value, (str, bool, type(None))) or value not in choices:
@@ -305,7 +311,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             raise ValueError(
                 "`expert_bias_rate` has nothing to balance in BASE, which balances each batch; leave it at 0."
             )
-        settings = ("expert_bias_rate", "router_normalization", "share_experts_in_stage1")
+        settings = ("expert_bias_rate", "router_normalization", "share_experts_in_stage1", "reset_gates_at_freeze")
         idle = [name for name in settings if self.router_type == "hash" and getattr(self, name)]
         if idle:
             raise ValueError(

@@ -231,6 +231,11 @@ class LearnedRouter(Router):
         """Choose the expert of each token by its scores, `(T, E) -> (T,)`: greedily, unless a strategy says else."""
         return router_logits.argmax(-1)
 
+    @torch.no_grad()
+    def reset_gates(self):
+        """Forget the centroids, which a frozen routing does not need: every score is 0, every sigmoid gate 1/2."""
+        self.centroids.zero_()
+
     def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
         """Weigh the expert of each token, `(T, E), (T, 1) -> (T, 1)`: by the sigmoid of its score, unless told else."""
         return torch.sigmoid(router_logits.gather(-1, expert_index))

@@ -91,6 +91,8 @@ class TwoStageRoutingMixin:
         decided = [layer.router.freeze() for layer in layers]
         for layer, (contents, _) in zip(layers, decided, strict=True):
             layer.frozen_router.freeze(contents)
+            if self.config.reset_gates_at_freeze:
+                layer.router.reset_gates()
         self.config.router_fingerprint = self.router_fingerprint()
         return [balanced for _, balanced in decided if balanced is not None]
 

@@ -22,6 +22,7 @@ EVERYTHING = {
     "expert_bias_rate": 0.01,
     "distilled_router": "counts",
     "share_experts_in_stage1": True,
+    "reset_gates_at_freeze": True,
     "max_frozen_load": 1.2,
     "frozen_load_bands": 3,
 }
@@ -412,6 +413,26 @@ def test_freezing_changes_no_output_of_equal_experts():
     assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-5)
 
 
+# Gates that begin stage 2 anew
+
+
+def test_gates_begin_stage_2_at_one_half_and_learn_from_there():
+    model, plain = tiny_model(reset_gates_at_freeze=True), tiny_model()
+    for each in (model, plain):
+        steps(each, 3)
+    router = layer_of(model).router
+    assert router.centroids.any()
+    for each in (model, plain):
+        each.freeze_router()
+    assert torch.equal(model.route(EVERY_ID), plain.route(EVERY_ID))
+    assert not router.centroids.any()
+    decisions = traced(model)
+    steps(model, 2, first=3)
+    assert (decisions[0].gate == 0.5).all()
+    assert not (decisions[1].gate == 0.5).any()
+    assert layer_of(plain).router.centroids.any()
+
+
 # Balanced freezing
 
 
@@ -508,6 +529,8 @@ def test_a_compiled_training_step_follows_the_statistics():
         ({"frozen_load_bands": 0}, "`frozen_load_bands` must be a positive integer"),
         ({"router_type": "hash", "router_normalization": "center"}, "a hash is fixed from the start"),
         ({"router_type": "hash", "share_experts_in_stage1": True}, "a hash is fixed from the start"),
+        ({"router_type": "hash", "reset_gates_at_freeze": True}, "a hash is fixed from the start"),
+        ({"reset_gates_at_freeze": "yes"}, "`reset_gates_at_freeze` must be one of"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, complaint):
