@@ -3,14 +3,16 @@
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -66,6 +68,31 @@ class TextArguments:
             raise ValueError("--target_files must name one file for each of --text_files")
         if self.max_tokens < 1:
             raise ValueError("--max_tokens must be >= 1")
+
+
+def parse_checkpoint_command(
+    arguments_class: type, description: str, usage: str, argv: Sequence[str] | None = None
+) -> tuple[TextArguments, Any, str]:
+    """Parse the command line of a script that sends a text through a checkpoint.
+
+    Args:
+        arguments_class (`type`): the options of the script itself, for `HfArgumentParser`.
+        description (`str`): what the script does, for `--help`.
+        usage (`str`): how it is called.
+        argv (sequence of `str`, *optional*): default: the process's own arguments.
+
+    Returns:
+        `tuple`: text, the script's own options, the checkpoint. A bad command line ends the process with status 2.
+    """
+    parser = HfArgumentParser((TextArguments, arguments_class), description=description, allow_abbrev=False)
+    # Before the options: those that take several values would take it, too.
+    parser.usage = usage
+    parser.add_argument("model", help="Hub name or folder of a checkpoint")
+    try:
+        text_args, own_args, rest = parser.parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        parser.error(str(error))
+    return text_args, own_args, rest.model
 
 
 def load_checkpoint(name: str, tokenizer_name: str | None):
@@ -189,4 +216,4 @@ def route_through_checkpoint(
     return model, tokenizer, route_texts(model, documents, targets, show_progress=True)
 
 
-__all__ = ["TextArguments", "load_checkpoint", "route_through_checkpoint"]
+__all__ = ["TextArguments", "load_checkpoint", "parse_checkpoint_command", "route_through_checkpoint"]

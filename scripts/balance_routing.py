@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
-from transformers import HfArgumentParser
 
 from modeling_stablemoe.rebalancing import format_balances, rebalance
-from modeling_stablemoe.routed_input import TextArguments, route_through_checkpoint
+from modeling_stablemoe.routed_input import parse_checkpoint_command, route_through_checkpoint
 
 
 @dataclass
@@ -41,24 +40,10 @@ class BalanceArguments:
             raise ValueError("--frequency_bands must be >= 1")
 
 
-def parse_arguments(argv=None) -> tuple[TextArguments, BalanceArguments, str]:
-    """Parse the command line: text, balance, and the checkpoint."""
-    parser = HfArgumentParser(
-        (TextArguments, BalanceArguments), description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    # Before the options: those that take several values would take it, too.
-    parser.usage = "%(prog)s model --output_dir folder [--option value ...]"
-    parser.add_argument("model", help="Hub name or folder of a checkpoint")
-    try:
-        text_args, balance_args, rest = parser.parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        parser.error(str(error))
-    return text_args, balance_args, rest.model
-
-
 def main(argv=None):
     """Run the script."""
-    text_args, balance_args, name = parse_arguments(argv)
+    description, usage = __doc__.splitlines()[0], "%(prog)s model --output_dir folder [--option value ...]"
+    text_args, balance_args, name = parse_checkpoint_command(BalanceArguments, description, usage, argv)
     logging.basicConfig(format="%(name)s: %(message)s")
     transformers.utils.logging.set_verbosity_error()
     folder = Path(balance_args.output_dir)

@@ -14,12 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import transformers
-from transformers import HfArgumentParser
 
 from modeling_stablemoe.atomic_files import replace_file
 from modeling_stablemoe.inspection import format_report, inspect_routing
 from modeling_stablemoe.inspection_page import build_page
-from modeling_stablemoe.routed_input import TextArguments, route_through_checkpoint
+from modeling_stablemoe.routed_input import parse_checkpoint_command, route_through_checkpoint
 
 
 @dataclass
@@ -48,24 +47,10 @@ class OutputArguments:
                 raise FileNotFoundError(f"{option}: there is no folder {Path(file).parent}; create it first")
 
 
-def parse_arguments(argv=None) -> tuple[TextArguments, OutputArguments, str]:
-    """Parse the command line: text, output, and the checkpoint."""
-    parser = HfArgumentParser(
-        (TextArguments, OutputArguments), description=__doc__.splitlines()[0], allow_abbrev=False
-    )
-    # Before the options: those that take several values would take it, too.
-    parser.usage = "%(prog)s model [--option value ...]"
-    parser.add_argument("model", help="Hub name or folder of a checkpoint")
-    try:
-        text_args, output_args, rest = parser.parse_args_into_dataclasses(args=argv)
-    except ValueError as error:
-        parser.error(str(error))
-    return text_args, output_args, rest.model
-
-
 def main(argv=None):
     """Run the script."""
-    text_args, output_args, name = parse_arguments(argv)
+    description, usage = __doc__.splitlines()[0], "%(prog)s model [--option value ...]"
+    text_args, output_args, name = parse_checkpoint_command(OutputArguments, description, usage, argv)
     logging.basicConfig(format="%(name)s: %(message)s")
     transformers.utils.logging.set_verbosity_error()
     try:
