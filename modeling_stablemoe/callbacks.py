@@ -245,9 +245,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     def on_save(self, args, state, control, **kwargs):
         """Put beside a checkpoint of stage 1 what watching goes on from."""
         if self._meter is not None and self._meter.model.routing_stage == 1:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if folder.is_dir():
-                self._watch.save(folder / WATCH_FILE)
+            self._watch.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""

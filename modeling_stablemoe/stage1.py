@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .atomic_files import replace_file
 from .balancing_stablemoe import BalancedTable
 from .frozen_stablemoe import FrozenRouter
 from .health_stablemoe import CLOSED_GATE
+from .losses_stablemoe import is_distributed
 from .stages_stablemoe import TwoStageRoutingMixin
 from .statistics import RoutingMeter, imbalance
 
@@ -76,7 +77,10 @@ class SettlingWatch:
         return len(self.changes) >= checks and max(self.changes[-checks:]) <= largest_change
 
     def save(self, path: str | os.PathLike):
-        """Write what a resumed run needs to go on watching, whole or not at all; every process must call this."""
+        """Write what a resumed run needs to go on watching, whole or not at all; every process must call this.
+
+        Nothing is written where there is no folder for it.
+        """
         counts, recent = self._meter.counted_tokens(), self._meter.recent_steps()
         if counts is None or recent is None:
             return
@@ -86,18 +90,26 @@ class SettlingWatch:
             **{f"recent_{name}": values for name, values in recent.items()},
             **({} if self._tables is None else {"tables": self._tables}),
         }
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if _is_first_process() and Path(path).parent.is_dir():
             replace_file(Path(path), lambda partial: save_file(tensors, partial))
 
     def load(self, path: str | os.PathLike):
-        """Take up what `save` wrote, if there is such a file; else watching begins anew."""
-        if not Path(path).is_file():
+        """Take up what `save` wrote, if there is such a file; else watching begins anew. Every process must call this."""
+        found = [load_file(path) if _is_first_process() and Path(path).is_file() else None]
+        if is_distributed():
+            # The other processes may not see the file, and all must decide alike.
+            dist.broadcast_object_list(found, src=0)
+        (tensors,) = found
+        if tensors is None:
             return
-        with safe_open(path, framework="pt") as file:
-            self._tables = file.get_tensor("tables") if "tables" in file.keys() else None
-            self.changes = file.get_tensor("changes").tolist()
-            self._meter.resume_counts(file.get_tensor("token_counts"))
-            self._meter.resume_recent({name: file.get_tensor(f"recent_{name}") for name in ("sums", "load")})
+        self._tables = tensors.get("tables")
+        self.changes = tensors["changes"].tolist()
+        self._meter.resume_counts(tensors["token_counts"])
+        self._meter.resume_recent({name: tensors[f"recent_{name}"] for name in ("sums", "load")})
+
+
+def _is_first_process() -> bool:
+    return not is_distributed() or dist.get_rank() == 0
 
 
 @dataclass

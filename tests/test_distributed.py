@@ -17,6 +17,8 @@ from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
 
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
+from modeling_stablemoe.stage1 import SettlingWatch
+from modeling_stablemoe.statistics import RoutingMeter
 
 
 WORLD = 2
@@ -139,6 +141,33 @@ def ddp_statistics(rank: int, folder: Path) -> dict:
         ],
         "balanced": [layer.table for layer in model.freeze_router()],
         **facts_about(model),
+    }
+
+
+def watching(rank: int, folder: Path) -> dict:
+    model = model_on_every_rank()
+    meter = RoutingMeter(model)
+    watch = SettlingWatch(meter)
+    for step in range(3):
+        ids = batch(step, rank)
+        model.train()(ids, labels=ids).loss.backward()
+        meter.end_step()
+        with torch.no_grad():
+            for layer in model.moe_layers_by_name.values():
+                layer.router.distilled_router.embedding.mul_(-1.0)
+        watch.check()
+    # A machine of its own: the second process does not see the file of the first.
+    place = folder / f"watch-{rank}"
+    place.mkdir()
+    watch.save(place / "watch.safetensors")
+    resumed = SettlingWatch(RoutingMeter(model))
+    resumed.load(folder / "watch-0" / "watch.safetensors" if rank == 0 else folder / "nowhere" / "watch.safetensors")
+    meters = {"before": meter, "after": resumed._meter}
+    return {
+        "written": (place / "watch.safetensors").is_file(),
+        "changes": (watch.changes, resumed.changes),
+        "counts": {name: each.counted_tokens().cpu() for name, each in meters.items()},
+        "recent": {name: each.recent().metrics(stage=1) for name, each in meters.items()},
     }
 
 
@@ -282,6 +311,7 @@ SCENARIOS = [
     ddp_gradients,
     ddp_gradients_as_trainer,
     ddp_statistics,
+    watching,
     fsdp_statistics,
     evaluation_on_one_rank,
     fsdp_freeze_untrained,
@@ -394,6 +424,18 @@ def test_counts_and_statistics_are_of_the_tokens_of_both_processes(ran):
     assert first["fingerprint"] == second["fingerprint"] == first["in config"]
     for ours, theirs in zip(first["balanced"], second["balanced"], strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_all_processes_go_on_watching_from_the_file_of_the_first(ran):
+    first, second = results(ran, watching)
+    assert (first["written"], second["written"]) == (True, False)
+    for result in (first, second):
+        before, after = result["changes"]
+        assert before == after == first["changes"][0]
+        assert max(before) > 0
+        assert torch.equal(result["counts"]["before"], result["counts"]["after"])
+        assert result["counts"]["after"].sum() == 2 * 3 * 36
+        assert result["recent"]["after"] == pytest.approx(result["recent"]["before"])
 
 
 def test_a_sharded_model_follows_what_one_process_follows(ran):
