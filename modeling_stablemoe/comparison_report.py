@@ -29,8 +29,10 @@ def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> lis
         standard deviations over seeds of the perplexity of each split (`validation_mean`, `validation_std`, ...; no
         deviation with one seed), `above_reference`, by how much its validation perplexity exceeds that of the
         reference (mean over the seeds that both have, of the ratio, minus 1) with `above_reference_std`,
-        `tokens_per_second`, `load_max_over_mean`, `mean_gate`, and `agreement`, of the distilled router at the
-        transition.
+        `tokens_per_second`; of inference on the validation text `load_max_over_mean`, `mean_gate` and `closed_gates`;
+        `stage2_load`, the mean of the training logs after the transition; and, at the transition, `agreement` of the
+        distilled router, `kept_agreement`, the share of the tokens so far that a balanced table keeps where the backbone
+        sent them, and `transition_closed_gates`. `None` where there is none.
     """
     groups = group_by_system(runs)
     rows = []
@@ -43,7 +45,16 @@ def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> lis
             "tokens_per_second": mean(run["tokens_per_second"] for run in group),
             "load_max_over_mean": _mean_of(run["load_max_over_mean"] for run in group),
             "mean_gate": _mean_of(run["mean_gate"] for run in group),
-            "agreement": _mean_of((run["transition"] or {}).get("transition_agreement") for run in group),
+            "closed_gates": _mean_of(run.get("closed_gates") for run in group),
+            "stage2_load": _mean_of(_stage2_load(run) for run in group),
+            **{
+                name: _mean_of((run["transition"] or {}).get(key) for run in group)
+                for name, key in (
+                    ("agreement", "transition_agreement"),
+                    ("kept_agreement", "transition_expected_agreement"),
+                    ("transition_closed_gates", "transition_closed_gates"),
+                )
+            },
         }
         for split in group[0]["perplexity"]:
             row[f"{split}_mean"], row[f"{split}_std"] = _spread([run["perplexity"][split] for run in group])
@@ -60,6 +71,16 @@ def _spread(values: list[float]) -> tuple[float, float | None]:
 def _mean_of(values) -> float | None:
     known = [value for value in values if value is not None]
     return mean(known) if known else None
+
+
+def _stage2_load(run: dict) -> float | None:
+    """Average max/mean of the training logs that hold steps of stage 2 alone."""
+    first = (run["transition"] or {}).get("transition_step", 0)
+    return _mean_of(
+        entry["load_max_over_mean"]
+        for entry in run.get("training_curve", ())
+        if entry.get("routing_stage") == 2 and entry["step"] > first
+    )
 
 
 def _against(group: list[dict], reference: list[dict]) -> dict:
@@ -95,9 +116,11 @@ def format_comparison(rows: Sequence[dict], reference: str | None = None) -> str
     if any("above_reference" in row for row in rows):
         headings["above_reference"] = f"against {reference}"
     headings |= {
-        "load_max_over_mean": "load max/mean",
-        "mean_gate": "mean gate",
+        "stage2_load": "load max/mean, stage 2",
+        "load_max_over_mean": "validation",
         "agreement": "agreement",
+        "closed": "closed gates at transition -> end",
+        "mean_gate": "mean gate",
         "tokens_per_second": "tokens/s",
     }
     return format_table([_cells(row, splits) for row in rows], headings)
@@ -118,11 +141,16 @@ def _cells(row: dict, splits: Sequence[str]) -> dict:
         cells["above_reference"] = _plus_minus(
             100 * row["above_reference"], None if deviation is None else 100 * deviation, "{:+.1f}", " %"
         )
-    for name in ("load_max_over_mean", "mean_gate"):
+    for name in ("stage2_load", "load_max_over_mean", "mean_gate"):
         if row[name] is not None:
             cells[name] = f"{row[name]:.2f}"
-    if row["agreement"] is not None:
-        cells["agreement"] = f"{row['agreement']:.0%}"
+    for name, parts in (
+        ("agreement", ("agreement", "kept_agreement")),
+        ("closed", ("transition_closed_gates", "closed_gates")),
+    ):
+        known = [f"{row[part]:.0%}" for part in parts if row[part] is not None]
+        if known:
+            cells[name] = " -> ".join(known)
     return cells
 
 

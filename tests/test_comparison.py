@@ -319,6 +319,30 @@ def test_table_shows_every_system_with_spread_and_dashes_where_nothing_is_known(
     assert "25%" in lines[4]
 
 
+def test_table_tells_stage_1_the_transition_and_stage_2_apart():
+    logs = [(5, 1, 8.0), (10, 2, 9.0), (20, 2, 1.25), (30, 2, 1.5)]
+    run = run_of(
+        "stablemoe",
+        0,
+        100.0,
+        training_curve=[
+            {"step": step, "routing_stage": stage, "load_max_over_mean": load} for step, stage, load in logs
+        ],
+        transition={
+            "transition_step": 10,
+            "transition_agreement": 0.25,
+            "transition_expected_agreement": 0.125,
+            "transition_closed_gates": 0.5,
+        },
+        closed_gates=0.03,
+    )
+    (row,) = summarize_systems([run])
+    assert row["stage2_load"] == 1.375  # the log at the transition is of steps before it
+    line = format_comparison([row]).splitlines()[2]
+    for text in ("1.38", "25% -> 12%", "50% -> 3%"):
+        assert text in line
+
+
 def test_figures_are_drawn_for_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
     assert [path.name for path in write_figures(RUNS, tmp_path)] == ["perplexity.png", "fluctuation.png", "load.png"]
