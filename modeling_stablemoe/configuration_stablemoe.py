@@ -50,8 +50,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
             frozen (table 6). `"word_embedding"` sees the token alone and freezes into a table. So does `"counts"`, which
             waits for no gradient: each token id goes to the expert that it was sent to most often (see `CountRouter`).
-            These look back at earlier tokens, and freeze as weights: `"bigram"`, the mean of the embeddings of this token and the last;
-            `"cnn"`, a causal convolution of width 5; `"transformer_1"`, `"transformer_2"` and `"transformer_3"`, so
+            These look back at earlier tokens, and freeze as weights: `"bigram"`, the mean of the embeddings of this token
+            and the last; `"cnn"`, a causal convolution of width 5; `"transformer_1"`, `"transformer_2"` and `"transformer_3"`, so
             many causal layers. They cost more with every token of context, and float64 arithmetic, which MPS lacks.
             Default: `"word_embedding"` for `"stable"`, `None` for all others: Switch and BASE as published never
             freeze, and a hash is frozen from the start.

@@ -20,6 +20,22 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def histogram(index: Tensor, mask: Tensor | None, size: int) -> Tensor:
+    """Count how often each of `size` numbers occurs on real tokens.
+
+    Args:
+        index (`torch.LongTensor` of shape `(T,)`): in [0, size).
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        size (`int`): bins.
+
+    Returns:
+        `torch.LongTensor` of shape `(size,)`.
+    """
+    # A fixed number of bins and no boolean indexing: nothing here waits for the device.
+    ones_T = torch.ones_like(index) if mask is None else mask.long()
+    return torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, ones_T)
+
+
 def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
     """Count the tokens sent to each expert, |A_i| of eq. 8.
 
@@ -31,11 +47,7 @@ def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts:
     Returns:
         `torch.LongTensor` of shape `(E,)`: tokens of each expert.
     """
-    # A fixed number of bins and no boolean indexing: nothing here waits for the device.
-    ones_T = torch.ones_like(expert_index) if mask is None else mask.to(expert_index.dtype)
-    return torch.zeros(num_experts, dtype=torch.long, device=expert_index.device).scatter_add_(
-        0, expert_index, ones_T.long()
-    )
+    return histogram(expert_index, mask, num_experts)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -278,6 +290,7 @@ __all__ = [
     "count_causal_targets",
     "count_expert_load",
     "distillation_loss",
+    "histogram",
     "is_distributed",
     "label_smoothed_loss",
     "masked_mean",

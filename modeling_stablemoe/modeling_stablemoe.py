@@ -419,7 +419,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
                 moe_layer = moe_layers[position]
-                recalled = moe_layer.router.recall()
+                recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.router.recall()
                 hidden_states = moe_layer(hidden_states, token_ids, token_mask, context, recalled)
         return self.norm(hidden_states)
 

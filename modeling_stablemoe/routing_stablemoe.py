@@ -121,8 +121,13 @@ class Router(nn.Module):
                 part.resize(vocab_size)
 
     def recall(self) -> dict[str, Tensor] | None:
-        """Copy the running statistics, for a forward pass whose activations may be recomputed after they moved on."""
-        return None if self.memory is None else {name: values.clone() for name, values in self.memory().items()}
+        """Copy what the choice of experts needs of the running statistics.
+
+        For a forward pass of stage 1 whose activations may be recomputed after the statistics have moved on.
+        """
+        if self.memory is None:
+            return None
+        return {name: values.clone() for name, values in self.memory().items() if name != "token_counts"}
 
     def observe(self, trace: RoutingTrace, mask: Tensor | None):
         """Follow a training pass of stage 1 with running statistics and counts; every process must call this.
@@ -194,7 +199,7 @@ class LearnedRouter(Router):
             `RoutingDecision`
         """
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.memory is not None and recalled is None:
+        if self.memory is not None and recalled is None and frozen_index is None:
             recalled = self.memory()
         scores = gate_scores = score(hidden_states, self.centroids)
         features = hidden_states

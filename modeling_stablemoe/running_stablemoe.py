@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .losses_stablemoe import is_distributed
+from .losses_stablemoe import histogram, is_distributed
 from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, to_bits
 
 
@@ -86,9 +86,9 @@ class RouterMemory(nn.Module):
         if self.normalization is not None:
             sums |= self._feature_sums(hidden_states, mask, kept["feature_mean"])
         if "expert_bias" in kept:
-            sums["load"] = histogram(expert_index, mask, len(kept["expert_bias"]))
+            sums["load"] = histogram(expert_index, mask, len(kept["expert_bias"])).double()
         if "token_counts" in kept:
-            sums["ids"] = histogram(token_ids, mask, len(kept["token_counts"]))
+            sums["ids"] = histogram(token_ids, mask, len(kept["token_counts"])).double()
         sums = sum_across_processes(sums)
         if self.normalization is not None:
             self._follow_features(kept, sums)
@@ -141,21 +141,6 @@ def needs_memory(config: StableMoEBaseConfig) -> bool:
     )
 
 
-def histogram(index: Tensor, mask: Tensor | None, size: int) -> Tensor:
-    """Count how often each of `size` numbers occurs on real tokens, float64: a sum of counts is exact up to 2^53.
-
-    Args:
-        index (`torch.LongTensor` of shape `(T,)`): in [0, size).
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        size (`int`): bins.
-
-    Returns:
-        `torch.DoubleTensor` of shape `(size,)`.
-    """
-    ones = torch.ones_like(index, dtype=torch.double) if mask is None else mask.double()
-    return ones.new_zeros(size).scatter_add_(0, index, ones)
-
-
 def sum_across_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add up the tensors of all processes, one-dimensional and of one dtype, in one collective."""
     if not is_distributed():
@@ -165,4 +150,4 @@ def sum_across_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, packed.split([len(part) for part in values.values()]), strict=True))
 
 
-__all__ = ["RouterMemory", "histogram", "needs_memory", "sum_across_processes"]
+__all__ = ["RouterMemory", "needs_memory", "sum_across_processes"]
