@@ -19,6 +19,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from .distillation_stablemoe import sees_context
 from .fluctuation import RoutingHistory
+from .processes import check_same_routing
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from .stages_stablemoe import TwoStageRoutingMixin
 from .statistics import RoutingMeter
@@ -101,9 +102,11 @@ class RoutingStatisticsCallback(_LoggingCallback):
     _meter: RoutingMeter | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Begin to watch the model."""
+        """Begin to watch the model, whose stage is what its weights say by now."""
         stablemoe = find_stablemoe(model)
         refuse_label_smoother(args)
+        stablemoe.follow_loaded_routing()
+        check_same_routing(stablemoe, "at the start of training")
         self._find_handler()
         self._go_first()
         if self._meter is not None:
@@ -188,6 +191,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         stablemoe = find_stablemoe(model)
+        stablemoe.follow_loaded_routing()
         self.transition_step = self.resolve_transition_step(state.max_steps)
         self.last_step = self.resolve_last_step(state.max_steps)
         stablemoe.require_distillation()
@@ -306,6 +310,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         """Freeze, log what was frozen, and say it."""
         model, counts = self._meter.model, self._meter.counted_tokens()
         balanced = model.freeze_router()
+        check_same_routing(model, "at the transition")
         frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
         self._log(args, state, control, report)

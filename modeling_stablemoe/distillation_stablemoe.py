@@ -237,7 +237,7 @@ class ContextRouter(DistilledRouter):
         Raises:
             ValueError: if a weight is NaN or infinite.
         """
-        weights = {name: full_tensor(weight.detach()).float() for name, weight in self.named_parameters()}
+        weights = {name: full_tensor(weight).detach().float() for name, weight in self.named_parameters()}
         diverged = [name for name, weight in weights.items() if not weight.isfinite().all()]
         if diverged:
             raise ValueError(

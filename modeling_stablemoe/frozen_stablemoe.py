@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class, sees_context
-from .tensors_stablemoe import copy_into, full_tensor
+from .tensors_stablemoe import copy_into, full_tensor, whole_shape
 
 
 class FrozenRouting(nn.Module):
@@ -102,7 +102,7 @@ class FrozenRouter(FrozenRouting):
         """Return the whole table, on the CPU: `torch.IntTensor` of shape `(V,)`."""
         table = self.routing_table
         # Read through `forward`, where the hooks of an offloaded model fetch it.
-        ids = torch.arange(table.shape[0], device="cpu" if table.is_meta else table.device)
+        ids = torch.arange(whole_shape(table)[0], device="cpu" if table.is_meta else table.device)
         return self(ids).int().cpu()
 
     def contents(self) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from .experts_stablemoe import StableMoEExperts, drop_overflow
 from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
 from .routing_stablemoe import build_router
+from .tensors_stablemoe import zero_through
 
 
 class StableMoELayer(GradientCheckpointingLayer):
@@ -62,8 +63,8 @@ class StableMoELayer(GradientCheckpointingLayer):
         idle = self.router.stage1_parameters()
         if idle and self.frozen_router.is_frozen and self.training and is_distributed():
             # With a gradient of zero: DistributedDataParallel stops at a parameter without gradient unless it looks for
-            # unused ones, which activation checkpointing forbids.
-            hidden_states = hidden_states + (sum(p.flatten()[:1].sum() for p in idle) * 0.0).to(hidden_states.dtype)
+            # unused ones, which activation checkpointing forbids, and ZeRO-3 would take the last one again.
+            hidden_states = hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
 
     def route(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:

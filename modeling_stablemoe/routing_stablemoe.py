@@ -17,7 +17,7 @@ from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class
 from .running_stablemoe import RouterMemory, needs_memory
-from .tensors_stablemoe import score
+from .tensors_stablemoe import copy_into, score, whole_shape
 
 
 class RoutingTrace(NamedTuple):
@@ -239,7 +239,7 @@ class LearnedRouter(Router):
     @torch.no_grad()
     def reset_gates(self):
         """Forget the centroids, which a frozen routing does not need: every score is 0, every sigmoid gate 1/2."""
-        self.centroids.zero_()
+        copy_into(self.centroids, self.centroids.new_zeros(whole_shape(self.centroids)))
 
     def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
         """Weigh the expert of each token, `(T, E), (T, 1) -> (T, 1)`: by the sigmoid of its score, unless told else."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
@@ -15,6 +16,7 @@ from .context_stablemoe import whole_context
 from .distillation_stablemoe import sees_context
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
 from .layer_stablemoe import StableMoELayer, moe_layers_of, token_mask
+from .tensors_stablemoe import whole_shape
 
 
 logger = logging.get_logger(__name__)
@@ -222,6 +224,31 @@ class TwoStageRoutingMixin:
             raise ValueError(f"Some MoE layers are frozen and others are not: {', '.join(unfrozen)}. {_RESTORE}")
         _check_fingerprint(self.router_fingerprint(), expected, layers)
 
+    def follow_loaded_routing(self):
+        """Bring stage and fingerprint in line with frozen routers that have just been loaded.
+
+        `load_state_dict` does this itself; an engine that loads its shards past it (ZeRO-3) leaves it to
+        `StageTransitionCallback`. A config is not part of a state dict, so a fingerprint follows the routers into a stage.
+        It never follows them to another routing.
+
+        Raises:
+            ValueError: see `check_routing`.
+        """
+        if not self._read_routing() or _is_side(self):
+            return
+        frozen = [layer.frozen_router.is_frozen for layer in self.moe_layers_by_name.values()]
+        if any(frozen) != all(frozen):
+            return  # a sharded checkpoint: the next file brings the others
+        if self.config.router_fingerprint is None:
+            self.config.router_fingerprint = self.router_fingerprint()
+        elif frozen and not any(frozen):
+            logger.warning(
+                "These weights are from stage 1: the model learns its routing again, the frozen one is gone."
+            )
+            self.config.router_fingerprint = None
+        else:
+            self.check_routing()
+
     def _read_routing(self) -> bool:
         """Let every layer re-derive its stage; False where this process holds no weights to read it from."""
         for name, layer in self.moe_layers_by_name.items():
@@ -281,11 +308,24 @@ class TwoStageRoutingMixin:
             model.check_routing()
         return loaded
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, frozen routers, config and the code files that load them; see `PreTrainedModel.save_pretrained`."""
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        written = self._written_class()
+        if self._auto_class is not None and written is not type(self) and kwargs.get("is_main_process", True):
+            custom_object_save(written, save_directory)
+
+    @classmethod
+    def _written_class(cls) -> type:
+        """Find the class that stands in a file of ours: FSDP2 gives a model another, which stands in torch's."""
+        return next(each for each in cls.__mro__ if not each.__module__.startswith("torch."))
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """See `PreTrainedModel.is_remote_code`: whether transformers copies the file that the class stands in."""
+        return super().is_remote_code() and cls._written_class() is cls
 
     def requires_grad_(self, requires_grad: bool = True):
         """Switch gradients on or off for all parameters but the frozen routers, which are integers and take none."""
@@ -375,9 +415,9 @@ def _check_routing_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix
         router = f"{name}.frozen_router"
         parameters = dict(layer.frozen_router.named_parameters())
         contents = {key: state_dict.get(f"{router}.{key}") for key in parameters}
-        if any(value is None or value.is_meta or hasattr(value, "device_mesh") for value in contents.values()):
+        if any(_is_elsewhere(value) for value in contents.values()):
             return  # one file of several, or one shard of several: the routing is checked when all of it is there
-        if any(contents[key].shape != parameter.shape for key, parameter in parameters.items()):
+        if any(contents[key].shape != whole_shape(parameter) for key, parameter in parameters.items()):
             return  # torch says so
         if layer.frozen_router.check(contents, router):
             encoded.append(layer.frozen_router.encode(contents))
@@ -385,24 +425,13 @@ def _check_routing_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix
         _check_fingerprint(_fingerprint(encoded), model.config.router_fingerprint, layers)
 
 
-def _follow_loaded_routing(model: TwoStageRoutingMixin, incompatible_keys):
-    """Bring stage and fingerprint in line with frozen routers that `load_state_dict` has just written.
+def _is_elsewhere(value: Tensor | None) -> bool:
+    """Tell a tensor of a state dict that is not, or not wholly, in this process: ZeRO-3 leaves an empty one."""
+    return value is None or value.is_meta or value.numel() == 0 or hasattr(value, "device_mesh")
 
-    A config is not part of a state dict, so a fingerprint follows the routers into a stage. It never follows them to
-    another routing.
-    """
-    if not model._read_routing() or _is_side(model):
-        return
-    frozen = [layer.frozen_router.is_frozen for layer in model.moe_layers_by_name.values()]
-    if any(frozen) != all(frozen):
-        return  # a sharded checkpoint: the next file brings the others
-    if model.config.router_fingerprint is None:
-        model.config.router_fingerprint = model.router_fingerprint()
-    elif frozen and not any(frozen):
-        logger.warning("These weights are from stage 1: the model learns its routing again, the frozen one is gone.")
-        model.config.router_fingerprint = None
-    else:
-        model.check_routing()
+
+def _follow_loaded_routing(model: TwoStageRoutingMixin, incompatible_keys):
+    model.follow_loaded_routing()
 
 
 __all__ = ["TwoStageRoutingMixin"]

@@ -1,6 +1,9 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What routers compute with: scores that are exact and finite, tensors that an engine may have sharded, floats kept as bits."""
 
+import importlib
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,17 +36,64 @@ def _finite(scores: Tensor) -> Tensor:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a tensor that FSDP2 or tensor parallelism has sharded; any other tensor is returned as it is."""
+    """Gather a tensor that FSDP2, tensor parallelism or ZeRO-3 has sharded; any other tensor is returned as it is."""
+    if _is_elsewhere(tensor):
+        with _deepspeed().zero.GatheredParameters(tensor):
+            return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """Give the shape that a tensor has when nothing is sharded; ZeRO-3 leaves an empty one behind."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+@torch.no_grad()
 def copy_into(target: Tensor, values: Tensor):
-    """Copy whole `values` into `target`, each process its own part where `target` is sharded."""
-    if hasattr(target, "device_mesh"):
+    """Copy whole `values` into `target`, each process its own part where `target` is sharded.
+
+    Args:
+        target (`torch.Tensor`): a parameter.
+        values (`torch.Tensor`): of the whole shape of `target`; the same on every process.
+    """
+    if hasattr(target, "ds_id"):
+        with _deepspeed().zero.GatheredParameters(target, modifier_rank=0):
+            target.copy_(values)
+    elif hasattr(target, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
-    target.copy_(values)
+        target.copy_(distribute_tensor(values.to(target.device), target.device_mesh, target.placements))
+    else:
+        target.copy_(values)
+    # DeepSpeed steps a copy of its own of what it trains, and would write that over these values.
+    if hasattr(target, "_hp_mapping") or hasattr(target, "_z3_optimizer"):
+        _deepspeed().utils.safe_set_full_fp32_param(target, values.to(target.device, torch.float32))
+
+
+def zero_through(parameters: list[nn.Parameter], module: nn.Module) -> Tensor:
+    """Make a 0 that gives parameters a gradient of zero.
+
+    Args:
+        parameters (`list[torch.nn.Parameter]`): not empty.
+        module (`torch.nn.Module`): the one whose forward pass this is.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
+    # Once gathered for a module, DeepSpeed brings them before each of its passes, forward and backward.
+    missing = [parameter for parameter in parameters if _is_elsewhere(parameter)]
+    with _deepspeed().zero.GatheredParameters(missing, fwd_module=module) if missing else nullcontext():
+        return sum(parameter.flatten()[:1].sum() for parameter in parameters) * 0.0
+
+
+def _is_elsewhere(tensor: Tensor) -> bool:
+    """Tell a parameter that ZeRO-3 has taken apart, as it does outside of its module's forward pass."""
+    return hasattr(tensor, "ds_id") and tensor.numel() != tensor.ds_numel
+
+
+def _deepspeed():
+    # By name: an import statement would make transformers ask for it wherever this file is loaded from the Hub.
+    return importlib.import_module("deepspeed")
 
 
 def to_bits(values: Tensor) -> Tensor:
@@ -62,4 +112,4 @@ def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([parameter.detach()[:num_rows], added]), requires_grad=False)
 
 
-__all__ = ["copy_into", "from_bits", "full_tensor", "resize_rows", "score", "to_bits"]
+__all__ = ["copy_into", "from_bits", "full_tensor", "resize_rows", "score", "to_bits", "whole_shape", "zero_through"]

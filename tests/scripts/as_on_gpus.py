@@ -9,6 +9,7 @@ import sys
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from transformers import training_args
 
 
 def prepare_backend(self, cpu, sagemaker_dp=False, backend=None):
@@ -23,5 +24,6 @@ if __name__ == "__main__":
     PartialState._prepare_backend = prepare_backend
     PartialState.set_device = set_device
     PartialState.default_device = property(lambda self: torch.device("cpu"))
+    training_args.is_torch_bf16_gpu_available = lambda: True
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
