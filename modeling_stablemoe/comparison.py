@@ -26,6 +26,7 @@ from .atomic_files import replace_file
 from .callbacks import TrainingClockCallback
 from .configuration_stablemoe import StableMoEConfig
 from .data import DataArguments, collate_blocks
+from .exact_evaluation import BlockTrainer
 from .flops import count_parameters, forward_flops
 from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields
 from .runs import LATEST, RunFolder, build_callbacks, set_hash_tables, train
@@ -212,7 +213,7 @@ class Comparison:
             routing_args = RoutingArguments()
         clock = TrainingClockCallback()
         callbacks = build_callbacks(routing_args, config, args.max_steps, self.blocks["validation"])
-        trainer = Trainer(
+        trainer = BlockTrainer(
             model=model,
             args=args,
             train_dataset=self.blocks["train"],
@@ -223,7 +224,7 @@ class Comparison:
         )
         return trainer, clock
 
-    def _measure(self, trainer: Trainer, clock: TrainingClockCallback) -> dict:
+    def _measure(self, trainer: BlockTrainer, clock: TrainingClockCallback) -> dict:
         """Gather what a trained system came to.
 
         Returns:

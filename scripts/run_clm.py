@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
+from modeling_stablemoe.exact_evaluation import BlockTrainer
 from modeling_stablemoe.ngram import ngram_perplexities
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
 from modeling_stablemoe.report import format_results
@@ -45,7 +46,7 @@ def parse_arguments(argv=None):
     return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
 
 
-def report(trainer: Trainer, blocks, data_args: DataArguments, ngram_baselines: bool):
+def report(trainer: BlockTrainer, blocks, data_args: DataArguments, ngram_baselines: bool):
     """Evaluate, write `results.json` and the model card, and print what the run came to."""
     results = {"perplexity": math.exp(trainer.evaluate()["eval_loss"]), **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
@@ -72,7 +73,7 @@ def prepare(model_args, data_args, routing_args, folder_args, training_args) -> 
     set_hash_tables(model, routing_args, blocks["train"])
     callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, blocks["validation"])
     checkpoint = folder.claim()
-    trainer = Trainer(
+    trainer = BlockTrainer(
         model=model,
         args=training_args,
         train_dataset=blocks["train"],

@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTraining
 from modeling_stablemoe.atomic_files import replace_file
 from modeling_stablemoe.callbacks import refuse_label_smoother
 from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
+from modeling_stablemoe.exact_evaluation import TranslationTrainer
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
 from modeling_stablemoe.report import STAGE_HEADINGS, format_table
 from modeling_stablemoe.runs import (
@@ -39,7 +40,6 @@ from modeling_stablemoe.translation_data import (
     load_translation_tokenizer,
 )
 from modeling_stablemoe.translation_metrics import TranslationMetrics, format_scores
-from modeling_stablemoe.translation_trainer import TranslationTrainer
 
 
 logger = logging.getLogger(__name__)
