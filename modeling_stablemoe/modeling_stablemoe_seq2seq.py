@@ -384,7 +384,14 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
 
         Returns:
             `torch.LongTensor` of shape `(batch, target)`: begins with `decoder_start_token_id`.
+
+        Raises:
+            ValueError: for labels without any position.
         """
+        if labels.shape[-1] == 0:
+            raise ValueError(
+                f"There is no target: `labels` has shape {tuple(labels.shape)}. An empty target is one `eos_token_id`."
+            )
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
