@@ -533,7 +533,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids.
+            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids, any id
+            for a vector that is NaN. An embedding that is NaN is near to nothing.
         """
         weight = self.embed_tokens.weight.float()
         squared_norm = weight.square().sum(-1)

@@ -426,7 +426,8 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
-                not predicted, and padding at the end.
+                not predicted, and padding at the end. Of a target of -100 alone the first position is routed all the
+                same; without anything to predict `task_loss` is 0.
             use_cache (`bool`, *optional*): see there.
             output_router_logits (`bool`, *optional*): return router logits, expert indices and `aux_loss`; default
                 `config.output_router_logits`.
