@@ -88,9 +88,10 @@ class _LoggingCallback(TrainerCallback):
 class RoutingStatisticsCallback(_LoggingCallback):
     """Adds routing statistics to the Trainer's training logs, for a model of any router.
 
-    These are `task_loss`, `load_max_over_mean`, `load_min_over_mean`, `mean_gate`, `closed_gates`, `common_direction` and `routing_stage`; where
-    the log covers steps in which the routing was learned also `balance_loss` and, where it is distilled,
-    `distillation_loss`, `distillation_agreement` and `distillation_agreement_by_id` (see `RoutingTotals.metrics`).
+    These are `task_loss`, `load_max_over_mean`, `load_min_over_mean`, `mean_gate`, `closed_gates`, `common_direction` and
+    `routing_stage`; where the log covers steps in which the routing was learned also `balance_loss` and, where it is
+    distilled, `distillation_loss`, `distillation_agreement` and `distillation_agreement_by_id` (see
+    `RoutingTotals.metrics`, also for what NaN comes to).
 
     `StageTransitionCallback` does all this and freezes the routing; take one of the two.
 
