@@ -63,8 +63,9 @@ class DistilledRouter(nn.Module):
     def check_weights(self, name: str):
         """Look for NaN and infinity in what is about to be frozen; every process must call this.
 
-        Weights that are frozen as they are must be finite. A table can be made of any: a score that is not finite counts as
-        the lowest one of its token id, so an id without any finite score goes to expert 0. That is worth a warning.
+        Weights that are frozen as they are must be finite. A table can be made of any: a score that is not finite
+        counts as the lowest one of its token id, so an id without any finite score goes to expert 0. That is worth a
+        warning.
 
         Args:
             name (`str`): of the MoE layer.

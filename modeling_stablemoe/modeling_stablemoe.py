@@ -324,7 +324,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): those of the whole batch.
 
         Returns:
-            `torch.Tensor` of shape `()`: 0 where there are labels but no target tokens, and `num_items_in_batch` is given.
+            `torch.Tensor` of shape `()`: 0 where there are labels but no target tokens, and `num_items_in_batch` is
+                given.
         """
         aux_loss = self.config.distillation_loss_coef * routing.distillation_loss
         if self.config.balance_loss_coef:
@@ -593,9 +594,9 @@ class StableMoEModel(StableMoEBackbone):
             `StableMoEModelOutputWithPast`
 
         Raises:
-            ValueError: without `input_ids` and `inputs_embeds`; for input without any token; for a token id outside the vocabulary or a position
-                past `max_position_embeddings` (on an accelerator the embedding's own device assertion fires); see
-                `context_of` for a distilled router that looks back.
+            ValueError: without `input_ids` and `inputs_embeds`; for input without any token; for a token id outside
+                the vocabulary or a position past `max_position_embeddings` (on an accelerator the embedding's own
+                device assertion fires); see `context_of` for a distilled router that looks back.
         """
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:

@@ -132,8 +132,8 @@ class Router(nn.Module):
     def observe(self, trace: RoutingTrace, mask: Tensor | None):
         """Follow a training pass of stage 1 with running statistics and counts; every process must call this.
 
-        A token whose hidden state is NaN or infinite counts as padding here: one that has diverged, or a step that a loss
-        scaler will skip, leaves nothing behind.
+        A token whose hidden state is NaN or infinite counts as padding here: one that has diverged, or a step that a
+        loss scaler will skip, leaves nothing behind.
 
         Args:
             trace (`RoutingTrace`): of the pass.
@@ -272,8 +272,8 @@ class SwitchRouter(LearnedRouter):
 class BaseRouter(LearnedRouter):
     """BASE Layer (Lewis et al., 2021): balanced while training, greedy at inference; sigmoid gate.
 
-    Each process balances its own tokens, and so all together are balanced. With fewer tokens than experts no expert gets
-    two. A token without any finite score likes all experts equally: it takes the place that is left.
+    Each process balances its own tokens, and so all together are balanced. With fewer tokens than experts no expert
+    gets two. A token without any finite score likes all experts equally: it takes the place that is left.
     """
 
     def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -28,8 +28,9 @@ class RouterMemory(nn.Module):
     `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `token_counts`, `(V,)`, how often
     each id was routed, with `max_frozen_load`.
 
-    They stay finite whatever they see. The bias moves by `expert_bias_rate` a pass at most, and stands still where loads are
-    even or there are no tokens: an expert without tokens rises until a token prefers it, whatever the gap of the scores.
+    They stay finite whatever they see. The bias moves by `expert_bias_rate` a pass at most, and stands still where
+    loads are even or there are no tokens: an expert without tokens rises until a token prefers it, whatever the gap of
+    the scores.
     """
 
     def __init__(self, config: StableMoEBaseConfig):
