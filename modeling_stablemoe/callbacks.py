@@ -89,9 +89,10 @@ class _LoggingCallback(TrainerCallback):
 class RoutingStatisticsCallback(_LoggingCallback):
     """Adds routing statistics to the Trainer's training logs, for a model of any router.
 
-    These are `task_loss`, `load_max_over_mean`, `mean_gate`, `closed_gates`, `common_direction` and `routing_stage`; where
-    the log covers steps in which the routing was learned also `balance_loss` and, where it is distilled,
-    `distillation_loss`, `distillation_agreement` and `distillation_agreement_by_id` (see `RoutingTotals.metrics`).
+    These are `task_loss`, `load_max_over_mean`, `load_min_over_mean`, `mean_gate`, `closed_gates`, `common_direction`
+    and `routing_stage`; where the log covers steps in which the routing was learned also `balance_loss` and, where it
+    is distilled, `distillation_loss`, `distillation_agreement` and `distillation_agreement_by_id` (see
+    `RoutingTotals.metrics`, also for what NaN comes to).
 
     `StageTransitionCallback` does all this and freezes the routing; take one of the two.
 
@@ -142,7 +143,8 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     Adds the statistics of `RoutingStatisticsCallback` to the Trainer's logs and, while there are tables to compare,
     `table_change`, the share of the tokens so far whose expert, by the table that would be frozen, is not that of the
     last check. At the transition it logs an entry with `transition_*` of its own and says in plain words what is being
-    frozen; a routing that is not worth it (see `stage1.Verdict`) gets a warning with the remedy.
+    frozen; a routing that is not worth it (see `stage1.Verdict`) gets a warning with the remedy. A run whose weights
+    have become NaN gets another one (see `DistilledRouter.check_weights`), and its logs hold NaN.
 
     Args:
         stage1_steps (`int` or `float`): length of stage 1, as optimizer steps (an `int` >= 1) or as a share of all
@@ -156,7 +158,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
             another kind or dense, if it is frozen already, if its routing is not distilled, or if it is to settle and
-            has no table.
+            has no table; at the transition, if weights to be frozen as they are hold NaN or infinities.
     """
 
     def __init__(

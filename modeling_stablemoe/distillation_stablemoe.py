@@ -11,6 +11,7 @@ width, L layers.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_stablemoe import StableMoEBaseConfig
@@ -18,6 +19,9 @@ from .context_stablemoe import TokenContext
 from .losses_stablemoe import histogram
 from .running_stablemoe import sum_across_processes
 from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, to_bits
+
+
+logger = logging.get_logger(__name__)
 
 
 class DistilledRouter(nn.Module):
@@ -55,6 +59,35 @@ class DistilledRouter(nn.Module):
             expert_index (`torch.LongTensor` of shape `(T,)`): in [0, E).
             mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         """
+
+    def check_weights(self, name: str):
+        """Look for NaN and infinity in what is about to be frozen; every process must call this.
+
+        Weights that are frozen as they are must be finite. A table can be made of any: a score that is not finite
+        counts as the lowest one of its token id, so an id without any finite score goes to expert 0. That is worth a
+        warning.
+
+        Args:
+            name (`str`): of the MoE layer.
+
+        Raises:
+            ValueError: if a router that looks back at earlier tokens holds NaN or infinite weights.
+        """
+        weights = {key: full_tensor(p.detach()) for key, p in self.named_parameters() if p.is_floating_point()}
+        # As they are stored: float64 may hold more than float32 does.
+        diverged = [key for key, weight in weights.items() if not weight.float().isfinite().all()]
+        if not diverged:
+            return
+        held = f"{', '.join(diverged)} hold NaN or infinite weights"
+        remedy = "Training has diverged; lower the learning rate or clip gradients, and freeze an earlier checkpoint."
+        if self.sees_context:
+            raise ValueError(f"The distilled router of `{name}` cannot be frozen: {held}. {remedy}")
+        logger.warning(
+            "The distilled router of `%s` is frozen although %s: token ids without a finite score go to expert 0. %s",
+            name,
+            held,
+            remedy,
+        )
 
     @torch.no_grad()
     def resize(self, vocab_size: int):
@@ -232,19 +265,8 @@ class ContextRouter(DistilledRouter):
             return cls.scores(weights, context, exact=True).argmax(-1)
 
     def freeze(self) -> dict[str, Tensor]:
-        """Give what stage 2 will route by: all weights, as inference rounds them.
-
-        Raises:
-            ValueError: if a weight is NaN or infinite.
-        """
-        weights = {name: full_tensor(weight).detach().float() for name, weight in self.named_parameters()}
-        diverged = [name for name, weight in weights.items() if not weight.isfinite().all()]
-        if diverged:
-            raise ValueError(
-                f"The distilled router cannot be frozen: {', '.join(diverged)} hold NaN or infinite weights. Training has "
-                "diverged; lower the learning rate or clip gradients."
-            )
-        return weights
+        """Give what stage 2 will route by: all weights, as inference rounds them; see `check_weights` first."""
+        return {name: full_tensor(weight).detach().float() for name, weight in self.named_parameters()}
 
 
 class BigramRouter(ContextRouter):

@@ -50,6 +50,19 @@ def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts:
     return histogram(expert_index, mask, num_experts)
 
 
+def divisor_of(num_items_in_batch: Tensor | int, targets: Tensor) -> Tensor:
+    """Give what a sum over target tokens is divided by: 1 without targets, so that a sum of 0 stays 0 and is not 0 / 0.
+
+    Args:
+        num_items_in_batch (`torch.Tensor` or `int`): target tokens of the whole batch.
+        targets (`torch.LongTensor` of shape `()`): those of this micro-batch, on the same device.
+
+    Returns:
+        `torch.Tensor`: as `num_items_in_batch`.
+    """
+    return torch.where(targets > 0, num_items_in_batch, 1)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Average `values` over the real tokens; 0 where no token is real.
 
@@ -85,7 +98,8 @@ def balance_loss(
             all processes; default: counted here.
 
     Returns:
-        `torch.Tensor` of shape `()`: in (-1, N); 0 when every expert has the same load.
+        `torch.Tensor` of shape `()`: in (-1, N); 0 when every expert has the same load, N - 1 times the mean gate when
+        one expert has all tokens.
     """
     num_experts = router_logits.shape[-1]
     if expert_load is None:
@@ -252,20 +266,23 @@ def label_smoothed_loss(
         labels (`torch.LongTensor` of shape `(B, S)`): -100 is ignored.
         vocab_size (`int`): V.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): what the sum is divided by; default: the targets
-            of this batch (1 where there are none).
+            of this batch.
         label_smoothing (`float`): share of the target's probability that is spread evenly over the vocabulary.
         **kwargs: other arguments that transformers gives to loss functions.
 
     Returns:
-        `torch.Tensor` of shape `()`.
+        `torch.Tensor` of shape `()`: 0 where there are no targets.
     """
     labels_T = labels.flatten().to(logits.device)
     total = F.cross_entropy(
         logits.reshape(-1, vocab_size).float(), labels_T, reduction="sum", label_smoothing=label_smoothing
     )
+    targets = labels_T.ne(-100).sum()
     if num_items_in_batch is None:
-        return total / labels_T.ne(-100).sum().clamp(min=1)
-    return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+        return total / targets.clamp(min=1)
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / divisor_of(num_items_in_batch, targets)
 
 
 def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
@@ -290,6 +307,7 @@ __all__ = [
     "count_causal_targets",
     "count_expert_load",
     "distillation_loss",
+    "divisor_of",
     "histogram",
     "is_distributed",
     "label_smoothed_loss",

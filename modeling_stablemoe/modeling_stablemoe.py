@@ -25,7 +25,13 @@ from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
 from .health_stablemoe import RoutingHealth, mean_health, routing_health
 from .layer_stablemoe import StableMoELayer, token_mask
-from .losses_stablemoe import RoutingLosses, combine_routing_losses, count_causal_targets, routing_losses
+from .losses_stablemoe import (
+    RoutingLosses,
+    combine_routing_losses,
+    count_causal_targets,
+    divisor_of,
+    routing_losses,
+)
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .routing_stablemoe import LearnedRouter, Router
 from .running_stablemoe import RouterMemory
@@ -318,7 +324,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): those of the whole batch.
 
         Returns:
-            `torch.Tensor` of shape `()`.
+            `torch.Tensor` of shape `()`: 0 where there are labels but no target tokens, and `num_items_in_batch` is
+                given.
         """
         aux_loss = self.config.distillation_loss_coef * routing.distillation_loss
         if self.config.balance_loss_coef:
@@ -328,7 +335,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, PreTrainedModel):
             return aux_loss
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.to(aux_loss.device)
-        return aux_loss * (targets.to(aux_loss.device) / num_items_in_batch)
+        targets = targets.to(aux_loss.device)
+        return aux_loss * (targets / divisor_of(num_items_in_batch, targets))
 
 
 class StableMoEBackbone(StableMoEPreTrainedModel):
@@ -361,10 +369,16 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         """Give `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
 
         Raises:
-            ValueError: without both, or for a token id outside the vocabulary.
+            ValueError: without both, for input without any token, or for a token id outside the vocabulary.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError("Pass `input_ids` or `inputs_embeds`.")
+        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        if 0 in given.shape[:2]:
+            raise ValueError(
+                f"There is no token: `{name}` has shape {tuple(given.shape)}. Pass one sequence at least, of one token at "
+                "least; leave empty texts out of the batch, or begin them with a special token."
+            )
         if input_ids is not None:
             self.check_token_ids(input_ids)
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -520,7 +534,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids.
+            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids, any id
+            for a vector that is NaN. An embedding that is NaN is near to nothing.
         """
         weight = self.embed_tokens.weight.float()
         squared_norm = weight.square().sum(-1)
@@ -579,9 +594,9 @@ class StableMoEModel(StableMoEBackbone):
             `StableMoEModelOutputWithPast`
 
         Raises:
-            ValueError: without `input_ids` and `inputs_embeds`; for a token id outside the vocabulary or a position
-                past `max_position_embeddings` (on an accelerator the embedding's own device assertion fires); see
-                `context_of` for a distilled router that looks back.
+            ValueError: without `input_ids` and `inputs_embeds`; for input without any token; for a token id outside
+                the vocabulary or a position past `max_position_embeddings` (on an accelerator the embedding's own
+                device assertion fires); see `context_of` for a distilled router that looks back.
         """
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
@@ -648,7 +663,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             past_key_values (`Cache`, *optional*): see there.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): see there.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, not shifted; -100 is
-                routed but not predicted.
+                routed but not predicted. Without anything to predict, as in sequences of one token, `task_loss` is 0.
             use_cache (`bool`, *optional*): see there.
             output_router_logits (`bool`, *optional*): return `router_logits`, `expert_indices` and, in eval mode too,
                 `aux_loss`; default `config.output_router_logits`.
@@ -681,7 +696,9 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         loss = task_loss = None
         if labels is not None:
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            loss = task_loss
+            # A mean over no targets is NaN: 0 / 0.
+            has_targets = self.count_targets(labels, kwargs.get("shift_labels")).to(task_loss.device) > 0
+            loss = task_loss = torch.where(has_targets, task_loss, 0.0)
         routing, aux_loss = {}, None
         if with_routing and self.config.moe_layer_positions:
             losses = self.model.routing_losses(outputs, attention_mask)

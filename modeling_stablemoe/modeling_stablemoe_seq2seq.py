@@ -384,7 +384,14 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
 
         Returns:
             `torch.LongTensor` of shape `(batch, target)`: begins with `decoder_start_token_id`.
+
+        Raises:
+            ValueError: for labels without any position.
         """
+        if labels.shape[-1] == 0:
+            raise ValueError(
+                f"There is no target: `labels` has shape {tuple(labels.shape)}. An empty target is one `eos_token_id`."
+            )
         shifted = labels.roll(1, dims=-1)
         shifted[:, 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -419,7 +426,8 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
-                not predicted, and padding at the end.
+                not predicted, and padding at the end. Of a target of -100 alone the first position is routed all the
+                same; without anything to predict `task_loss` is 0.
             use_cache (`bool`, *optional*): see there.
             output_router_logits (`bool`, *optional*): return router logits, expert indices and `aux_loss`; default
                 `config.output_router_logits`.

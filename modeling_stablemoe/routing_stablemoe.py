@@ -17,7 +17,7 @@ from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class
 from .running_stablemoe import RouterMemory, needs_memory
-from .tensors_stablemoe import copy_into, score, whole_shape
+from .tensors_stablemoe import copy_into, finite_tokens, score, whole_shape
 
 
 class RoutingTrace(NamedTuple):
@@ -132,25 +132,33 @@ class Router(nn.Module):
     def observe(self, trace: RoutingTrace, mask: Tensor | None):
         """Follow a training pass of stage 1 with running statistics and counts; every process must call this.
 
+        A token whose hidden state is NaN or infinite counts as padding here: one that has diverged, or a step that a
+        loss scaler will skip, leaves nothing behind.
+
         Args:
             trace (`RoutingTrace`): of the pass.
             mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         """
+        mask = finite_tokens(trace.hidden_states, mask)
         if self.memory is not None:
             self.memory.observe(trace.hidden_states, trace.token_ids, trace.teacher_index, mask)
         if self.distilled_router is not None:
             self.distilled_router.observe(trace.token_ids, trace.teacher_index, mask)
 
-    def freeze(self) -> tuple[Tensor | dict[str, Tensor], BalancedTable | None]:
+    def freeze(self, name: str) -> tuple[Tensor | dict[str, Tensor], BalancedTable | None]:
         """Decide what stage 2 will route by (eq. 13), within `max_frozen_load` where that is set.
+
+        Args:
+            name (`str`): of the MoE layer, for errors and warnings.
 
         Returns:
             `tuple`: the expert of each token id, a `torch.LongTensor` of shape `(V,)`, or the weights by name of a
             distilled router that looks back at earlier tokens; and what balancing the table came to, if it was.
 
         Raises:
-            ValueError: if such weights are NaN or infinite.
+            ValueError: if such weights are NaN or infinite; see `DistilledRouter.check_weights`.
         """
+        self.distilled_router.check_weights(name)
         if self.max_frozen_load is None:
             return self.distilled_router.freeze(), None
         # An id that was never seen counts as seen once: many of them make a load, too.
@@ -264,7 +272,8 @@ class SwitchRouter(LearnedRouter):
 class BaseRouter(LearnedRouter):
     """BASE Layer (Lewis et al., 2021): balanced while training, greedy at inference; sigmoid gate.
 
-    Each process balances its own tokens, and so all together are balanced.
+    Each process balances its own tokens, and so all together are balanced. With fewer tokens than experts no expert
+    gets two. A token without any finite score likes all experts equally: it takes the place that is left.
     """
 
     def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:

@@ -27,6 +27,10 @@ class RouterMemory(nn.Module):
     Parameters, all integers without gradient: `tokens` `(1,)`, routed so far; `feature_mean` and `feature_variance`,
     `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `token_counts`, `(V,)`, how often
     each id was routed, with `max_frozen_load`.
+
+    They stay finite whatever they see. The bias moves by `expert_bias_rate` a pass at most, and stands still where
+    loads are even or there are no tokens: an expert without tokens rises until a token prefers it, whatever the gap of
+    the scores.
     """
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -114,15 +118,23 @@ class RouterMemory(nn.Module):
         return {"shift": distance.sum(0).double(), "square": distance.square().sum(0).double()}
 
     def _follow_features(self, kept: dict[str, Tensor], sums: dict[str, Tensor]):
-        """Move mean and variance towards those of a batch: a plain average at first, an exponential one later."""
+        """Move mean and variance towards those of a batch: a plain average at first, an exponential one later.
+
+        A feature whose squares overflow in this batch stays as it is.
+        """
         new, seen = sums["tokens"], kept["tokens"]
         shift, square = (sums[name] / new.clamp(min=1) for name in ("shift", "square"))
         # A batch of padding alone moves nothing.
         share = torch.maximum(1 - 0.5 ** (new / self.half_life), new / (new + seen).clamp(min=1))
         spread = (1 - share) * kept["feature_variance"] + share * square
         variance = spread - (share * shift).square()
-        copy_into(self.feature_mean, to_bits((kept["feature_mean"] + share * shift).float()))
-        copy_into(self.feature_variance, to_bits(variance.clamp(min=0.0).float()))
+        moved = {
+            "feature_mean": (kept["feature_mean"] + share * shift).float(),
+            "feature_variance": variance.clamp(min=0.0).float(),
+        }
+        finite = moved["feature_mean"].isfinite() & moved["feature_variance"].isfinite()
+        for name, values in moved.items():
+            copy_into(getattr(self, name), to_bits(torch.where(finite, values, kept[name])))
 
     @torch.no_grad()
     def resize(self, vocab_size: int):

@@ -79,7 +79,8 @@ class TwoStageRoutingMixin:
         Raises:
             RuntimeError: if the routing is frozen already.
             ValueError: if the model has no MoE layer, is the encoder or decoder of another model, or learns a routing
-                that is not distilled; if weights to be frozen are NaN or infinite.
+                that is not distilled; if weights to be frozen are NaN or infinite, naming the layer (where they make a
+                table, that is a warning: see `DistilledRouter.check_weights`).
         """
         self._require_whole("freeze_router()")
         if self.routing_stage == 2:
@@ -88,10 +89,10 @@ class TwoStageRoutingMixin:
                 "anew, start from a stage-1 checkpoint."
             )
         self.require_distillation()
-        layers = self.moe_layers_by_name.values()
+        layers = self.moe_layers_by_name
         # All are asked before any is frozen: a router may refuse.
-        decided = [layer.router.freeze() for layer in layers]
-        for layer, (contents, _) in zip(layers, decided, strict=True):
+        decided = [layer.router.freeze(name) for name, layer in layers.items()]
+        for layer, (contents, _) in zip(layers.values(), decided, strict=True):
             layer.frozen_router.freeze(contents)
             if self.config.reset_gates_at_freeze:
                 layer.router.reset_gates()

@@ -40,18 +40,28 @@ class RoutingTotals:
     def metrics(self, stage: int) -> dict[str, float]:
         """Turn sums into means.
 
+        What is NaN stays NaN, as the Trainer's own `grad_norm` does: a loss or a hidden state that was not finite in
+        these passes makes `task_loss` or `common_direction` so. Loads, gates, agreement and the routing losses stay
+        finite, and so do the means of later passes.
+
         Args:
             stage (`int`): routing stage to report.
 
         Returns:
-            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean` (of the worst layer),
-            `mean_gate`, `closed_gates` and `common_direction` (see `RoutingHealth`) and `routing_stage`; where there are
-            tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
-            over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that is
-            trained), `distillation_agreement` (share of the tokens of stage 1) and `distillation_agreement_by_id`.
+            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean` and `load_min_over_mean` (of
+            the worst layer; 0 where an expert got no token at all), `mean_gate`, `closed_gates` and `common_direction`
+            (see `RoutingHealth`) and `routing_stage`; where there are tokens of stage 1 also `balance_loss` and, if
+            the routing is distilled, `distillation_loss` (per token, summed over layers, without their coefficients;
+            tokens of stage 2 count with 0, as they do in the loss that is trained), `distillation_agreement` (share of
+            the tokens of stage 1) and `distillation_agreement_by_id`.
         """
         targets, task, tokens, balance, distillation, learned, gate, closed, common, agreed, by_id = self.sums.tolist()
-        metrics = {"routing_stage": stage, "load_max_over_mean": imbalance(self.load)}
+        lightest = (self.load.amin(-1) / self.load.mean(-1)).min().item()
+        metrics = {
+            "routing_stage": stage,
+            "load_max_over_mean": imbalance(self.load),
+            "load_min_over_mean": lightest,
+        }
         if tokens:
             metrics |= {
                 "mean_gate": gate / tokens,

@@ -15,7 +15,12 @@ logger = logging.get_logger(__name__)
 
 
 def score(features: Tensor, centroids: Tensor) -> Tensor:
-    """Dot products in float32 whatever the autocast (float64 for float64 input), `(..., D) x (E, D) -> (..., E)`."""
+    """Dot products in float32 whatever the autocast (float64 for float64 input), `(..., D) x (E, D) -> (..., E)`.
+
+    A score that is NaN or infinite counts as the lowest finite one of its token, as 0 where the token has none, and is
+    reported once, on the CPU. It has no gradient of its own. But 0 * NaN is NaN: of features or centroids that are not
+    finite themselves the gradient is not either, so that a gradient norm tells and a loss scaler skips the step.
+    """
     dtype = torch.promote_types(features.dtype, torch.float32)
     with maybe_autocast(device_type=features.device.type, enabled=False):
         return _finite(F.linear(features.to(dtype), centroids.to(dtype)))
@@ -33,6 +38,20 @@ def _finite(scores: Tensor) -> Tensor:
     lowest = torch.where(finite, scores, torch.inf).amin(-1, keepdim=True)
     lowest = torch.where(torch.isfinite(lowest), lowest, 0.0).detach()
     return torch.where(finite, scores, lowest)
+
+
+def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+    """Leave out, as if they were padding, the tokens that no statistic can use.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(T, D)`): any float dtype.
+        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+
+    Returns:
+        `torch.BoolTensor` of shape `(T,)`: True on real tokens whose hidden state holds no NaN and no infinity.
+    """
+    finite = torch.isfinite(hidden_states).all(-1)
+    return finite if mask is None else finite & mask
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -112,4 +131,14 @@ def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([parameter.detach()[:num_rows], added]), requires_grad=False)
 
 
-__all__ = ["copy_into", "from_bits", "full_tensor", "resize_rows", "score", "to_bits", "whole_shape", "zero_through"]
+__all__ = [
+    "copy_into",
+    "finite_tokens",
+    "from_bits",
+    "full_tensor",
+    "resize_rows",
+    "score",
+    "to_bits",
+    "whole_shape",
+    "zero_through",
+]
