@@ -276,6 +276,13 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         self.decoder = StableMoEDecoder(config)
         self.post_init()
 
+    def init_parallel_plans(self):
+        """Collect the sharding plans of encoder and decoder: the config's own is that of either, not of both."""
+        super().init_parallel_plans()
+        sides = ("encoder.", "decoder.")
+        for name in ("_ep_plan", "_fsdp_plan"):
+            setattr(self, name, {rule: how for rule, how in getattr(self, name).items() if rule.startswith(sides)})
+
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the encoder's token embedding, which is the decoder's too unless `tie_word_embeddings` is off."""
         return self.encoder.embed_tokens

@@ -37,6 +37,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Give what this process holds of a tensor that is sharded; any other tensor is returned as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def copy_into(target: Tensor, values: Tensor):
     """Copy whole `values` into `target`, each process its own part where `target` is sharded."""
     if hasattr(target, "device_mesh"):
@@ -62,4 +67,4 @@ def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
     return nn.Parameter(torch.cat([parameter.detach()[:num_rows], added]), requires_grad=False)
 
 
-__all__ = ["copy_into", "from_bits", "full_tensor", "resize_rows", "score", "to_bits"]
+__all__ = ["copy_into", "from_bits", "full_tensor", "local_tensor", "resize_rows", "score", "to_bits"]
