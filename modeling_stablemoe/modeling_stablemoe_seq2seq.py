@@ -383,6 +383,17 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         self.loss_function = label_smoothed_loss
         self.post_init()
 
+    @classmethod
+    def maybe_distribute_model(cls, *args, **kwargs):
+        """Shard a model before its weights are loaded; see `TwoStageRoutingMixin.maybe_distribute_model`."""
+        model = super().maybe_distribute_model(*args, **kwargs)
+        if torch.distributed.is_available():
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            # `generate` runs the encoder by itself, before the forward pass for which FSDP2 would gather the embedding.
+            register_fsdp_forward_method(model, "generate")
+        return model
+
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Shift labels to the right: the decoder's input at a position is the label of the one before it.
 

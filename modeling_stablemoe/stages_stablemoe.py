@@ -333,7 +333,7 @@ class TwoStageRoutingMixin:
             if stack.num_experts < layer.num_experts and not hasattr(stack.sublayers[0].norm_weight, "device_mesh"):
                 raise ValueError(
                     f"`{method}`: under expert parallelism this version of transformers cannot gather the experts of all "
-                    "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.19, or load the "
+                    "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.21, or load the "
                     "checkpoint without `enable_expert_parallel`."
                 )
 
