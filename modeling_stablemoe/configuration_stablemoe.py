@@ -5,6 +5,7 @@ from numbers import Integral, Real
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.distributed import DistributedConfig
 
 
 # One entry a router class of `routing_stablemoe.py`.
@@ -18,6 +19,18 @@ ROUTER_NORMALIZATIONS = ("center", "standardize")
 # Of the balance loss, where the method has one: paper table 7; Fedus et al. (2022), section 2.2.
 _BALANCE_LOSS_COEFS = {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
+# Of each sublayer of a stack of experts; the first dimension of every one is `num_experts`.
+EXPERT_PARAMETERS = ("norm_weight", "norm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+
+
+def _expert_parallel_plan() -> dict[str, str]:
+    """Tell transformers what to deal out to the processes of expert parallelism, and where tokens are sent."""
+    stack = "moe_layers.*.expert_stack"
+    plan = {f"{stack}.sublayers.*.{name}": "grouped_gemm" for name in EXPERT_PARAMETERS}
+    if hasattr(DistributedConfig, "ep_size"):
+        return plan | {stack: "ep_dispatch_experts"}
+    # Before 5.19 every process has all tokens, and the ids of its own experts are made out of the router's.
+    return plan | {"moe_layers.*.dispatch": "ep_router", stack: "moe_tp_experts"}
 
 
 class StableMoEBaseConfig(PreTrainedConfig):
@@ -146,7 +159,12 @@ class StableMoEBaseConfig(PreTrainedConfig):
     output_router_logits: bool = False
     router_fingerprint: str | None = None
 
-    # No fields themselves. Fields in [0, 1):
+    # No fields themselves. What transformers shards under expert parallelism and FSDP2, by name in a language model's
+    # backbone, an encoder or a decoder. Routers stay whole: each decides over all experts. Embeddings, which may be tied,
+    # and the last norm stay with the root.
+    base_model_ep_plan = _expert_parallel_plan()
+    base_model_fsdp_plan = {"layers.*": "free_full_weight", "moe_layers.*": "free_full_weight"}
+    # Fields in [0, 1):
     _probabilities = ("dropout", "attention_dropout")
     # Fields that place MoE layers, each with the field that counts the blocks they stand between:
     _moe_positions = {}
@@ -463,6 +481,7 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
 __all__ = [
     "BALANCE_GRADIENTS",
     "DISTILLED_ROUTERS",
+    "EXPERT_PARAMETERS",
     "POSITION_EMBEDDING_TYPES",
     "ROUTER_NORMALIZATIONS",
     "ROUTER_TYPES",

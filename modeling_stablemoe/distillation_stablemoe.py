@@ -73,7 +73,7 @@ class DistilledRouter(nn.Module):
         Raises:
             ValueError: if a router that looks back at earlier tokens holds NaN or infinite weights.
         """
-        weights = {key: full_tensor(p.detach()) for key, p in self.named_parameters() if p.is_floating_point()}
+        weights = {key: full_tensor(p).detach() for key, p in self.named_parameters() if p.is_floating_point()}
         # As they are stored: float64 may hold more than float32 does.
         diverged = [key for key, weight in weights.items() if not weight.float().isfinite().all()]
         if not diverged:

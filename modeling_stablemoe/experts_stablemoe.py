@@ -21,15 +21,21 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
-from .configuration_stablemoe import StableMoEBaseConfig
+from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEBaseConfig
+from .tensors_stablemoe import local_tensor
 
 
 class ExpertSublayer(nn.Module):
-    """One FFN sublayer of every expert."""
+    """One FFN sublayer of every expert.
+
+    Under expert parallelism transformers leaves each process the rows of its own experts, and sets `num_experts` to how
+    many those are.
+    """
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         num_experts, hidden_size, intermediate_size = config.num_experts, config.hidden_size, config.intermediate_size
+        self.num_experts = num_experts
         self.norm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.norm_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
@@ -51,10 +57,22 @@ class ExpertSublayer(nn.Module):
         Returns:
             `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x.
         """
-        standardized_TD = F.layer_norm(hidden_TD, hidden_TD.shape[-1:], eps=self.eps).to(self.norm_weight.dtype)
-        normed_TD = torch.addcmul(rows(self.norm_bias), standardized_TD, rows(self.norm_weight))
-        inner_TF = self.act_fn(linear(normed_TD, self.up_proj, rows(self.up_proj_bias)))
-        return linear(inner_TF, self.down_proj, rows(self.down_proj_bias))
+        held = {name: self._held(name) for name in EXPERT_PARAMETERS}
+        norm_weight, norm_bias = held["norm_weight"], held["norm_bias"]
+        standardized_TD = F.layer_norm(hidden_TD, hidden_TD.shape[-1:], eps=self.eps).to(norm_weight.dtype)
+        normed_TD = torch.addcmul(rows(norm_bias), standardized_TD, rows(norm_weight))
+        inner_TF = self.act_fn(linear(normed_TD, held["up_proj"], rows(held["up_proj_bias"])))
+        return linear(inner_TF, held["down_proj"], rows(held["down_proj_bias"]))
+
+    def _held(self, name: str) -> Tensor:
+        """Give a parameter's rows of this process's experts. Rows of others would be taken for theirs unnoticed."""
+        held = local_tensor(getattr(self, name))
+        if held.shape[0] != self.num_experts:
+            raise ValueError(
+                f"`{name}` holds the rows of {held.shape[0]} experts, but this process has {self.num_experts}. An "
+                "expert-parallel plan must deal out every parameter of the experts: leave `ep_plan` at None."
+            )
+        return held
 
 
 def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, rows: Callable, linear: Callable) -> Tensor:
@@ -149,6 +167,26 @@ def shared_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: 
     return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 
+def spread_sentinels(
+    hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give sentinels an expert by turns, zeros to work on and no weight, for where every token is sent to some expert.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(T, D)`): h.
+        top_k_index (`torch.LongTensor` of shape `(T, 1)`): in [0, num_experts], `num_experts` marks a sentinel.
+        top_k_weights (`torch.Tensor` of shape `(T, 1)`): the gate.
+        num_experts (`int`): N, of all processes together.
+
+    Returns:
+        `tuple`: the three of them anew, every expert in [0, num_experts).
+    """
+    sentinel_T1 = top_k_index >= num_experts
+    by_turns_T1 = torch.arange(len(top_k_index), device=top_k_index.device).unsqueeze(-1) % num_experts
+    index_T1 = torch.where(sentinel_T1, by_turns_T1, top_k_index)
+    return hidden_states.masked_fill(sentinel_T1, 0.0), index_T1, top_k_weights.masked_fill(sentinel_T1, 0.0)
+
+
 def drop_overflow(expert_index: Tensor, *, num_experts: int, capacity_factor: float) -> Tensor:
     """Replace the experts of the tokens past capacity by the sentinel, in the order of the tokens.
 
@@ -195,8 +233,12 @@ class StableMoEExperts(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
-        self.num_experts = config.num_experts
         self.sublayers = nn.ModuleList([ExpertSublayer(config) for _ in range(config.num_expert_sublayers)])
+
+    @property
+    def num_experts(self) -> int:
+        """`int`: experts of this process: all of them, but for expert parallelism."""
+        return self.sublayers[0].num_experts
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the weighted change w_t (S_i(h_t) - h_t) of each token, S_i the stack of its expert i.
@@ -217,8 +259,23 @@ class StableMoEExperts(nn.Module):
 
         No update is lost on an expert that will not serve the token later. Arguments and result as of `forward`; which
         expert a token has makes no difference, but for sentinels.
+
+        Raises:
+            ValueError: under expert parallelism, where a process has not all experts to take the mean of.
         """
+        if self.num_experts < self.config.num_experts:
+            raise ValueError(
+                f"`share_experts_in_stage1` runs the mean of all {self.config.num_experts} experts in stage 1, but this "
+                f"process holds {self.num_experts} of them. Train stage 1 without expert parallelism (FSDP2 shards the "
+                "experts, too), call `freeze_router()` and save: stage 2 runs with it."
+            )
         return shared_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
-__all__ = ["ALL_STABLEMOE_EXPERTS_FUNCTIONS", "ExpertSublayer", "StableMoEExperts", "drop_overflow"]
+__all__ = [
+    "ALL_STABLEMOE_EXPERTS_FUNCTIONS",
+    "ExpertSublayer",
+    "StableMoEExperts",
+    "drop_overflow",
+    "spread_sentinels",
+]

@@ -6,11 +6,41 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
-from .experts_stablemoe import StableMoEExperts, drop_overflow
+from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
-from .routing_stablemoe import build_router
+from .routing_stablemoe import RoutingDecision, build_router
 from .tensors_stablemoe import zero_through
+
+
+class ExpertDispatch(nn.Module):
+    """Sends tokens to the experts that the router chose, but for padding and, while training, tokens over capacity.
+
+    A module, for transformers before 5.19 hooks what hands out expert ids: to make them this process's own.
+    """
+
+    def __init__(self, config: StableMoEBaseConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.capacity_factor = config.expert_capacity_factor
+
+    def forward(self, decision: RoutingDecision, token_mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Turn a router's decision into what experts take.
+
+        Args:
+            decision (`RoutingDecision`): of the router.
+            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
+
+        Returns:
+            `tuple`: the scores, unchanged, `(T, E)`; the gate, `(T, 1)`; and the expert of each token, `(T, 1)`, the
+            sentinel `num_experts` for one that takes no part.
+        """
+        index = decision.expert_index
+        if token_mask is not None:
+            index = index.masked_fill(~token_mask, self.num_experts)
+        if self.training and self.capacity_factor is not None:
+            index = drop_overflow(index.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor)
+        return decision.router_logits, decision.gate.reshape(-1, 1), index.view(-1, 1)
 
 
 class StableMoELayer(GradientCheckpointingLayer):
@@ -23,9 +53,9 @@ class StableMoELayer(GradientCheckpointingLayer):
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
-        self.capacity_factor = config.expert_capacity_factor
         self.router = build_router(config)
         self.frozen_router = build_frozen_router(config)
+        self.dispatch = ExpertDispatch(config)
         self.expert_stack = StableMoEExperts(config)
         self.shares_experts = config.share_experts_in_stage1
 
@@ -52,13 +82,13 @@ class StableMoELayer(GradientCheckpointingLayer):
         """
         frozen_index = self.frozen_router(token_ids, context) if self.frozen_router.is_frozen else None
         decision = self.router(hidden_states, token_ids, frozen_index, token_mask, context, recalled)
+        _, gate, index = self.dispatch(decision, token_mask)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if self.expert_stack.num_experts < self.num_experts:
+            # Expert parallelism sends every token to some process.
+            tokens, index, gate = spread_sentinels(tokens, index, gate, self.num_experts)
         shared = self.shares_experts and frozen_index is None
-        run_experts = self.expert_stack.forward_shared if shared else self.expert_stack
-        delta = run_experts(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
-            self._dispatch(decision.expert_index, token_mask).view(-1, 1),
-            decision.gate.reshape(-1, 1),
-        )
+        delta = (self.expert_stack.forward_shared if shared else self.expert_stack)(tokens, index, gate)
         hidden_states = hidden_states + delta.view_as(hidden_states)
         idle = self.router.stage1_parameters()
         if idle and self.frozen_router.is_frozen and self.training and is_distributed():
@@ -91,13 +121,6 @@ class StableMoELayer(GradientCheckpointingLayer):
         """Follow the vocabulary to a new size; see `resize` of the frozen router for the experts of new ids."""
         self.router.resize(vocab_size)
         self.frozen_router.resize(vocab_size)
-
-    def _dispatch(self, expert_index: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Take out, by sending them to the sentinel expert, padding and, while training, tokens over capacity."""
-        index = expert_index if token_mask is None else expert_index.masked_fill(~token_mask, self.num_experts)
-        if self.training and self.capacity_factor is not None:
-            index = drop_overflow(index.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor)
-        return index
 
 
 def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:

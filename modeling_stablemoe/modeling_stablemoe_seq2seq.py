@@ -276,6 +276,13 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         self.decoder = StableMoEDecoder(config)
         self.post_init()
 
+    def init_parallel_plans(self):
+        """Collect the sharding plans of encoder and decoder: the config's own is that of either, not of both."""
+        super().init_parallel_plans()
+        sides = ("encoder.", "decoder.")
+        for name in ("_ep_plan", "_fsdp_plan"):
+            setattr(self, name, {rule: how for rule, how in getattr(self, name).items() if rule.startswith(sides)})
+
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the encoder's token embedding, which is the decoder's too unless `tie_word_embeddings` is off."""
         return self.encoder.embed_tokens
@@ -375,6 +382,17 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         # Labels stand at the positions that predict them; the default for this class name would shift them again.
         self.loss_function = label_smoothed_loss
         self.post_init()
+
+    @classmethod
+    def maybe_distribute_model(cls, *args, **kwargs):
+        """Shard a model before its weights are loaded; see `TwoStageRoutingMixin.maybe_distribute_model`."""
+        model = super().maybe_distribute_model(*args, **kwargs)
+        if torch.distributed.is_available():
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            # `generate` runs the encoder by itself, before the forward pass for which FSDP2 would gather the embedding.
+            register_fsdp_forward_method(model, "generate")
+        return model
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Shift labels to the right: the decoder's input at a position is the label of the one before it.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
@@ -293,6 +294,7 @@ class TwoStageRoutingMixin:
         except Exception as error:
             if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
                 kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
+                kwargs.pop("distributed_config", None)  # nothing is loaded, so nothing is sharded
                 _, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
                 raise ValueError(_describe_mismatch(pretrained_model_name_or_path, info)) from error
             # By name: the code files of a checkpoint import nothing but torch and transformers.
@@ -310,7 +312,14 @@ class TwoStageRoutingMixin:
         return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save weights, frozen routers, config and the code files that load them; see `PreTrainedModel.save_pretrained`."""
+        """Save weights, frozen routers, config and the code files that load them; see `PreTrainedModel.save_pretrained`.
+
+        A model that transformers has sharded is gathered: every process must call this.
+
+        Raises:
+            ValueError: under expert parallelism of a transformers that cannot gather the experts.
+        """
+        self._require_gathering("save_pretrained")
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -327,6 +336,47 @@ class TwoStageRoutingMixin:
     def is_remote_code(cls) -> bool:
         """See `PreTrainedModel.is_remote_code`: whether transformers copies the file that the class stands in."""
         return super().is_remote_code() and cls._written_class() is cls
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        """Shard a model before its weights are loaded; see `DistributedMixin.maybe_distribute_model`.
+
+        Tied weights are tied first: FSDP2 keeps those one that are one when it shards. transformers ties them later, when
+        they are two copies that go separate ways with the first step.
+
+        Raises:
+            ValueError: if expert parallelism cannot give every process the same number of experts.
+        """
+        if distributed_config is not None:
+            _check_num_experts(model.config.num_experts, distributed_config)
+            model.tie_weights()
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        # transformers 5.23 asks a stack how many experts it has when it hooks it, which is known once the parameters are
+        # dealt out. It expects those in the stack itself and so before it; here they stand in its sublayers.
+        expanded, parameters = super()._expand_parallel_plan(plan), dict(self.named_parameters())
+        return dict(sorted(expanded.items(), key=lambda rule: rule[0] not in parameters))
+
+    def train(self, mode: bool = True):
+        """Switch between training and evaluation.
+
+        Raises:
+            ValueError: see `save_pretrained`: what cannot be saved is not trained.
+        """
+        if mode:
+            self._require_gathering("train")
+        return super().train(mode)
+
+    def _require_gathering(self, method: str):
+        for layer in self.moe_layers_by_name.values():
+            stack = layer.expert_stack
+            if stack.num_experts < layer.num_experts and not hasattr(stack.sublayers[0].norm_weight, "device_mesh"):
+                raise ValueError(
+                    f"`{method}`: under expert parallelism this version of transformers cannot gather the experts of all "
+                    "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.21, or load the "
+                    "checkpoint without `enable_expert_parallel`."
+                )
 
     def requires_grad_(self, requires_grad: bool = True):
         """Switch gradients on or off for all parameters but the frozen routers, which are integers and take none."""
@@ -361,6 +411,19 @@ class TwoStageRoutingMixin:
                 "learn nothing. Pass `{'use_reentrant': False}` as the checkpointing arguments, or none."
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _check_num_experts(num_experts: int, distributed_config: DistributedConfig):
+    """Refuse to deal out experts unevenly."""
+    if not distributed_config.enable_expert_parallel:
+        return
+    # Before 5.19 the processes of expert parallelism are those of tensor parallelism.
+    num_processes = getattr(distributed_config, "ep_size", None) or distributed_config.tp_size
+    if num_experts % num_processes:
+        raise ValueError(
+            f"`num_experts` ({num_experts}) must be divisible by the {num_processes} processes of expert parallelism: each "
+            "holds the same number of experts. Use another number of processes."
+        )
 
 
 _RESTORE = "The checkpoint is damaged or mixed from two runs; restore it from its source."

@@ -62,6 +62,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Give what this process holds of a tensor that is sharded; any other tensor is returned as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Give the shape that a tensor has when nothing is sharded; ZeRO-3 leaves an empty one behind."""
     return getattr(tensor, "ds_shape", tensor.shape)
@@ -136,6 +141,7 @@ __all__ = [
     "finite_tokens",
     "from_bits",
     "full_tensor",
+    "local_tensor",
     "resize_rows",
     "score",
     "to_bits",
