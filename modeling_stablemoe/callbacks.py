@@ -220,7 +220,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         if state.global_step > 0:
             checkpoint = _resumed_checkpoint(args, state)
             _check_fingerprint_of_checkpoint(stablemoe, checkpoint)
-            if not self._watch.load(checkpoint / WATCH_FILE) and stablemoe.routing_stage == 1:
+            if stablemoe.routing_stage == 1 and not self._watch.load(checkpoint / WATCH_FILE):
                 logger.warning(
                     "There is no %s in %r: what stage 1 has seen is counted anew from step %d. If the checkpoint stands "
                     "elsewhere, name it in `TrainingArguments(resume_from_checkpoint=...)`, too.",
