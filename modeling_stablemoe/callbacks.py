@@ -299,8 +299,8 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             return (
                 f"The best checkpoint, of step {state.best_global_step}, was loaded at the end of training and is from "
                 f"stage 1 (the transition was at step {frozen_at}): its routing is not frozen. Call "
-                "`model.freeze_router()`, which freezes what the evaluation of that step used, and save the model again; "
-                "or let frozen checkpoints alone compete, with `best_of_stage2=True`."
+                "`model.freeze_router()` and save the model again, or let frozen checkpoints alone compete, with "
+                "`best_of_stage2=True`."
             )
         if state.global_step < self.transition_step:
             when = f"before the transition at step {self.transition_step}"

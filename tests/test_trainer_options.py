@@ -1,6 +1,7 @@
 """Trainer's own options across the transition. Run: `python -m pytest tests/test_trainer_options.py`."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -103,9 +104,8 @@ for kind, auto in (("causal", AutoModelForCausalLM), ("seq2seq", AutoModelForSeq
     print(model.routing_stage, model.config.router_fingerprint)
     model.freeze_router()
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-    )
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": 120}
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **options)
     assert finished.stdout.splitlines() == ["1 None"] * 2
 
 
