@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from .checkpoints import copy_code_files
 from .distillation_stablemoe import sees_context
 from .fluctuation import RoutingHistory
+from .losses_stablemoe import is_distributed
 from .processes import check_same_routing
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from .stages_stablemoe import TwoStageRoutingMixin
@@ -127,6 +129,11 @@ class RoutingStatisticsCallback(_LoggingCallback):
             return
         self._add(logs, state, totals.metrics(self._meter.model.routing_stage))
 
+    def on_push_begin(self, args, state, control, **kwargs):
+        """Add the code files to what Trainer uploads during training, which are weights and config alone."""
+        if state.is_world_process_zero:
+            copy_code_files(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.output_dir)
+
     def on_train_end(self, args, state, control, **kwargs):
         """Stop watching."""
         self._meter.close()
@@ -154,6 +161,10 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         hold_until_ready (`int` or `float`, *optional*): where something speaks against freezing after `stage1_steps`,
             go on with stage 1 until nothing does, but until this step, or share of all steps, at the latest.
         check_steps (`int`, *optional*): optimizer steps between checks. Default: as between logs.
+        best_of_stage2 (`bool`): let evaluations of stage 1 count neither for the best checkpoint nor for the patience of
+            `EarlyStoppingCallback`, so that `load_best_model_at_end` leaves a frozen model. The evaluation of the
+            transition step is of stage 2. With `save_strategy="best"`, stage 1 saves at every evaluation. Default: the
+            evaluations of both stages compete, and a best checkpoint of stage 1 loads as a model that is not frozen.
 
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
@@ -167,6 +178,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         settled_change: float | None = None,
         hold_until_ready: int | float | None = None,
         check_steps: int | None = None,
+        best_of_stage2: bool = False,
     ):
         _check_steps("stage1_steps", stage1_steps)
         if hold_until_ready is not None:
@@ -185,6 +197,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         self.settled_change = settled_change
         self.hold_until_ready = hold_until_ready
         self.check_steps = check_steps
+        self.best_of_stage2 = best_of_stage2
         self.transition_step: int | None = None
         self.last_step: int | None = None
         self._watch: SettlingWatch | None = None
@@ -211,9 +224,20 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         super().on_train_begin(args, state, control, model=model, **kwargs)
         self._watch = SettlingWatch(self._meter)
         if state.global_step > 0:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            checkpoint = _resumed_checkpoint(args, state)
             _check_fingerprint_of_checkpoint(stablemoe, checkpoint)
-            self._watch.load(checkpoint / WATCH_FILE)
+            if stablemoe.routing_stage == 1 and not self._watch.load(checkpoint / WATCH_FILE):
+                logger.warning(
+                    "There is no %s in %r: what stage 1 has seen is counted anew from step %d. If the checkpoint stands "
+                    "elsewhere, name it in `TrainingArguments(resume_from_checkpoint=...)`, too.",
+                    WATCH_FILE,
+                    str(checkpoint),
+                    state.global_step,
+                )
+        if self.best_of_stage2 and (
+            stablemoe.routing_stage == 1 or (state.best_global_step or 0) < (_frozen_at(state) or 0)
+        ):
+            _forget_best(state)  # the run may have been started without the option
         if stablemoe.routing_stage == 1 and state.global_step >= self.last_step:
             self._freeze(args, state, control, judge(self._meter))
 
@@ -222,6 +246,8 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         super().on_step_end(args, state, control, **kwargs)
         if self._meter.model.routing_stage == 2:
             return
+        if self.best_of_stage2:
+            _forget_best(state)
         step, interval = state.global_step, self.check_steps or max(1, int(state.logging_steps))
         is_check = step % interval == 0
         if is_check:
@@ -253,6 +279,13 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         if self._meter is not None and self._meter.model.routing_stage == 1:
             self._watch.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE)
 
+    def on_push_begin(self, args, state, control, **kwargs):
+        """Complete the checkpoint before it is uploaded, which Trainer does before it calls `on_save`."""
+        super().on_push_begin(args, state, control, **kwargs)
+        # Of several processes only the first gets here, and writing takes all of them.
+        if not is_distributed() and _frozen_at(state) is None:
+            self.on_save(args, state, control)
+
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
         if self._meter.model.routing_stage == 2:
@@ -261,21 +294,29 @@ class StageTransitionCallback(RoutingStatisticsCallback):
                     parameter.grad = None
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Stop watching, and say so if training ended in stage 1."""
-        if self._meter.model.routing_stage == 1 and state.global_step >= self.last_step:
-            logger.warning(
-                "The best checkpoint, loaded at the end of training, is from stage 1 (the transition was at step %d): its "
-                "routing is not frozen. Train it on, or call `model.freeze_router()`.",
-                self.last_step,
-            )
-        elif self._meter.model.routing_stage == 1:
-            logger.warning(
-                "Training ended at step %d, before the transition at step %d: the routing is not frozen. Train on, or "
-                "call `model.freeze_router()`.",
-                state.global_step,
-                self.last_step,
-            )
+        """Stop watching, and say so if the model is left in stage 1."""
+        if self._meter.model.routing_stage == 1:
+            logger.warning("%s", self._describe_unfrozen_end(state))
         super().on_train_end(args, state, control, **kwargs)
+
+    def _describe_unfrozen_end(self, state: TrainerState) -> str:
+        frozen_at = _frozen_at(state)
+        if frozen_at is not None:
+            return (
+                f"The best checkpoint, of step {state.best_global_step}, was loaded at the end of training and is from "
+                f"stage 1 (the transition was at step {frozen_at}): its routing is not frozen. Call "
+                "`model.freeze_router()` and save the model again, or let frozen checkpoints alone compete, with "
+                "`best_of_stage2=True`."
+            )
+        if state.global_step < self.transition_step:
+            when = f"before the transition at step {self.transition_step}"
+        else:
+            when = f"while the transition was held, until step {self.last_step} at the latest"
+        return (
+            f"Training ended at step {state.global_step}, {when}: the routing is not frozen. Train on, or call "
+            "`model.freeze_router()` and save the model again. To keep early stopping out of stage 1, set "
+            "`best_of_stage2=True`."
+        )
 
     def resolve_transition_step(self, max_steps: int) -> int:
         """Find the step at whose end the routing is frozen, unless it settles earlier or is held.
@@ -332,6 +373,24 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         problems = verdict.problems()
         if problems:
             logger.warning("This routing is not worth freezing: %s.", "; ".join(problems))
+
+
+def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Find the checkpoint that Trainer has resumed, of which it does not tell callbacks."""
+    named = args.resume_from_checkpoint
+    if named is not None and Path(named).is_dir():
+        return Path(named)
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _frozen_at(state: TrainerState) -> int | None:
+    """Read the step of the transition off the history; `None` if there was none yet."""
+    return next((entry["transition_step"] for entry in state.log_history if "transition_step" in entry), None)
+
+
+def _forget_best(state: TrainerState):
+    """Begin the search for the best checkpoint anew, and with it the patience of early stopping."""
+    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def _check_steps(name: str, steps: int | float):

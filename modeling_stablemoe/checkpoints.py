@@ -77,6 +77,25 @@ def what_is_missing(checkpoint: str | Path) -> str | None:
     return None
 
 
+def require_optimizer(checkpoint: str | Path):
+    """Refuse a checkpoint without an optimizer's state, with which Trainer would begin the schedule anew, silently.
+
+    Args:
+        checkpoint (`str` or `Path`): a whole `checkpoint-<step>` folder, of a run that may be finished.
+
+    Raises:
+        ValueError: if training would go on from there.
+    """
+    checkpoint = Path(checkpoint)
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    has_optimizer = any(checkpoint.glob("optimizer*")) or any(checkpoint.glob("global_step*"))  # the latter: DeepSpeed
+    if not has_optimizer and state.global_step < state.max_steps:
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} cannot be resumed: it was saved with `save_only_model`, without the "
+            "optimizer. Train its weights in a new run, with `--model_name_or_path`; or save whole checkpoints."
+        )
+
+
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """Find the newest checkpoint that is whole, passing over those that a crash cut off.
 
@@ -197,6 +216,17 @@ def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
     return True
 
 
+def copy_code_files(checkpoint: str | Path, folder: str | Path):
+    """Put the code files of a checkpoint, which its `auto_map` names, into a folder.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder that `save_pretrained` wrote; nothing happens where there is none.
+        folder (`str` or `Path`): an existing folder.
+    """
+    for path in Path(checkpoint).glob("*.py"):
+        shutil.copy(path, folder)
+
+
 def remove_incomplete_checkpoints(folder: str | Path):
     """Delete checkpoints that a crash cut off, so that `save_total_limit` does not keep them in place of whole ones."""
     for checkpoint in checkpoints_in(folder):
@@ -208,8 +238,10 @@ __all__ = [
     "check_run_folder",
     "checkpoints_in",
     "claim_run_folder",
+    "copy_code_files",
     "last_complete_checkpoint",
     "remove_incomplete_checkpoints",
+    "require_optimizer",
     "restore_finished_run",
     "run_identity",
     "what_is_missing",

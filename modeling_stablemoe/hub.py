@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .report import STAGE_HEADINGS, format_table
+from .report import STAGE_HEADINGS, describe_saved_model, format_table
 from .translation_metrics import format_scores
 
 
@@ -23,7 +23,7 @@ def build_model_card(
         config (`StableMoEBaseConfig`): of the trained model.
         results (`dict`): `perplexity`, `parameters`, `stages` and `distillation_agreement_at_transition` of the run,
             and, for a translation model, `scores` (of `score_translations`); `split` says what was measured on, unless
-            it was the validation split.
+            it was the validation split; `step` and `routing_stage` say which model of the run it is, unless the last.
         dataset_name (`str`): what was measured on.
 
     Returns:
@@ -31,6 +31,10 @@ def build_model_card(
     """
     fingerprint = config.router_fingerprint
     agreement = results["distillation_agreement_at_transition"]
+    if agreement is not None and fingerprint is None:
+        agreement = "not frozen"  # a model of before the transition
+    elif agreement is not None:
+        agreement = f"{agreement:.1%}"
     scores = results.get("scores")
     task = "translation" if config.is_encoder_decoder else "text-generation"
     metrics = {"perplexity": round(results["perplexity"], 3)}
@@ -57,7 +61,10 @@ def build_model_card(
         template_path=str(template),
         model_name=model_name,
         translates=config.is_encoder_decoder,
-        routing="frozen (stage 2)" if fingerprint else "still learned (stage 1)",
+        is_frozen=fingerprint is not None,
+        can_freeze=fingerprint is None and bool(config.num_moe_layers) and config.distilled_router is not None,
+        saved_model=describe_saved_model(results),
+        routing=_describe_routing(config),
         fingerprint=f"`{fingerprint}`" if fingerprint else "none yet",
         experts=(
             f"{config.num_experts} of {config.num_expert_sublayers} sublayers in each of "
@@ -66,12 +73,18 @@ def build_model_card(
         parameters=f"{results['parameters']:,}",
         split=results.get("split", "validation"),
         perplexity=f"{results['perplexity']:.2f}",
-        agreement="not measured" if agreement is None else f"{agreement:.1%}",
+        agreement=agreement or "not measured",
         stages_table=format_table(results["stages"], STAGE_HEADINGS),
         scores_table=None if scores is None else format_scores(scores),
         transformers_version=transformers.__version__,
         torch_version=torch.__version__.split("+")[0],
     )
+
+
+def _describe_routing(config: StableMoEBaseConfig) -> str:
+    if not config.num_moe_layers:
+        return "none: a dense model"
+    return "frozen (stage 2)" if config.router_fingerprint else "still learned (stage 1)"
 
 
 __all__ = ["build_model_card"]

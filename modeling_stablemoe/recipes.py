@@ -102,6 +102,13 @@ class RoutingArguments:
             "until this step ('900') or share of all steps ('0.4')."
         },
     )
+    best_of_stage2: bool = field(
+        default=False,
+        metadata={
+            "help": "With --load_best_model_at_end, choose among checkpoints of stage 2 only, so that the model is frozen. "
+            "Default: the best of both stages, which may be one that is not frozen."
+        },
+    )
     hash_table: str | None = field(
         default=None,
         metadata={
@@ -120,6 +127,10 @@ class RoutingArguments:
     def __post_init__(self):
         """Check what needs no model; an empty string unsets the option of a recipe."""
         self.hash_table = self.hash_table or None
+        if self.best_of_stage2 and not self.stage1_steps:
+            raise ValueError(
+                "`--best_of_stage2` needs a `--stage1_steps`: without a stage 1, all checkpoints are of one."
+            )
         if not self.stage1_steps and (self.settled_change is not None or self.hold_until_ready):
             raise ValueError(
                 "`--settled_change` and `--hold_until_ready` need a `--stage1_steps` to end earlier or later."

@@ -14,12 +14,13 @@ STAGE_HEADINGS = {
 }
 
 
-def stage_rows(log_history: Sequence[dict], frozen: bool = False) -> list[dict]:
+def stage_rows(log_history: Sequence[dict], frozen: bool = False, last_step: int | None = None) -> list[dict]:
     """Sum up each stage of a run.
 
     Args:
         log_history (sequence of `dict`): `trainer.state.log_history` of a run, with `StageTransitionCallback` or not.
         frozen (`bool`): whether the routing is frozen now; without a transition in the history it always was.
+        last_step (`int`, *optional*): of the run. Default: that of the history.
 
     Returns:
         `list[dict]`: one row a stage that the run went through, with `stage`, `steps` (the last step), `perplexity`
@@ -27,7 +28,8 @@ def stage_rows(log_history: Sequence[dict], frozen: bool = False) -> list[dict]:
         the last check before the transition, stage 2: the largest after it); `None` where it was not measured.
     """
     transition = next((entry["step"] for entry in log_history if "transition_step" in entry), None)
-    last_step = max((entry["step"] for entry in log_history), default=0)
+    if last_step is None:
+        last_step = max((entry["step"] for entry in log_history), default=0)
     if transition is None:
         bounds = [(2 if frozen else 1, 0, last_step)]
     else:
@@ -85,12 +87,13 @@ def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def summarize(log_history: Sequence[dict], frozen: bool = False) -> dict:
+def summarize(log_history: Sequence[dict], frozen: bool = False, last_step: int | None = None) -> dict:
     """Gather what a run's log history says of its routing.
 
     Args:
         log_history (sequence of `dict`): see `stage_rows`.
         frozen (`bool`): see `stage_rows`.
+        last_step (`int`, *optional*): see `stage_rows`.
 
     Returns:
         `dict`: `stages`, the rows of `stage_rows`, and `distillation_agreement_at_transition`, the share of tokens on
@@ -98,16 +101,37 @@ def summarize(log_history: Sequence[dict], frozen: bool = False) -> dict:
     """
     transition = next((entry for entry in log_history if "transition_step" in entry), {})
     return {
-        "stages": stage_rows(log_history, frozen),
+        "stages": stage_rows(log_history, frozen, last_step),
         "distillation_agreement_at_transition": transition.get("transition_agreement"),
     }
+
+
+def describe_saved_model(results: dict) -> str | None:
+    """Say which model was saved, if it is not that of the last step.
+
+    Args:
+        results (`dict`): of `summarize`, with `step` and `routing_stage` of the saved model.
+
+    Returns:
+        `str`: a sentence; `None` for a model of the last step.
+    """
+    last_step = results["stages"][-1]["steps"]
+    if results.get("step") in (None, last_step):
+        return None
+    sentence = f"The saved model is the best checkpoint, of step {results['step']} of {last_step}"
+    if results["routing_stage"] == 1:
+        sentence += ", in stage 1: its routing is not frozen"
+    elif results["routing_stage"] == 2:
+        sentence += ", in stage 2: its routing is frozen"
+    return f"{sentence}."
 
 
 def format_results(results: dict) -> str:
     """Lay out the results of a language model for people.
 
     Args:
-        results (`dict`): of `summarize`, with `perplexity` and, optionally, `baselines`, perplexities by name.
+        results (`dict`): of `summarize`, with `perplexity` and, optionally, `baselines`, perplexities by name, and `step`
+            and `routing_stage` of the saved model.
 
     Returns:
         `str`: lines without a newline at the end.
@@ -118,7 +142,10 @@ def format_results(results: dict) -> str:
         lines.append(f"distilled and backbone router agreed on {agreement:.1%} of tokens when frozen")
     for name, perplexity in results.get("baselines", {}).items():
         lines.append(f"validation perplexity, {name}: {perplexity:.2f}")
+    saved = describe_saved_model(results)
+    if saved is not None:
+        lines.append(saved)
     return "\n".join([*lines, f"validation perplexity, this model: {results['perplexity']:.2f}"])
 
 
-__all__ = ["STAGE_HEADINGS", "format_results", "format_table", "stage_rows", "summarize"]
+__all__ = ["STAGE_HEADINGS", "describe_saved_model", "format_results", "format_table", "stage_rows", "summarize"]

@@ -3,12 +3,14 @@
 
 import json
 import logging
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import is_main_process
 
@@ -18,6 +20,7 @@ from .checkpoints import (
     check_run_folder,
     claim_run_folder,
     remove_incomplete_checkpoints,
+    require_optimizer,
     restore_finished_run,
     run_identity,
     what_is_missing,
@@ -34,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 # What `--resume_from_checkpoint` calls the last whole checkpoint of the run.
 LATEST = ("latest", "true", "True")
+# Of the output folder, what is never uploaded: a pickle, and the settings of this machine.
+NOT_SHARED = ("training_args.bin", "run.json")
 
 
 @dataclass
@@ -80,15 +85,21 @@ class RunFolder:
         with self.args.main_process_first(desc="output folder"):
             if is_main_process(self.args.local_process_index) or requested:
                 checkpoint = claim_run_folder(**self._run)
+            if is_main_process(self.args.local_process_index) and self.args.push_to_hub:
+                # `Trainer` uploads the folder as it is during training; the Hub leaves out what this file names.
+                ignored = "".join(f"/{name}\n" for name in NOT_SHARED)
+                replace_file(Path(self.args.output_dir) / ".gitignore", lambda path: path.write_text(ignored))
         if requested not in (None, *LATEST):
-            return requested
+            checkpoint = requested
+        if checkpoint is not None:
+            require_optimizer(checkpoint)
         return None if checkpoint is None else str(checkpoint)
 
 
 def _as_settings(part: Any) -> dict:
     if not isinstance(part, RoutingArguments):
         return asdict(part)
-    # Of the routing, only these change what is trained; the rest is measurement.
+    # Of the routing, only these change what is trained; the rest is measurement and choice.
     names = ("stage1_steps", "settled_change", "hold_until_ready", "hash_table")
     return {name: getattr(part, name) for name in names}
 
@@ -193,7 +204,14 @@ def build_callbacks(
     """
     callbacks = []
     if routing_args.stage1 is not None:
-        callbacks.append(StageTransitionCallback(routing_args.stage1, routing_args.settled_change, routing_args.hold))
+        callbacks.append(
+            StageTransitionCallback(
+                routing_args.stage1,
+                routing_args.settled_change,
+                routing_args.hold,
+                best_of_stage2=routing_args.best_of_stage2,
+            )
+        )
         if max_steps > 0:
             callbacks[0].resolve_last_step(max_steps)
     elif config.num_moe_layers:
@@ -219,19 +237,45 @@ def train(trainer: Trainer, checkpoint: str | None):
                 remove_incomplete_checkpoints(trainer.args.output_dir)
     if checkpoint is None or not restore_finished_run(trainer, checkpoint):
         trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # uploads nothing yet: `push` does, with the card
     trainer.save_state()
     # A pickle; checkpoints keep theirs, what is shared holds none.
     (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
 
+def step_of_model(trainer: Trainer) -> int:
+    """Tell the step that the Trainer's weights are of: after training, that of the best checkpoint if it was loaded."""
+    state = trainer.state
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if is_best else state.global_step
+
+
+def evaluate_saved_model(trainer: Trainer) -> float:
+    """Evaluate the model that training left; the log history keeps that only if it is the model of the last step.
+
+    Returns:
+        `float`: perplexity.
+    """
+    loss = trainer.evaluate()["eval_loss"]
+    if step_of_model(trainer) != trainer.state.global_step:
+        trainer.state.log_history.pop()
+    return math.exp(loss)
+
+
 def summarize_run(trainer: Trainer) -> dict:
-    """Gather what a run of any kind came to, JSON-ready: its size, its routing and its stages (see `summarize`)."""
-    fingerprint = trainer.model.config.router_fingerprint
+    """Gather what a run of any kind came to, JSON-ready: its size, its routing and its stages (see `summarize`).
+
+    `step` and `routing_stage` (`None` for a dense model) are those of the saved model, which may be a best checkpoint.
+    """
+    config = trainer.model.config
+    fingerprint = config.router_fingerprint
+    stage = 1 if fingerprint is None else 2
     return {
         "parameters": trainer.model.num_parameters(),
+        "step": step_of_model(trainer),
+        "routing_stage": stage if config.num_moe_layers else None,
         "router_fingerprint": fingerprint,
-        **summarize(trainer.state.log_history, frozen=fingerprint is not None),
+        **summarize(trainer.state.log_history, fingerprint is not None, trainer.state.global_step),
     }
 
 
@@ -256,12 +300,33 @@ def write_results(trainer: Trainer, results: dict, card_template: str | Path, da
     replace_file(folder / "README.md", card.save)
 
 
+def push(trainer: Trainer):
+    """Upload the output folder to the Hub: model, card and results; of the main process, with `push_to_hub` only.
+
+    `Trainer.push_to_hub` would put a draft of its own in the place of the card.
+    """
+    args = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    HfApi().upload_folder(
+        repo_id=trainer.hub_model_id,
+        folder_path=args.output_dir,
+        commit_message="End of training",
+        token=args.hub_token,
+        revision=args.hub_revision,
+        ignore_patterns=["_*", "checkpoint-*", *NOT_SHARED],
+    )
+
+
 __all__ = [
     "FolderArguments",
     "RunFolder",
     "build_callbacks",
     "build_model",
+    "evaluate_saved_model",
+    "push",
     "set_hash_tables",
+    "step_of_model",
     "summarize_run",
     "train",
     "write_results",

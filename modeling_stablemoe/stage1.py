@@ -93,19 +93,24 @@ class SettlingWatch:
         if _is_first_process() and Path(path).parent.is_dir():
             replace_file(Path(path), lambda partial: save_file(tensors, partial))
 
-    def load(self, path: str | os.PathLike):
-        """Take up what `save` wrote, if there is such a file; else watching begins anew. Every process must call this."""
+    def load(self, path: str | os.PathLike) -> bool:
+        """Take up what `save` wrote; without such a file watching begins anew. Every process must call this.
+
+        Returns:
+            `bool`: whether there was one.
+        """
         found = [load_file(path) if _is_first_process() and Path(path).is_file() else None]
         if is_distributed():
             # The other processes may not see the file, and all must decide alike.
             dist.broadcast_object_list(found, src=0)
         (tensors,) = found
         if tensors is None:
-            return
+            return False
         self._tables = tensors.get("tables")
         self.changes = tensors["changes"].tolist()
         self._meter.resume_counts(tensors["token_counts"])
         self._meter.resume_recent({name: tensors[f"recent_{name}"] for name in ("sums", "load")})
+        return True
 
 
 def _is_first_process() -> bool:

@@ -7,7 +7,6 @@ accelerate launch scripts/run_clm.py recipe.yaml --learning_rate 3e-4
 """
 
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from modeling_stablemoe.runs import (
     RunFolder,
     build_callbacks,
     build_model,
+    evaluate_saved_model,
+    push,
     set_hash_tables,
     summarize_run,
     train,
@@ -48,7 +49,7 @@ def parse_arguments(argv=None):
 
 def report(trainer: BlockTrainer, blocks, data_args: DataArguments, ngram_baselines: bool):
     """Evaluate, write `results.json` and the model card, and print what the run came to."""
-    results = {"perplexity": math.exp(trainer.evaluate()["eval_loss"]), **summarize_run(trainer)}
+    results = {"perplexity": evaluate_saved_model(trainer), **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
         return
     if ngram_baselines:
@@ -99,6 +100,7 @@ def main(argv=None):
     if training_args.do_train:
         train(trainer, checkpoint)
     report(trainer, blocks, data_args, report_args.ngram_baselines)
+    push(trainer)
 
 
 if __name__ == "__main__":

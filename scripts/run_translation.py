@@ -21,12 +21,13 @@ from modeling_stablemoe.callbacks import refuse_label_smoother
 from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
 from modeling_stablemoe.exact_evaluation import TranslationTrainer
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
-from modeling_stablemoe.report import STAGE_HEADINGS, format_table
+from modeling_stablemoe.report import STAGE_HEADINGS, describe_saved_model, format_table
 from modeling_stablemoe.runs import (
     FolderArguments,
     RunFolder,
     build_callbacks,
     build_model,
+    push,
     set_hash_tables,
     summarize_run,
     train,
@@ -170,6 +171,9 @@ def report(trainer: TranslationTrainer, encoded: DatasetDict, data_args: Transla
     )
     print(f"\n{format_table(results['stages'], STAGE_HEADINGS)}\n\n{name}:\n{format_scores(scores)}")
     print(f"perplexity: {perplexity:.2f}")
+    saved = describe_saved_model(results)
+    if saved is not None:
+        print(saved)
 
 
 def main(argv=None):
@@ -186,6 +190,7 @@ def main(argv=None):
     if training_args.do_train:
         train(trainer, checkpoint)
     report(trainer, encoded, arguments[1])
+    push(trainer)
 
 
 if __name__ == "__main__":
