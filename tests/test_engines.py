@@ -1,0 +1,206 @@
+"""The training script under every configuration of `configuration/accelerate/`, with real processes on this CPU (gloo).
+
+All engines start from one checkpoint and see the same batches, so all must come to the same model. DeepSpeed is tested
+where it is installed. Run: `python -m pytest tests/test_engines.py -m "slow or not slow"`.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_run_clm import CausalWorkplace
+from test_run_translation import free_port
+from workplaces import ROOT
+
+
+CONFIGURATIONS = ROOT / "configuration" / "accelerate"
+SMALL = {
+    "balance_loss_coef": 0,
+    "expert_bias_rate": 0.01,
+    "distilled_router": "counts",
+    "max_frozen_load": 1.5,
+    "share_experts_in_stage1": True,
+    "reset_gates_at_freeze": True,
+    "router_normalization": "standardize",
+}
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+
+
+class Engines(CausalWorkplace):
+    """A corpus, a model of stage 1 to start from, and runs of the script under `accelerate launch`."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.environment |= {"DS_ACCELERATOR": "cpu"}
+        self.make("made")
+
+    def make(self, name: str, **settings):
+        """Make a checkpoint of stage 1 to start from, without dropout, which processes would draw differently."""
+        overrides = json.dumps({"num_experts": 3, "dropout": 0.0, **settings})
+        more = ["--config_overrides", overrides, "--stage1_steps", "", "--max_steps", "1", "--save_strategy", "no"]
+        self.run(str(ROOT / "scripts" / self.script), *super().arguments(name, *more))
+
+    def arguments(self, output: str, *more: str, start: str = "made") -> list[str]:
+        model = [
+            "--model_name_or_path",
+            start,
+            "--tokenizer_name",
+            start,
+            "--model_preset",
+            "",
+            "--config_overrides",
+            "",
+        ]
+        steps = ["--max_steps", "8", "--stage1_steps", "3", "--fluctuation_check_steps", "0", "--save_steps", "4"]
+        return super().arguments(output, *model, *steps, "--eval_steps", "4", *more)
+
+    def launch(self, configuration: str, output: str, *more: str, processes: int = 2, **options):
+        """Train on the four sequences a step that one process would take; return `results.json` and the weights."""
+        on_gpus = "cpu" not in configuration and configuration != "one-process"
+        script = [str(ROOT / "scripts/run_clm.py")]
+        command = ["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), "--num_processes", str(processes)]
+        command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
+        arguments = self.arguments(output, "--per_device_train_batch_size", str(4 // processes), *more, **options)
+        if on_gpus:
+            # What accelerate keeps from CPUs: the options for them would take the engine away.
+            arguments = [value for value in arguments if value != "--use_cpu"]
+            arguments.remove("True")
+            script.insert(0, str(ROOT / "tests/scripts/as_on_gpus.py"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *command, *script, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            printed, _ = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        assert process.returncode == 0, printed[-4000:]
+        return self.outcome(output)
+
+    def outcome(self, output: str) -> tuple[dict, dict]:
+        folder = self.folder / output
+        return json.loads((folder / "results.json").read_text()), load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory) -> Engines:
+    return Engines(tmp_path_factory.mktemp("engines"))
+
+
+@pytest.fixture(scope="module")
+def alone(engines):
+    return engines.launch("one-process", "alone", processes=1)
+
+
+def assert_same_model(actual, expected, *, but: str = "nothing"):
+    """Compare runs; names with `but` in them may differ."""
+    results, weights = actual
+    assert results["router_fingerprint"] == expected[0]["router_fingerprint"] is not None
+    assert results["perplexity"] == pytest.approx(expected[0]["perplexity"], rel=1e-4)
+    # FSDP2 and DeepSpeed write the tied head, too.
+    assert weights.keys() - {"lm_head.weight"} == expected[1].keys()
+    # The gradient of a key's bias is zero but for rounding, and AdamW makes steps of that.
+    compared = [name for name in expected[1] if but not in name and not name.endswith("k_proj.bias")]
+    torch.testing.assert_close(
+        {name: weights[name] for name in compared},
+        {name: expected[1][name] for name in compared},
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("configuration", ["ddp-cpu", "fsdp2"])
+def test_two_processes_come_to_the_model_of_one(engines, alone, configuration):
+    assert_same_model(engines.launch(configuration, configuration), alone)
+    folder = engines.folder / configuration
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_stablemoe.StableMoEForCausalLM"
+    engines.run(
+        "-c",
+        f"""
+import sys; sys.modules["modeling_stablemoe"] = None  # not installed
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
+assert model.router_fingerprint() == {config["router_fingerprint"]!r}
+""",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("configuration", "more"),
+    [
+        ("fsdp2", ["--gradient_checkpointing", "True"]),
+        ("fsdp2", ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1"]),
+        ("ddp", []),
+    ],
+)
+def test_variants_come_to_the_model_of_one_process(engines, alone, configuration, more):
+    assert_same_model(engines.launch(configuration, "variant", "--overwrite_output_dir", "True", *more), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("configuration", ["ddp-cpu", "fsdp2"])
+def test_four_processes_come_to_the_model_of_one(engines, alone, configuration):
+    assert_same_model(engines.launch(configuration, f"{configuration}-4", processes=4), alone)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing", "True"]])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_comes_to_the_model_of_one_process(engines, alone, stage, more):
+    # D and E^ go on by their momentum there, which the frozen table does not follow.
+    ran = engines.launch(f"deepspeed-zero{stage}", "zero", "--overwrite_output_dir", "True", *more)
+    assert_same_model(ran, alone, but="distilled_router")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "configuration",
+    ["fsdp2", *(pytest.param(f"deepspeed-zero{stage}", marks=needs_deepspeed) for stage in (1, 3))],
+)
+@pytest.mark.parametrize("settings", [SMALL, {"distilled_router": "bigram"}], ids=["small", "bigram"])
+def test_engines_carry_what_routers_remember(engines, configuration, settings):
+    start = f"start-{settings['distilled_router']}"
+    if not (engines.folder / start).exists():
+        engines.make(start, **settings)
+        engines.launch("one-process", f"{start}-alone", processes=1, start=start)
+    alone = engines.outcome(f"{start}-alone")
+    ran = engines.launch(configuration, "carried", "--overwrite_output_dir", "True", start=start)
+    assert_same_model(ran, alone, but="distilled_router" if "deepspeed" in configuration else "nothing")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_resumes_after_the_transition(engines, stage):
+    whole = engines.launch(f"deepspeed-zero{stage}", f"zero{stage}-whole")
+    engines.launch(f"deepspeed-zero{stage}", f"zero{stage}-resumed")
+    last = engines.folder / f"zero{stage}-resumed" / "checkpoint-8"
+    last.rename(engines.folder / f"zero{stage}-last")
+    resumed = engines.launch(f"deepspeed-zero{stage}", f"zero{stage}-resumed", "--resume_from_checkpoint", "latest")
+    assert resumed[0]["router_fingerprint"] == whole[0]["router_fingerprint"]
+    torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_leave_precision_to_the_recipe_and_name_their_engine(path):
+    configuration = yaml.safe_load(path.read_text())
+    assert configuration["mixed_precision"] == "no"
+    engine = configuration["distributed_type"]
+    assert ("fsdp_config" in configuration) == (engine == "FSDP")
+    assert ("deepspeed_config" in configuration) == (engine == "DEEPSPEED")
