@@ -1,0 +1,132 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What the machinery around a model asks of it: backends of the experts, checkpointing, sharding engines, saved code."""
+
+from transformers.distributed import DistributedConfig
+from transformers.dynamic_module_utils import custom_object_save
+
+from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
+from .layer_stablemoe import moe_layers_of
+
+
+class EngineMixin:
+    """What `PreTrainedModel` leaves to a model with stacked experts, integer parameters and code files of its own."""
+
+    # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
+    _auto_map: dict[str, str] = {}
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save weights, frozen routers, config and the code files that load them; see `PreTrainedModel.save_pretrained`.
+
+        A model that transformers has sharded is gathered: every process must call this.
+
+        Raises:
+            ValueError: under expert parallelism of a transformers that cannot gather the experts.
+        """
+        self._require_gathering("save_pretrained")
+        if self._auto_class is not None:
+            self.config.auto_map = dict(self._auto_map)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        written = self._written_class()
+        if self._auto_class is not None and written is not type(self) and kwargs.get("is_main_process", True):
+            custom_object_save(written, save_directory)
+
+    @classmethod
+    def _written_class(cls) -> type:
+        """Find the class that stands in a file of ours: FSDP2 gives a model another, which stands in torch's."""
+        return next(each for each in cls.__mro__ if not each.__module__.startswith("torch."))
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """See `PreTrainedModel.is_remote_code`: whether transformers copies the file that the class stands in."""
+        return super().is_remote_code() and cls._written_class() is cls
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
+        """Shard a model before its weights are loaded; see `DistributedMixin.maybe_distribute_model`.
+
+        Tied weights are tied first: FSDP2 keeps those one that are one when it shards. transformers ties them later, when
+        they are two copies that go separate ways with the first step.
+
+        Raises:
+            ValueError: if expert parallelism cannot give every process the same number of experts.
+        """
+        if distributed_config is not None:
+            _check_num_experts(model.config.num_experts, distributed_config)
+            model.tie_weights()
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def _expand_parallel_plan(self, plan: dict[str, str]) -> dict[str, str]:
+        # transformers 5.23 asks a stack how many experts it has when it hooks it, which is known once the parameters are
+        # dealt out. It expects those in the stack itself and so before it; here they stand in its sublayers.
+        expanded, parameters = super()._expand_parallel_plan(plan), dict(self.named_parameters())
+        return dict(sorted(expanded.items(), key=lambda rule: rule[0] not in parameters))
+
+    def train(self, mode: bool = True):
+        """Switch between training and evaluation.
+
+        Raises:
+            ValueError: see `save_pretrained`: what cannot be saved is not trained.
+        """
+        if mode:
+            self._require_gathering("train")
+        return super().train(mode)
+
+    def _require_gathering(self, method: str):
+        for layer in moe_layers_of(self).values():
+            stack = layer.expert_stack
+            if stack.num_experts < layer.num_experts and not hasattr(stack.sublayers[0].norm_weight, "device_mesh"):
+                raise ValueError(
+                    f"`{method}`: under expert parallelism this version of transformers cannot gather the experts of all "
+                    "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.21, or load the "
+                    "checkpoint without `enable_expert_parallel`."
+                )
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """Switch gradients on or off for all parameters but the frozen routers, which are integers and take none."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(requires_grad)
+        return self
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the source of this class's module; ours stands in another file.
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Resolve `experts_implementation`, refusing backends that these experts do not have.
+
+        Raises:
+            ValueError: naming the backends there are.
+        """
+        available = ["eager", *ALL_STABLEMOE_EXPERTS_FUNCTIONS.valid_keys()]
+        if requested_experts is not None and requested_experts not in available:
+            raise ValueError(
+                f'`experts_implementation="{requested_experts}"` does not know stacked StableMoE experts; choose one '
+                f"of {available}."
+            )
+        return super().get_correct_experts_implementation(requested_experts)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=None, **kwargs):
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Re-entrant activation checkpointing cuts the routing losses off from the router, which would silently "
+                "learn nothing. Pass `{'use_reentrant': False}` as the checkpointing arguments, or none."
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _check_num_experts(num_experts: int, distributed_config: DistributedConfig):
+    """Refuse to deal out experts unevenly."""
+    if not distributed_config.enable_expert_parallel:
+        return
+    # Before 5.19 the processes of expert parallelism are those of tensor parallelism.
+    num_processes = getattr(distributed_config, "ep_size", None) or distributed_config.tp_size
+    if num_experts % num_processes:
+        raise ValueError(
+            f"`num_experts` ({num_experts}) must be divisible by the {num_processes} processes of expert parallelism: each "
+            "holds the same number of experts. Use another number of processes."
+        )
+
+
+__all__ = ["EngineMixin"]
