@@ -5,6 +5,7 @@ import importlib
 from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import is_torchdynamo_compiling, logging
@@ -80,15 +81,16 @@ def copy_into(target: Tensor, values: Tensor):
         target (`torch.Tensor`): a parameter.
         values (`torch.Tensor`): of the whole shape of `target`; the same on every process.
     """
-    if hasattr(target, "ds_id"):
-        with _deepspeed().zero.GatheredParameters(target, modifier_rank=0):
-            target.copy_(values)
-    elif hasattr(target, "device_mesh"):
+    if hasattr(target, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
-        target.copy_(distribute_tensor(values.to(target.device), target.device_mesh, target.placements))
-    else:
+        values = distribute_tensor(values.to(target.device), target.device_mesh, target.placements)
+    if not _is_elsewhere(target):
         target.copy_(values)
+    if hasattr(target, "ds_id"):  # ZeRO-3 keeps a shard, and may or may not have gathered the whole at the moment
+        shard, rank = target.ds_tensor, dist.get_rank(target.ds_process_group)
+        own = values.flatten()[rank * shard.numel() : (rank + 1) * shard.numel()]
+        shard[: own.numel()].copy_(own)
     # DeepSpeed steps a copy of its own of what it trains, and would write that over these values.
     if hasattr(target, "_hp_mapping") or hasattr(target, "_z3_optimizer"):
         _deepspeed().utils.safe_set_full_fp32_param(target, values.to(target.device, torch.float32))

