@@ -4,6 +4,7 @@
 import errno
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -273,9 +274,9 @@ def _explained(trainer: Trainer) -> Iterator[None]:
             raise
         whole = last_complete_checkpoint(folder)
         raise SaveError(
-            f"Saving to {str(folder)!r} failed at step {step} ({error}). The last whole checkpoint is "
-            f"{'none' if whole is None else whole.name!r}, and unharmed. Make room, or mend what the message says, and "
-            "continue with `--resume_from_checkpoint latest`."
+            f"Saving to {str(folder)!r} failed at step {step}, with {shutil.disk_usage(folder).free / 1e6:.0f} MB free "
+            f"({error}). {'There is no whole checkpoint yet' if whole is None else f'{whole.name} is whole'}. Make room "
+            "(or mend what the message says) and continue with `--resume_from_checkpoint latest`."
         ) from error
 
 

@@ -1,7 +1,10 @@
 """Runs of the training script in forked children of the test process: killable, and without the seconds of imports."""
 
+import fcntl
 import functools
+import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -14,14 +17,37 @@ import datasets
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from test_run_clm import PRESET, CausalWorkplace
+from transformers import Trainer
+from transformers.trainer_callback import DefaultFlowCallback, TrainerState
 from workplaces import ROOT, load_script
 
+from modeling_stablemoe import manifests
+from modeling_stablemoe.callbacks import StageTransitionCallback
+from modeling_stablemoe.checkpoints import last_complete_checkpoint
+from modeling_stablemoe.stages_stablemoe import TwoStageRoutingMixin
 
+
+LATEST = ("--resume_from_checkpoint", "latest")
 ENGINES = {
     "one": (1, None),
     "ddp": (2, None),
     "fsdp": (2, "fsdp2"),
 }
+
+
+class ShortWorkplace(CausalWorkplace):
+    """Ten steps, frozen after the fourth, saved after every second: nothing else takes time."""
+
+    dropout = 0.1
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        (folder / "preset.json").write_text(json.dumps({**PRESET, "num_experts": 3, "dropout": self.dropout}))
+
+    def arguments(self, output: str, *more: str, max_steps: int = 10) -> list[str]:
+        short = ("--config_overrides", "", "--eval_strategy", "no", "--fluctuation_check_steps", "0")
+        return super().arguments(output, *short, *more, max_steps=max_steps)
 
 
 class Fork:
@@ -30,8 +56,10 @@ class Fork:
     `ranks[k]` is the process id of process k. What the children print is in `output`.
     """
 
-    def __init__(self, function: Callable[[], object], log: Path, processes: int = 1, environment=None):
-        self.log = log
+    def __init__(self, function: Callable[[], object], processes: int = 1, environment=None):
+        # A pipe, since a limit on the size of files would hold for a log, too.
+        self._read, self._write = os.pipe()
+        fcntl.fcntl(self._write, fcntl.F_SETPIPE_SZ, 1 << 20)
         environment = {**(environment or {}), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         if processes > 1:
             environment |= {
@@ -41,10 +69,11 @@ class Fork:
                 "LOCAL_WORLD_SIZE": str(processes),
                 "GLOO_SOCKET_IFNAME": "lo",
             }
-        log.write_text("")
         sys.stdout.flush()
         self.ranks = [self._fork(function, rank, environment, processes > 1) for rank in range(processes)]
+        os.close(self._write)
         self.codes: dict[int, int] = {}
+        self.output = ""
 
     def _fork(self, function, rank: int, environment: dict, is_distributed: bool) -> int:
         pid = os.fork()
@@ -52,9 +81,8 @@ class Fork:
             return pid
         code = 1
         try:
-            descriptor = os.open(self.log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
+            os.dup2(self._write, 1)
+            os.dup2(self._write, 2)
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
             os.environ.update(environment)
             if is_distributed:
@@ -70,10 +98,6 @@ class Fork:
         finally:
             sys.stdout.flush()
             os._exit(code)
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text()
 
     def poll(self) -> bool:
         """Whether all have ended."""
@@ -91,6 +115,8 @@ class Fork:
             if any(self.codes.values()) or time.monotonic() > deadline:
                 self.kill()
             time.sleep(0.005)
+        with os.fdopen(self._read) as pipe:
+            self.output = pipe.read()
         return [self.codes[pid] for pid in self.ranks]
 
     def kill(self, *ranks: int):
@@ -147,5 +173,59 @@ def fork_script(workplace, output: str, *more: str, engine: str = "one", before=
             before()
         main(arguments)
 
-    log = workplace.folder / f"{Path(output).name}.log"
-    return Fork(run, log, processes, engine_environment(configuration))
+    return Fork(run, processes, engine_environment(configuration))
+
+
+def finish(workplace, output, *more, engine="one"):
+    run = fork_script(workplace, output, *more, engine=engine)
+    assert set(run.wait()) == {0}, run.output[-3000:]
+    return workplace.folder / output
+
+
+def last_step(folder):
+    checkpoint = last_complete_checkpoint(folder)
+    return None if checkpoint is None else int(checkpoint.name.split("-")[1])
+
+
+# What a fault may hit, in the order of a save; the first is before any.
+POINTS = {
+    "transition": (TwoStageRoutingMixin, "freeze_router"),
+    "weights": (Trainer, "save_model"),
+    "optimizer": (Trainer, "_save_optimizer_and_scheduler"),
+    "random state": (Trainer, "_save_rng_state"),
+    "trainer state": (TrainerState, "save_to_json"),
+    "watch": (StageTransitionCallback, "on_save"),
+    "manifest": (manifests, "write_manifest"),
+    "rotation": (manifests, "rotate_checkpoints"),
+}
+
+
+def fault(point: str, step: int, action: Callable[[], object], rank: int | None = None) -> Callable[[], None]:
+    """Make something for `fork_script` to call first: `action` happens as `point` of `step` begins, on one rank or all."""
+    owner, name = POINTS[point]
+    reached = {"step": 0}
+
+    def install():
+        original = getattr(owner, name)
+
+        def faulty(*args, **kwargs):
+            if reached["step"] == step and rank in (None, int(os.environ.get("RANK", "0"))):
+                action()
+            return original(*args, **kwargs)
+
+        def count(self, args, state, control, **kwargs):
+            reached["step"] = state.global_step + 1
+
+        DefaultFlowCallback.on_step_begin = count
+        setattr(owner, name, faulty)
+
+    return install
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill_disk():
+    """Let every file end after a few bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
