@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from .atomic_files import replace_file
-from .engines import DEEPSPEED, SHARDED_FSDP, TRANSLATION, engine_of, load_weights
+from .engines import DEEPSPEED, SHARDED_FSDP, TRANSLATION, engine_of, load_weights, wrap_for_evaluation
 from .manifests import MANIFEST_FILE, compare_with_manifest, expects_manifest
 
 
@@ -168,6 +168,8 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
         resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
         overwrite (`bool`): delete what the folder holds and start anew.
 
+    The same total batch may be divided otherwise over processes and accumulation; that gets a warning.
+
     Returns:
         `Path`: the checkpoint to resume from; `None` to start from the beginning.
 
@@ -180,13 +182,21 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
     if overwrite and folder.is_dir():
         shutil.rmtree(folder)
     elif run_file.is_file():
+        division = _check_identity(run_file, identity)
+        if division:
+            logger.warning(
+                "The batch is divided otherwise than when the run was started (%s): rounding, dropout and what a balance "
+                "loss counts change, so the result will not be the same to the bit.",
+                division,
+            )
         return last_complete_checkpoint(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(run_file, lambda partial: partial.write_text(json.dumps(identity, indent=2) + "\n"))
     return None
 
 
-def _check_identity(run_file: Path, identity: dict):
+def _check_identity(run_file: Path, identity: dict) -> str:
+    """Refuse to resume another run; tell in which way the batch is divided otherwise, if it is."""
     try:
         stored = json.loads(run_file.read_text())
     except ValueError as error:
@@ -200,17 +210,12 @@ def _check_identity(run_file: Path, identity: dict):
     }
     division = "; ".join(differing.pop(name) for name in less_strict if name in differing and name in stored)
     differing = [text for name, text in differing.items() if name not in less_strict]
-    if division:
-        logger.warning(
-            "The batch is divided otherwise than when the run was started (%s): rounding, dropout and what a balance "
-            "loss counts change, so the result will not be the same to the bit.",
-            division,
-        )
     if differing:
         raise ValueError(
             f"The output folder {str(run_file.parent)!r} holds another run ({'; '.join(differing)}). Resume with the "
             "settings it was started with, or choose another `--output_dir`."
         )
+    return division
 
 
 def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
@@ -233,6 +238,7 @@ def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
     trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
         load_weights(trainer, state.best_model_checkpoint)
+    wrap_for_evaluation(trainer)
     trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
     return True
 

@@ -51,8 +51,8 @@ def check_engine(trainer: Trainer, checkpoint: str | Path):
     """Make sure that a Trainer can go on from a checkpoint, under whichever engine that was saved.
 
     Raises:
-        ValueError: if what is sharded was saved by another engine, or by DeepSpeed on another number of processes; if
-            the checkpoint holds no moments.
+        ValueError: if what is sharded was saved by another engine, or by DeepSpeed on another number of processes or
+            with ZeRO-3 where this has none; if the checkpoint holds no moments.
     """
     checkpoint = Path(checkpoint)
     saved, here = engine_of_checkpoint(checkpoint), engine_of(trainer)
@@ -64,12 +64,7 @@ def check_engine(trainer: Trainer, checkpoint: str | Path):
             f"with FULL_STATE_DICT go from one to another; {_remedy(checkpoint)}"
         )
     if saved == DEEPSPEED:
-        parts = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
-        if parts != processes:
-            raise ValueError(
-                f"The checkpoint {str(checkpoint)!r} was saved by DeepSpeed on {parts} processes, here are {processes}; "
-                f"DeepSpeed does not divide it anew. Resume it on {parts} processes; {_remedy(checkpoint)}"
-            )
+        _check_deepspeed(trainer, checkpoint)
         return
     if saved != SHARDED_FSDP and not (checkpoint / (_NAMED_MOMENTS if saved == FSDP else _COUNTED_MOMENTS)).is_file():
         raise ValueError(
@@ -86,7 +81,24 @@ def check_engine(trainer: Trainer, checkpoint: str | Path):
         )
 
 
+def _check_deepspeed(trainer: Trainer, checkpoint: Path):
+    parts, processes = len(list(checkpoint.glob("global_step*/*optim_states.pt"))), trainer.args.world_size
+    if parts and parts != processes:
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} was saved by DeepSpeed on {parts} processes, here are {processes}; "
+            f"DeepSpeed does not divide it anew. Resume it on {parts} processes; {_remedy(checkpoint)}"
+        )
+    was_zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*model_states.pt"))
+    if was_zero3 != (trainer.accelerator.state.deepspeed_plugin.zero_stage == 3):
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} was saved {'with' if was_zero3 else 'without'} ZeRO-3, here it is the "
+            f"other way round. Resume it with the stage it was saved with; {_remedy(checkpoint)}"
+        )
+
+
 def _remedy(checkpoint: Path) -> str:
+    if engine_of_checkpoint(checkpoint) == SHARDED_FSDP:
+        return "or merge its weights with `accelerate merge-weights` and start a new run from them."
     return f"or start a new run from its weights with `--model_name_or_path {checkpoint}`."
 
 
@@ -167,6 +179,15 @@ def load_weights(trainer: Trainer, checkpoint: str | Path):
         trainer.model.load_state_dict(load_file(path), strict=False)
 
 
+def wrap_for_evaluation(trainer: Trainer):
+    """Let FSDP2 shard the model of a Trainer that does not train; accelerate does so only along with an optimizer."""
+    if engine_of(trainer) != FSDP:
+        return
+    trainer.create_optimizer()
+    model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = model
+
+
 __all__ = [
     "DEEPSPEED",
     "FSDP",
@@ -178,4 +199,5 @@ __all__ = [
     "engine_of_checkpoint",
     "load_weights",
     "translated",
+    "wrap_for_evaluation",
 ]

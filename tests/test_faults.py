@@ -22,6 +22,7 @@ from workplaces import ROOT, assert_same_saved_weights, content, load_script, re
 
 from modeling_stablemoe.callbacks import StageTransitionCallback
 from modeling_stablemoe.checkpoints import last_complete_checkpoint, what_is_missing
+from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.manifests import MANIFEST_FILE, CheckpointManifestCallback
 
 
@@ -283,11 +284,12 @@ def test_run_goes_from_engine_to_engine(steady):
     assert last_step(steady.folder / "moved") == 10
     assert not list((steady.folder / "moved").glob("*.partial"))
     assert_close_saved_weights(steady.folder / "moved", expected)
-    # And back to DDP, from a run that is finished.
+    # A run that is finished is finished, under any engine.
     before = load_file(steady.folder / "moved" / "model.safetensors")
-    finish(steady, "moved", *LATEST, engine="ddp")
-    after = load_file(steady.folder / "moved" / "model.safetensors")
-    assert not [name for name in after if not torch.equal(before[name], after[name])]
+    for engine in ("ddp", "fsdp"):
+        finish(steady, "moved", *LATEST, engine=engine)
+        after = load_file(steady.folder / "moved" / "model.safetensors")
+        assert not [name for name in after if not torch.equal(before[name], after[name])]
 
 
 def assert_close_saved_weights(folder, expected):
@@ -297,3 +299,27 @@ def assert_close_saved_weights(folder, expected):
     for name, weight in expected.items():
         # The order of summation differs; ten steps at 1e-2 move weights by 0.1.
         torch.testing.assert_close(actual[name], weight, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("global_step8", "saved under DeepSpeed and cannot be resumed under one process or DDP"),
+        ("pytorch_model_fsdp_0", "saved under FSDP with SHARDED_STATE_DICT and cannot be resumed under one process"),
+    ],
+)
+def test_checkpoint_that_is_sharded_over_processes_is_left_to_its_engine(run_of_stage1, tmp_path, part, message):
+    checkpoint = shutil.copytree(run_of_stage1 / "checkpoint-8", tmp_path / "checkpoint-8")
+    check_engine(make_trainer(tmp_path), checkpoint)
+    (checkpoint / part).mkdir()
+    with pytest.raises(ValueError, match=message):
+        check_engine(make_trainer(tmp_path), checkpoint)
+
+
+def test_checkpoint_without_moments_is_not_resumed_as_if_it_had_them(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "save_only_model": True}
+    trainer = make_trainer(tmp_path, CheckpointManifestCallback(), **options)
+    trainer.train()
+    assert what_is_missing(tmp_path / "checkpoint-4") is None
+    with pytest.raises(ValueError, match="holds no state of the optimizer"):
+        check_engine(trainer, tmp_path / "checkpoint-4")

@@ -68,7 +68,7 @@ def kill_somewhere(run, phases: Phases, generator: random.Random, seconds: float
         wait_for(run, phases, TRAINING)
         wanted = generator.choice([None, None, SAVING, TRANSITION, ENDING])
         if wanted != TRANSITION:
-            time.sleep(generator.uniform(0, seconds / 2))
+            time.sleep(generator.uniform(0, seconds / 2) * generator.random())  # the earlier the likelier
         if wanted is not None:
             wait_for(run, phases, wanted)
             time.sleep(generator.uniform(0, 0.002 if wanted == TRANSITION else 0.05))
