@@ -151,8 +151,11 @@ def _translate(trainer: Trainer, checkpoint: Path, folder: Path, here: str):
     trainer.create_optimizer()
     if here == FSDP:
         torch.save(model.state_dict(), folder / _FULL_WEIGHTS)
+        # FSDP wants moments of all parameters; those that have had no gradient yet get moments of zero.
+        moments = get_optimizer_state_dict(model, trainer.optimizer)
         trainer.optimizer.load_state_dict(_load(checkpoint / _COUNTED_MOMENTS))
-        torch.save(get_optimizer_state_dict(model, trainer.optimizer), folder / _NAMED_MOMENTS)
+        saved = get_optimizer_state_dict(model, trainer.optimizer)
+        torch.save({**saved, "state": {**moments["state"], **saved["state"]}}, folder / _NAMED_MOMENTS)
     else:
         set_optimizer_state_dict(model, trainer.optimizer, _load(checkpoint / _NAMED_MOMENTS))
         torch.save(trainer.optimizer.state_dict(), folder / _COUNTED_MOMENTS)

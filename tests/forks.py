@@ -210,6 +210,7 @@ def fault(point: str, step: int, action: Callable[[], object], rank: int | None 
 
         def faulty(*args, **kwargs):
             if reached["step"] == step and rank in (None, int(os.environ.get("RANK", "0"))):
+                os.write(1, f"fault: {point}\n".encode())
                 action()
             return original(*args, **kwargs)
 
