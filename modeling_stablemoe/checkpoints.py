@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from .atomic_files import replace_file
+from .engines import DEEPSPEED, SHARDED_FSDP, TRANSLATION, engine_of, load_weights, wrap_for_evaluation
+from .manifests import MANIFEST_FILE, compare_with_manifest, expects_manifest
 
 
 logger = logging.getLogger(__name__)
@@ -20,8 +23,11 @@ RUN_FILE = "run.json"
 # Arguments of Trainer that change what a run computes: a run is resumed with the same ones.
 _IDENTITY = (
     "max_steps num_train_epochs learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 optim "
-    "max_grad_norm per_device_train_batch_size gradient_accumulation_steps seed data_seed bf16 fp16"
+    "max_grad_norm seed data_seed bf16 fp16"
 ).split()
+# How the batch is divided changes rounding and dropout, and what a balance loss counts, but not what is trained.
+_DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
+_TOTAL = "total_train_batch_size"
 
 
 def run_identity(training_args: TrainingArguments, settings: dict) -> dict:
@@ -34,46 +40,70 @@ def run_identity(training_args: TrainingArguments, settings: dict) -> dict:
     Returns:
         `dict`: JSON-ready.
     """
-    arguments = {name: getattr(training_args, name) for name in _IDENTITY}
+    processes = training_args.world_size
+    arguments = {
+        **{name: getattr(training_args, name) for name in (*_IDENTITY, *_DIVISION[:2])},
+        "processes": processes,
+        _TOTAL: training_args.train_batch_size * training_args.gradient_accumulation_steps * processes,
+    }
     return {**settings, **json.loads(json.dumps(arguments, default=str))}
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
     """List the `checkpoint-<step>` folders of a run, newest step first, complete or not."""
     found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
-def what_is_missing(checkpoint: str | Path) -> str | None:
-    """Find out whether `Trainer` finished writing a checkpoint.
+def step_of(checkpoint: str | Path) -> int:
+    """Give the step in the name of a `checkpoint-<step>` folder."""
+    return int(Path(checkpoint).name.split("-")[1])
 
-    `Trainer` writes weights, optimizer, scheduler and random states, and `trainer_state.json` last.
+
+def what_is_missing(checkpoint: str | Path, checksums: bool = True) -> str | None:
+    """Find out whether a checkpoint is whole and as it was saved.
+
+    A checkpoint with a manifest (see `CheckpointManifestCallback`) is compared with it. For one of a plain `Trainer`,
+    which writes `trainer_state.json` last, it is seen to that no file was cut off.
 
     Args:
         checkpoint (`str` or `Path`): a `checkpoint-<step>` folder.
+        checksums (`bool`): read all that a manifest lists; else only the sizes of files are compared.
 
     Returns:
         `str`: what is wrong; `None` for a checkpoint that can be resumed from.
     """
     checkpoint = Path(checkpoint)
+    if (checkpoint / MANIFEST_FILE).exists():
+        return compare_with_manifest(checkpoint, checksums)
     try:
-        TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
     except (OSError, ValueError, TypeError) as error:
         return f"trainer_state.json cannot be read ({type(error).__name__}): saving was cut off"
+    if expects_manifest(state.stateful_callbacks, state.global_step):
+        return f"{MANIFEST_FILE} is missing: saving was cut off"
+    files = {path.name for path in checkpoint.glob("*.safetensors")}
     index = checkpoint / "model.safetensors.index.json"
     if index.exists():
         try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            files |= set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError) as error:
             return f"{index.name} cannot be read ({error})"
-    else:
-        files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
-    for name in files:
+    return _first_that_is_cut_off(checkpoint, sorted(files))
+
+
+def _first_that_is_cut_off(checkpoint: Path, safetensors: list[str]) -> str | None:
+    """Tell which file of tensors is no whole file; the contents of the tensors are not read."""
+    for name in safetensors:
         try:
             with safe_open(checkpoint / name, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
             return f"{name} cannot be read ({error})"
+    for path in sorted(path for path in checkpoint.iterdir() if path.suffix in (".pt", ".pth", ".bin")):
+        # What torch saves is a zip archive, which has its table of contents at the end.
+        if not zipfile.is_zipfile(path):
+            return f"{path.name} cannot be read: it was cut off"
     return None
 
 
@@ -157,6 +187,8 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
         resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
         overwrite (`bool`): delete what the folder holds and start anew.
 
+    The same total batch may be divided otherwise over processes and accumulation; that gets a warning.
+
     Returns:
         `Path`: the checkpoint to resume from; `None` to start from the beginning.
 
@@ -169,49 +201,63 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
     if overwrite and folder.is_dir():
         shutil.rmtree(folder)
     elif run_file.is_file():
+        division = _check_identity(run_file, identity)
+        if division:
+            logger.warning(
+                "The batch is divided otherwise than when the run was started (%s): rounding, dropout and what a balance "
+                "loss counts change, so the result will not be the same to the bit.",
+                division,
+            )
         return last_complete_checkpoint(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(run_file, lambda partial: partial.write_text(json.dumps(identity, indent=2) + "\n"))
     return None
 
 
-def _check_identity(run_file: Path, identity: dict):
+def _check_identity(run_file: Path, identity: dict) -> str:
+    """Refuse to resume another run; tell in which way the batch is divided otherwise, if it is."""
     try:
         stored = json.loads(run_file.read_text())
     except ValueError as error:
         raise ValueError(f"{str(run_file)!r} is damaged ({error}); choose another `--output_dir`.") from error
-    differing = [
-        f"{name}: {stored.get(name)!r} there, {identity.get(name)!r} here"
+    # Runs of earlier versions stored the division of the batch only.
+    less_strict = _DIVISION if _TOTAL in stored else ("processes", _TOTAL)
+    differing = {
+        name: f"{name}: {stored.get(name)!r} there, {identity.get(name)!r} here"
         for name in sorted({*stored, *identity})
         if stored.get(name) != identity.get(name)
-    ]
+    }
+    division = "; ".join(differing.pop(name) for name in less_strict if name in differing and name in stored)
+    differing = [text for name, text in differing.items() if name not in less_strict]
     if differing:
         raise ValueError(
             f"The output folder {str(run_file.parent)!r} holds another run ({'; '.join(differing)}). Resume with the "
             "settings it was started with, or choose another `--output_dir`."
         )
+    return division
 
 
 def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
     """Put a Trainer where training left it, if its checkpoint is of the last step; `Trainer` would do one step more.
 
     Args:
-        trainer (`Trainer`): not trained yet; sharding engines are left to `Trainer.train`.
+        trainer (`Trainer`): not trained yet; under DeepSpeed and `SHARDED_STATE_DICT` this is left to `Trainer.train`.
         checkpoint (`str` or `Path`): a whole checkpoint.
 
     Returns:
         `bool`: whether there is nothing left to train.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    if state.global_step < state.max_steps or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    if state.global_step < state.max_steps or engine_of(trainer) in (DEEPSPEED, SHARDED_FSDP):
         return False
     state.is_world_process_zero = trainer.is_world_process_zero()
     state.is_local_process_zero = trainer.is_local_process_zero()
     trainer.state = state
-    trainer._load_from_checkpoint(str(checkpoint))
+    load_weights(trainer, checkpoint)
     trainer.callback_handler.on_train_begin(trainer.args, state, trainer.control)
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-        trainer._load_from_checkpoint(state.best_model_checkpoint)
+        load_weights(trainer, state.best_model_checkpoint)
+    wrap_for_evaluation(trainer)
     trainer.callback_handler.on_train_end(trainer.args, state, trainer.control)
     return True
 
@@ -227,11 +273,17 @@ def copy_code_files(checkpoint: str | Path, folder: str | Path):
         shutil.copy(path, folder)
 
 
-def remove_incomplete_checkpoints(folder: str | Path):
-    """Delete checkpoints that a crash cut off, so that `save_total_limit` does not keep them in place of whole ones."""
+def remove_incomplete_checkpoints(folder: str | Path, resumed_step: int = -1):
+    """Delete what a crash cut off, so that `save_total_limit` does not keep it in place of whole checkpoints.
+
+    Args:
+        folder (`str` or `Path`): a run folder.
+        resumed_step (`int`): where training goes on; of older checkpoints only the sizes of files are looked at.
+    """
     for checkpoint in checkpoints_in(folder):
-        if what_is_missing(checkpoint) is not None:
+        if what_is_missing(checkpoint, checksums=step_of(checkpoint) > resumed_step) is not None:
             shutil.rmtree(checkpoint)
+    shutil.rmtree(Path(folder) / TRANSLATION, ignore_errors=True)
 
 
 __all__ = [
@@ -244,5 +296,6 @@ __all__ = [
     "require_optimizer",
     "restore_finished_run",
     "run_identity",
+    "step_of",
     "what_is_missing",
 ]

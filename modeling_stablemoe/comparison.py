@@ -26,6 +26,7 @@ from .atomic_files import replace_file
 from .callbacks import TrainingClockCallback
 from .configuration_stablemoe import StableMoEConfig
 from .data import DataArguments, collate_blocks
+from .engines import check_engine
 from .exact_evaluation import BlockTrainer
 from .flops import count_parameters, forward_flops
 from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields
@@ -196,6 +197,8 @@ class Comparison:
         logger.info("%s, seed %d: training %d steps.", system.name, seed, args.max_steps)
         trainer, clock = self._trainer(system, routing_args, args)
         checkpoint = folder.claim()
+        if checkpoint is not None:
+            check_engine(trainer, checkpoint)
         train(trainer, checkpoint)
         results = {"system": system.name, "family": system.family, "seed": seed, **self._measure(trainer, clock)}
         if trainer.is_world_process_zero():

@@ -21,10 +21,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 from .context_stablemoe import TokenContext, cached_context, whole_context
 from .distillation_stablemoe import CountRouter, DistilledRouter, sees_context
-from .engines_stablemoe import EngineMixin
 from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
 from .health_stablemoe import RoutingHealth, mean_health, routing_health
+from .integration_stablemoe import IntegrationMixin
 from .layer_stablemoe import StableMoELayer, token_mask
 from .losses_stablemoe import (
     RoutingLosses,
@@ -195,7 +195,7 @@ class SinusoidalPositions(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., : self.hidden_size]
 
 
-class StableMoEPreTrainedModel(TwoStageRoutingMixin, EngineMixin, PreTrainedModel):
+class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTrainedModel):
     """What all StableMoE models share: initialisation, loading, and the two stages of the routing."""
 
     config: StableMoEConfig

@@ -385,7 +385,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
 
     @classmethod
     def maybe_distribute_model(cls, *args, **kwargs):
-        """Shard a model before its weights are loaded; see `EngineMixin.maybe_distribute_model`."""
+        """Shard a model before its weights are loaded; see `IntegrationMixin.maybe_distribute_model`."""
         model = super().maybe_distribute_model(*args, **kwargs)
         if torch.distributed.is_available():
             from torch.distributed.fsdp import register_fsdp_forward_method

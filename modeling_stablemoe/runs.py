@@ -1,24 +1,31 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What the training scripts share: the folder of a run, its model, its callbacks, and training through both stages."""
 
+import errno
 import json
 import logging
 import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import is_main_process
+from transformers.trainer_callback import TrainerState
 
 from .atomic_files import replace_file
 from .callbacks import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from .checkpoints import (
     check_run_folder,
     claim_run_folder,
+    last_complete_checkpoint,
     remove_incomplete_checkpoints,
     require_optimizer,
     restore_finished_run,
@@ -26,9 +33,11 @@ from .checkpoints import (
     what_is_missing,
 )
 from .configuration_stablemoe import StableMoEBaseConfig
+from .engines import translated
 from .frozen_stablemoe import FrozenRouter
 from .hash_tables import balanced_hash_table, count_tokens
 from .hub import build_model_card
+from .manifests import CheckpointManifestCallback
 from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields, read_preset
 from .report import summarize
 
@@ -74,26 +83,35 @@ class RunFolder:
             "overwrite": overwrite,
         }
         check_run_folder(**self._run)
-        problem = None if named in (None, *LATEST) else what_is_missing(named)
+        problem = None if named in (None, *LATEST) else _ask_first(self.args, lambda: what_is_missing(named))
         if problem is not None:
             raise ValueError(f"The checkpoint {named!r} cannot be resumed: {problem}.")
 
     def claim(self) -> str | None:
         """Make the folder this run's; return the checkpoint to resume from, if any."""
+        checkpoint = _ask_first(self.args, self._claim)
         requested = self.args.resume_from_checkpoint
-        checkpoint = None
-        with self.args.main_process_first(desc="output folder"):
-            if is_main_process(self.args.local_process_index) or requested:
-                checkpoint = claim_run_folder(**self._run)
-            if is_main_process(self.args.local_process_index) and self.args.push_to_hub:
-                # `Trainer` uploads the folder as it is during training; the Hub leaves out what this file names.
-                ignored = "".join(f"/{name}\n" for name in NOT_SHARED)
-                replace_file(Path(self.args.output_dir) / ".gitignore", lambda path: path.write_text(ignored))
         if requested not in (None, *LATEST):
             checkpoint = requested
         if checkpoint is not None:
             require_optimizer(checkpoint)
         return None if checkpoint is None else str(checkpoint)
+
+    def _claim(self) -> Path | None:
+        checkpoint = claim_run_folder(**self._run)
+        if self.args.push_to_hub:
+            # `Trainer` uploads the folder as it is during training; the Hub leaves out what this file names.
+            ignored = "".join(f"/{name}\n" for name in NOT_SHARED)
+            replace_file(Path(self.args.output_dir) / ".gitignore", lambda path: path.write_text(ignored))
+        return checkpoint
+
+
+def _ask_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
+    """Let the first process find out what all must agree on: reading a checkpoint is work, and folders change."""
+    found = [find() if args.process_index == 0 else None]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
 
 
 def _as_settings(part: Any) -> dict:
@@ -187,7 +205,9 @@ def _tables_of_checkpoint(model_class: type[PreTrainedModel], folder: str) -> to
 def build_callbacks(
     routing_args: RoutingArguments, config: StableMoEBaseConfig, max_steps: int, validation_rows, data_collator=None
 ) -> list:
-    """Make the callbacks that the routing arguments ask for; the logs of every MoE model get routing statistics.
+    """Make the callbacks that the routing arguments ask for, and the one that completes checkpoints, the last.
+
+    The logs of every MoE model get routing statistics.
 
     Args:
         routing_args (`RoutingArguments`): length of stage 1, checks of fluctuation.
@@ -225,20 +245,40 @@ def build_callbacks(
                 data_collator=data_collator,
             )
         )
-    return callbacks
+    return [*callbacks, CheckpointManifestCallback()]
+
+
+class SaveError(OSError):
+    """What was to be saved was not, for want of space most often; earlier checkpoints are as they were."""
 
 
 def train(trainer: Trainer, checkpoint: str | None):
-    """Train to the end, from a checkpoint where there is one, and save the model and the Trainer's state."""
+    """Train to the end, from a checkpoint where there is one, and save the model and the Trainer's state.
+
+    Args:
+        trainer (`Trainer`): not trained yet.
+        checkpoint (`str`, *optional*): a whole one, for which `check_engine` has passed; of any engine.
+
+    Raises:
+        SaveError: if a checkpoint or the model cannot be saved.
+    """
+    step = -1
     if checkpoint is not None:
         logger.info("Resuming from %s.", checkpoint)
-        with trainer.args.main_process_first(desc="cut-off checkpoints"):
-            if trainer.is_world_process_zero():
-                remove_incomplete_checkpoints(trainer.args.output_dir)
-    if checkpoint is None or not restore_finished_run(trainer, checkpoint):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(trainer.args.output_dir, _internal_call=True)  # uploads nothing yet: `push` does, with the card
-    trainer.save_state()
+        step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+    with trainer.args.main_process_first(desc="cut-off checkpoints"):
+        if trainer.is_world_process_zero():
+            remove_incomplete_checkpoints(trainer.args.output_dir, step)
+    with _explained(trainer):
+        if checkpoint is None:
+            trainer.train()
+        elif not restore_finished_run(trainer, checkpoint):
+            with translated(trainer, checkpoint) as folder:
+                trainer.train(resume_from_checkpoint=folder)
+        trainer.save_model(
+            trainer.args.output_dir, _internal_call=True
+        )  # uploads nothing yet: `push` does, with the card
+        trainer.save_state()
     # A pickle; checkpoints keep theirs, what is shared holds none.
     (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
@@ -260,6 +300,27 @@ def evaluate_saved_model(trainer: Trainer) -> float:
     if step_of_model(trainer) != trainer.state.global_step:
         trainer.state.log_history.pop()
     return math.exp(loss)
+
+
+@contextmanager
+def _explained(trainer: Trainer) -> Iterator[None]:
+    """Say what failed to be saved, and what to do about it; other errors pass unchanged."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder, step = Path(trainer.args.output_dir), trainer.state.global_step
+        unfinished = folder / f"checkpoint-{step}"
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        is_cut_off = unfinished.is_dir() and what_is_missing(unfinished, checksums=False) is not None
+        is_final = 0 < trainer.state.max_steps <= step
+        if not (is_full or is_cut_off or (is_final and isinstance(error, (OSError, SafetensorError)))):
+            raise
+        whole = last_complete_checkpoint(folder)
+        raise SaveError(
+            f"Saving to {str(folder)!r} failed at step {step}, with {shutil.disk_usage(folder).free / 1e6:.0f} MB free "
+            f"({error}). {'There is no whole checkpoint yet' if whole is None else f'{whole.name} is whole'}. Make room "
+            "(or mend what the message says) and continue with `--resume_from_checkpoint latest`."
+        ) from error
 
 
 def summarize_run(trainer: Trainer) -> dict:
@@ -321,6 +382,7 @@ def push(trainer: Trainer):
 __all__ = [
     "FolderArguments",
     "RunFolder",
+    "SaveError",
     "build_callbacks",
     "build_model",
     "evaluate_saved_model",

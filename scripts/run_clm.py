@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
+from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.exact_evaluation import BlockTrainer
 from modeling_stablemoe.ngram import ngram_perplexities
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
@@ -83,6 +84,8 @@ def prepare(model_args, data_args, routing_args, folder_args, training_args) -> 
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if checkpoint is not None:
+        check_engine(trainer, checkpoint)
     return trainer, blocks, checkpoint
 
 
@@ -97,10 +100,13 @@ def main(argv=None):
         trainer, blocks, checkpoint = prepare(model_args, data_args, routing_args, folder_args, training_args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    if training_args.do_train:
-        train(trainer, checkpoint)
-    report(trainer, blocks, data_args, report_args.ngram_baselines)
-    push(trainer)
+    try:
+        if training_args.do_train:
+            train(trainer, checkpoint)
+        report(trainer, blocks, data_args, report_args.ngram_baselines)
+        push(trainer)
+    except OSError as error:  # a full disk, no network
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTraining
 from modeling_stablemoe.atomic_files import replace_file
 from modeling_stablemoe.callbacks import refuse_label_smoother
 from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
+from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.exact_evaluation import TranslationTrainer
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
 from modeling_stablemoe.report import STAGE_HEADINGS, describe_saved_model, format_table
@@ -141,6 +142,8 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, traini
         compute_metrics=TranslationMetrics(tokenizer, validation["target"], validation["pair"]),
         callbacks=callbacks,
     )
+    if checkpoint is not None:
+        check_engine(trainer, checkpoint)
     return trainer, encoded, checkpoint
 
 
@@ -187,10 +190,13 @@ def main(argv=None):
         trainer, encoded, checkpoint = prepare(*arguments, training_args)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
-    if training_args.do_train:
-        train(trainer, checkpoint)
-    report(trainer, encoded, arguments[1])
-    push(trainer)
+    try:
+        if training_args.do_train:
+            train(trainer, checkpoint)
+        report(trainer, encoded, arguments[1])
+        push(trainer)
+    except OSError as error:  # a full disk, no network
+        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

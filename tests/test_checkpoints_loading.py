@@ -28,7 +28,7 @@ CODE_FILES = {
     "context_stablemoe.py",
     "distillation_stablemoe.py",
     "experts_stablemoe.py",
-    "engines_stablemoe.py",
+    "integration_stablemoe.py",
     "frozen_stablemoe.py",
     "health_stablemoe.py",
     "layer_stablemoe.py",

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 from conftest import tiny_model
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from modeling_stablemoe.checkpoints import (
@@ -13,6 +14,7 @@ from modeling_stablemoe.checkpoints import (
     claim_run_folder,
     last_complete_checkpoint,
     remove_incomplete_checkpoints,
+    run_identity,
     what_is_missing,
 )
 
@@ -92,6 +94,37 @@ def test_resuming_another_run_names_the_settings_that_differ(tmp_path):
     ):
         claim(tmp_path, {**IDENTITY, "learning_rate": 0.2, "new": 7}, resume=True)
     assert content(tmp_path) == before
+
+
+def identity_of(per_device, accumulation=1):
+    arguments = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    return run_identity(TrainingArguments(use_cpu=True, **arguments), {"preset": "tiny"})
+
+
+def test_same_batch_divided_otherwise_is_the_same_run_with_a_warning(tmp_path, caplog):
+    claim(tmp_path, identity_of(4))
+    folder = save_checkpoint(tmp_path, 3)
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.checkpoints"):
+        assert claim(tmp_path, identity_of(4), resume=True) == folder
+        assert not caplog.records
+        assert claim(tmp_path, identity_of(2, accumulation=2), resume=True) == folder
+    assert "per_device_train_batch_size: 4 there, 2 here; gradient_accumulation_steps: 1 there, 2 here" in caplog.text
+
+
+def test_another_batch_is_another_run(tmp_path):
+    claim(tmp_path, identity_of(4))
+    with pytest.raises(ValueError, match=r"holds another run \(total_train_batch_size: 4 there, 8 here\)"):
+        claim(tmp_path, identity_of(4, accumulation=2), resume=True)
+
+
+def test_run_of_a_version_that_stored_no_total_needs_the_same_division(tmp_path):
+    old = {
+        name: value for name, value in identity_of(4).items() if name not in ("processes", "total_train_batch_size")
+    }
+    claim(tmp_path, old)
+    claim(tmp_path, identity_of(4), resume=True)
+    with pytest.raises(ValueError, match="per_device_train_batch_size: 4 there, 2 here"):
+        claim(tmp_path, identity_of(2, accumulation=2), resume=True)
 
 
 def test_both_flags_exclude_each_other(tmp_path):

@@ -8,7 +8,7 @@ from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
 from .layer_stablemoe import moe_layers_of
 
 
-class EngineMixin:
+class IntegrationMixin:
     """What `PreTrainedModel` leaves to a model with stacked experts, integer parameters and code files of its own."""
 
     # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
@@ -129,4 +129,4 @@ def _check_num_experts(num_experts: int, distributed_config: DistributedConfig):
         )
 
 
-__all__ = ["EngineMixin"]
+__all__ = ["IntegrationMixin"]

@@ -1,0 +1,129 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""A list of what a checkpoint holds, written when all of it is there: nothing that was cut off or altered is resumed."""
+
+import json
+import zlib
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from .atomic_files import replace_file
+
+
+MANIFEST_FILE = "checkpoint_manifest.json"
+_CHUNK = 1 << 20
+
+
+def checksum(path: Path) -> str:
+    """Compute the CRC-32 of a file, which finds damage (not malice) and costs a tenth of what writing the file does."""
+    value = 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def write_manifest(checkpoint: str | Path):
+    """Write size and checksum of every file of a checkpoint, in its subfolders too, to a file of it, in one step.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder that is complete.
+    """
+    checkpoint = Path(checkpoint)
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.suffix != ".partial" and path != checkpoint / MANIFEST_FILE
+    }
+    text = json.dumps({"files": files}, indent=2) + "\n"
+    replace_file(checkpoint / MANIFEST_FILE, lambda partial: partial.write_text(text))
+
+
+def compare_with_manifest(checkpoint: str | Path, checksums: bool = True) -> str | None:
+    """Find out whether a checkpoint is as it was when its manifest was written.
+
+    Args:
+        checkpoint (`str` or `Path`): a folder with a manifest.
+        checksums (`bool`): read every file; else only their sizes are compared.
+
+    Returns:
+        `str`: what is wrong with the first file that is not as it was; `None` if nothing is.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        files = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
+        for name, expected in files.items():
+            path, size, crc32 = checkpoint / name, expected["bytes"], expected["crc32"]
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes and was saved with {size}"
+            if checksums and checksum(path) != crc32:
+                return f"{name} was altered: its checksum is not the one it was saved with"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST_FILE} or what it lists cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+class CheckpointManifestCallback(TrainerCallback, ExportableState):
+    """Writes the manifest of every checkpoint, once all processes have saved their part; to be the last callback.
+
+    Older checkpoints are deleted (`save_total_limit`) only when the new one has its manifest: at any moment of a save
+    there is a whole one. `trainer_state.json` tells of this callback, so that a checkpoint that ought to have a manifest
+    and has none is known to have been cut off.
+    """
+
+    def __init__(self):
+        self.step: int | None = None
+        self._save_total_limit: int | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take over deleting older checkpoints from Trainer, which does so too early."""
+        # Trainer's state has no place for it where the checkpoint is from before there were manifests.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if args.save_total_limit is not None:
+            self._save_total_limit, args.save_total_limit = args.save_total_limit, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note the step that may be saved next."""
+        self.step = state.global_step
+
+    def on_save(self, args, state, control, **kwargs):
+        """Wait for all processes, write the manifest, and delete older checkpoints."""
+        # Other processes may write (random states, shards) after the first has written everything of its own.
+        PartialState().wait_for_everyone()
+        if not args.should_save:
+            return
+        write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        rotate_checkpoints(
+            output_dir=args.output_dir,
+            save_total_limit=self._save_total_limit,
+            best_model_checkpoint=state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Give the arguments back as they were."""
+        args.save_total_limit = self._save_total_limit
+
+    def state(self) -> dict:
+        """Give what `trainer_state.json` keeps: the step whose checkpoint will have a manifest."""
+        return {"args": {}, "attributes": {"step": self.step}}
+
+
+def expects_manifest(stateful_callbacks: dict, step: int) -> bool:
+    """Tell from `trainer_state.json` whether the checkpoint of `step` was to have a manifest."""
+    saved = stateful_callbacks.get(CheckpointManifestCallback.__name__)
+    return isinstance(saved, dict) and saved.get("attributes", {}).get("step") == step
+
+
+__all__ = [
+    "MANIFEST_FILE",
+    "CheckpointManifestCallback",
+    "compare_with_manifest",
+    "expects_manifest",
+    "write_manifest",
+]
