@@ -11,7 +11,9 @@ import pytest
 
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCKS = FENCED.findall((ROOT / "README.md").read_text())
+MULTI_GPU = FENCED.findall((ROOT / "docs" / "multi-gpu.md").read_text())
 PYTHON = "\n".join(code for language, code in BLOCKS if language == "python")
 SHELL = [line for language, code in BLOCKS if language == "bash" for line in code.splitlines()]
 # `make test` would run this very suite; `make train` takes minutes, so shorter runs of the recipes stand in for it.
@@ -71,3 +73,13 @@ def test_readme_commands_run_as_written(workplace):
     for command in COMMANDS:
         run(workplace, command)
     assert (workplace / "runs" / "two" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_multi_gpu_page_runs_as_written(workplace):
+    [command] = [code.strip() for language, code in MULTI_GPU if language == "bash"]
+    run(workplace, command.replace("runs/two", "runs/two-again"))
+    [code] = [code for language, code in MULTI_GPU if language == "python"]
+    (workplace / "expert_parallel.py").write_text(code)
+    run(workplace, "torchrun --nproc_per_node 2 expert_parallel.py runs/embedded-cpu 2")
