@@ -8,6 +8,8 @@ RECIPE ?= configuration/recipes/embedded-cpu.yaml
 OUTPUT ?= runs/embedded-cpu
 SEQ2SEQ_RECIPE ?= configuration/recipes/code-summary-cpu.yaml
 SEQ2SEQ_OUTPUT ?= runs/code-summary
+# Test files side by side.
+WORKERS ?= 2
 
 .PHONY: install train train-seq2seq test test-slow test-gpu quality style lock clean
 
@@ -28,7 +30,7 @@ train-seq2seq: install
 	echo "def count_lines(path): return sum(1 for line in open(path))" | $(BIN)/python scripts/translate.py $(SEQ2SEQ_OUTPUT)
 
 test: quality
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10 --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --durations=10
