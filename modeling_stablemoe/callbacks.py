@@ -377,7 +377,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 
 def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     """Find the checkpoint that Trainer has resumed, of which it does not tell callbacks."""
-    named = args.resume_from_checkpoint
+    named = getattr(args, "resume_from_checkpoint", None)  # a loop of one's own may give less
     if named is not None and Path(named).is_dir():
         return Path(named)
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import random_ids, tiny_config, tiny_model
+from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
 
@@ -107,6 +107,19 @@ def ddp_gradients(rank: int, folder: Path, as_trainer: bool = False) -> dict:
 
 def ddp_gradients_as_trainer(rank: int, folder: Path) -> dict:
     return ddp_gradients(rank, folder, as_trainer=True)
+
+
+def pairs(rank: int | None = None) -> dict[str, torch.Tensor]:
+    """Four sentence pairs, of which each rank takes two."""
+    sides = {"input_ids": random_ids(4, 7, seed=1, low=3, high=91), "labels": random_ids(4, 5, seed=2, low=3, high=91)}
+    return sides if rank is None else {name: ids[2 * rank : 2 * rank + 2] for name, ids in sides.items()}
+
+
+def ddp_gradients_of_pairs(rank: int, folder: Path) -> dict:
+    model = tiny_seq2seq_model().train()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    (parallel(**pairs(rank), num_items_in_batch=torch.tensor(4 * 5)).loss * WORLD).backward()
+    return {"gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None}}
 
 
 def following(**settings) -> tuple[StableMoEForCausalLM, list]:
@@ -310,6 +323,7 @@ SCENARIOS = [
     ddp_across_the_transition,
     ddp_gradients,
     ddp_gradients_as_trainer,
+    ddp_gradients_of_pairs,
     ddp_statistics,
     watching,
     fsdp_statistics,
@@ -399,6 +413,15 @@ def test_two_processes_have_the_gradient_of_one_with_both_batches(ran, scenario)
     if scenario is ddp_gradients_as_trainer:
         mean = mean * WORLD
     assert_close(mean, expected["aux_loss"], rtol=1e-5, atol=0)
+
+
+def test_two_processes_have_the_gradient_of_one_with_all_pairs(ran):
+    model = tiny_seq2seq_model().train()
+    model(**pairs()).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any("router.centroids" in name for name in expected)
+    for result in results(ran, ddp_gradients_of_pairs):
+        assert_close(result["gradients"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_counts_and_statistics_are_of_the_tokens_of_both_processes(ran):
