@@ -248,6 +248,20 @@ class StableMoESeq2SeqPreTrainedModel(StableMoEPreTrainedModel):
     }
     _can_record_outputs = {}
 
+    def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
+        """Tie weights; see `PreTrainedModel.tie_weights`. Sides of one embedding have its module in common, too.
+
+        accelerate gives the embeddings that it is told of a FSDP2 group of their own, and another module that holds the
+        same parameter would be in a second group, which torch refuses.
+        """
+        super().tie_weights(missing_keys, recompute_mapping)
+        model = self.base_model
+        source = model.encoder.embed_tokens
+        # A checkpoint that is still to be read may hold two embeddings.
+        is_empty = source.weight.is_meta and missing_keys is None
+        if model.decoder.embed_tokens.weight is source.weight and not is_empty:
+            model.decoder.embed_tokens = source
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_run_clm import CausalWorkplace
-from test_run_translation import free_port
+from test_run_translation import TranslationWorkplace, free_port
 from workplaces import ROOT
 
 
@@ -33,50 +33,24 @@ SMALL = {
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 
 
-class Engines(CausalWorkplace):
-    """A corpus, a model of stage 1 to start from, and runs of the script under `accelerate launch`."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.environment |= {"DS_ACCELERATOR": "cpu"}
-        self.make("made")
-
-    def make(self, name: str, **settings):
-        """Make a checkpoint of stage 1 to start from, without dropout, which processes would draw differently."""
-        overrides = json.dumps({"num_experts": 3, "dropout": 0.0, **settings})
-        more = ["--config_overrides", overrides, "--stage1_steps", "", "--max_steps", "1", "--save_strategy", "no"]
-        self.run(str(ROOT / "scripts" / self.script), *super().arguments(name, *more))
-
-    def arguments(self, output: str, *more: str, start: str = "made") -> list[str]:
-        model = [
-            "--model_name_or_path",
-            start,
-            "--tokenizer_name",
-            start,
-            "--model_preset",
-            "",
-            "--config_overrides",
-            "",
-        ]
-        steps = ["--max_steps", "8", "--stage1_steps", "3", "--fluctuation_check_steps", "0", "--save_steps", "4"]
-        return super().arguments(output, *model, *steps, "--eval_steps", "4", *more)
+class Launching:
+    """What a workplace gains: runs of its script under `accelerate launch`."""
 
     def launch(self, configuration: str, output: str, *more: str, processes: int = 2, **options):
-        """Train on the four sequences a step that one process would take; return `results.json` and the weights."""
-        on_gpus = "cpu" not in configuration and configuration != "one-process"
-        script = [str(ROOT / "scripts/run_clm.py")]
+        """Train to the end; return `results.json` and the weights."""
+        script = [str(ROOT / "scripts" / self.script)]
         command = ["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), "--num_processes", str(processes)]
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-        arguments = self.arguments(output, "--per_device_train_batch_size", str(4 // processes), *more, **options)
-        if on_gpus:
-            # What accelerate keeps from CPUs: the options for them would take the engine away.
-            arguments = [value for value in arguments if value != "--use_cpu"]
-            arguments.remove("True")
+        arguments = self.arguments(output, *more, **options)
+        if "cpu" not in configuration and configuration != "one-process":
+            # With `--use_cpu`, accelerate would take the engine away.
+            at = arguments.index("--use_cpu")
+            arguments = arguments[:at] + arguments[at + 2 :]
             script.insert(0, str(ROOT / "tests/scripts/as_on_gpus.py"))
         process = subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.launch", *command, *script, *arguments],
             cwd=self.folder,
-            env=self.environment,
+            env=self.environment | {"DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -93,6 +67,34 @@ class Engines(CausalWorkplace):
     def outcome(self, output: str) -> tuple[dict, dict]:
         folder = self.folder / output
         return json.loads((folder / "results.json").read_text()), load_file(folder / "model.safetensors")
+
+
+class Engines(Launching, CausalWorkplace):
+    """A corpus, a model of stage 1 to start from, and steps of four sequences however many processes share them."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.make("made")
+
+    def make(self, name: str, **settings):
+        """Make a checkpoint of stage 1 to start from, without dropout, which processes would draw differently."""
+        overrides = json.dumps({"num_experts": 3, "dropout": 0.0, **settings})
+        more = ["--config_overrides", overrides, "--stage1_steps", "", "--max_steps", "1", "--save_strategy", "no"]
+        self.run(str(ROOT / "scripts" / self.script), *super().arguments(name, *more))
+
+    def arguments(self, output: str, *more: str, start: str = "made") -> list[str]:
+        text = f"""--model_name_or_path {start} --tokenizer_name {start} --max_steps 8 --stage1_steps 3 --save_steps 4
+            --eval_steps 4 --fluctuation_check_steps 0"""
+        unset = ["--model_preset", "", "--config_overrides", ""]
+        return super().arguments(output, *text.split(), *unset, *more)
+
+    def launch(self, configuration: str, output: str, *more: str, processes: int = 2, **options):
+        own_share = ["--per_device_train_batch_size", str(4 // processes)]
+        return super().launch(configuration, output, *own_share, *more, processes=processes, **options)
+
+
+class TranslationEngines(Launching, TranslationWorkplace):
+    """A parallel corpus."""
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +161,24 @@ def test_variants_come_to_the_model_of_one_process(engines, alone, configuration
 @pytest.mark.parametrize("configuration", ["ddp-cpu", "fsdp2"])
 def test_four_processes_come_to_the_model_of_one(engines, alone, configuration):
     assert_same_model(engines.launch(configuration, f"{configuration}-4", processes=4), alone)
+
+
+@pytest.mark.slow
+def test_translation_comes_to_the_same_under_fsdp(tmp_path):
+    engines = TranslationEngines(tmp_path)
+    (expected, _), (actual, weights) = (engines.launch(name, name) for name in ("ddp-cpu", "fsdp2"))
+    assert actual["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-3)
+    assert actual["scores"] == expected["scores"]
+    assert "model.decoder.embed_tokens.weight" not in weights or torch.equal(
+        weights["model.decoder.embed_tokens.weight"], weights["model.encoder.embed_tokens.weight"]
+    )
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_translation_passes_both_stages_under_deepspeed(tmp_path):
+    results, _ = TranslationEngines(tmp_path).launch("deepspeed-zero3", "zero3")
+    assert [row["stage"] for row in results["stages"]] == [1, 2]
 
 
 @pytest.mark.slow
