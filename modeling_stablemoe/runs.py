@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import get_model_param_count
 
 from .atomic_files import replace_file
 from .callbacks import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
@@ -275,9 +276,8 @@ def train(trainer: Trainer, checkpoint: str | None):
         elif not restore_finished_run(trainer, checkpoint):
             with translated(trainer, checkpoint) as folder:
                 trainer.train(resume_from_checkpoint=folder)
-        trainer.save_model(
-            trainer.args.output_dir, _internal_call=True
-        )  # uploads nothing yet: `push` does, with the card
+        # An internal call uploads nothing yet: `push` does, with the card.
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)
         trainer.save_state()
     # A pickle; checkpoints keep theirs, what is shared holds none.
     (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
@@ -332,7 +332,7 @@ def summarize_run(trainer: Trainer) -> dict:
     fingerprint = config.router_fingerprint
     stage = 1 if fingerprint is None else 2
     return {
-        "parameters": trainer.model.num_parameters(),
+        "parameters": get_model_param_count(trainer.model),
         "step": step_of_model(trainer),
         "routing_stage": stage if config.num_moe_layers else None,
         "router_fingerprint": fingerprint,

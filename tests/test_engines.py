@@ -42,7 +42,7 @@ class Launching:
         command = ["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), "--num_processes", str(processes)]
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
         arguments = self.arguments(output, *more, **options)
-        if "cpu" not in configuration and configuration != "one-process":
+        if configuration.startswith(("fsdp", "deepspeed")):
             # With `--use_cpu`, accelerate would take the engine away.
             at = arguments.index("--use_cpu")
             arguments = arguments[:at] + arguments[at + 2 :]
@@ -145,16 +145,17 @@ assert model.router_fingerprint() == {config["router_fingerprint"]!r}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("configuration", "more"),
-    [
-        ("fsdp2", ["--gradient_checkpointing", "True"]),
-        ("fsdp2", ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1"]),
-        ("ddp", []),
-    ],
-)
+@pytest.mark.parametrize(("configuration", "more"), [("ddp", []), ("fsdp2", ["--gradient_checkpointing", "True"])])
 def test_variants_come_to_the_model_of_one_process(engines, alone, configuration, more):
     assert_same_model(engines.launch(configuration, "variant", "--overwrite_output_dir", "True", *more), alone)
+
+
+@pytest.mark.slow
+def test_fsdp_accumulates_as_ddp_does(engines):
+    # Not as one process without accumulation: balance counts are per micro-batch.
+    accumulated = ["--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "1"]
+    expected, actual = (engines.launch(name, f"{name}-2", *accumulated) for name in ("ddp-cpu", "fsdp2"))
+    assert_same_model(actual, expected)
 
 
 @pytest.mark.slow
