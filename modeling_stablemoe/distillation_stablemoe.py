@@ -16,8 +16,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
-from .losses_stablemoe import histogram
-from .running_stablemoe import sum_across_processes
+from .losses_stablemoe import histogram, sum_across_processes
 from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, to_bits
 
 
@@ -187,7 +186,7 @@ class CountRouter(WordEmbeddingRouter):
         """Count where the backbone sent tokens; every process must call this. Arguments as of `DistilledRouter.observe`."""
         counts = self.counts()
         pairs = histogram(token_ids * counts.shape[1] + expert_index, mask, counts.numel()).double()
-        new = sum_across_processes({"pairs": pairs})["pairs"]
+        new = sum_across_processes(pairs)
         kept = 1.0 if self.half_life is None else 0.5 ** (new.sum() / self.half_life)
         copy_into(self.expert_counts, to_bits((kept * counts.double() + new.view_as(counts)).float()))
 

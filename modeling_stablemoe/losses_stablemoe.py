@@ -20,6 +20,13 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def sum_across_processes(values: Tensor) -> Tensor:
+    """Add up a tensor over all processes, in place, and return it; every process must call this."""
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
 def histogram(index: Tensor, mask: Tensor | None, size: int) -> Tensor:
     """Count how often each of `size` numbers occurs on real tokens.
 
@@ -229,8 +236,8 @@ def _balance_losses(
     losses = []
     for logits, teacher in zip(router_logits, teachers, strict=True):
         load = count_expert_load(expert_index=teacher, mask=mask, num_experts=logits.shape[-1])
-        if training and is_distributed():
-            dist.all_reduce(load)
+        if training:
+            sum_across_processes(load)
         losses.append(
             BALANCE_LOSSES[router_type](router_logits=logits, expert_index=teacher, mask=mask, expert_load=load)
         )
@@ -313,5 +320,6 @@ __all__ = [
     "label_smoothed_loss",
     "masked_mean",
     "routing_losses",
+    "sum_across_processes",
     "switch_balance_loss",
 ]

@@ -9,11 +9,10 @@ Shape suffixes: T tokens, D hidden size, E experts, V vocabulary.
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .losses_stablemoe import histogram, is_distributed
+from .losses_stablemoe import histogram, sum_across_processes
 from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, to_bits
 
 
@@ -93,7 +92,7 @@ class RouterMemory(nn.Module):
             sums["load"] = histogram(expert_index, mask, len(kept["expert_bias"])).double()
         if "token_counts" in kept:
             sums["ids"] = histogram(token_ids, mask, len(kept["token_counts"])).double()
-        sums = sum_across_processes(sums)
+        sums = sum_all_across_processes(sums)
         if self.normalization is not None:
             self._follow_features(kept, sums)
         if "expert_bias" in kept:
@@ -153,13 +152,10 @@ def needs_memory(config: StableMoEBaseConfig) -> bool:
     )
 
 
-def sum_across_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add up the tensors of all processes, one-dimensional and of one dtype, in one collective."""
-    if not is_distributed():
-        return values
-    packed = torch.cat(list(values.values()))
-    dist.all_reduce(packed)
+def sum_all_across_processes(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add up several tensors over all processes, one-dimensional and of one dtype, in one collective."""
+    packed = sum_across_processes(torch.cat(list(values.values())))
     return dict(zip(values, packed.split([len(part) for part in values.values()]), strict=True))
 
 
-__all__ = ["RouterMemory", "needs_memory", "sum_across_processes"]
+__all__ = ["RouterMemory", "needs_memory", "sum_all_across_processes"]

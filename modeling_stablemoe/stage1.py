@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .atomic_files import replace_file
+from .balancing_prices_stablemoe import table_load
 from .balancing_stablemoe import BalancedTable
 from .frozen_stablemoe import FrozenRouter
 from .health_stablemoe import CLOSED_GATE
@@ -186,9 +187,8 @@ def load_of(tables: Tensor, token_counts: Tensor, num_experts: int) -> Tensor:
     Returns:
         `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens.
     """
-    counts = token_counts.double().cpu()
-    load = torch.zeros(len(tables), num_experts, dtype=torch.double)
-    return load.scatter_add_(1, tables.long().cpu(), counts)
+    layers = zip(tables.long().cpu(), token_counts.double().cpu(), strict=True)
+    return torch.stack([table_load(table, counts, num_experts) for table, counts in layers])
 
 
 @dataclass

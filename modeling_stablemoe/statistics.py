@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .losses_stablemoe import is_distributed
+from .losses_stablemoe import is_distributed, sum_across_processes
 from .stages_stablemoe import TwoStageRoutingMixin
 
 
@@ -34,7 +34,7 @@ class RoutingTotals:
 
     def across_processes(self) -> "RoutingTotals":
         """Add up the sums of all processes; every process must call this."""
-        packed = _sum_across_processes(torch.cat([self.sums, self.load.flatten()]))
+        packed = sum_across_processes(torch.cat([self.sums, self.load.flatten()]))
         return RoutingTotals(packed[: len(self.sums)], packed[len(self.sums) :].view_as(self.load))
 
     def metrics(self, stage: int) -> dict[str, float]:
@@ -77,12 +77,6 @@ class RoutingTotals:
             metrics["distillation_agreement"] = agreed / learned
             metrics["distillation_agreement_by_id"] = by_id / learned
         return metrics
-
-
-def _sum_across_processes(values: Tensor) -> Tensor:
-    if is_distributed():
-        dist.all_reduce(values)
-    return values
 
 
 def imbalance(load: Tensor) -> float:
@@ -187,7 +181,7 @@ class RoutingMeter:
         steps = RoutingTotals(
             torch.stack([step.sums for step in self._recent]), torch.stack([step.load for step in self._recent])
         )
-        return {name: _sum_across_processes(getattr(steps, name).clone()).cpu() for name in ("sums", "load")}
+        return {name: sum_across_processes(getattr(steps, name).clone()).cpu() for name in ("sums", "load")}
 
     def resume_recent(self, steps: dict[str, Tensor]):
         """Go on from the `recent_steps` of an earlier part of the run."""
@@ -207,7 +201,7 @@ class RoutingMeter:
         """
         if self.token_counts is None:
             return self._resumed_counts
-        counts = _sum_across_processes(self.token_counts.double())
+        counts = sum_across_processes(self.token_counts.double())
         return counts if self._resumed_counts is None else counts + self._resumed_counts.to(counts.device)
 
     def resume_counts(self, counts: Tensor):

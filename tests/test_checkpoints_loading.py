@@ -23,14 +23,16 @@ EVERY_ID = torch.arange(99).unsqueeze(0)
 TABLE = "model.moe_layers.{}.frozen_router.routing_table"
 CODE_FILES = {
     "assignment_stablemoe.py",
+    "balancing_prices_stablemoe.py",
+    "balancing_search_stablemoe.py",
     "balancing_stablemoe.py",
     "configuration_stablemoe.py",
     "context_stablemoe.py",
     "distillation_stablemoe.py",
     "experts_stablemoe.py",
-    "integration_stablemoe.py",
     "frozen_stablemoe.py",
     "health_stablemoe.py",
+    "integration_stablemoe.py",
     "layer_stablemoe.py",
     "losses_stablemoe.py",
     "modeling_stablemoe.py",
