@@ -145,7 +145,14 @@ assert model.router_fingerprint() == {config["router_fingerprint"]!r}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("configuration", "more"), [("ddp", []), ("fsdp2", ["--gradient_checkpointing", "True"])])
+@pytest.mark.parametrize(
+    ("configuration", "more"),
+    [
+        ("ddp", []),
+        ("fsdp2", ["--gradient_checkpointing", "True"]),
+        ("fsdp2", ["--torch_compile", "True", "--torch_compile_backend", "aot_eager"]),
+    ],
+)
 def test_variants_come_to_the_model_of_one_process(engines, alone, configuration, more):
     assert_same_model(engines.launch(configuration, "variant", "--overwrite_output_dir", "True", *more), alone)
 
