@@ -1,15 +1,14 @@
 """A real `Trainer` on two real processes (gloo): each way to run DistributedDataParallel, across the transition."""
 
 import os
-import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_model
+from many_processes import start
 from test_run_translation import free_port
 from trainers import make_trainer
 from transformers import TrainerCallback
@@ -91,14 +90,7 @@ def process(rank: int, folder: Path, port: str):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
-    context = mp.start_processes(process, args=(folder, free_port()), nprocs=WORLD, join=False, start_method="spawn")
-    deadline = time.monotonic() + 400
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes did not end: one of them waits for the other"
-    finally:
-        for child in context.processes:
-            child.terminate()
+    start(process, folder, free_port(), seconds=400)
     return folder
 
 

@@ -1,18 +1,13 @@
 """Tests on two real processes (gloo, CPU): DistributedDataParallel, FSDP2 and accelerate's memory-efficient loading."""
 
 import os
-import socket
-import time
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from many_processes import results, run_scenarios
 from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
 
@@ -337,24 +332,6 @@ SCENARIOS = [
 ]
 
 
-def process(rank: int, folder: Path):
-    torch.set_num_threads(1)
-    if "lo" in {name for _, name in socket.if_nameindex()}:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens to the outside
-    for scenario in SCENARIOS:
-        # A store and a group each, so that a scenario that fails on one rank leaves none waiting in the next.
-        store = dist.FileStore(str(folder / f"{scenario.__name__}.store"), WORLD)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
-        dist.barrier()  # one that ends without a collective would else close the connection that the other still opens
-        try:
-            torch.manual_seed(rank)
-            result = scenario(rank, folder)
-        except Exception:  # noqa: BLE001 - the test reports it
-            result = traceback.format_exc()
-        torch.save(result, folder / f"{scenario.__name__}.{rank}.pt")
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
     """All scenarios, run once in two processes: starting them is what takes the time."""
@@ -363,21 +340,7 @@ def ran(tmp_path_factory) -> Path:
     model.save_pretrained(folder / "learning")
     model.freeze_router()
     model.save_pretrained(folder / "frozen")
-    context = mp.start_processes(process, args=(folder,), nprocs=WORLD, join=False, start_method="spawn")
-    deadline = time.monotonic() + 300
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes did not end in five minutes"
-    finally:
-        for child in context.processes:
-            child.terminate()
-    return folder
-
-
-def results(ran: Path, scenario) -> list[dict]:
-    loaded = [torch.load(ran / f"{scenario.__name__}.{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    assert all(isinstance(result, dict) for result in loaded), "\n".join(r for r in loaded if isinstance(r, str))
-    return loaded
+    return run_scenarios(SCENARIOS, folder)
 
 
 def whole_batch_gradients() -> dict:

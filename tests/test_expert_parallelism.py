@@ -1,18 +1,13 @@
 """Expert parallelism on real processes (gloo, CPU): each holds its share of the experts, all together are the model."""
 
 import json
-import os
-import socket
-import time
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
+from many_processes import results, run_scenarios
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from trainers import make_trainer
@@ -260,27 +255,6 @@ SCENARIOS = {
 }
 
 
-def process(rank: int, world: int, folder: Path):
-    torch.set_num_threads(1)
-    # What a launcher sets; the group is ready when accelerate reads it, so nobody listens there.
-    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"})
-    if "lo" in {name for _, name in socket.if_nameindex()}:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens to the outside
-    # One group for all: torch remembers the groups of equal meshes by name.
-    store = dist.FileStore(str(folder / f"{world}.store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=45))
-    for scenario in SCENARIOS[world]:
-        dist.barrier()
-        try:
-            torch.manual_seed(rank)
-            result = scenario(rank, folder)
-        except Exception:  # noqa: BLE001 - the test reports it
-            result = traceback.format_exc()
-        torch.save(result, folder / f"{scenario.__name__}.{world}.{rank}.pt")
-    dist.destroy_process_group()
-
-
 def save_checkpoints(folder: Path):
     for name in CHECKPOINTS:
         make(name).save_pretrained(folder / name)
@@ -300,17 +274,9 @@ def save_checkpoints(folder: Path):
 
 
 def run_processes(world: int, folder: Path) -> Path:
-    """Run all scenarios of so many processes: starting them is what takes the time."""
     save_checkpoints(folder)
-    context = mp.start_processes(process, args=(world, folder), nprocs=world, join=False, start_method="spawn")
-    deadline = time.monotonic() + 300
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes did not end in five minutes"
-    finally:
-        for child in context.processes:
-            child.terminate()
-    return folder
+    # One group for all: torch remembers the groups of equal meshes by name.
+    return run_scenarios(SCENARIOS[world], folder, world, one_group=True)
 
 
 @pytest.fixture(scope="module")
@@ -321,12 +287,6 @@ def ran(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def ran_by_four(tmp_path_factory) -> Path:
     return run_processes(4, tmp_path_factory.mktemp("four"))
-
-
-def results(ran: Path, scenario, world: int = 2) -> list[dict]:
-    loaded = [torch.load(ran / f"{scenario.__name__}.{world}.{rank}.pt", weights_only=False) for rank in range(world)]
-    assert all(isinstance(result, dict) for result in loaded), "\n".join(r for r in loaded if isinstance(r, str))
-    return loaded
 
 
 def gradients_of_one_process(name: str) -> dict:

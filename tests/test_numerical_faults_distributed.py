@@ -1,17 +1,11 @@
 """Two real processes (gloo, CPU) of which one has nothing but padding, nothing to predict, or NaN."""
 
-import os
-import socket
-import time
-import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import random_ids, tiny_model, tiny_seq2seq_model
+from many_processes import results, run_scenarios
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
@@ -77,7 +71,7 @@ def step(model, ids, **kwargs) -> dict:
     return facts_about(model, outputs)
 
 
-def one_has_padding_alone(rank: int) -> dict:
+def one_has_padding_alone(rank: int, folder: Path) -> dict:
     facts = {}
     for kind, family in CASES:
         ids, empty = HALVES[rank], rank == 1
@@ -85,7 +79,7 @@ def one_has_padding_alone(rank: int) -> dict:
     return facts
 
 
-def both_have_padding_alone(rank: int) -> dict:
+def both_have_padding_alone(rank: int, folder: Path) -> dict:
     return {
         (kind, family): step(build(kind, family), HALVES[rank], padding=True, targets=False) for kind, family in CASES
     }
@@ -98,7 +92,7 @@ def first_layer_alone(family: str) -> dict:
     return {"encoder_moe_layer_positions": [0], "decoder_moe_layer_positions": []}
 
 
-def one_meets_nan(rank: int) -> dict:
+def one_meets_nan(rank: int, folder: Path) -> dict:
     facts = {}
     for family in FAMILIES:
         model = build("following", family, **first_layer_alone(family))
@@ -112,41 +106,10 @@ def one_meets_nan(rank: int) -> dict:
 SCENARIOS = [one_has_padding_alone, both_have_padding_alone, one_meets_nan]
 
 
-def process(rank: int, folder: Path):
-    torch.set_num_threads(1)
-    if "lo" in {name for _, name in socket.if_nameindex()}:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nothing listens to the outside
-    for scenario in SCENARIOS:
-        store = dist.FileStore(str(folder / f"{scenario.__name__}.store"), WORLD)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
-        dist.barrier()
-        try:
-            result = scenario(rank)
-        except Exception:  # noqa: BLE001 - the test reports it
-            result = traceback.format_exc()
-        torch.save(result, folder / f"{scenario.__name__}.{rank}.pt")
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
     """All scenarios, run once in two processes: starting them is what takes the time."""
-    folder = tmp_path_factory.mktemp("numerical_faults")
-    context = mp.start_processes(process, args=(folder,), nprocs=WORLD, join=False, start_method="spawn")
-    deadline = time.monotonic() + 300
-    try:
-        while not context.join(timeout=5):
-            assert time.monotonic() < deadline, "the processes did not end in five minutes"
-    finally:
-        for child in context.processes:
-            child.terminate()
-    return folder
-
-
-def results(ran: Path, scenario) -> list[dict]:
-    loaded = [torch.load(ran / f"{scenario.__name__}.{rank}.pt", weights_only=False) for rank in range(WORLD)]
-    assert all(isinstance(result, dict) for result in loaded), "\n".join(r for r in loaded if isinstance(r, str))
-    return loaded
+    return run_scenarios(SCENARIOS, tmp_path_factory.mktemp("numerical_faults"))
 
 
 def alone(model, **inputs) -> dict:
