@@ -4,22 +4,17 @@
 They are thin: freezing is a method of the model, statistics live in `statistics.py` and `fluctuation.py`.
 """
 
-import inspect
 import json
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers import TrainerState, TrainingArguments
 
+from .callback_base import LoggingCallback, TrainingClockCallback, find_stablemoe, refuse_label_smoother
 from .checkpoints import copy_code_files
 from .distillation_stablemoe import sees_context
-from .fluctuation import RoutingHistory
+from .fluctuation_callback import RoutingFluctuationCallback
 from .losses_stablemoe import is_distributed
 from .processes import check_same_routing
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
@@ -33,62 +28,7 @@ logger = logging.getLogger(__name__)
 WATCH_FILE = "stage1_watch.safetensors"
 
 
-def find_stablemoe(model: nn.Module) -> TwoStageRoutingMixin:
-    """Find the StableMoE model in `model`, which may wrap it (PEFT, DistributedDataParallel).
-
-    Raises:
-        ValueError: if there is none, or if it is dense.
-    """
-    for module in model.modules():
-        if isinstance(module, TwoStageRoutingMixin):
-            if not module.moe_layers_by_name:
-                raise ValueError(
-                    "This StableMoE model is dense (`moe_layer_positions` is empty): it has no routing to freeze or "
-                    "to watch. Train it without this callback."
-                )
-            return module
-    raise ValueError(
-        f"{type(model).__name__} is not a StableMoE model: this callback needs a model of `modeling_stablemoe`, such as "
-        "StableMoEForCausalLM. If it was loaded with `trust_remote_code=True`, import `modeling_stablemoe` first."
-    )
-
-
-class _LoggingCallback(TrainerCallback):
-    """A callback whose numbers appear in the Trainer's own log stream."""
-
-    _handler: CallbackHandler | None = None
-
-    def _find_handler(self):
-        """Find the list of callbacks, to which Trainer gives them no reference, in the frame that calls them."""
-        frame = inspect.currentframe()
-        while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-            frame = frame.f_back
-        # None where the event is called by hand, without a Trainer.
-        self._handler = None if frame is None else frame.f_locals["self"]
-
-    def _go_first(self):
-        """Stand before all other callbacks: reporters see what this one adds to `logs`, the others its stage."""
-        if self._handler is not None and self in self._handler.callbacks:
-            self._handler.callbacks.remove(self)
-            self._handler.callbacks.insert(0, self)
-
-    def _add(self, logs: dict, state: TrainerState, metrics: dict):
-        """Add to the entry that the Trainer is about to give to the reporters."""
-        logs.update(metrics)
-        # The history holds a copy of `logs`, made before this call.
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(metrics)
-
-    def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict):
-        """Write an entry of its own to the log history and to the reporters."""
-        state.log_history.append({**logs, "step": state.global_step})
-        if self._handler is not None:
-            should_log = control.should_log  # which `on_log` resets
-            self._handler.on_log(args, state, control, logs)
-            control.should_log = should_log
-
-
-class RoutingStatisticsCallback(_LoggingCallback):
+class RoutingStatisticsCallback(LoggingCallback):
     """Adds routing statistics to the Trainer's training logs, for a model of any router.
 
     These are `task_loss`, `load_max_over_mean`, `load_min_over_mean`, `mean_gate`, `closed_gates`, `common_direction`
@@ -416,51 +356,6 @@ def _resolve_steps(name: str, steps: int | float, max_steps: int) -> int:
     return steps
 
 
-class TrainingClockCallback(_LoggingCallback):
-    """Adds `train_seconds` to the Trainer's logs: the time spent in optimizer steps since the start of training.
-
-    Evaluation, saving and logging do not count. A resumed run continues from the last log of its checkpoint.
-    """
-
-    def __init__(self):
-        self.seconds = 0.0
-        self._started: float | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Take up the time of the run that is resumed."""
-        self._find_handler()
-        self._go_first()
-        self.seconds = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        self._started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop the clock, once the device has done what it was told."""
-        if torch.cuda.is_available() and (control.should_log or control.should_evaluate):
-            torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self._started
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add the time to logs of training and of evaluation."""
-        if logs is not None and ("loss" in logs or "eval_loss" in logs):
-            self._add(logs, state, {"train_seconds": self.seconds})
-
-
-def refuse_label_smoother(args: TrainingArguments):
-    """Refuse Trainer's own label smoothing, which takes the place of the model's loss, routing losses and all.
-
-    Raises:
-        ValueError: if `label_smoothing_factor` is set.
-    """
-    if getattr(args, "label_smoothing_factor", 0):  # a loop of one's own may give less
-        raise ValueError(
-            f"`label_smoothing_factor={args.label_smoothing_factor}` makes Trainer compute the loss without the routing "
-            "losses, and the routing would learn nothing. Leave it at 0; StableMoESeq2SeqConfig has `label_smoothing`."
-        )
-
-
 def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Path):
     """Compare the routing that Trainer has resumed with the config of its checkpoint, which Trainer does not read."""
     try:
@@ -473,144 +368,6 @@ def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Pa
             f"The routing tables in {str(checkpoint)!r} are not those that it was saved with: their fingerprint is "
             f"{actual}, its config has {expected}. Resume from an earlier checkpoint."
         )
-
-
-class RoutingFluctuationCallback(_LoggingCallback):
-    """Measures routing fluctuation on fixed validation tokens (StableMoE, figures 2 and 7).
-
-    At every check it notes the expert of each token: the backbone router's greedy choice in stage 1, the table's in
-    stage 2. Logs `routing_fluctuation`, the share of tokens whose expert changed since the last
-    check; at the end of training writes `routing_fluctuation.json` (see `RoutingHistory.summary`) and, where matplotlib
-    is installed, `routing_fluctuation.png` to the output folder. A resumed run continues the history.
-
-    Args:
-        dataset (iterable of `Mapping`): validation examples with `input_ids`, and `labels` for an encoder-decoder; the
-            first ones are used, in order.
-        check_steps (`int`): optimizer steps between checks (the paper: 500). The transition is a check of its own.
-        num_tokens (`int`): tokens of `input_ids` to watch, rounded up to whole examples.
-        batch_size (`int`): examples of one forward pass.
-        data_collator (`Callable`, *optional*): makes a padded batch of examples; without one, examples of different
-            lengths go one by one.
-
-    Raises:
-        ValueError: for numbers < 1 or an empty data set; at the start of training for a model of another kind.
-    """
-
-    def __init__(
-        self,
-        dataset: Iterable[Mapping],
-        check_steps: int = 500,
-        num_tokens: int = 8192,
-        batch_size: int = 8,
-        data_collator: Callable[[list[Mapping]], Mapping] | None = None,
-    ):
-        for name, value in (("check_steps", check_steps), ("num_tokens", num_tokens), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be an integer >= 1, got {value!r}.")
-        self.check_steps = check_steps
-        self.history = RoutingHistory()
-        rows = _first_rows(dataset, num_tokens)
-        same_length = len({tuple(len(values) for values in row.values()) for row in rows}) == 1
-        batch_size = batch_size if same_length or data_collator is not None else 1
-        groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        self._batches = [(data_collator or _stack)(group) for group in groups]
-        self._model: TwoStageRoutingMixin | None = None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Make the first check, or take up the history of the run that is resumed."""
-        self._model = find_stablemoe(model)
-        self._find_handler()
-        self.history = RoutingHistory()
-        path = self._history_path(args)
-        if state.global_step > 0 and path.exists():
-            self.history.load(path, last_step=state.global_step)
-        if not self.history.steps:
-            self._check(args, state, control)
-        elif self.history.experts[0].numel() != sum(int(mask.sum()) for mask in self._masks()):
-            raise ValueError(
-                f"The routing history in {str(path)!r} is of other tokens than this run's. Resume with the `num_tokens` "
-                "and the validation data of the start, or delete the file to begin a new history."
-            )
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Check every `check_steps` steps, at the transition and after the last step."""
-        due = state.global_step % self.check_steps == 0 or state.global_step == state.max_steps
-        if due or self._model.routing_stage != self.history.stages[-1]:
-            self._check(args, state, control)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        """Write the report."""
-        if self.history.steps[-1] < state.global_step:
-            self._check(args, state, control)
-        if state.is_world_process_zero:
-            self.history.write_report(args.output_dir)
-
-    def _check(self, args, state, control):
-        change = self.history.record(state.global_step, self._model.routing_stage, self._experts())
-        if state.is_world_process_zero:
-            self.history.save(self._history_path(args))
-        if change is not None:
-            self._log(args, state, control, {"routing_fluctuation": change})
-
-    def _masks(self) -> Iterator[Tensor]:
-        """Yield, for each batch and MoE layer, which of the tokens are real: `(batch, sequence)`."""
-        for batch in self._batches:
-            for token_ids, mask in self._model.routed_tokens(**batch):
-                yield torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
-
-    @torch.no_grad()
-    def _experts(self) -> Tensor:
-        """Route the fixed tokens by the backbone, or by what is frozen: one `torch.LongTensor`, layer by layer."""
-        model, modes = self._model, [(module, module.training) for module in self._model.modules()]
-        routers = [layer.router for layer in model.moe_layers_by_name.values()]
-        distilled = [router.distilled_router for router in routers]
-        try:
-            # No dropout, but the backbone's routing in every layer: what a layer sees depends on the routing before it.
-            model.eval()
-            for router in routers:
-                router.distilled_router = None
-            return self._forward()
-        finally:
-            for router, distilled_router in zip(routers, distilled, strict=True):
-                router.distilled_router = distilled_router
-            for module, mode in modes:
-                module.training = mode
-
-    def _forward(self) -> Tensor:
-        experts: list[list[Tensor]] = [[] for _ in self._model.moe_layers_by_name]
-        masks = self._masks()
-        for batch in self._batches:
-            batch = {name: values.to(self._model.device) for name, values in batch.items()}
-            output = self._model(**batch, use_cache=False, output_router_logits=True)
-            for of_layer, index in zip(experts, output.expert_indices, strict=True):
-                of_layer.append(index.cpu()[next(masks)])
-        return torch.cat([index for of_layer in experts for index in of_layer])
-
-    @staticmethod
-    def _history_path(args: TrainingArguments) -> Path:
-        return Path(args.output_dir) / "routing_fluctuation.safetensors"
-
-
-def _first_rows(dataset: Iterable[Mapping], num_tokens: int) -> list[dict]:
-    """Take the first examples of a data set that hold `num_tokens` tokens, with their ids and labels alone."""
-    rows, count = [], 0
-    for example in dataset:
-        if "input_ids" not in example:
-            raise ValueError(f"Validation examples need a column `input_ids`; there are {sorted(example)}.")
-        if len(example["input_ids"]) == 0:
-            continue
-        rows.append({name: example[name] for name in ("input_ids", "labels") if name in example})
-        count += len(example["input_ids"])
-        if count >= num_tokens:
-            return rows
-    if not rows:
-        raise ValueError("The data set to watch routing fluctuation on holds no tokens.")
-    return rows
-
-
-def _stack(rows: list[dict]) -> dict[str, Tensor]:
-    """Make a batch of examples that need no padding."""
-    return {name: torch.stack([torch.as_tensor(row[name], dtype=torch.long) for row in rows]) for name in rows[0]}
 
 
 __all__ = [

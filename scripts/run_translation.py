@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 
 from modeling_stablemoe.atomic_files import replace_file
-from modeling_stablemoe.callbacks import refuse_label_smoother
+from modeling_stablemoe.callback_base import refuse_label_smoother
 from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
 from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.exact_evaluation import TranslationTrainer

@@ -1,0 +1,115 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What the callbacks share: finding the model, and writing into the Trainer's own log stream."""
+
+import inspect
+import time
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from .stages_stablemoe import TwoStageRoutingMixin
+
+
+def find_stablemoe(model: nn.Module) -> TwoStageRoutingMixin:
+    """Find the StableMoE model in `model`, which may wrap it (PEFT, DistributedDataParallel).
+
+    Raises:
+        ValueError: if there is none, or if it is dense.
+    """
+    for module in model.modules():
+        if isinstance(module, TwoStageRoutingMixin):
+            if not module.moe_layers_by_name:
+                raise ValueError(
+                    "This StableMoE model is dense (`moe_layer_positions` is empty): it has no routing to freeze or "
+                    "to watch. Train it without this callback."
+                )
+            return module
+    raise ValueError(
+        f"{type(model).__name__} is not a StableMoE model: this callback needs a model of `modeling_stablemoe`, such as "
+        "StableMoEForCausalLM. If it was loaded with `trust_remote_code=True`, import `modeling_stablemoe` first."
+    )
+
+
+class LoggingCallback(TrainerCallback):
+    """A callback whose numbers appear in the Trainer's own log stream."""
+
+    _handler: CallbackHandler | None = None
+
+    def _find_handler(self):
+        """Find the list of callbacks, to which Trainer gives them no reference, in the frame that calls them."""
+        frame = inspect.currentframe()
+        while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+            frame = frame.f_back
+        # None where the event is called by hand, without a Trainer.
+        self._handler = None if frame is None else frame.f_locals["self"]
+
+    def _go_first(self):
+        """Stand before all other callbacks: reporters see what this one adds to `logs`, the others its stage."""
+        if self._handler is not None and self in self._handler.callbacks:
+            self._handler.callbacks.remove(self)
+            self._handler.callbacks.insert(0, self)
+
+    def _add(self, logs: dict, state: TrainerState, metrics: dict):
+        """Add to the entry that the Trainer is about to give to the reporters."""
+        logs.update(metrics)
+        # The history holds a copy of `logs`, made before this call.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
+    def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict):
+        """Write an entry of its own to the log history and to the reporters."""
+        state.log_history.append({**logs, "step": state.global_step})
+        if self._handler is not None:
+            should_log = control.should_log  # which `on_log` resets
+            self._handler.on_log(args, state, control, logs)
+            control.should_log = should_log
+
+
+class TrainingClockCallback(LoggingCallback):
+    """Adds `train_seconds` to the Trainer's logs: the time spent in optimizer steps since the start of training.
+
+    Evaluation, saving and logging do not count. A resumed run continues from the last log of its checkpoint.
+    """
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._started: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take up the time of the run that is resumed."""
+        self._find_handler()
+        self._go_first()
+        self.seconds = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop the clock, once the device has done what it was told."""
+        if torch.cuda.is_available() and (control.should_log or control.should_evaluate):
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._started
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Add the time to logs of training and of evaluation."""
+        if logs is not None and ("loss" in logs or "eval_loss" in logs):
+            self._add(logs, state, {"train_seconds": self.seconds})
+
+
+def refuse_label_smoother(args: TrainingArguments):
+    """Refuse Trainer's own label smoothing, which takes the place of the model's loss, routing losses and all.
+
+    Raises:
+        ValueError: if `label_smoothing_factor` is set.
+    """
+    if getattr(args, "label_smoothing_factor", 0):  # a loop of one's own may give less
+        raise ValueError(
+            f"`label_smoothing_factor={args.label_smoothing_factor}` makes Trainer compute the loss without the routing "
+            "losses, and the routing would learn nothing. Leave it at 0; StableMoESeq2SeqConfig has `label_smoothing`."
+        )
+
+
+__all__ = ["LoggingCallback", "TrainingClockCallback", "find_stablemoe", "refuse_label_smoother"]
