@@ -6,10 +6,9 @@ where it is installed. Run: `python -m pytest tests/test_engines.py -m "slow or 
 
 import importlib.util
 import json
-import os
-import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 from test_run_clm import CausalWorkplace
 from test_run_translation import TranslationWorkplace, free_port
-from workplaces import ROOT
+from workplaces import ROOT, kill_launched
 
 
 CONFIGURATIONS = ROOT / "configuration" / "accelerate"
@@ -36,8 +35,8 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 class Launching:
     """What a workplace gains: runs of its script under `accelerate launch`."""
 
-    def launch(self, configuration: str, output: str, *more: str, processes: int = 2, **options):
-        """Train to the end; return `results.json` and the weights."""
+    def start_launch(self, configuration: str, output: str, *more: str, processes: int = 2, **options):
+        """Begin to train."""
         script = [str(ROOT / "scripts" / self.script)]
         command = ["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), "--num_processes", str(processes)]
         command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
@@ -47,22 +46,25 @@ class Launching:
             at = arguments.index("--use_cpu")
             arguments = arguments[:at] + arguments[at + 2 :]
             script.insert(0, str(ROOT / "tests/scripts/as_on_gpus.py"))
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.launch", *command, *script, *arguments],
             cwd=self.folder,
             env=self.environment | {"DS_ACCELERATOR": "cpu"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
+
+    def launch(self, *arguments, **options) -> tuple[dict, dict]:
+        """Train to the end; return `results.json` and the weights."""
+        process = self.start_launch(*arguments, **options)
         try:
             printed, _ = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_launched(process)
             raise
         assert process.returncode == 0, printed[-4000:]
-        return self.outcome(output)
+        return self.outcome(arguments[1])
 
     def outcome(self, output: str) -> tuple[dict, dict]:
         folder = self.folder / output
@@ -88,9 +90,19 @@ class Engines(Launching, CausalWorkplace):
         unset = ["--model_preset", "", "--config_overrides", ""]
         return super().arguments(output, *text.split(), *unset, *more)
 
-    def launch(self, configuration: str, output: str, *more: str, processes: int = 2, **options):
+    def start_launch(self, configuration, output, *more, processes=2, **options):
         own_share = ["--per_device_train_batch_size", str(4 // processes)]
-        return super().launch(configuration, output, *own_share, *more, processes=processes, **options)
+        return super().start_launch(configuration, output, *own_share, *more, processes=processes, **options)
+
+    def kill_in_next_save(self, configuration: str, output: str, *more: str, delay: float):
+        """Train until a checkpoint appears that was not there; kill all processes `delay` seconds later."""
+        known = set((self.folder / output).glob("checkpoint-*"))
+        process = self.start_launch(configuration, output, *more)
+        while set((self.folder / output).glob("checkpoint-*")) <= known:
+            assert process.poll() is None, process.communicate()[0][-4000:]
+            time.sleep(0.001)
+        time.sleep(delay)
+        kill_launched(process)
 
 
 class TranslationEngines(Launching, TranslationWorkplace):
@@ -169,6 +181,19 @@ def test_fsdp_accumulates_as_ddp_does(engines):
 @pytest.mark.parametrize("configuration", ["ddp-cpu", "fsdp2"])
 def test_four_processes_come_to_the_model_of_one(engines, alone, configuration):
     assert_same_model(engines.launch(configuration, f"{configuration}-4", processes=4), alone)
+
+
+@pytest.mark.slow
+def test_fsdp_killed_inside_saves_resumes_to_the_same_bits(engines):
+    steps, more = ["--max_steps", "24", "--save_steps", "3"], []
+    whole = engines.launch("fsdp2", "fsdp2-whole", *steps)
+    for delay in (0.0, 0.03, 0.1):
+        engines.kill_in_next_save("fsdp2", "fsdp2-killed", *steps, *more, delay=delay)
+        # The first may have been cut off before there was anything to resume.
+        more = ["--resume_from_checkpoint", "latest"]
+    resumed = engines.launch("fsdp2", "fsdp2-killed", *steps, *more)
+    assert resumed[0]["router_fingerprint"] == whole[0]["router_fingerprint"]
+    torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=0)
 
 
 @pytest.mark.slow

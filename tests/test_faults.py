@@ -20,7 +20,7 @@ from forks import LATEST, ShortWorkplace, die, fault, fill_disk, finish, fork_sc
 from packaging import version
 from safetensors.torch import load_file
 from trainers import make_trainer
-from workplaces import ROOT, assert_same_saved_weights, content, load_script, refuse
+from workplaces import ROOT, assert_same_saved_weights, children_of, content, load_script, refuse
 
 from modeling_stablemoe.callbacks import StageTransitionCallback
 from modeling_stablemoe.checkpoints import last_complete_checkpoint, what_is_missing
@@ -140,10 +140,6 @@ def test_launcher_ends_the_other_process_when_one_is_killed(workplace):
     finally:
         end_session(launcher)
     assert last_step(workplace.folder / "launched") >= 2
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def is_running(pid: int) -> bool:

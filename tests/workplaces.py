@@ -76,6 +76,17 @@ class Workplace:
         self.train(output, *more, **options)
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill_launched(launcher: subprocess.Popen):
+    """Kill `accelerate launch` and the processes it started, which have sessions of their own."""
+    for pid in (*children_of(launcher.pid), launcher.pid):
+        os.kill(pid, signal.SIGKILL)
+    launcher.communicate()
+
+
 def load_script(name: str):
     """The script `name` as a module of this process: for command lines that go no further than the start."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
