@@ -8,6 +8,7 @@ import json
 import logging
 from pathlib import Path
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
@@ -45,10 +46,11 @@ class RoutingStatisticsCallback(LoggingCallback):
     _meter: RoutingMeter | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Begin to watch the model, whose stage is what its weights say by now."""
-        stablemoe = find_stablemoe(model)
+        """Begin to watch the model."""
+        self._watch_model(args, _find_loaded(model))
+
+    def _watch_model(self, args: TrainingArguments, stablemoe: TwoStageRoutingMixin):
         refuse_label_smoother(args)
-        stablemoe.follow_loaded_routing()
         check_same_routing(stablemoe, "at the start of training")
         self._find_handler()
         self._go_first()
@@ -145,8 +147,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
-        stablemoe = find_stablemoe(model)
-        stablemoe.follow_loaded_routing()
+        stablemoe = _find_loaded(model)
         self.transition_step = self.resolve_transition_step(state.max_steps)
         self.last_step = self.resolve_last_step(state.max_steps)
         stablemoe.require_distillation()
@@ -161,7 +162,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
                 f"this is step {state.global_step}. To train a frozen model further, or one with a hash, leave "
                 "StageTransitionCallback out; to resume a run, give the `stage1_steps` it was started with."
             )
-        super().on_train_begin(args, state, control, model=model, **kwargs)
+        self._watch_model(args, stablemoe)
         self._watch = SettlingWatch(self._meter)
         if state.global_step > 0:
             checkpoint = _resumed_checkpoint(args, state)
@@ -313,6 +314,13 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         problems = verdict.problems()
         if problems:
             logger.warning("This routing is not worth freezing: %s.", "; ".join(problems))
+
+
+def _find_loaded(model: nn.Module) -> TwoStageRoutingMixin:
+    """Find the StableMoE model, in the stage that its weights say, which an engine may have loaded by now."""
+    stablemoe = find_stablemoe(model)
+    stablemoe.follow_loaded_routing()
+    return stablemoe
 
 
 def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -58,6 +58,16 @@ TINY_SEQ2SEQ = {
 }
 
 
+# Routers that remember the tokens of stage 1.
+FOLLOWING = {
+    "router_normalization": "standardize",
+    "expert_bias_rate": 0.1,
+    "balance_loss_warmup_tokens": 50,
+    "max_frozen_load": 1.3,
+}
+COUNTING = {"distilled_router": "counts", **FOLLOWING}
+
+
 def tiny_config(**overrides) -> StableMoEConfig:
     return StableMoEConfig(**{**TINY, **overrides})
 

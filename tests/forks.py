@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -20,7 +19,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from test_run_clm import PRESET, CausalWorkplace
 from transformers import Trainer
 from transformers.trainer_callback import DefaultFlowCallback, TrainerState
-from workplaces import ROOT, load_script
+from workplaces import ROOT, free_port, load_script
 
 from modeling_stablemoe import manifests
 from modeling_stablemoe.callbacks import StageTransitionCallback
@@ -64,7 +63,7 @@ class Fork:
         if processes > 1:
             environment |= {
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free_port()),
+                "MASTER_PORT": free_port(),
                 "WORLD_SIZE": str(processes),
                 "LOCAL_WORLD_SIZE": str(processes),
                 "GLOO_SOCKET_IFNAME": "lo",
@@ -124,12 +123,6 @@ class Fork:
         for rank in ranks or range(len(self.ranks)):
             if self.ranks[rank] not in self.codes:
                 os.kill(self.ranks[rank], signal.SIGKILL)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @functools.cache

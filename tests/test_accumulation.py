@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from workplaces import free_port
 
 from modeling_stablemoe.data import collate_blocks
 
@@ -105,17 +105,11 @@ def one_process(tmp_path_factory):
     return script.train(tmp_path_factory.mktemp("one"), 4)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_two_processes(folder, *options) -> dict:
     # `--multi_gpu` is accelerate's word for one process a device; with `use_cpu` the devices are CPUs and talk gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     command += [str(SCRIPT), str(folder), "2", *options]
     root = str(SCRIPT.parents[2])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}

@@ -9,9 +9,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import tiny_model
 from many_processes import start
-from test_run_translation import free_port
 from trainers import make_trainer
 from transformers import TrainerCallback
+from workplaces import free_port
 
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 

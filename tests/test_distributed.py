@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from conftest import COUNTING, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from many_processes import results, run_scenarios
 from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
@@ -19,13 +19,6 @@ from modeling_stablemoe.statistics import RoutingMeter
 WORLD = 2
 EVERY_ID = torch.arange(99).unsqueeze(0)
 POSITIONS = [0, 2]
-FOLLOWING = {
-    "distilled_router": "counts",
-    "router_normalization": "standardize",
-    "expert_bias_rate": 0.1,
-    "balance_loss_warmup_tokens": 50,
-    "max_frozen_load": 1.3,
-}
 
 
 def model_on_every_rank() -> StableMoEForCausalLM:
@@ -119,7 +112,7 @@ def ddp_gradients_of_pairs(rank: int, folder: Path) -> dict:
 
 def following(**settings) -> tuple[StableMoEForCausalLM, list]:
     """A model with running statistics and counts, the same on every rank, and a record of what its routers decide."""
-    model = tiny_model(moe_layer_positions=POSITIONS, **(FOLLOWING | settings))
+    model = tiny_model(moe_layer_positions=POSITIONS, **(COUNTING | settings))
     decisions = []
     for layer in model.moe_layers_by_name.values():
         layer.router.register_forward_hook(lambda router, args, decision: decisions.append(decision))

@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from test_run_clm import CausalWorkplace
-from test_run_translation import TranslationWorkplace, free_port
-from workplaces import ROOT, kill_launched
+from test_run_translation import TranslationWorkplace
+from workplaces import ROOT, free_port, kill_launched
 
 
 CONFIGURATIONS = ROOT / "configuration" / "accelerate"

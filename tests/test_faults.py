@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from forks import LATEST, ShortWorkplace, die, fault, fill_disk, finish, fork_script, free_port, last_step
+from forks import LATEST, ShortWorkplace, die, fault, fill_disk, finish, fork_script, last_step
 from packaging import version
 from safetensors.torch import load_file
 from trainers import make_trainer
-from workplaces import ROOT, assert_same_saved_weights, children_of, content, load_script, refuse
+from workplaces import ROOT, assert_same_saved_weights, children_of, content, free_port, load_script, refuse
 
 from modeling_stablemoe.callbacks import StageTransitionCallback
 from modeling_stablemoe.checkpoints import last_complete_checkpoint, what_is_missing

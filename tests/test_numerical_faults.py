@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
+from conftest import COUNTING, FOLLOWING, random_ids, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 from trainers import make_trainer
 
@@ -18,16 +18,10 @@ from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallbac
 from modeling_stablemoe.statistics import RoutingMeter
 
 
-FOLLOWING = {
-    "router_normalization": "standardize",
-    "expert_bias_rate": 0.1,
-    "balance_loss_warmup_tokens": 50,
-    "max_frozen_load": 1.3,
-}
 KINDS = {
     "stable": {},
     "following": FOLLOWING,
-    "counts": {"distilled_router": "counts", **FOLLOWING},
+    "counts": COUNTING,
     "bigram": {"distilled_router": "bigram"},
     "switch": {"router_type": "switch"},
     "base": {"router_type": "base"},

@@ -4,23 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
+from conftest import COUNTING, random_ids, tiny_model, tiny_seq2seq_model
 from many_processes import results, run_scenarios
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 
 WORLD = 2
-FOLLOWING = {
-    "distilled_router": "counts",
-    "router_normalization": "standardize",
-    "expert_bias_rate": 0.1,
-    "balance_loss_warmup_tokens": 50,
-    "max_frozen_load": 1.3,
-}
 KINDS = {
     "stable": {},
-    "following": FOLLOWING,
+    "following": COUNTING,
     "switch": {"router_type": "switch"},
     "base": {"router_type": "base"},
     "hash": {"router_type": "hash"},

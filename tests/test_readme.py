@@ -80,6 +80,7 @@ def test_readme_commands_run_as_written(workplace):
 def test_multi_gpu_page_runs_as_written(workplace):
     [command] = [code.strip() for language, code in MULTI_GPU if language == "bash"]
     run(workplace, command.replace("runs/two", "runs/two-again"))
+    assert (workplace / "runs" / "two-again" / "results.json").exists()
     [code] = [code for language, code in MULTI_GPU if language == "python"]
     (workplace / "expert_parallel.py").write_text(code)
     run(workplace, "torchrun --nproc_per_node 2 expert_parallel.py runs/embedded-cpu 2")

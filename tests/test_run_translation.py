@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import socket
 from pathlib import Path
 
 import datasets
@@ -13,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-from workplaces import ROOT, Workplace, assert_same_saved_weights, content, load_script, refuse
+from workplaces import ROOT, Workplace, assert_same_saved_weights, content, free_port, load_script, refuse
 
 import modeling_stablemoe  # noqa: F401 - registers the models
 
@@ -151,12 +150,6 @@ def test_perplexity_is_that_of_all_target_tokens(workplace, whole_run):
                 loss = model(**tokenizer(row[language], return_tensors="pt"), labels=labels).loss
             total, tokens = total + loss.item() * labels.numel(), tokens + labels.numel()
     assert results_of(folder)["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def run_in_two_processes(workplace, output: str, *more: str):

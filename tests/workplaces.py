@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -74,6 +75,12 @@ class Workplace:
             assert self.kill_at(output, step, delay, *more, **options)
             more = ["--resume_from_checkpoint", "latest"]
         self.train(output, *more, **options)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 def children_of(pid: int) -> list[int]:
