@@ -8,12 +8,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .callbacks import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
-from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel, StableMoEPreTrainedModel
+from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel
 from .modeling_stablemoe_seq2seq import (
     StableMoEForConditionalGeneration,
     StableMoESeq2SeqModel,
     StableMoESeq2SeqPreTrainedModel,
 )
+from .pretrained_stablemoe import StableMoEPreTrainedModel
 from .version import __version__
 
 
