@@ -15,6 +15,7 @@ from .modeling_stablemoe_seq2seq import (
     StableMoESeq2SeqPreTrainedModel,
 )
 from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .routing_stablemoe import register_router
 from .version import __version__
 
 
@@ -39,4 +40,5 @@ __all__ = [
     "StableMoESeq2SeqPreTrainedModel",
     "StageTransitionCallback",
     "__version__",
+    "register_router",
 ]

@@ -166,7 +166,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             `RoutingLosses`
         """
         return routing_losses(
-            router_type=self.config.router_type,
+            balance_loss_function=self.moe_layers[0].router.balance_loss,
             num_experts=self.config.num_experts,
             router_logits=outputs.router_logits or (),
             distilled_logits=outputs.distilled_router_logits or (),
