@@ -54,6 +54,7 @@ class Arm:
         self.model = StableMoEForCausalLM(config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.state, self.control, self.logging_steps = TrainerState(), TrainerControl(), args.logging_steps
+        self.args = TrainingArguments("unused", report_to="none")
         self.device, self.callback, self.seconds = device, None, []
         if not is_measured:
             nothing = RoutingHealth(*[torch.zeros((), device=device)] * len(RoutingHealth._fields))
@@ -64,9 +65,7 @@ class Arm:
 
     def _call(self, event: str, **kwargs):
         if self.callback is not None:
-            getattr(self.callback, event)(
-                TrainingArguments("unused", report_to="none"), self.state, self.control, **kwargs
-            )
+            getattr(self.callback, event)(self.args, self.state, self.control, **kwargs)
 
     def step(self, ids: torch.Tensor):
         """Train a step as `Trainer` does, and time it."""
