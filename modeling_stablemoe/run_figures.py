@@ -47,7 +47,7 @@ class RunHistory:
         names = self._layer_names()
         for entry in self.log_history:
             rows = entry.get("expert_load") or _rows_of_scalars(entry)
-            if rows:
+            if rows and not math.isnan(sum(map(sum, rows))):  # a window without tokens
                 steps.append(entry["step"])
                 for index, row in enumerate(rows):
                     name = names[index] if len(names) == len(rows) else f"layer_{index}"
@@ -97,6 +97,10 @@ EVENNESS: dict[str, Callable[[list[float]], float]] = {
     "load_entropy": _entropy,
     "dead_experts": lambda row: sum(load == 0 for load in row),
 }
+
+
+# Of panels side by side.
+MAX_COLUMNS = 3
 
 
 def read_run(folder: str | Path, label: str | None = None) -> RunHistory:
@@ -189,69 +193,69 @@ def write_run_figures(runs: Sequence[RunHistory], folder: str | Path, formats: I
     folder.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         figure = figure_class(layout="constrained")
-        if draw(figure, runs):
+        draw(figure, runs)
+        if any(axes.get_visible() for axes in figure.axes):
             written += [save_figure(figure, folder / f"{name}.{ending}") for ending in formats]
     return written
 
 
-def _plot(axes, run: RunHistory, name: str, scale: float = 1.0, **style) -> bool:
+def _plot(axes, run: RunHistory, name: str, scale: float = 1.0, **style):
     steps, values = run.curve(name)
     if values:
         axes.plot(steps, [scale * value for value in values], **style)
-    return bool(values)
 
 
 def _finish(figure, panels: Sequence, runs: Sequence[RunHistory]):
-    """Add what every panel over steps has."""
+    """Add what every panel over steps has; leave out those without a line."""
+    for axes in panels:
+        axes.set_visible(bool(axes.lines))
+    panels = [axes for axes in panels if axes.get_visible()]
     for axes in panels:
         axes.set_xlabel(axes.get_xlabel() or "step")
+        axes.tick_params(labelbottom=True)  # also over a panel that is left out
         axes.grid(alpha=0.3)
         mark_transitions(axes, {run.label: run.transition_step for run in runs})
     add_legend(figure, panels)
 
 
-def _draw_loss(figure, runs: Sequence[RunHistory]) -> bool:
+def _draw_loss(figure, runs: Sequence[RunHistory]):
     """Draw the loss of the training tokens, without routing losses, and the validation perplexity."""
+    from matplotlib.ticker import LogFormatter
+
     figure.set_size_inches(10, 4.4)
-    panels = figure.subplots(1, 2)
-    drawn = False
+    panels = figure.subplots(1, 2, sharex=True)
     for index, run in enumerate(runs):
         style = {"label": run.label, **line_style(index)}
         # A run without routing statistics, of a dense model say, has the whole loss alone, which is the same.
-        drawn |= _plot(panels[0], run, "task_loss", **style) or _plot(panels[0], run, "loss", **style)
+        _plot(panels[0], run, "task_loss" if run.curve("task_loss")[0] else "loss", **style)
         steps, losses = run.curve("eval_loss")
-        panels[1].plot(steps, [math.exp(min(loss, 700.0)) for loss in losses], marker=".", **style)
-        drawn |= bool(losses)
+        if losses:
+            panels[1].plot(steps, [math.exp(min(loss, 700.0)) for loss in losses], marker=".", **style)
     panels[0].set(ylabel="task loss (nats per token)", title="Training")
     panels[1].set(ylabel="perplexity", title="Validation", yscale="log")
-    # Plain numbers, also where the axis spans less than a power of ten.
+    # Plain numbers, also between powers of ten where the axis spans few of them.
     panels[1].yaxis.set_major_formatter("{x:.4g}")
-    panels[1].yaxis.set_minor_formatter("{x:.4g}")
+    panels[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
     panels[1].tick_params(axis="y", which="minor", labelsize="small")
     _finish(figure, panels, runs)
-    return drawn
 
 
-def _draw_fluctuation(figure, runs: Sequence[RunHistory]) -> bool:
+def _draw_fluctuation(figure, runs: Sequence[RunHistory]):
     """Draw figures 2 and 7; the second only of runs whose folder holds the experts of each check."""
     figure.set_size_inches(10, 4.4)
-    panels = figure.subplots(1, 2)
-    drawn = False
+    panels = figure.subplots(1, 2, sharex=True)
     for index, run in enumerate(runs):
         style = {"label": run.label, **line_style(index)}
-        steps, changes = run.curve("routing_fluctuation")
-        if changes:
-            draw_changes(panels[0], steps, changes, **style)
-            drawn = True
+        if run.curve("routing_fluctuation")[0]:
+            draw_changes(panels[0], *run.curve("routing_fluctuation"), **style)
         if run.fluctuation is not None:
             draw_settled(panels[1], run.fluctuation, **style)
     panels[0].set_ylabel("validation tokens (%)")
     panels[1].set(title="Expert settled for good", ylabel="validation tokens (%), cumulative")
     _finish(figure, panels, runs)
-    return drawn
 
 
-def _draw_load(figure, runs: Sequence[RunHistory]) -> bool:
+def _draw_load(figure, runs: Sequence[RunHistory]):
     """Draw how even the loads are: of one run each layer, of several the worst layer of each."""
     figure.set_size_inches(10, 7)
     panels = list(figure.subplots(2, 2, sharex=True).flat)
@@ -261,77 +265,82 @@ def _draw_load(figure, runs: Sequence[RunHistory]) -> bool:
         "load_entropy": ("Entropy of the loads", "share of ln(experts)"),
         "dead_experts": ("Experts without a token", "experts"),
     }
-    drawn = False
     for axes, (name, (title, unit)) in zip(panels, titles.items(), strict=True):
         if len(runs) == 1:
             curves = {layer or "worst layer": curve for layer, curve in runs[0].layer_curves()[name].items()}
         else:
             curves = {run.label: run.curve(name) for run in runs}
         for index, (label, (steps, values)) in enumerate(curves.items()):
-            axes.plot(steps, values, label=label, **line_style(index))
-            drawn |= bool(values)
+            if values:
+                axes.plot(steps, values, label=label, **line_style(index))
         axes.set(title=title, ylabel=unit)
-    panels[0].axhline(1, color="0.6", linewidth=0.8)
     panels[1].set_ylim(-0.02, 1.02)
-    panels[2].set_ylim(top=1.005)
+    panels[2].set_ylim(top=1.02)
     panels[3].yaxis.get_major_locator().set_params(integer=True)
-    panels[3].set_ylim(bottom=0)
+    panels[3].set_ylim(bottom=-0.1)  # a line at 0 shows
     _finish(figure, panels, runs)
-    for axes in panels[:2]:
-        axes.set_xlabel("")
-    return drawn
 
 
-def _draw_expert_load(figure, runs: Sequence[RunHistory]) -> bool:
-    """Draw the load of each expert over the steps: a row of panels a run, a column a MoE layer."""
+def _draw_expert_load(figure, runs: Sequence[RunHistory]):
+    """Draw the load of each expert over the steps, a panel a MoE layer; each run begins a new row of panels."""
     from matplotlib.colors import TwoSlopeNorm
 
-    loads = [(run, *run.expert_load()) for run in runs]
-    loads = [(run, steps, layers) for run, steps, layers in loads if layers]
-    if not loads:
-        return False
-    columns = max(len(layers) for _, _, layers in loads)
-    figure.set_size_inches(1.5 + 4.5 * columns, 0.6 + 3 * len(loads))
-    panels = figure.subplots(len(loads), columns, squeeze=False)
-    heaviest = max(load for _, _, layers in loads for rows in layers.values() for row in rows for load in row)
+    rows: list[list] = []
+    for run in runs:
+        steps, layers = run.expert_load()
+        panels_of_run = [(run, f"{run.label}, {layer}", steps, loads) for layer, loads in layers.items()]
+        rows += [panels_of_run[start : start + MAX_COLUMNS] for start in range(0, len(panels_of_run), MAX_COLUMNS)]
+    if not rows:
+        return
+    columns = max(len(row) for row in rows)
+    figure.set_size_inches(1.5 + 4.5 * columns, 0.6 + 3 * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    heaviest = max((load for row in rows for *_, loads in row for log in loads for load in log), default=0.0)
     # 1 is white; more than four times the mean is as dark as it gets, lest one outlier bleach the rest.
-    norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=min(max(heaviest, 2.0), 4.0))
-    for row_of_panels, (run, steps, layers) in zip(panels, loads, strict=True):
-        for axes, (layer, rows) in zip(row_of_panels, layers.items(), strict=False):
-            image = axes.pcolormesh(
-                steps, range(len(rows[0])), list(zip(*rows, strict=True)), norm=norm, cmap="RdBu_r", shading="nearest"
-            )
-            axes.set(title=f"{run.label}, {layer}", xlabel="step", ylabel="expert")
-            axes.yaxis.get_major_locator().set_params(integer=True)
+    norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(2.0, min(heaviest, 4.0)))
+    for row_of_axes, row in zip(grid, rows, strict=True):
+        for axes, (run, title, steps, loads) in zip(row_of_axes, row, strict=False):
+            image = _draw_heat_map(axes, steps, loads, norm)
+            axes.set_title(title)
             if run.transition_step is not None:
                 axes.axvline(run.transition_step, color="black", linestyle=(0, (5, 2)), label="routing frozen")
-        for axes in row_of_panels[len(layers) :]:
+        for axes in row_of_axes[len(row) :]:
             axes.set_visible(False)
     extend = "max" if heaviest > norm.vmax else "neither"
-    figure.colorbar(image, ax=panels, label="tokens / mean of the layer", extend=extend)
-    add_legend(figure, panels.flat)
-    return True
+    figure.colorbar(image, ax=grid, label="tokens / mean of the layer", extend=extend)
+    add_legend(figure, grid.flat)
 
 
-def _draw_distillation(figure, runs: Sequence[RunHistory]) -> bool:
+def _draw_heat_map(axes, steps: list[int], loads: list[list[float]], norm):
+    """Draw the loads of one layer, a list of them a step; a log tells of the steps since the one before."""
+    edges = [max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0, *steps]
+    experts = [expert - 0.5 for expert in range(len(loads[0]) + 1)]
+    axes.set(xlabel="step", ylabel="expert")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    return axes.pcolormesh(edges, experts, list(zip(*loads, strict=True)), norm=norm, cmap="RdBu_r")
+
+
+def _draw_distillation(figure, runs: Sequence[RunHistory]):
     """Draw how often the distilled router does what the backbone router does, and how fast its table still changes."""
     figure.set_size_inches(13, 4.4)
-    panels = figure.subplots(1, 3)
+    panels = figure.subplots(1, 3, sharex=True)
     names = {
         "distillation_agreement": ("Distilled = backbone router", "tokens (%)"),
         "distillation_agreement_by_id": ("The same, every token id alike", "token ids (%)"),
         "table_change": ("Table changed since the last check", "tokens (%)"),
     }
-    drawn = False
     for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
         for index, run in enumerate(runs):
-            drawn |= _plot(axes, run, name, 100, label=run.label, marker=".", **line_style(index))
+            _plot(axes, run, name, 100, label=run.label, marker=".", **line_style(index))
         axes.set(title=title, ylabel=unit, ylim=(-2, 102))
+    sizes = {len(row) for run in runs for rows in run.expert_load()[1].values() for row in rows}
+    if len(sizes) == 1:
+        for axes in [axes for axes in panels[:2] if axes.lines]:
+            axes.axhline(100 / next(iter(sizes)), color="0.6", linestyle=":", label="1 / experts")
     _finish(figure, panels, runs)
-    return drawn
 
 
-def _draw_gates(figure, runs: Sequence[RunHistory]) -> bool:
+def _draw_gates(figure, runs: Sequence[RunHistory]):
     """Draw what tells a healthy routing: gates, the common direction of hidden states, the entropy of the scores."""
     figure.set_size_inches(10, 7)
     panels = list(figure.subplots(2, 2, sharex=True).flat)
@@ -341,18 +350,14 @@ def _draw_gates(figure, runs: Sequence[RunHistory]) -> bool:
         "common_direction": ("Common direction of hidden states", "norm of mean / mean norm"),
         "router_entropy": ("Entropy of the router", "share of ln(experts)"),
     }
-    drawn = False
     for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
         for index, run in enumerate(runs):
-            drawn |= _plot(axes, run, name, label=run.label, **line_style(index))
+            _plot(axes, run, name, label=run.label, **line_style(index))
         axes.set(title=title, ylabel=unit, ylim=(-0.02, 1.02))
     _finish(figure, panels, runs)
-    for axes in panels[:2]:
-        axes.set_xlabel("")
-    return drawn
 
 
-# Each draws on an empty figure, and tells whether there was anything to draw.
+# Each draws on an empty figure; without anything to draw it leaves no visible panel.
 FIGURES: dict[str, Callable] = {
     "loss": _draw_loss,
     "fluctuation": _draw_fluctuation,
