@@ -55,8 +55,9 @@ class RoutingTotals:
         return RoutingTotals(self.sums + other.sums, self.load + other.load)
 
     def across_processes(self) -> "RoutingTotals":
-        """Add up the sums of all processes; every process must call this."""
-        packed = sum_across_processes(torch.cat([self.sums, self.load.flatten()]))
+        """Add up the sums of all processes, on the CPU; every process must call this."""
+        # One transfer: every number that is read would wait for the device.
+        packed = sum_across_processes(torch.cat([self.sums, self.load.flatten()])).cpu()
         return RoutingTotals(packed[: len(self.sums)], packed[len(self.sums) :].view_as(self.load))
 
     def total(self, name: str) -> float:
@@ -104,7 +105,7 @@ class LayerLoads:
     """How even the load of each MoE layer's experts is.
 
     Args:
-        load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
+        load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert, on the CPU.
 
     Attributes:
         relative (`list[list[float]]`): of each layer and expert, tokens over the mean of the layer's experts; NaN without
@@ -116,7 +117,6 @@ class LayerLoads:
     """
 
     def __init__(self, load: Tensor):
-        load = load.cpu()  # once: every number below would wait for the device
         relative = load / load.mean(-1, keepdim=True)
         share = load / load.sum(-1, keepdim=True)
         entropy = torch.special.entr(share).sum(-1) / math.log(load.shape[-1]) if load.shape[-1] > 1 else share[:, 0]

@@ -6,6 +6,7 @@ python scripts/measure_statistics.py
 python scripts/measure_statistics.py --model_preset configuration/models/compare-h200.json --batch_size 32
 """
 
+import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -20,12 +21,19 @@ from modeling_stablemoe.health_stablemoe import RoutingHealth
 from modeling_stablemoe.recipes import load_preset
 
 
+# Steps that are not counted.
+WARM_UP = 3
+
+
 @dataclass
 class MeasureArguments:
     """What to measure."""
 
     model_preset: str = field(
         default="configuration/models/cpu-small.json", metadata={"help": "Shape of the language model."}
+    )
+    config_overrides: str = field(
+        default="{}", metadata={"help": """Fields of the preset to change, as JSON: '{"num_experts": 512}'."""}
     )
     batch_size: int = field(default=8, metadata={"help": "Sequences of a step, as long as the model takes."})
     steps: int = field(default=40, metadata={"help": "Steps of each kind in each stage, after three to warm up."})
@@ -34,9 +42,17 @@ class MeasureArguments:
 
     def __post_init__(self):
         """Check the numbers."""
-        for name in ("batch_size", "steps", "logging_steps"):
-            if getattr(self, name) < (2 if name == "steps" else 1):
-                raise ValueError(f"--{name} is too small: {getattr(self, name)}")
+        for name, least in (("batch_size", 1), ("steps", 2), ("logging_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be >= {least}, got {getattr(self, name)}")
+
+    @property
+    def overrides(self) -> dict:
+        """`dict`: `config_overrides`, parsed."""
+        try:
+            return dict(json.loads(self.config_overrides))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}") from error
 
 
 class Arm:
@@ -90,43 +106,63 @@ class Arm:
         return time.process_time()  # other programs on this machine do not count
 
 
-def compare(arms: dict[str, Arm], ids: torch.Tensor, steps: int):
-    """Let the arms take their steps by turns, and print what each kind of step takes."""
+def take_turns(arms: dict[str, Arm], ids: torch.Tensor, steps: int) -> dict[str, list[float]]:
+    """Let the arms take their steps by turns; return the seconds of each."""
     names = list(arms)
-    for step in range(steps + 3):
+    for step in range(steps + WARM_UP):
         for name in names[step % len(names) :] + names[: step % len(names)]:  # none is always first
             arms[name].step(ids)
-    kept = {name: arm.seconds[-steps:] for name, arm in arms.items()}
-    for name, seconds in kept.items():
-        print(f"  {name:<28}{1000 * median(seconds):9.2f} ms a step")
-    for name, base in (("model's own", "bare"), ("callback's", "no callback"), ("together", "bare")):
-        other = "no callback" if name == "model's own" else "callback"
-        ratios = [100 * (b / a - 1) for a, b in zip(kept[base], kept[other], strict=True)]
-        low, middle, high = quantiles(ratios, n=4)
-        mean = 100 * (sum(kept[other]) / sum(kept[base]) - 1)
-        print(f"  {name:<28}{middle:+9.2f} % (quartiles {low:+.2f} to {high:+.2f}; of the sums {mean:+.2f})")
+    return {name: arm.seconds[-steps:] for name, arm in arms.items()}
 
 
-def main(argv=None):
-    """Run the script."""
-    (args,) = HfArgumentParser(MeasureArguments, description=__doc__.splitlines()[0]).parse_args_into_dataclasses(argv)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        config = load_preset(args.model_preset)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
+def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Tell for each step what statistics added to it, in percent."""
+    pairs = {
+        "the model's own": ("bare", "no callback"),
+        "the callback's": ("no callback", "callback"),
+        "together": ("bare", "callback"),
+    }
+    return {
+        name: [100 * (more / less - 1) for less, more in zip(seconds[base], seconds[other], strict=True)]
+        for name, (base, other) in pairs.items()
+    }
+
+
+def measure(args: MeasureArguments) -> dict[int, dict[str, list[float]]]:
+    """Measure both stages; return the seconds of each step, by stage and arm.
+
+    Raises:
+        OSError, ValueError: see `load_preset`.
+    """
+    config = load_preset(args.model_preset, **args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kinds = {"bare": (False, False), "no callback": (False, True), "callback": (True, True)}
     arms = {name: Arm(config, args, device, *kind) for name, kind in kinds.items()}
     ids = torch.randint(config.vocab_size, (args.batch_size, config.max_position_embeddings)).to(device)
     print(f"{device}, {torch.get_num_threads()} threads, {ids.numel()} tokens a step, {args.steps} steps of each kind")
-    for stage in (1, 2):
-        if stage == 2:
-            for arm in arms.values():
-                arm.model.freeze_router()
+    stages = {1: take_turns(arms, ids, args.steps)}
+    for arm in arms.values():
+        arm.model.freeze_router()
+    return {**stages, 2: take_turns(arms, ids, args.steps)}
+
+
+def main(argv=None):
+    """Run the script."""
+    parser = HfArgumentParser(MeasureArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        logging.basicConfig(format="%(name)s: %(message)s")
+        transformers.utils.logging.set_verbosity_error()
+        measured = measure(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    for stage, seconds in measured.items():
         print(f"stage {stage}")
-        compare(arms, ids, args.steps)
+        for name, values in seconds.items():
+            print(f"  {name:<16}{1000 * median(values):9.2f} ms a step")
+        for name, values in ratios(seconds).items():
+            low, middle, high = quantiles(values, n=4)
+            print(f"  {name:<16}{middle:+9.2f} % (quartiles {low:+.2f} to {high:+.2f})")
 
 
 if __name__ == "__main__":
