@@ -182,9 +182,12 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
     ) -> list[RoutingHealth]:
         """Measure the health of each MoE layer's routing in a forward pass; arguments as of `routing_losses`."""
         layers = []
-        for trace in outputs.routing_traces:
+        scores = outputs.router_logits or [None] * len(outputs.routing_traces)  # a hash has none
+        for trace, logits in zip(outputs.routing_traces, scores, strict=True):
             mask = self._flat_mask(outputs, attention_mask, trace.gate.device)
-            layers.append(routing_health(**trace._asdict(), vocab_size=self.config.vocab_size, mask=mask))
+            layers.append(
+                routing_health(**trace._asdict(), vocab_size=self.config.vocab_size, router_logits=logits, mask=mask)
+            )
         return layers
 
     def observe_routing(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None):

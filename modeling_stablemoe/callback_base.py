@@ -35,6 +35,8 @@ def find_stablemoe(model: nn.Module) -> TwoStageRoutingMixin:
 class LoggingCallback(TrainerCallback):
     """A callback whose numbers appear in the Trainer's own log stream."""
 
+    stopwatch: "TrainingStopwatch | None" = None
+
     _handler: CallbackHandler | None = None
 
     def _find_handler(self):
@@ -55,8 +57,18 @@ class LoggingCallback(TrainerCallback):
         """Add to the entry that the Trainer is about to give to the reporters."""
         logs.update(metrics)
         # The history holds a copy of `logs`, made before this call.
+        self._add_to_history(state, metrics)
+
+    def _add_to_history(self, state: TrainerState, metrics: dict):
+        """Add to the last entry of the log history, which no reporter reads."""
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
+
+    def _interrupt_stopwatches(self):
+        """Let no callback take what this one has just done for training."""
+        for other in [] if self._handler is None else self._handler.callbacks:
+            if isinstance(other, LoggingCallback) and other.stopwatch is not None:
+                other.stopwatch.interrupt()
 
     def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict):
         """Write an entry of its own to the log history and to the reporters."""
@@ -65,6 +77,46 @@ class LoggingCallback(TrainerCallback):
             should_log = control.should_log  # which `on_log` resets
             self._handler.on_log(args, state, control, logs)
             control.should_log = should_log
+
+
+class TrainingStopwatch:
+    """Times the training between logs, data loading included, in wall-clock seconds, and leaves interruptions out.
+
+    A Trainer tells when an evaluation or a save has ended, not when it began. So an interruption lasts from the end of a
+    step, or from its log, to the beginning of the next step, and takes the loading of one batch with it.
+    """
+
+    def __init__(self):
+        self._started: float | None = None
+        self._resting_since = 0.0
+        self._interrupted = False
+
+    def begin_step(self):
+        """Start at the first step; go on after an interruption."""
+        now = time.perf_counter()
+        self._started = now if self._started is None else self._started
+        self._skip_interruption(now)
+
+    def end_step(self):
+        """Note the end of a step: an interruption may follow."""
+        self._resting_since = time.perf_counter()
+
+    def interrupt(self):
+        """Leave out the time between the steps."""
+        self._interrupted = True
+
+    def pop(self) -> float:
+        """Return the seconds since the last call, between two steps, and begin anew."""
+        now = time.perf_counter()
+        self._skip_interruption(now)
+        seconds = 0.0 if self._started is None else now - self._started
+        self._started = self._resting_since = now
+        return seconds
+
+    def _skip_interruption(self, now: float):
+        if self._interrupted and self._started is not None:
+            self._started += now - max(self._resting_since, self._started)
+        self._interrupted = False
 
 
 class TrainingClockCallback(LoggingCallback):
@@ -112,4 +164,10 @@ def refuse_label_smoother(args: TrainingArguments):
         )
 
 
-__all__ = ["LoggingCallback", "TrainingClockCallback", "find_stablemoe", "refuse_label_smoother"]
+__all__ = [
+    "LoggingCallback",
+    "TrainingClockCallback",
+    "TrainingStopwatch",
+    "find_stablemoe",
+    "refuse_label_smoother",
+]

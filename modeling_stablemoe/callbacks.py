@@ -12,7 +12,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 
-from .callback_base import LoggingCallback, TrainingClockCallback, find_stablemoe, refuse_label_smoother
+from .callback_base import (
+    LoggingCallback,
+    TrainingClockCallback,
+    TrainingStopwatch,
+    find_stablemoe,
+    refuse_label_smoother,
+)
 from .checkpoints import copy_code_files
 from .distillation_stablemoe import sees_context
 from .fluctuation_callback import RoutingFluctuationCallback
@@ -20,30 +26,52 @@ from .losses_stablemoe import is_distributed
 from .processes import check_same_routing
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from .stages_stablemoe import TwoStageRoutingMixin
-from .statistics import RoutingMeter
+from .statistics import LayerLoads, RoutingMeter, RoutingTotals, layer_names
 
 
 logger = logging.getLogger(__name__)
 
 # Beside a checkpoint of stage 1: what `SettlingWatch` goes on from.
 WATCH_FILE = "stage1_watch.safetensors"
+# Where the load of each expert goes.
+EXPERT_LOAD = ("history", "reporters", "none")
 
 
 class RoutingStatisticsCallback(LoggingCallback):
-    """Adds routing statistics to the Trainer's training logs, for a model of any router.
+    """Adds routing statistics to the Trainer's training logs, and so to its reporters, for a model of any router.
 
-    These are `task_loss`, `load_max_over_mean`, `load_min_over_mean`, `mean_gate`, `closed_gates`, `common_direction`
-    and `routing_stage`; where the log covers steps in which the routing was learned also `balance_loss` and, where it
-    is distilled, `distillation_loss`, `distillation_agreement` and `distillation_agreement_by_id` (see
-    `RoutingTotals.metrics`, also for what NaN comes to).
+    Each log tells of the steps since the last one, of the tokens of all processes, padding left out:
+
+    - `task_loss`, `routing_stage`, `mean_gate`, `closed_gates`, `common_direction`; `router_entropy` where there are
+      scores and `overflow` where there is a capacity; where the log covers steps in which the routing was learned also
+      `balance_loss` and, where it is distilled, `distillation_loss`, `distillation_agreement` and
+      `distillation_agreement_by_id` (see `RoutingTotals.metrics`, also for what NaN comes to).
+    - `load_max_over_mean`, `load_min_over_mean` and `load_entropy` of the layer that is worst in it and `dead_experts` of
+      all layers (see `LayerLoads`); with several MoE layers those of each, but for the least load, too, as
+      `load_entropy/layer_0`, or `/encoder_0` and `/decoder_0`.
+    - `tokens_per_second`: tokens read by all processes, source and target together, over the wall-clock time since the
+      last log. Loading data and logging count; evaluation, saving and `RoutingFluctuationCallback` do not.
+    - the load of each expert, where and how `expert_load` says.
 
     `StageTransitionCallback` does all this and freezes the routing; take one of the two.
 
+    Args:
+        expert_load (`str`): where the load of each expert goes, as tokens over the mean of its layer (1 is even):
+            `"history"`: into the log history alone, as the list `expert_load`, one row a MoE layer, which keeps the
+            console to one line and is what `scripts/plot_run.py` draws; `"reporters"`: to the reporters (and the
+            console), too, as `expert_load/layer_0/expert_0`; `"none"`: nowhere, for when layers x experts are so many
+            thousands that they would swell `trainer_state.json`.
+
     Raises:
-        ValueError: at the start of training, for a model of another kind or a dense one.
+        ValueError: for another `expert_load`; at the start of training, for a model of another kind or a dense one.
     """
 
     _meter: RoutingMeter | None = None
+
+    def __init__(self, expert_load: str = "history"):
+        if expert_load not in EXPERT_LOAD:
+            raise ValueError(f"`expert_load` must be one of {list(EXPERT_LOAD)}, got {expert_load!r}.")
+        self.expert_load = expert_load
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin to watch the model."""
@@ -57,10 +85,26 @@ class RoutingStatisticsCallback(LoggingCallback):
         if self._meter is not None:
             self._meter.close()
         self._meter = RoutingMeter(stablemoe)
+        self.stopwatch = TrainingStopwatch()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Let the stopwatch run."""
+        self.stopwatch.begin_step()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Close the step in the statistics."""
         self._meter.end_step()
+        self.stopwatch.end_step()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Leave the evaluation out of the time of training."""
+        if self.stopwatch is not None:  # evaluated before or after training
+            self.stopwatch.interrupt()
+
+    def on_save(self, args, state, control, **kwargs):
+        """Leave saving out of the time of training."""
+        if self.stopwatch is not None:
+            self.stopwatch.interrupt()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the routing statistics since the last log to the Trainer's training logs."""
@@ -69,7 +113,21 @@ class RoutingStatisticsCallback(LoggingCallback):
         totals = self._meter.pop_window()
         if totals is None:
             return
-        self._add(logs, state, totals.metrics(self._meter.model.routing_stage))
+        loads = LayerLoads(totals.load)
+        self._add(logs, state, self._metrics(totals, loads))
+        if self.expert_load == "history":
+            # A list, which no reporter takes.
+            rows = [[round(load, 4) for load in layer] for layer in loads.relative]
+            self._add_to_history(state, {"expert_load": rows})
+
+    def _metrics(self, totals: RoutingTotals, loads: LayerLoads) -> dict[str, float]:
+        config, seconds = self._meter.model.config, self.stopwatch.pop()
+        metrics = totals.metrics(self._meter.model.routing_stage) | loads.named(layer_names(config))
+        if seconds > 0:
+            metrics["tokens_per_second"] = totals.total("tokens_read") / seconds
+        if self.expert_load == "reporters":
+            metrics |= loads.experts(layer_names(config))
+        return metrics
 
     def on_push_begin(self, args, state, control, **kwargs):
         """Add the code files to what Trainer uploads during training, which are weights and config alone."""
@@ -107,6 +165,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             `EarlyStoppingCallback`, so that `load_best_model_at_end` leaves a frozen model. The evaluation of the
             transition step is of stage 2. With `save_strategy="best"`, stage 1 saves at every evaluation. Default: the
             evaluations of both stages compete, and a best checkpoint of stage 1 loads as a model that is not frozen.
+        expert_load (`str`): see `RoutingStatisticsCallback`.
 
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
@@ -121,7 +180,9 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         hold_until_ready: int | float | None = None,
         check_steps: int | None = None,
         best_of_stage2: bool = False,
+        expert_load: str = "history",
     ):
+        super().__init__(expert_load)
         _check_steps("stage1_steps", stage1_steps)
         if hold_until_ready is not None:
             _check_steps("hold_until_ready", hold_until_ready)
@@ -217,6 +278,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Put beside a checkpoint of stage 1 what watching goes on from."""
+        super().on_save(args, state, control, **kwargs)
         if self._meter is not None and self._meter.model.routing_stage == 1:
             self._watch.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE)
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from .atomic_files import replace_file
+from .figures import save_figure
+from .fluctuation import draw_settled
 from .report import format_table
 
 
@@ -197,9 +198,7 @@ def write_figures(runs: Sequence[dict], folder: str | Path) -> list[Path]:
         for axes in panels:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
-        path = Path(folder) / f"{name}.png"
-        replace_file(path, lambda partial, figure=figure: figure.savefig(partial, format="png", dpi=110))
-        written.append(path)
+        written.append(save_figure(figure, Path(folder) / f"{name}.png", dpi=110))
     return written
 
 
@@ -256,15 +255,9 @@ def _draw_fluctuation(panels, groups: dict[str, list[dict]]) -> bool:
     for name, group in groups.items():
         if group[0]["fluctuation"] is None:
             continue
-        curve = group[0]["fluctuation"]["last_fluctuation"]
-        panels[0].plot(
-            curve["steps"],
-            [100 * share for share in curve["cumulative_share"]],
-            label=name,
-            color=_color(name, groups),
-        )
+        draw_settled(panels[0], group[0]["fluctuation"], label=name, color=_color(name, groups))
         drawn = True
-    panels[0].set(xlabel="last fluctuation step", ylabel="validation tokens (%), cumulative", ylim=(-2, 102))
+    panels[0].set_ylabel("validation tokens (%), cumulative")
     return drawn
 
 

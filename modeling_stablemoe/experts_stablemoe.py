@@ -187,6 +187,24 @@ def spread_sentinels(
     return hidden_states.masked_fill(sentinel_T1, 0.0), index_T1, top_k_weights.masked_fill(sentinel_T1, 0.0)
 
 
+def expert_capacity(expert_load: Tensor, capacity_factor: float) -> Tensor:
+    """Compute how many tokens an expert keeps, of the loads of one forward pass of one process.
+
+    Args:
+        expert_load (`torch.LongTensor` of shape `(..., E)`): tokens sent to each expert.
+        capacity_factor (`float`): > 0.
+
+    Returns:
+        `torch.Tensor` of shape `(...)`: floor(capacity_factor * tokens / E), at least 1.
+    """
+    return (expert_load.sum(-1) * capacity_factor / expert_load.shape[-1]).floor().clamp(min=1)
+
+
+def count_overflow(expert_load: Tensor, capacity_factor: float) -> Tensor:
+    """Count the tokens past capacity, which `drop_overflow` sends nowhere; arguments and shape as of `expert_capacity`."""
+    return (expert_load - expert_capacity(expert_load, capacity_factor).unsqueeze(-1)).clamp(min=0).sum(-1)
+
+
 def drop_overflow(expert_index: Tensor, *, num_experts: int, capacity_factor: float) -> Tensor:
     """Replace the experts of the tokens past capacity by the sentinel, in the order of the tokens.
 
@@ -207,7 +225,7 @@ def drop_overflow(expert_index: Tensor, *, num_experts: int, capacity_factor: fl
     load_E = torch.zeros(num_experts + 1, dtype=torch.long, device=sorted_T.device).scatter_add_(0, sorted_T, ones_T)
     first_E = load_E.cumsum(0) - load_E
     rank_T = torch.arange(sorted_T.shape[0], device=sorted_T.device) - first_E[sorted_T]
-    capacity = (load_E[:-1].sum() * capacity_factor / num_experts).floor().clamp(min=1)
+    capacity = expert_capacity(load_E[:-1], capacity_factor)
     kept_T = torch.where(rank_T < capacity, sorted_T, num_experts)
     return torch.empty_like(expert_index).scatter_(0, order_T, kept_T)
 
@@ -276,6 +294,8 @@ __all__ = [
     "ALL_STABLEMOE_EXPERTS_FUNCTIONS",
     "ExpertSublayer",
     "StableMoEExperts",
+    "count_overflow",
     "drop_overflow",
+    "expert_capacity",
     "spread_sentinels",
 ]

@@ -3,6 +3,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic_files import replace_file
+from .figures import save_figure
 
 
 class RoutingHistory:
@@ -124,8 +126,7 @@ class RoutingHistory:
         figure = plot_fluctuation(summary)
         if figure is None:
             return [path]
-        replace_file(path.with_suffix(".png"), lambda partial: figure.savefig(partial, format="png", dpi=150))
-        return [path, path.with_suffix(".png")]
+        return [path, save_figure(figure, path.with_suffix(".png"))]
 
 
 def plot_fluctuation(summary: dict):
@@ -142,15 +143,12 @@ def plot_fluctuation(summary: dict):
     except ImportError:
         return None
     figure = Figure(figsize=(10, 4), layout="constrained")
-    changes, settled = figure.subplots(1, 2)
+    panels = figure.subplots(1, 2)
     steps = summary["steps"]
-    changes.plot(steps[1:], [100 * change for change in summary["change_since_last_check"][1:]], marker=".")
-    changes.set(xlabel="step", ylabel="tokens (%)", title="Expert changed since the last check")
-    curve = summary["last_fluctuation"]
-    settled.plot(curve["steps"], [100 * share for share in curve["cumulative_share"]], marker=".")
-    settled.set(xlabel="last fluctuation step", ylabel="tokens (%), cumulative", title="Expert settled for good")
-    for axes in (changes, settled):
-        axes.set_ylim(-2, 102)
+    draw_changes(panels[0], steps, summary["change_since_last_check"])
+    draw_settled(panels[1], summary, marker=".")
+    panels[1].set_title("Expert settled for good")
+    for axes in panels:
         axes.grid(alpha=0.3)
         if 2 in summary["stages"]:
             boundary = steps[summary["stages"].index(2)]
@@ -159,4 +157,31 @@ def plot_fluctuation(summary: dict):
     return figure
 
 
-__all__ = ["RoutingHistory", "plot_fluctuation"]
+def draw_changes(axes, steps: Sequence[int], changes: Sequence[float | None], **style):
+    """Draw the share of tokens whose expert changed between checks (figure 2).
+
+    Args:
+        axes (`matplotlib.axes.Axes`): to draw on.
+        steps (sequence of `int`): of the checks.
+        changes (sequence of `float`): share at each, in [0, 1]; `None` where there was no check before.
+        **style: of the line, its label included.
+    """
+    points = [(step, 100 * change) for step, change in zip(steps, changes, strict=True) if change is not None]
+    axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", **style)
+    axes.set(xlabel="step", ylabel="tokens (%)", title="Expert changed since the last check", ylim=(-2, 102))
+
+
+def draw_settled(axes, summary: dict, **style):
+    """Draw the share of tokens whose expert has settled for good, by step (figure 7).
+
+    Args:
+        axes (`matplotlib.axes.Axes`): to draw on.
+        summary (`dict`): of `RoutingHistory.summary`.
+        **style: of the line, its label included.
+    """
+    curve = summary["last_fluctuation"]
+    axes.plot(curve["steps"], [100 * share for share in curve["cumulative_share"]], **style)
+    axes.set(xlabel="last fluctuation step", ylabel="tokens (%), cumulative", ylim=(-2, 102))
+
+
+__all__ = ["RoutingHistory", "draw_changes", "draw_settled", "plot_fluctuation"]

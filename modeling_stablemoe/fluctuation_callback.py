@@ -87,6 +87,7 @@ class RoutingFluctuationCallback(LoggingCallback):
         change = self.history.record(state.global_step, self._model.routing_stage, self._experts())
         if state.is_world_process_zero:
             self.history.save(self._history_path(args))
+        self._interrupt_stopwatches()
         if change is not None:
             self._log(args, state, control, {"routing_fluctuation": change})
 

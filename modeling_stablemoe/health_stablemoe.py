@@ -6,6 +6,7 @@ Nothing here has a gradient or waits for the device.
 Shape suffixes: T tokens, D hidden size.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,8 @@ class RoutingHealth(NamedTuple):
             nothing is distilled.
         distillation_agreement_by_id: the same where every token id that occurs counts once, so that rare ones weigh as
             much as frequent ones.
+        router_entropy: mean entropy of the softmax of their backbone scores, over ln(num_experts), in [0, 1]: 1 where all
+            experts score alike, 0 where one stands out; NaN where there are no scores (a hash).
     """
 
     mean_gate: Tensor
@@ -40,6 +43,7 @@ class RoutingHealth(NamedTuple):
     common_direction: Tensor
     distillation_agreement: Tensor
     distillation_agreement_by_id: Tensor
+    router_entropy: Tensor
 
 
 @torch.no_grad()
@@ -51,6 +55,7 @@ def routing_health(
     teacher_index: Tensor | None,
     distilled_index: Tensor | None,
     vocab_size: int,
+    router_logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> RoutingHealth:
     """Measure the health of one MoE layer's routing; arguments as of `RoutingTrace`.
@@ -62,6 +67,7 @@ def routing_health(
         teacher_index (`torch.LongTensor` of shape `(T,)`, *optional*): choice of the backbone router.
         distilled_index (`torch.LongTensor` of shape `(T,)`, *optional*): choice of the distilled router.
         vocab_size (`int`): V.
+        router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores; a hash has none.
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
 
     Returns:
@@ -77,6 +83,7 @@ def routing_health(
         common_direction(hidden_states, mask),
         agreement,
         agreement_by_id,
+        agreement.new_full((), torch.nan) if router_logits is None else router_entropy(router_logits, mask),
     )
 
 
@@ -108,6 +115,15 @@ def common_direction(hidden_states: Tensor, mask: Tensor | None = None) -> Tenso
     return hidden_states.sum(0).norm() / mean_norm.clamp(min=torch.finfo(torch.float32).tiny)
 
 
+@torch.no_grad()
+def router_entropy(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Average the entropy of softmax(scores) over real tokens, `(T, E) -> ()`, over ln E: in [0, 1]; 0 with one expert."""
+    probability = torch.softmax(router_logits, dim=-1)
+    # `entr` and not p ln p: a probability of 0 adds 0.
+    entropy = torch.special.entr(probability).sum(-1)
+    return masked_mean(entropy, mask) / math.log(max(router_logits.shape[-1], 2))
+
+
 def mean_by_id(values: Tensor, token_ids: Tensor, vocab_size: int, mask: Tensor | None = None) -> Tensor:
     """Average values over the tokens of each id, then over the ids that occur; 0 where no token is real.
 
@@ -126,4 +142,12 @@ def mean_by_id(values: Tensor, token_ids: Tensor, vocab_size: int, mask: Tensor 
     return (weight * values).sum() / weight.sum().clamp(min=1)
 
 
-__all__ = ["CLOSED_GATE", "RoutingHealth", "common_direction", "mean_by_id", "mean_health", "routing_health"]
+__all__ = [
+    "CLOSED_GATE",
+    "RoutingHealth",
+    "common_direction",
+    "mean_by_id",
+    "mean_health",
+    "router_entropy",
+    "routing_health",
+]

@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """One MoE layer: router, experts, gate and residual, and what the routing is frozen into."""
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -139,9 +140,25 @@ def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | 
     return attention_mask[:, -sequence_length:].bool()
 
 
+def count_real_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Count the tokens of a batch that are not padding.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(batch, sequence, ...)`): ids or embeddings.
+        attention_mask (`torch.Tensor`, *optional*): see `token_mask`.
+
+    Returns:
+        `torch.LongTensor` of shape `()`, on the device of `tokens`.
+    """
+    mask = token_mask(attention_mask, tokens.shape[1])
+    if mask is None:
+        return torch.full((), tokens.shape[0] * tokens.shape[1], device=tokens.device)
+    return mask.sum()
+
+
 def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     """Find the MoE layers of a model, by qualified name, in the order in which tokens pass them."""
     return {name: module for name, module in model.named_modules() if isinstance(module, StableMoELayer)}
 
 
-__all__ = ["StableMoELayer", "moe_layers_of", "token_mask"]
+__all__ = ["StableMoELayer", "count_real_tokens", "moe_layers_of", "token_mask"]

@@ -15,7 +15,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
 from .configuration_stablemoe import StableMoESeq2SeqConfig
-from .layer_stablemoe import token_mask
+from .layer_stablemoe import count_real_tokens, token_mask
 from .losses_stablemoe import label_smoothed_loss
 from .outputs_stablemoe import (
     StableMoEDecoderOutput,
@@ -532,6 +532,46 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             `torch.LongTensor` of shape `()`.
         """
         return labels.ne(-100).sum()
+
+    def count_tokens(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Count the tokens of source and target together that are not padding, for statistics.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): as given to `forward`.
+            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
+            decoder_attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            encoder_outputs (`ModelOutput` or `tuple`, *optional*): as given to `forward`.
+            past_key_values (`EncoderDecoderCache`, *optional*): as given to `forward`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): as given to `forward`.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): as given to
+                `forward`.
+            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
+            **kwargs: the other arguments of `forward`.
+
+        Returns:
+            `torch.LongTensor` of shape `()`. A source that comes as `encoder_outputs` alone is not counted.
+        """
+        decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, labels
+        )
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        target = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        sides = ((source, attention_mask), (target, decoder_attention_mask))
+        counts = [count_real_tokens(tokens, mask) for tokens, mask in sides if tokens is not None]
+        return sum(counts[1:], start=counts[0])
 
     def routed_tokens(
         self,

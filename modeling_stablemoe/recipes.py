@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase
@@ -122,6 +122,13 @@ class RoutingArguments:
     )
     fluctuation_tokens: int = field(
         default=8192, metadata={"help": "Validation tokens that routing fluctuation is watched on."}
+    )
+    expert_load: Literal["history", "reporters", "none"] = field(
+        default="history",
+        metadata={
+            "help": "Where the load of each expert goes with every log: 'history' (trainer_state.json, for plot_run.py), "
+            "'reporters' (TensorBoard and the like, and the console, too) or 'none'."
+        },
     )
 
     def __post_init__(self):

@@ -231,12 +231,13 @@ def build_callbacks(
                 routing_args.settled_change,
                 routing_args.hold,
                 best_of_stage2=routing_args.best_of_stage2,
+                expert_load=routing_args.expert_load,
             )
         )
         if max_steps > 0:
             callbacks[0].resolve_last_step(max_steps)
     elif config.num_moe_layers:
-        callbacks.append(RoutingStatisticsCallback())
+        callbacks.append(RoutingStatisticsCallback(routing_args.expert_load))
     if routing_args.fluctuation_check_steps:
         callbacks.append(
             RoutingFluctuationCallback(

@@ -3,14 +3,38 @@
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .configuration_stablemoe import StableMoEBaseConfig
+from .experts_stablemoe import count_overflow
 from .losses_stablemoe import is_distributed, sum_across_processes
 from .stages_stablemoe import TwoStageRoutingMixin
+
+
+# What `RoutingTotals.sums` holds, in this order.
+SUMS = (
+    "targets",
+    "task_loss",  # nats
+    "tokens",  # routed; a mean over layers
+    "balance_loss",  # gate mass, times tokens
+    "distillation_loss",  # nats, times tokens
+    "tokens_of_stage1",
+    # As of `RoutingHealth`: a mean over layers, times tokens.
+    "mean_gate",
+    "closed_gates",
+    "common_direction",
+    "agreement",  # of the tokens of stage 1
+    "agreement_by_id",
+    "router_entropy",
+    "overflow",  # tokens past capacity; a mean over layers
+    "tokens_read",  # of source and target together
+)
 
 
 @dataclass
@@ -18,10 +42,8 @@ class RoutingTotals:
     """Sums over the tokens of some forward passes.
 
     Attributes:
-        sums (`torch.DoubleTensor` of shape `(11,)`): targets, task loss (nats), routed tokens, balance loss (gate mass),
-            distillation loss (nats), tokens routed in stage 1; and, each a mean over layers times tokens, what
-            `RoutingHealth` has: gates, closed gates, common direction and, of the tokens of stage 1, agreement and
-            agreement by token id.
+        sums (`torch.DoubleTensor` of shape `(14,)`): as of `SUMS`. NaN is what there is none of: agreement where nothing
+            is distilled, entropy where there are no scores, overflow where there is no capacity.
         load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
     """
 
@@ -33,9 +55,14 @@ class RoutingTotals:
         return RoutingTotals(self.sums + other.sums, self.load + other.load)
 
     def across_processes(self) -> "RoutingTotals":
-        """Add up the sums of all processes; every process must call this."""
-        packed = sum_across_processes(torch.cat([self.sums, self.load.flatten()]))
+        """Add up the sums of all processes, on the CPU; every process must call this."""
+        # One transfer: every number that is read would wait for the device.
+        packed = sum_across_processes(torch.cat([self.sums, self.load.flatten()])).cpu()
         return RoutingTotals(packed[: len(self.sums)], packed[len(self.sums) :].view_as(self.load))
+
+    def total(self, name: str) -> float:
+        """Give one of the sums, by its name in `SUMS`."""
+        return self.sums[SUMS.index(name)].item()
 
     def metrics(self, stage: int) -> dict[str, float]:
         """Turn sums into means.
@@ -48,35 +75,92 @@ class RoutingTotals:
             stage (`int`): routing stage to report.
 
         Returns:
-            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean` and `load_min_over_mean` (of
-            the worst layer; 0 where an expert got no token at all), `mean_gate`, `closed_gates` and `common_direction`
-            (see `RoutingHealth`) and `routing_stage`; where there are tokens of stage 1 also `balance_loss` and, if
-            the routing is distilled, `distillation_loss` (per token, summed over layers, without their coefficients;
-            tokens of stage 2 count with 0, as they do in the loss that is trained), `distillation_agreement` (share of
-            the tokens of stage 1) and `distillation_agreement_by_id`.
+            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean`, `load_min_over_mean` and
+            `load_entropy` (of the worst layer, see `LayerLoads`), `dead_experts` (of all layers), `mean_gate`,
+            `closed_gates`, `common_direction` and, where there are scores, `router_entropy` (see `RoutingHealth`), with
+            a capacity `overflow` (share of the routed tokens that were past it) and `routing_stage`; where there are
+            tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
+            over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that is
+            trained), `distillation_agreement` (share of the tokens of stage 1) and `distillation_agreement_by_id`.
         """
-        targets, task, tokens, balance, distillation, learned, gate, closed, common, agreed, by_id = self.sums.tolist()
-        lightest = (self.load.amin(-1) / self.load.mean(-1)).min().item()
-        metrics = {
-            "routing_stage": stage,
-            "load_max_over_mean": imbalance(self.load),
-            "load_min_over_mean": lightest,
-        }
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        tokens, learned = sums["tokens"], sums["tokens_of_stage1"]
+        metrics = {"routing_stage": stage, **LayerLoads(self.load).worst()}
         if tokens:
-            metrics |= {
-                "mean_gate": gate / tokens,
-                "closed_gates": closed / tokens,
-                "common_direction": common / tokens,
-            }
-        if targets:
-            metrics["task_loss"] = task / targets
+            metrics |= {name: sums[name] / tokens for name in ("mean_gate", "closed_gates", "common_direction")}
+            optional = ("router_entropy", "overflow")
+            metrics |= {name: sums[name] / tokens for name in optional if not math.isnan(sums[name])}
+        if sums["targets"]:
+            metrics["task_loss"] = sums["task_loss"] / sums["targets"]
         if learned:
-            metrics["balance_loss"] = balance / tokens
-        if learned and not math.isnan(agreed):
-            metrics["distillation_loss"] = distillation / tokens
-            metrics["distillation_agreement"] = agreed / learned
-            metrics["distillation_agreement_by_id"] = by_id / learned
+            metrics["balance_loss"] = sums["balance_loss"] / tokens
+        if learned and not math.isnan(sums["agreement"]):
+            metrics["distillation_loss"] = sums["distillation_loss"] / tokens
+            metrics["distillation_agreement"] = sums["agreement"] / learned
+            metrics["distillation_agreement_by_id"] = sums["agreement_by_id"] / learned
         return metrics
+
+
+class LayerLoads:
+    """How even the load of each MoE layer's experts is.
+
+    Args:
+        load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert, on the CPU.
+
+    Attributes:
+        relative (`list[list[float]]`): of each layer and expert, tokens over the mean of the layer's experts; NaN without
+            tokens. 1 is even.
+        by_layer (`dict[str, torch.Tensor]` of shape `(moe layers,)`): of each layer `load_max_over_mean`, in [1, num_experts];
+            `load_min_over_mean`, in [0, 1], 0 where an expert got no token at all; `load_entropy`, the entropy of the
+            experts' shares over ln(num_experts), in [0, 1], 1 where all are equal; and `dead_experts`, how many got no
+            token.
+    """
+
+    def __init__(self, load: Tensor):
+        relative = load / load.mean(-1, keepdim=True)
+        share = load / load.sum(-1, keepdim=True)
+        entropy = torch.special.entr(share).sum(-1) / math.log(load.shape[-1]) if load.shape[-1] > 1 else share[:, 0]
+        self.relative = relative.tolist()
+        self.by_layer = {
+            "load_max_over_mean": relative.amax(-1),
+            "load_min_over_mean": relative.amin(-1),
+            "load_entropy": entropy.clamp(max=1.0),  # rounding
+            "dead_experts": (load == 0).sum(-1),
+        }
+
+    def worst(self) -> dict[str, float]:
+        """Give each number of the layer that it is worst in; of dead experts their sum over layers."""
+        combine = {"load_max_over_mean": torch.max, "dead_experts": torch.sum}
+        return {name: combine.get(name, torch.min)(values).item() for name, values in self.by_layer.items()}
+
+    def named(self, layers: Sequence[str]) -> dict[str, float]:
+        """Give the numbers of each layer, but for the least load, as `load_entropy/layer_0`.
+
+        Empty where there is one layer: `worst` is that one.
+        """
+        if len(layers) == 1:
+            return {}
+        return {
+            f"{name}/{layer}": value
+            for name in ("load_max_over_mean", "load_entropy", "dead_experts")
+            for layer, value in zip(layers, self.by_layer[name].tolist(), strict=True)
+        }
+
+    def experts(self, layers: Sequence[str]) -> dict[str, float]:
+        """Give `relative` as `expert_load/layer_0/expert_0`."""
+        return {
+            f"expert_load/{layer}/expert_{expert}": value
+            for layer, values in zip(layers, self.relative, strict=True)
+            for expert, value in enumerate(values)
+        }
+
+
+def layer_names(config: StableMoEBaseConfig) -> list[str]:
+    """Name the MoE layers in the order of their loads: `layer_0`, ..., or `encoder_0`, ..., `decoder_0`, ..."""
+    if not config.is_encoder_decoder:
+        return [f"layer_{index}" for index in range(config.num_moe_layers)]
+    sides = {"encoder": config.encoder_moe_layer_positions, "decoder": config.decoder_moe_layer_positions}
+    return [f"{side}_{index}" for side, positions in sides.items() for index in range(len(positions))]
 
 
 def imbalance(load: Tensor) -> float:
@@ -128,13 +212,26 @@ class RoutingMeter:
         sums = [targets, task.squeeze(), tokens, output.balance_loss * tokens, output.distillation_loss * tokens]
         learns = module.routing_stage == 1
         none = torch.zeros_like(tokens)
-        *watched, agreement, by_id = (value * tokens for value in output.routing_health)
+        *watched, agreement, by_id, entropy = (value * tokens for value in output.routing_health)
         # In stage 2 there is nothing to agree on: NaN.
         sums += [tokens, *watched, agreement, by_id] if learns else [none, *watched, none, none]
+        sums += [entropy, self._overflow(load), self._tokens_read(load, args, kwargs)]
         totals = RoutingTotals(torch.stack([value.detach().double() for value in sums]), load)
         self._step = totals if self._step is None else self._step + totals
         if learns:
             self._count_tokens(module.routed_tokens(*args, **kwargs))
+
+    def _overflow(self, load: Tensor) -> Tensor:
+        """Count the tokens past capacity, a mean over layers; NaN where there is no capacity."""
+        capacity_factor = self.model.config.expert_capacity_factor
+        if capacity_factor is None:
+            return load.new_full((), torch.nan)
+        return count_overflow(load, capacity_factor).mean()
+
+    def _tokens_read(self, load: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if not self.model.config.is_encoder_decoder:
+            return load[0].sum()  # every layer routes every token
+        return self.model.count_tokens(*args, **kwargs).to(load.device)
 
     def _count_tokens(self, routed: list[tuple[Tensor | None, Tensor | None]]):
         if self.token_counts is None:
@@ -188,9 +285,11 @@ class RoutingMeter:
         # They are of all processes: one of them takes them up.
         share = 1.0 if not is_distributed() or dist.get_rank() == 0 else 0.0
         device = self.model.device
+        # An earlier version kept fewer sums.
+        all_sums = F.pad(steps["sums"], (0, len(SUMS) - steps["sums"].shape[-1]))
         self._recent.extend(
             RoutingTotals(share * sums.to(device), share * load.to(device))
-            for sums, load in zip(steps["sums"], steps["load"], strict=True)
+            for sums, load in zip(all_sums, steps["load"], strict=True)
         )
 
     def counted_tokens(self) -> Tensor | None:
@@ -209,4 +308,4 @@ class RoutingMeter:
         self._resumed_counts = counts.double()
 
 
-__all__ = ["RoutingMeter", "RoutingTotals", "imbalance"]
+__all__ = ["SUMS", "LayerLoads", "RoutingMeter", "RoutingTotals", "imbalance", "layer_names"]

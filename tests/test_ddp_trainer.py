@@ -68,6 +68,11 @@ def outcome(folder: Path, *callbacks, **arguments) -> dict:
         "distilled router moved": [k for k, v in frozen.distilled.items() if not torch.equal(v, weights[k])],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "stages": [entry["routing_stage"] for entry in trainer.state.log_history if "loss" in entry],
+        "loads": [
+            [entry["expert_load"], entry["load_entropy"], entry["dead_experts"], entry["router_entropy"]]
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
     }
 
 
@@ -122,6 +127,10 @@ def test_two_processes_learn_what_one_does_on_both_batches(ran, alone, way):
     assert first["fingerprint"] == alone["fingerprint"]
     torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-4, atol=1e-5)
     assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    # Of the tokens of both processes, each counted once.
+    for of_two, of_one in zip(first["loads"], alone["loads"], strict=True):
+        torch.testing.assert_close(torch.tensor(of_two[0]), torch.tensor(of_one[0]), rtol=0, atol=1e-4)
+        assert of_two[1:] == pytest.approx(of_one[1:], rel=1e-4)
 
 
 def test_a_rank_whose_table_differs_is_named_on_every_rank(ran):

@@ -67,7 +67,7 @@ def test_without_anything_distilled_there_is_nothing_to_agree_on():
 
 def test_a_batch_of_padding_has_zeros_and_no_nan():
     nothing = torch.zeros(8, dtype=torch.bool)
-    assert [float(value) for value in health_of(nothing)] == [0.0] * 5
+    assert [float(value) for value in health_of(nothing, router_logits=torch.randn(8, 3))] == [0.0] * 6
 
 
 def test_opposite_states_have_no_common_direction():

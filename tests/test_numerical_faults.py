@@ -557,8 +557,10 @@ def test_a_batch_of_padding_alone_is_harmless(kind, stage, family):
         assert not any(gradient.any() for gradient in gradients_of(model).values())
         # Means over no tokens are left out; the loads have none to compare.
         metrics = meter.pop_window().metrics(model.routing_stage)
-        assert metrics.keys() == {"routing_stage", "load_max_over_mean", "load_min_over_mean"}
-        assert math.isnan(metrics["load_max_over_mean"])
+        shares = {"load_max_over_mean", "load_min_over_mean", "load_entropy"}
+        assert metrics.keys() == {"routing_stage", "dead_experts", *shares}
+        assert all(math.isnan(metrics[name]) for name in shares)
+        assert metrics["dead_experts"] == outputs.expert_load.numel()
     else:
         # An empty target still has the token that it begins with: one a row is routed.
         assert outputs.expert_load.sum(-1).tolist() == [0, 3, 3]

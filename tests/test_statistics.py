@@ -1,12 +1,27 @@
 """The routing statistics in the Trainer's logs. Run: `python -m pytest tests/test_statistics.py`."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, tiny_model
-from trainers import BLOCKS, STATISTICS, Recorder, assert_same_weights, make_trainer, training_logs, weights
+from conftest import random_ids, tiny_model, tiny_seq2seq_model
+from trainers import (
+    BLOCKS,
+    PAIRS,
+    STATISTICS,
+    Recorder,
+    assert_same_weights,
+    make_seq2seq_trainer,
+    make_trainer,
+    training_logs,
+    weights,
+)
+from transformers import TrainerCallback
 
-from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
+from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
+from modeling_stablemoe.callback_base import TrainingStopwatch
+from modeling_stablemoe.statistics import LayerLoads
 
 
 # What is logged
@@ -26,23 +41,6 @@ def test_statistics_reach_the_history_and_reporters_that_stand_before_the_callba
     for logged, reported in zip(training_logs(trainer.state.log_history), training_logs(recorder.logs), strict=True):
         assert {name: logged.get(name) for name in STATISTICS} == {name: reported.get(name) for name in STATISTICS}
     assert any("transition_step" in entry for entry in recorder.logs)
-
-
-def test_statistics_reach_tensorboard_files(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    callbacks = [StageTransitionCallback(6), RoutingFluctuationCallback(BLOCKS, check_steps=3, num_tokens=64)]
-    trainer = make_trainer(tmp_path, *callbacks, report_to="tensorboard")
-    trainer.train()
-    (file,) = tmp_path.rglob("events.out.tfevents*")
-    events = EventAccumulator(str(file)).Reload()
-    history = trainer.state.log_history
-    for name in [*STATISTICS, "routing_fluctuation", "transition_agreement"]:
-        expected = {entry["step"]: entry[name] for entry in history if name in entry and "train_loss" not in entry}
-        scalars = {event.step: event.value for event in events.Scalars(f"train/{name}")}
-        assert scalars.keys() == expected.keys(), name
-        assert scalars == pytest.approx(expected, rel=1e-5), name
 
 
 @pytest.mark.parametrize("stage1_steps", [6, 7])
@@ -91,7 +89,7 @@ def collate_padded(rows):
 
 def recompute(passes) -> dict[str, float]:
     """The statistics of some forward passes, token by token."""
-    task, targets, tokens, balance, distillation, agreed, layers = [0.0] * 7
+    task, targets, tokens, balance, distillation, agreed, uncertainty = [0.0] * 7
     load = torch.zeros(2, 5)
     for batch in passes:
         shifted = batch["labels"][:, 1:]
@@ -110,12 +108,20 @@ def recompute(passes) -> dict[str, float]:
                 balance += ((count[expert] - fair) / fair * gates).item()
             distillation -= distilled.log_softmax(-1)[torch.arange(len(chosen)), chosen].sum().item()
             agreed += (distilled.argmax(-1) == chosen).float().sum().item() / 2
+            uncertainty += torch.distributions.Categorical(logits=scores).entropy().sum().item() / math.log(5) / 2
+    of_layers = [torch.distributions.Categorical(row).entropy().item() / math.log(5) for row in load]
     return {
         "task_loss": task / targets,
         "balance_loss": balance / tokens,
         "distillation_loss": distillation / tokens,
         "distillation_agreement": agreed / tokens,
         "load_max_over_mean": (load.amax(-1) / load.mean(-1)).max().item(),
+        "router_entropy": uncertainty / tokens,
+        "load_entropy": min(of_layers),
+        "load_entropy/layer_0": of_layers[0],
+        "load_entropy/layer_1": of_layers[1],
+        "dead_experts": (load == 0).sum().item(),
+        "dead_experts/layer_1": (load[1] == 0).sum().item(),
     }
 
 
@@ -159,3 +165,159 @@ def test_statistics_leave_training_as_it_is(tmp_path):
     assert_same_weights(actual, expected)
     # The hook is gone with the run.
     assert not watched.model._forward_hooks
+
+
+# The load of each expert
+
+
+ROUTERS = {
+    "stable": {},
+    "stable, a dozen tokens of capacity": {"expert_capacity_factor": 1.0},
+    "switch": {"router_type": "switch"},
+    "base": {"router_type": "base"},
+    "hash": {"router_type": "hash"},
+}
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_load_of_each_expert_is_that_of_its_tokens_for_every_router_in_both_stages(router, tmp_path):
+    model, chosen = tiny_model(moe_layer_positions=[0, 2], output_router_logits=True, **ROUTERS[router]), []
+    model.register_forward_hook(lambda module, args, output: chosen.append(output.expert_indices))
+    is_frozen = router.startswith("stable")
+    callback = StageTransitionCallback(2) if is_frozen else RoutingStatisticsCallback()
+    trainer = make_trainer(tmp_path, callback, model=model, logging_steps=1, max_steps=4)
+    trainer.train()
+    logs = training_logs(trainer.state.log_history)
+    assert [entry["routing_stage"] for entry in logs] == (
+        [1, 2, 2, 2] if is_frozen else [2 if router == "hash" else 1] * 4
+    )
+    for entry, layers in zip(logs, chosen, strict=True):
+        counts = torch.stack([torch.bincount(index.flatten(), minlength=5) for index in layers])
+        torch.testing.assert_close(torch.tensor(entry["expert_load"]), counts / 6.4, rtol=0, atol=1e-4)
+        assert ("router_entropy" in entry) == (router != "hash")
+        if "capacity" in router:
+            # 32 tokens over 5 experts: 6 each.
+            assert entry["overflow"] == pytest.approx((counts - 6).clamp(min=0).sum().item() / 64)
+        else:
+            assert "overflow" not in entry
+
+
+def test_load_of_each_expert_goes_where_it_is_asked_to(tmp_path):
+    seen = {}
+    for where in ("history", "reporters", "none"):
+        recorder = Recorder()
+        trainer = make_trainer(tmp_path, recorder, RoutingStatisticsCallback(expert_load=where), max_steps=3)
+        trainer.train()
+        [history], [reported] = training_logs(trainer.state.log_history), training_logs(recorder.logs)
+        seen[where] = history
+        names = {f"expert_load/layer_0/expert_{index}" for index in range(5)}
+        assert (names <= reported.keys()) == (names <= history.keys()) == (where == "reporters")
+        assert ("expert_load" in history) == (where == "history")
+        # A list is no number that a reporter could draw.
+        assert all(isinstance(value, (int, float)) for value in reported.values())
+        assert not [name for name in reported if "/" in name and "expert_load" not in name]  # of one layer
+    [row] = seen["history"]["expert_load"]
+    assert row == pytest.approx(
+        [seen["reporters"][f"expert_load/layer_0/expert_{index}"] for index in range(5)], abs=1e-4
+    )
+    with pytest.raises(ValueError, match=r"`expert_load` must be one of \['history', 'reporters', 'none'\], got True"):
+        RoutingStatisticsCallback(expert_load=True)
+
+
+def test_layers_of_encoder_and_decoder_are_told_apart(tmp_path):
+    trainer = make_seq2seq_trainer(tmp_path, StageTransitionCallback(3))
+    trainer.train()
+    for entry in training_logs(trainer.state.log_history):
+        layers = {name.split("/")[1] for name in entry if "/" in name}
+        assert layers == {"encoder_0", "decoder_0", "decoder_1"}
+        assert entry["dead_experts"] == sum(entry[f"dead_experts/{layer}"] for layer in layers)
+        assert entry["load_entropy"] == min(entry[f"load_entropy/{layer}"] for layer in layers)
+        assert [len(row) for row in entry["expert_load"]] == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        ([[3.0, 3.0], [1.0, 1.0]], (1.0, 1.0, 1.0, 0)),
+        ([[4.0, 0.0], [2.0, 2.0]], (2.0, 0.0, 0.0, 1)),
+        ([[7.0]], (1.0, 1.0, 1.0, 0)),
+    ],
+)
+def test_evenness_of_loads_at_its_ends(load, expected):
+    names = ("load_max_over_mean", "load_min_over_mean", "load_entropy", "dead_experts")
+    assert LayerLoads(torch.tensor(load).double()).worst() == dict(zip(names, expected, strict=True))
+
+
+# Tokens per second
+
+
+class Clock:
+    """Stands still but for what it is told."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("modeling_stablemoe.callback_base.time.perf_counter", lambda: self.now)
+
+    def watch(self, model):
+        """A training pass takes a second, another one a hundred."""
+
+        def pass_by(module, *_):
+            self.now += 1 if module.training else 100
+
+        model.register_forward_hook(pass_by)
+        return model
+
+
+class SlowSaving(TrainerCallback):
+    def __init__(self, clock):
+        self.clock = clock
+
+    def on_save(self, args, state, control, **kwargs):
+        self.clock.now += 1000
+
+
+def test_tokens_per_second_are_of_training_alone(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    trainer = make_trainer(
+        tmp_path,
+        SlowSaving(clock),
+        StageTransitionCallback(4),
+        RoutingFluctuationCallback(BLOCKS, check_steps=2, num_tokens=64),
+        model=clock.watch(tiny_model()),
+        logging_steps=3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=4,
+    )
+    trainer.train()
+    assert clock.now > 2000
+    # Two blocks of 16 tokens a step.
+    assert [entry["tokens_per_second"] for entry in training_logs(trainer.state.log_history)] == [32.0] * 4
+
+
+def test_tokens_per_second_leave_out_padding_of_source_and_target(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    model = clock.watch(tiny_seq2seq_model(encoder_moe_layer_positions=[]))  # no layer of the encoder tells its tokens
+    trainer = make_seq2seq_trainer(tmp_path, RoutingStatisticsCallback(), model=model, max_steps=8, logging_steps=8)
+    trainer.train()
+    [entry] = training_logs(trainer.state.log_history)
+    assert entry["tokens_per_second"] == sum(len(ids) for pair in PAIRS for ids in pair.values()) / 8
+
+
+def test_tokens_per_second_are_of_all_accumulated_batches(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    trainer = make_trainer(
+        tmp_path,
+        RoutingStatisticsCallback(),
+        model=clock.watch(tiny_model()),
+        gradient_accumulation_steps=3,
+        max_steps=3,
+    )
+    trainer.train()
+    [entry] = training_logs(trainer.state.log_history)
+    assert entry["tokens_per_second"] == 32.0
+
+
+def test_a_stopwatch_that_was_not_started_has_no_time():
+    assert TrainingStopwatch().pop() == 0.0

@@ -1,0 +1,371 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The figures of a training run, or of several side by side, from what their folders hold of their log histories."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from .figures import add_legend, line_style, mark_transitions, require_matplotlib, save_figure
+from .fluctuation import RoutingHistory, draw_changes, draw_settled
+
+
+@dataclass
+class RunHistory:
+    """What the folder of a run tells of its course.
+
+    Args:
+        label (`str`): name in the figures.
+        log_history (`list[dict]`): of the Trainer.
+        fluctuation (`dict`, *optional*): of `RoutingHistory.summary`.
+    """
+
+    label: str
+    log_history: list[dict]
+    fluctuation: dict | None = None
+
+    @property
+    def transition_step(self) -> int | None:
+        """`int`: step at whose end the routing was frozen; `None` if it was not."""
+        return next((entry["transition_step"] for entry in self.log_history if "transition_step" in entry), None)
+
+    def curve(self, name: str) -> tuple[list[int], list]:
+        """Give the steps and the values of what was logged under a name."""
+        points = [(entry["step"], entry[name]) for entry in self.log_history if entry.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def expert_load(self) -> tuple[list[int], dict[str, list[list[float]]]]:
+        """Give the load of each expert, over the mean of its layer.
+
+        Returns:
+            `tuple`: the steps of the logs, and by MoE layer, in order, one list of loads a step.
+        """
+        steps, layers = [], {}
+        names = self._layer_names()
+        for entry in self.log_history:
+            rows = entry.get("expert_load") or _rows_of_scalars(entry)
+            if rows and not math.isnan(sum(map(sum, rows))):  # a window without tokens
+                steps.append(entry["step"])
+                for index, row in enumerate(rows):
+                    name = names[index] if len(names) == len(rows) else f"layer_{index}"
+                    layers.setdefault(name, []).append(row)
+        return steps, layers
+
+    def _layer_names(self) -> list[str]:
+        """Read the names of the MoE layers off the metrics of each, which are there if there are several."""
+        names = {}
+        for entry in self.log_history:
+            names |= {name.split("/")[1]: None for name in entry if name.startswith(("load_entropy/", "expert_load/"))}
+        return list(names)
+
+    def layer_curves(self) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+        """Give, by number and MoE layer, how even the loads were: steps and values.
+
+        The numbers are those of `LayerLoads`. Of each layer where its loads were logged, else of the worst one, which has
+        the name "".
+        """
+        steps, layers = self.expert_load()
+        if not layers:
+            return {name: {"": self.curve(name)} for name in EVENNESS}
+        return {
+            name: {layer: (steps, [measure(row) for row in rows]) for layer, rows in layers.items()}
+            for name, measure in EVENNESS.items()
+        }
+
+
+def _rows_of_scalars(entry: dict) -> list[list[float]]:
+    """Collect `expert_load/layer_0/expert_0` and so on of one log, one list a layer."""
+    layers: dict[str, list[float]] = {}
+    for name, value in entry.items():
+        if name.startswith("expert_load/"):
+            layers.setdefault(name.split("/")[1], []).append(value)
+    return list(layers.values())
+
+
+def _entropy(row: list[float]) -> float:
+    shares = [load / len(row) for load in row]  # loads are over the mean, so they sum to the number of experts
+    return -sum(share * math.log(share) for share in shares if share > 0) / math.log(max(len(row), 2))
+
+
+# As in `LayerLoads`, of one layer's loads over their mean.
+EVENNESS: dict[str, Callable[[list[float]], float]] = {
+    "load_max_over_mean": max,
+    "load_min_over_mean": min,
+    "load_entropy": _entropy,
+    "dead_experts": lambda row: sum(load == 0 for load in row),
+}
+
+
+# Of panels side by side.
+MAX_COLUMNS = 3
+
+
+def read_run(folder: str | Path, label: str | None = None) -> RunHistory:
+    """Read a run's history: that of the finished run, or of the last checkpoint that has one.
+
+    Args:
+        folder (`str` or `Path`): output folder of a run, or a checkpoint.
+        label (`str`, *optional*): name in the figures. Default: that of the folder.
+
+    Returns:
+        `RunHistory`
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or no history in it.
+        ValueError: if the history cannot be read, or nothing was logged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}; name the `--output_dir` of a run.")
+    path = _state_file(folder)
+    history = _read_json(path).get("log_history")
+    if not isinstance(history, list) or not all(isinstance(entry, dict) and "step" in entry for entry in history):
+        raise ValueError(f"{str(path)!r} holds no `log_history`: it is no state of a Trainer.")
+    if not history:
+        raise ValueError(f"Nothing was logged in {str(path)!r}: train on, or lower `logging_steps`.")
+    last_step = max(entry["step"] for entry in history)
+    return RunHistory(label or folder.resolve().name, history, _read_fluctuation(folder, last_step))
+
+
+def _state_file(folder: Path) -> Path:
+    if (folder / "trainer_state.json").is_file():
+        return folder / "trainer_state.json"
+    checkpoints = [file for file in folder.glob("checkpoint-*/trainer_state.json") if _step_of(file) is not None]
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"{str(folder)!r} holds no log history: neither `trainer_state.json` nor a checkpoint with one. It is written "
+            "with every checkpoint and by `trainer.save_state()`."
+        )
+    return max(checkpoints, key=_step_of)
+
+
+def _step_of(file: Path) -> int | None:
+    step = file.parent.name.removeprefix("checkpoint-")
+    return int(step) if step.isdecimal() else None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # undecodable bytes are one, too
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}. It may have been cut off.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} is not a JSON object, but a {type(content).__name__}.")
+    return content
+
+
+def _read_fluctuation(folder: Path, last_step: int) -> dict | None:
+    """Read the checks of `RoutingFluctuationCallback`: those that it keeps while it runs, or its report."""
+    checks, report = folder / "routing_fluctuation.safetensors", folder / "routing_fluctuation.json"
+    if checks.is_file():
+        history = RoutingHistory()
+        try:
+            history.load(checks, last_step)
+        except SafetensorError as error:
+            raise ValueError(f"{str(checks)!r} is not a readable safetensors file: {error}.") from error
+        return history.summary() if history.steps else None
+    return _read_json(report) if report.is_file() else None
+
+
+def write_run_figures(runs: Sequence[RunHistory], folder: str | Path, formats: Iterable[str] = ("png",)) -> list[Path]:
+    """Draw what there is to draw of runs.
+
+    Args:
+        runs (sequence of `RunHistory`): at least one, labels all different.
+        folder (`str` or `Path`): where to put the files; made where there is none.
+        formats (iterable of `str`): endings: `"png"`, `"svg"`.
+
+    Returns:
+        `list[Path]`: `loss` (figure 4), `fluctuation` (figures 2 and 7), `load`, `expert_load`, `distillation` and
+        `gates`, those that something was logged for, in each format.
+
+    Raises:
+        ValueError: where matplotlib is not installed; if labels repeat.
+    """
+    figure_class = require_matplotlib()
+    labels = [run.label for run in runs]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"Runs need different labels, got {labels}.")
+    folder, written = Path(folder), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, draw in FIGURES.items():
+        figure = figure_class(layout="constrained")
+        draw(figure, runs)
+        if any(axes.get_visible() for axes in figure.axes):
+            written += [save_figure(figure, folder / f"{name}.{ending}") for ending in formats]
+    return written
+
+
+def _plot(axes, run: RunHistory, name: str, scale: float = 1.0, **style):
+    steps, values = run.curve(name)
+    if values:
+        axes.plot(steps, [scale * value for value in values], **style)
+
+
+def _finish(figure, panels: Sequence, runs: Sequence[RunHistory]):
+    """Add what every panel over steps has; leave out those without a line."""
+    for axes in panels:
+        axes.set_visible(bool(axes.lines))
+    panels = [axes for axes in panels if axes.get_visible()]
+    for axes in panels:
+        axes.set_xlabel(axes.get_xlabel() or "step")
+        axes.tick_params(labelbottom=True)  # also over a panel that is left out
+        axes.grid(alpha=0.3)
+        mark_transitions(axes, {run.label: run.transition_step for run in runs})
+    add_legend(figure, panels)
+
+
+def _draw_loss(figure, runs: Sequence[RunHistory]):
+    """Draw the loss of the training tokens, without routing losses, and the validation perplexity."""
+    from matplotlib.ticker import LogFormatter
+
+    figure.set_size_inches(10, 4.4)
+    panels = figure.subplots(1, 2, sharex=True)
+    for index, run in enumerate(runs):
+        style = {"label": run.label, **line_style(index)}
+        # A run without routing statistics, of a dense model say, has the whole loss alone, which is the same.
+        _plot(panels[0], run, "task_loss" if run.curve("task_loss")[0] else "loss", **style)
+        steps, losses = run.curve("eval_loss")
+        if losses:
+            panels[1].plot(steps, [math.exp(min(loss, 700.0)) for loss in losses], marker=".", **style)
+    panels[0].set(ylabel="task loss (nats per token)", title="Training")
+    panels[1].set(ylabel="perplexity", title="Validation", yscale="log")
+    # Plain numbers, also between powers of ten where the axis spans few of them.
+    panels[1].yaxis.set_major_formatter("{x:.4g}")
+    panels[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+    panels[1].tick_params(axis="y", which="minor", labelsize="small")
+    _finish(figure, panels, runs)
+
+
+def _draw_fluctuation(figure, runs: Sequence[RunHistory]):
+    """Draw figures 2 and 7; the second only of runs whose folder holds the experts of each check."""
+    figure.set_size_inches(10, 4.4)
+    panels = figure.subplots(1, 2, sharex=True)
+    for index, run in enumerate(runs):
+        style = {"label": run.label, **line_style(index)}
+        if run.curve("routing_fluctuation")[0]:
+            draw_changes(panels[0], *run.curve("routing_fluctuation"), **style)
+        if run.fluctuation is not None:
+            draw_settled(panels[1], run.fluctuation, **style)
+    panels[0].set_ylabel("validation tokens (%)")
+    panels[1].set(title="Expert settled for good", ylabel="validation tokens (%), cumulative")
+    _finish(figure, panels, runs)
+
+
+def _draw_load(figure, runs: Sequence[RunHistory]):
+    """Draw how even the loads are: of one run each layer, of several the worst layer of each."""
+    figure.set_size_inches(10, 7)
+    panels = list(figure.subplots(2, 2, sharex=True).flat)
+    titles = {
+        "load_max_over_mean": ("Heaviest expert", "tokens / mean"),
+        "load_min_over_mean": ("Lightest expert", "tokens / mean"),
+        "load_entropy": ("Entropy of the loads", "share of ln(experts)"),
+        "dead_experts": ("Experts without a token", "experts"),
+    }
+    for axes, (name, (title, unit)) in zip(panels, titles.items(), strict=True):
+        if len(runs) == 1:
+            curves = {layer or "worst layer": curve for layer, curve in runs[0].layer_curves()[name].items()}
+        else:
+            curves = {run.label: run.curve(name) for run in runs}
+        for index, (label, (steps, values)) in enumerate(curves.items()):
+            if values:
+                axes.plot(steps, values, label=label, **line_style(index))
+        axes.set(title=title, ylabel=unit)
+    panels[1].set_ylim(-0.02, 1.02)
+    panels[2].set_ylim(top=1.02)
+    panels[3].yaxis.get_major_locator().set_params(integer=True)
+    panels[3].set_ylim(bottom=-0.1)  # a line at 0 shows
+    _finish(figure, panels, runs)
+
+
+def _draw_expert_load(figure, runs: Sequence[RunHistory]):
+    """Draw the load of each expert over the steps, a panel a MoE layer; each run begins a new row of panels."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    rows: list[list] = []
+    for run in runs:
+        steps, layers = run.expert_load()
+        panels_of_run = [(run, f"{run.label}, {layer}", steps, loads) for layer, loads in layers.items()]
+        rows += [panels_of_run[start : start + MAX_COLUMNS] for start in range(0, len(panels_of_run), MAX_COLUMNS)]
+    if not rows:
+        return
+    columns = max(len(row) for row in rows)
+    figure.set_size_inches(1.5 + 4.5 * columns, 0.6 + 3 * len(rows))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    heaviest = max((load for row in rows for *_, loads in row for log in loads for load in log), default=0.0)
+    # 1 is white; more than four times the mean is as dark as it gets, lest one outlier bleach the rest.
+    norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(2.0, min(heaviest, 4.0)))
+    for row_of_axes, row in zip(grid, rows, strict=True):
+        for axes, (run, title, steps, loads) in zip(row_of_axes, row, strict=False):
+            image = _draw_heat_map(axes, steps, loads, norm)
+            axes.set_title(title)
+            if run.transition_step is not None:
+                axes.axvline(run.transition_step, color="black", linestyle=(0, (5, 2)), label="routing frozen")
+        for axes in row_of_axes[len(row) :]:
+            axes.set_visible(False)
+    extend = "max" if heaviest > norm.vmax else "neither"
+    figure.colorbar(image, ax=grid, label="tokens / mean of the layer", extend=extend)
+    add_legend(figure, grid.flat)
+
+
+def _draw_heat_map(axes, steps: list[int], loads: list[list[float]], norm):
+    """Draw the loads of one layer, a list of them a step; a log tells of the steps since the one before."""
+    edges = [max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0, *steps]
+    experts = [expert - 0.5 for expert in range(len(loads[0]) + 1)]
+    axes.set(xlabel="step", ylabel="expert")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    return axes.pcolormesh(edges, experts, list(zip(*loads, strict=True)), norm=norm, cmap="RdBu_r")
+
+
+def _draw_distillation(figure, runs: Sequence[RunHistory]):
+    """Draw how often the distilled router does what the backbone router does, and how fast its table still changes."""
+    figure.set_size_inches(13, 4.4)
+    panels = figure.subplots(1, 3, sharex=True)
+    names = {
+        "distillation_agreement": ("Distilled = backbone router", "tokens (%)"),
+        "distillation_agreement_by_id": ("The same, every token id alike", "token ids (%)"),
+        "table_change": ("Table changed since the last check", "tokens (%)"),
+    }
+    for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
+        for index, run in enumerate(runs):
+            _plot(axes, run, name, 100, label=run.label, marker=".", **line_style(index))
+        axes.set(title=title, ylabel=unit, ylim=(-2, 102))
+    sizes = {len(row) for run in runs for rows in run.expert_load()[1].values() for row in rows}
+    if len(sizes) == 1:
+        for axes in [axes for axes in panels[:2] if axes.lines]:
+            axes.axhline(100 / next(iter(sizes)), color="0.6", linestyle=":", label="1 / experts")
+    _finish(figure, panels, runs)
+
+
+def _draw_gates(figure, runs: Sequence[RunHistory]):
+    """Draw what tells a healthy routing: gates, the common direction of hidden states, the entropy of the scores."""
+    figure.set_size_inches(10, 7)
+    panels = list(figure.subplots(2, 2, sharex=True).flat)
+    names = {
+        "mean_gate": ("Mean gate", "gate"),
+        "closed_gates": ("Gates below 0.05", "share of the tokens"),
+        "common_direction": ("Common direction of hidden states", "norm of mean / mean norm"),
+        "router_entropy": ("Entropy of the router", "share of ln(experts)"),
+    }
+    for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
+        for index, run in enumerate(runs):
+            _plot(axes, run, name, label=run.label, **line_style(index))
+        axes.set(title=title, ylabel=unit, ylim=(-0.02, 1.02))
+    _finish(figure, panels, runs)
+
+
+# Each draws on an empty figure; without anything to draw it leaves no visible panel.
+FIGURES: dict[str, Callable] = {
+    "loss": _draw_loss,
+    "fluctuation": _draw_fluctuation,
+    "load": _draw_load,
+    "expert_load": _draw_expert_load,
+    "distillation": _draw_distillation,
+    "gates": _draw_gates,
+}
+
+
+__all__ = ["RunHistory", "read_run", "write_run_figures"]
