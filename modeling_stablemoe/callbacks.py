@@ -11,8 +11,10 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
-from .callback_base import LoggingCallback, TrainingClockCallback, find_stablemoe, refuse_label_smoother
+from .callback_base import LoggingCallback, TrainingClockCallback, find_caller, find_stablemoe, refuse_label_smoother
+from .card_callback import ModelCardCallback, add_model_card
 from .checkpoints import copy_code_files
 from .distillation_stablemoe import sees_context
 from .fluctuation_callback import RoutingFluctuationCallback
@@ -37,6 +39,8 @@ class RoutingStatisticsCallback(LoggingCallback):
     is distilled, `distillation_loss`, `distillation_agreement` and `distillation_agreement_by_id` (see
     `RoutingTotals.metrics`, also for what NaN comes to).
 
+    What is saved and pushed gets a model card (see `ModelCardCallback`).
+
     `StageTransitionCallback` does all this and freezes the routing; take one of the two.
 
     Raises:
@@ -44,6 +48,12 @@ class RoutingStatisticsCallback(LoggingCallback):
     """
 
     _meter: RoutingMeter | None = None
+    _has_model_card = False
+
+    def on_init_end(self, args, state, control, **kwargs):
+        """See to it that what is saved has a model card."""
+        add_model_card(find_caller(CallbackHandler))
+        self._has_model_card = True
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin to watch the model."""
@@ -53,6 +63,9 @@ class RoutingStatisticsCallback(LoggingCallback):
         refuse_label_smoother(args)
         check_same_routing(stablemoe, "at the start of training")
         self._find_handler()
+        if not self._has_model_card:  # added to a Trainer that was made already
+            add_model_card(self._handler)
+            self._has_model_card = True
         self._go_first()
         if self._meter is not None:
             self._meter.close()
@@ -379,6 +392,7 @@ def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Pa
 
 
 __all__ = [
+    "ModelCardCallback",
     "RoutingFluctuationCallback",
     "RoutingStatisticsCallback",
     "StageTransitionCallback",

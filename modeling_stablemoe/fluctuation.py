@@ -13,6 +13,11 @@ from torch import Tensor
 from .atomic_files import replace_file
 
 
+# What a run leaves in its folder.
+REPORT_FILE = "routing_fluctuation.json"
+FIGURE_FILE = "routing_fluctuation.png"
+
+
 class RoutingHistory:
     """The experts of the same tokens at several steps of a training run.
 
@@ -119,13 +124,13 @@ class RoutingHistory:
             `list[Path]`: the files written.
         """
         summary = self.summary()
-        path = Path(folder) / "routing_fluctuation.json"
+        path = Path(folder) / REPORT_FILE
         replace_file(path, lambda partial: Path(partial).write_text(json.dumps(summary, indent=2) + "\n"))
         figure = plot_fluctuation(summary)
         if figure is None:
             return [path]
-        replace_file(path.with_suffix(".png"), lambda partial: figure.savefig(partial, format="png", dpi=150))
-        return [path, path.with_suffix(".png")]
+        replace_file(path.with_name(FIGURE_FILE), lambda partial: figure.savefig(partial, format="png", dpi=150))
+        return [path, path.with_name(FIGURE_FILE)]
 
 
 def plot_fluctuation(summary: dict):
@@ -159,4 +164,4 @@ def plot_fluctuation(summary: dict):
     return figure
 
 
-__all__ = ["RoutingHistory", "plot_fluctuation"]
+__all__ = ["FIGURE_FILE", "REPORT_FILE", "RoutingHistory", "plot_fluctuation"]
