@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainerState
+from yaml import YAMLError
 
 from . import reload_probe
 from .configuration_stablemoe import StableMoEBaseConfig
@@ -59,13 +60,13 @@ def prepare(folder: str | Path, name: str, license: str | None = None, language:
             f"The tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: this is the tokenizer of "
             "another model. Save the right one to the folder."
         )
-    check_without_package(folder, reload_probe.compute(model))
     files, left_out = select_files(folder)
     card = _card_of(folder, name, model)
     for field, value in (("license", license), ("language", language)):
         if value:
             card.data[field] = value
     check_card(card, model.config, _read_results(folder), {path.name for path in files})
+    check_without_package(folder, reload_probe.compute(model))  # the last, as it takes longest
     return Shipment(files, card, left_out)
 
 
@@ -137,7 +138,10 @@ def _read_results(folder: Path) -> dict | None:
 def _card_of(folder: Path, name: str, model: PreTrainedModel) -> ModelCard:
     path = folder / CARD_FILE
     if path.exists():
-        card = ModelCard.load(path)
+        try:
+            card = ModelCard.load(path)
+        except (ValueError, YAMLError) as error:
+            raise ValueError(f"The metadata of {str(path)!r} are wrong: {error}") from error
         return rename(card, name) if is_filled_card(path) else card
     results = _read_results(folder) or _results_of_state(folder, model)
     return build_model_card(
@@ -169,7 +173,7 @@ def check_card(card: ModelCard, config: StableMoEBaseConfig, results: dict | Non
     Raises:
         ValueError: for the first thing that is wrong.
     """
-    data = ModelCard(str(card)).data  # as the Hub reads it; a broken model index is an error
+    data = card.data
     task = "translation" if config.is_encoder_decoder else "text-generation"
     for key, expected in (("library_name", "transformers"), ("pipeline_tag", task)):
         if data.get(key) != expected:
