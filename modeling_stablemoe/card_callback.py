@@ -33,8 +33,8 @@ class ModelCardCallback(TrainerCallback):
     left alone. Arguments of `Trainer.push_to_hub`, such as `license`, are taken into the card.
 
     `StageTransitionCallback` and `RoutingStatisticsCallback` bring this callback, unless there is one: pass your own to
-    say more than a run can know. `trainer.remove_callback(ModelCardCallback)` at once after making the Trainer, and
-    Trainer's draft is back.
+    say more than a run can know. After `trainer.remove_callback(ModelCardCallback)`, before training, there are no cards but
+    Trainer's drafts.
 
     Args:
         facts (`CardFacts`, *optional*): license, language and the like. Data sets from the Hub and the model that
@@ -56,10 +56,6 @@ class ModelCardCallback(TrainerCallback):
         # A copy of the model is one of the same run.
         return self
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
-        """Follow the model from now on."""
-        self._follow(args, state, model)
-
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Follow the model and the state that Trainer has just made or resumed."""
         if _stablemoe_in(model) is None:
@@ -70,9 +66,9 @@ class ModelCardCallback(TrainerCallback):
         self._has_ended = False
         self._follow(args, state, model)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        """Take note of the state, which a loop of one's own may have replaced."""
-        self._state = state
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        """Follow a model that is not trained here, only evaluated."""
+        self._follow(args, state, model)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Take note that the model may be that of the best checkpoint from now on."""
