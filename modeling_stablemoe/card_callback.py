@@ -2,12 +2,10 @@
 """A `TrainerCallback` that puts a model card, filled from the run, beside everything that is saved and pushed."""
 
 import logging
-import re
 import shutil
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
@@ -15,14 +13,12 @@ from transformers.trainer_callback import CallbackHandler
 from .atomic_files import replace_file
 from .callback_base import find_caller
 from .fluctuation import FIGURE_FILE
-from .hub import CARD_FILE, UNKNOWN, CardFacts, build_model_card, is_filled_card
+from .hub import CARD_FILE, CardFacts, build_model_card, is_filled_card
 from .report import last_evaluation, summarize_run
 from .stages_stablemoe import TwoStageRoutingMixin
 
 
 logger = logging.getLogger(__name__)
-
-_HUB_FILE = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@")
 
 
 class ModelCardCallback(TrainerCallback):
@@ -37,8 +33,8 @@ class ModelCardCallback(TrainerCallback):
     Trainer's drafts.
 
     Args:
-        facts (`CardFacts`, *optional*): license, language and the like. Data sets from the Hub and the model that
-            training started from are found out where they are not named.
+        facts (`CardFacts`, *optional*): license, language, data sets and the like. The model that training started from is
+            found out where it is not named.
 
     Raises:
         ValueError: at the start of training, if there is no StableMoE model.
@@ -47,7 +43,7 @@ class ModelCardCallback(TrainerCallback):
     def __init__(self, facts: CardFacts | None = None):
         self.facts = facts or CardFacts()
         self._name = ""
-        self._found: dict = {}  # facts that the Trainer knows
+        self._found: dict = {}  # facts that the model knows
         self._args: TrainingArguments | None = None
         self._state: TrainerState | None = None
         self._has_ended = False
@@ -92,11 +88,10 @@ class ModelCardCallback(TrainerCallback):
         trainer = find_caller(Trainer)
         if trainer is not None:
             self._name = trainer.hub_model_id or self._name
-            self._found = {**_facts_of(trainer), "tags": list(stablemoe.model_tags or [])}
             # The only place where Trainer lets its draft be replaced. Adapters have a card of their own kind.
             if trainer.accelerator.unwrap_model(trainer.model) is stablemoe:
                 trainer.create_model_card = partial(self._create_model_card, stablemoe)
-        self._found["base_model"] = stablemoe.config.name_or_path or None
+        self._found = {"base_model": stablemoe.config.name_or_path or None, "tags": list(stablemoe.model_tags or [])}
 
     def _create_model_card(
         self,
@@ -186,23 +181,6 @@ def _may_write(path: Path) -> bool:
         return True
     logger.warning("%s was not filled by this package: it stays, and there is no model card.", path)
     return False
-
-
-def _facts_of(trainer: Trainer) -> dict:
-    """Find out which data sets of the Hub a Trainer trains and evaluates on."""
-    datasets, evaluated = _hub_datasets(trainer.train_dataset), _hub_datasets(trainer.eval_dataset)
-    facts = {"datasets": datasets, "dataset_name": ", ".join(evaluated) or UNKNOWN}
-    if evaluated:
-        info, split = trainer.eval_dataset.info, trainer.eval_dataset.split
-        facts |= {"dataset_config": info.config_name, "dataset_split": None if split is None else str(split)}
-    return facts
-
-
-def _hub_datasets(dataset: object) -> list[str]:
-    """List the repositories that a data set was downloaded from, which it remembers through `map` and the like."""
-    if not isinstance(dataset, Dataset):
-        return []
-    return sorted({name for url in dataset.info.download_checksums or {} for name in _HUB_FILE.findall(url)})
 
 
 def _listed(value: str | list[str] | None) -> list[str] | None:

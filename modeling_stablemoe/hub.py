@@ -271,7 +271,6 @@ def _describe_measured(results: dict) -> dict[str, str]:
 
 __all__ = [
     "CARD_FILE",
-    "UNKNOWN",
     "CardFacts",
     "build_model_card",
     "card_template",
