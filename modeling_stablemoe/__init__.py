@@ -14,12 +14,14 @@ from .callbacks import (
 )
 from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
 from .hub import CardFacts
-from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel, StableMoEPreTrainedModel
+from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel
 from .modeling_stablemoe_seq2seq import (
     StableMoEForConditionalGeneration,
     StableMoESeq2SeqModel,
     StableMoESeq2SeqPreTrainedModel,
 )
+from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .routing_stablemoe import register_router
 from .version import __version__
 
 
@@ -46,4 +48,5 @@ __all__ = [
     "StableMoESeq2SeqPreTrainedModel",
     "StageTransitionCallback",
     "__version__",
+    "register_router",
 ]

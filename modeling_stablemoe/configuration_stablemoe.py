@@ -8,16 +8,15 @@ from transformers.activations import ACT2FN
 from transformers.distributed import DistributedConfig
 
 
-# One entry a router class of `routing_stablemoe.py`.
-ROUTER_TYPES = ("stable", "switch", "base", "hash")
+# The default coefficient of the balance loss of each router of `routing_stablemoe.py`, whose `register_router` adds others:
+# paper table 7; Fedus et al. (2022), section 2.2; BASE is balanced by its assignment, a hash is not learned.
+ROUTER_TYPES = {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}
 # One entry a kind of distilled router, see `distillation_stablemoe.py` (paper table 6).
 DISTILLED_ROUTERS = ("word_embedding", "counts", "bigram", "cnn", "transformer_1", "transformer_2", "transformer_3")
 # Of these the routing is a table over the vocabulary; the others look back at earlier tokens.
 TABLE_ROUTERS = ("word_embedding", "counts")
 BALANCE_GRADIENTS = ("all", "centroids")
 ROUTER_NORMALIZATIONS = ("center", "standardize")
-# Of the balance loss, where the method has one: paper table 7; Fedus et al. (2022), section 2.2.
-_BALANCE_LOSS_COEFS = {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
 # Of each sublayer of a stack of experts; the first dimension of every one is `num_experts`.
 EXPERT_PARAMETERS = ("norm_weight", "norm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
@@ -59,7 +58,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         num_experts (`int`, *optional*, defaults to 32): experts N of each MoE layer.
         num_expert_sublayers (`int`, *optional*, defaults to 3): FFN sublayers stacked in one expert.
         router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy, a row of table 1: `"stable"`,
-            `"switch"`, `"base"` or `"hash"`.
+            `"switch"`, `"base"`, `"hash"` or the name of a router of your own (see `register_router`).
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
             frozen (table 6). `"word_embedding"` sees the token alone and freezes into a table. So does `"counts"`, which
             waits for no gradient: each token id goes to the expert that it was sent to most often (see `CountRouter`).
@@ -176,7 +175,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         if self.distilled_router is None and self.router_type == "stable":
             self.distilled_router = "word_embedding"
         if self.balance_loss_coef is None:
-            self.balance_loss_coef = _BALANCE_LOSS_COEFS.get(str(self.router_type), 0.0)
+            self.balance_loss_coef = ROUTER_TYPES.get(str(self.router_type), 0.0)
         super().__post_init__(**kwargs)
         self.validate_architecture()
         for positions in self._moe_positions:
@@ -258,8 +257,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
             raise ValueError(f"`layer_norm_eps` must be a number in (0, 1), got {self.layer_norm_eps!r}.")
 
     def _validate_moe(self):
-        if self.router_type not in ROUTER_TYPES:
-            raise ValueError(f"`router_type` {self.router_type!r} is unknown; choose one of {list(ROUTER_TYPES)}.")
+        if not isinstance(self.router_type, str) or self.router_type not in ROUTER_TYPES:
+            raise ValueError(
+                f"`router_type` {self.router_type!r} is unknown; choose one of {list(ROUTER_TYPES)}, or import the file "
+                "that registers it first (`register_router`)."
+            )
         if self.distilled_router not in (None, *DISTILLED_ROUTERS):
             raise ValueError(
                 f"`distilled_router` {self.distilled_router!r} is unknown; choose one of {list(DISTILLED_ROUTERS)}."

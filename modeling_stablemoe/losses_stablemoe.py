@@ -6,13 +6,17 @@ Pure functions, no coefficients.
 Shape suffixes: T tokens, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+
+# What takes the arguments of `balance_loss` by name and gives a scalar.
+BalanceLoss = Callable[..., Tensor]
 
 
 def is_distributed() -> bool:
@@ -144,10 +148,6 @@ def switch_balance_loss(
     return num_experts * masked_mean(torch.softmax(router_logits, dim=-1) @ share_E, mask)
 
 
-# By `router_type`: BASE is balanced by its assignment, a hash is not learned.
-BALANCE_LOSSES = {"stable": balance_loss, "switch": switch_balance_loss}
-
-
 def distillation_loss(*, distilled_logits: Tensor, teacher_index: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross-entropy of the distilled router against the backbone router's choice, in nats per token.
 
@@ -182,7 +182,7 @@ class RoutingLosses(NamedTuple):
 
 def routing_losses(
     *,
-    router_type: str,
+    balance_loss_function: BalanceLoss | None,
     num_experts: int,
     router_logits: Sequence[Tensor],
     distilled_logits: Sequence[Tensor],
@@ -194,7 +194,8 @@ def routing_losses(
     """Sum the losses of a routing that learns over the MoE layers (StableMoE, eq. 11) and count the loads.
 
     Args:
-        router_type (`str`): the routing strategy, which has a balance loss of its own or none.
+        balance_loss_function (`Callable`, *optional*): that of the routing strategy, if it has one: `balance_loss` or what takes the
+            same arguments.
         num_experts (`int`): N.
         router_logits (sequence of `torch.Tensor` of shape `(T, E)`): backbone scores, one a layer; empty for a hash.
         distilled_logits (sequence of `torch.Tensor` of shape `(T, E)`): distilled scores, one a layer; empty where
@@ -219,7 +220,7 @@ def routing_losses(
     zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros((), device=device)
     balance, distillation = zero, zero
     if teachers:
-        balance = _balance_losses(router_type, router_logits, teachers, mask, training).sum()
+        balance = _balance_losses(balance_loss_function, router_logits, teachers, mask, training).sum()
     if teachers and distilled_logits:
         pairs = zip(distilled_logits, teachers, strict=True)
         distillation = sum(distillation_loss(distilled_logits=d, teacher_index=t, mask=mask) for d, t in pairs)
@@ -228,19 +229,21 @@ def routing_losses(
 
 
 def _balance_losses(
-    router_type: str, router_logits: list[Tensor], teachers: list[Tensor], mask: Tensor | None, training: bool
+    balance_loss_function: BalanceLoss | None,
+    router_logits: list[Tensor],
+    teachers: list[Tensor],
+    mask: Tensor | None,
+    training: bool,
 ) -> Tensor:
     """Compute the balance loss of each MoE layer, `(moe layers,)`; 0 where the strategy has none."""
-    if router_type not in BALANCE_LOSSES:
+    if balance_loss_function is None:
         return torch.zeros((), device=teachers[0].device)
     losses = []
     for logits, teacher in zip(router_logits, teachers, strict=True):
         load = count_expert_load(expert_index=teacher, mask=mask, num_experts=logits.shape[-1])
         if training:
             sum_across_processes(load)
-        losses.append(
-            BALANCE_LOSSES[router_type](router_logits=logits, expert_index=teacher, mask=mask, expert_load=load)
-        )
+        losses.append(balance_loss_function(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load))
     return torch.stack(losses)
 
 
@@ -307,7 +310,7 @@ def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | No
 
 
 __all__ = [
-    "BALANCE_LOSSES",
+    "BalanceLoss",
     "RoutingLosses",
     "balance_loss",
     "combine_routing_losses",

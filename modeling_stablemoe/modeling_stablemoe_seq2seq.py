@@ -12,22 +12,18 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .backbone_stablemoe import StableMoEBackbone, count_positions
+from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
 from .configuration_stablemoe import StableMoESeq2SeqConfig
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import label_smoothed_loss
-from .modeling_stablemoe import (
-    StableMoEAttention,
-    StableMoEBackbone,
-    StableMoEBlock,
-    StableMoEPreTrainedModel,
-    count_positions,
-)
 from .outputs_stablemoe import (
     StableMoEDecoderOutput,
     StableMoEModelOutputWithPast,
     StableMoESeq2SeqLMOutput,
     StableMoESeq2SeqModelOutput,
 )
+from .pretrained_stablemoe import StableMoEPreTrainedModel
 
 
 class StableMoECrossAttention(StableMoEAttention):

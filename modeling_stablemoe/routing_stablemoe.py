@@ -6,6 +6,7 @@ A router knows nothing of experts or losses, and does not keep its frozen routin
 Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 
 from .assignment_stablemoe import balanced_assignment
 from .balancing_stablemoe import BalancedTable, balanced_table_in_bands
-from .configuration_stablemoe import StableMoEBaseConfig
+from .configuration_stablemoe import ROUTER_TYPES, StableMoEBaseConfig
 from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class
+from .losses_stablemoe import BalanceLoss, balance_loss, switch_balance_loss
 from .running_stablemoe import RouterMemory, needs_memory
 from .tensors_stablemoe import copy_into, finite_tokens, score, whole_shape
 
@@ -65,6 +67,9 @@ class Router(nn.Module):
     A learned routing that is distilled evaluates with the distilled router, as the released code does, so that freezing
     it changes nothing. One that is not evaluates greedily, and cannot be frozen.
     """
+
+    # The balance loss of the strategy, a static method that takes what `losses_stablemoe.balance_loss` takes, if it has one.
+    balance_loss: BalanceLoss | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
@@ -260,9 +265,13 @@ class StableRouter(LearnedRouter):
     The gate is of the backbone score in every case, so the centroids E keep learning in stage 2.
     """
 
+    balance_loss = staticmethod(balance_loss)
+
 
 class SwitchRouter(LearnedRouter):
     """Switch Transformer (Fedus et al., 2022): greedy, softmax gate."""
+
+    balance_loss = staticmethod(switch_balance_loss)
 
     def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
         """Weigh the expert of each token by its probability; see `LearnedRouter.gate`."""
@@ -319,6 +328,35 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
+def register_router(name: str, balance_loss_coef: float = 0.0) -> Callable[[type[Router]], type[Router]]:
+    """Make a router of your own known to configs; a decorator of the class.
+
+    A config, and a checkpoint, of that name can be read where the file that registers it has been imported.
+
+    Args:
+        name (`str`): the value of `router_type`.
+        balance_loss_coef (`float`): default of the config's field, for a class with a `balance_loss`.
+
+    Raises:
+        ValueError: for the name of another router, or a class that is no [`Router`].
+    """
+
+    def register(router_class: type[Router]) -> type[Router]:
+        if not issubclass(router_class, Router):
+            raise ValueError(f"`{router_class.__name__}` must be a subclass of Router or LearnedRouter.")
+        known = ROUTERS.get(name)
+        # A file that is run twice, in a notebook say, makes its class anew.
+        if known is not None and (known.__module__, known.__qualname__) != (
+            router_class.__module__,
+            router_class.__qualname__,
+        ):
+            raise ValueError(f"`router_type` {name!r} is {known.__name__} already; choose another name.")
+        ROUTERS[name], ROUTER_TYPES[name] = router_class, balance_loss_coef
+        return router_class
+
+    return register
+
+
 def build_router(config: StableMoEBaseConfig) -> Router:
     """Build the router that `config.router_type` names.
 
@@ -340,4 +378,5 @@ __all__ = [
     "StableRouter",
     "SwitchRouter",
     "build_router",
+    "register_router",
 ]

@@ -118,7 +118,9 @@ def run_two_processes(folder, *options) -> dict:
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("options", [(), ("checkpointing",), ("no_unused",)], ids=lambda o: "-".join(o) or "default")
+@pytest.mark.parametrize(
+    "options", [(), ("checkpointing",), ("no_unused",), ("router_logits",)], ids=lambda o: "-".join(o) or "default"
+)
 def test_two_processes_equal_one_with_their_whole_batch_in_both_stages(tmp_path, one_process, options):
     two = run_two_processes(tmp_path, *options)
     assert (two["processes"], one_process["processes"]) == (2, 1)

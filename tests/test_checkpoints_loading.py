@@ -23,9 +23,11 @@ EVERY_ID = torch.arange(99).unsqueeze(0)
 TABLE = "model.moe_layers.{}.frozen_router.routing_table"
 CODE_FILES = {
     "assignment_stablemoe.py",
+    "backbone_stablemoe.py",
     "balancing_prices_stablemoe.py",
     "balancing_search_stablemoe.py",
     "balancing_stablemoe.py",
+    "blocks_stablemoe.py",
     "configuration_stablemoe.py",
     "context_stablemoe.py",
     "distillation_stablemoe.py",
@@ -37,6 +39,7 @@ CODE_FILES = {
     "losses_stablemoe.py",
     "modeling_stablemoe.py",
     "outputs_stablemoe.py",
+    "pretrained_stablemoe.py",
     "routing_stablemoe.py",
     "running_stablemoe.py",
     "stages_stablemoe.py",

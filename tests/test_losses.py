@@ -193,7 +193,7 @@ def test_expert_load_counts_the_real_tokens_of_each_expert(tokens, masked):
     assert count_expert_load(expert_index=index, mask=mask, num_experts=5).tolist() == expected
 
 
-STABLE = {"router_type": "stable", "num_experts": 3}
+STABLE = {"balance_loss_function": balance_loss, "num_experts": 3}
 
 
 def test_routing_losses_sum_over_layers():
@@ -312,7 +312,7 @@ def test_routing_losses_ask_other_processes_only_when_told_to(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     router_logits = torch.tensor([[0.0, 1.0]] * 4, dtype=torch.float64)
     arguments = {
-        "router_type": "stable",
+        "balance_loss_function": balance_loss,
         "num_experts": 2,
         "router_logits": [router_logits],
         "distilled_logits": [router_logits],

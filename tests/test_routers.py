@@ -439,7 +439,7 @@ def test_balance_counts_run_over_all_processes_for_switch_too(monkeypatch):
     logits = torch.tensor([[0.0, 1.0]] * 4)
     chosen = [logits.argmax(-1)]
     arguments = {"router_logits": [logits], "distilled_logits": [], "expert_indices": chosen, "teachers": chosen}
-    losses = routing_losses(router_type="switch", num_experts=2, training=True, **arguments)
+    losses = routing_losses(balance_loss_function=switch_balance_loss, num_experts=2, training=True, **arguments)
     assert_close(losses.balance_loss, torch.tensor(1.0))  # 4 tokens each: f = (1/2, 1/2)
 
 

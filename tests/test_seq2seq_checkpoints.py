@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from safetensors.torch import load_file
-from test_checkpoints_loading import CODE_FILES, edit_config, edit_weights, run_without_package
+from test_checkpoints_loading import CODE_FILES as CAUSAL_CODE_FILES
+from test_checkpoints_loading import edit_config, edit_weights, run_without_package
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -25,6 +26,7 @@ SOURCE, TARGET = random_ids(3, 7, low=3, high=91), random_ids(3, 5, seed=1, low=
 EVERY_ID = torch.arange(91).unsqueeze(0)
 LAYERS = ["model.encoder.moe_layers.0", "model.decoder.moe_layers.0", "model.decoder.moe_layers.1"]
 TABLES = [f"{layer}.frozen_router.routing_table" for layer in LAYERS]
+CODE_FILES = CAUSAL_CODE_FILES - {"modeling_stablemoe.py"} | {"modeling_stablemoe_seq2seq.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_stablemoe.StableMoESeq2SeqConfig",
     "AutoModel": "modeling_stablemoe_seq2seq.StableMoESeq2SeqModel",
@@ -73,7 +75,7 @@ def assert_same_model(model, source):
 
 def test_a_checkpoint_holds_its_code_its_tables_and_the_embedding_once(checkpoint, source):
     names = {path.name for path in checkpoint.iterdir()}
-    code = CODE_FILES | {"modeling_stablemoe_seq2seq.py"}
+    code = CODE_FILES
     assert names == {"model.safetensors", "config.json", "generation_config.json"} | code
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP
@@ -191,7 +193,7 @@ def test_remote_code_and_a_fresh_interpreter_with_the_package_give_the_same_mode
         assert torch.equal(facts["routes"], source.route(EVERY_ID))
         assert_close(facts["logits"], source(SOURCE, decoder_input_ids=TARGET).logits, rtol=1e-4, atol=1e-5)
         assert torch.equal(facts["generated"], source.generate(SOURCE, max_new_tokens=4, num_beams=2))
-    assert CODE_FILES | {"modeling_stablemoe_seq2seq.py"} <= {path.name for path in resaved.iterdir()}
+    assert CODE_FILES <= {path.name for path in resaved.iterdir()}
     assert json.loads((resaved / "config.json").read_text())["auto_map"].keys() == AUTO_MAP.keys()
 
 

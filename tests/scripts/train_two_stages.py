@@ -33,10 +33,10 @@ class Gradients(TrainerCallback):
         self.distilled.append({name: p.detach().clone() for name, p in named if "distilled_router" in name})
 
 
-def train(folder, batch_size: int, **arguments) -> dict:
+def train(folder, batch_size: int, output_router_logits: bool = False, **arguments) -> dict:
     gradients = Gradients()
     trainer = Trainer(
-        model=tiny_model(moe_layer_positions=[0, 2]),
+        model=tiny_model(moe_layer_positions=[0, 2], output_router_logits=output_router_logits),
         args=TrainingArguments(
             output_dir=str(folder),
             per_device_train_batch_size=batch_size,
@@ -76,6 +76,9 @@ def main():
         arguments["gradient_checkpointing"] = True
     if "no_unused" in options:
         arguments["ddp_find_unused_parameters"] = False
+    if "router_logits" in options:
+        # What a Trainer would go by that takes the auxiliary loss out of the loss to scale it (transformers, issue 48690).
+        arguments["output_router_logits"] = True
     result = train(folder, int(batch_size), **arguments)
     if int(torch.distributed.get_rank()) == 0:
         torch.save(result, Path(folder) / "result.pt")

@@ -1,0 +1,239 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The backbone: embeddings, blocks, the MoE layers between them, and what a forward pass says of its routing."""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
+from .configuration_stablemoe import StableMoEBaseConfig
+from .context_stablemoe import TokenContext, cached_context, whole_context
+from .distillation_stablemoe import sees_context
+from .health_stablemoe import RoutingHealth, routing_health
+from .layer_stablemoe import StableMoELayer, token_mask
+from .losses_stablemoe import RoutingLosses, routing_losses
+from .outputs_stablemoe import StableMoEModelOutputWithPast
+from .pretrained_stablemoe import StableMoEPreTrainedModel, check_range
+
+
+class StableMoEBackbone(StableMoEPreTrainedModel):
+    """What a language model, an encoder and a decoder are alike: embeddings, blocks, MoE layers between them, final norm.
+
+    Args:
+        config (`StableMoEBaseConfig`).
+        blocks (`list[StableMoEBlock]`): in order.
+        moe_layer_positions (`list[int]`): where MoE layers stand: k = after block k, 0 = before the first block.
+    """
+
+    def __init__(self, config: StableMoEBaseConfig, blocks: list[StableMoEBlock], moe_layer_positions: list[int]):
+        super().__init__(config)
+        self.moe_layer_positions = moe_layer_positions
+        self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        else:
+            self.embed_positions = SinusoidalPositions(config.hidden_size)
+        self.layers = nn.ModuleList(blocks)
+        self.moe_layers = nn.ModuleList([StableMoELayer(config) for _ in moe_layer_positions])
+        # Post-norm blocks end with a norm of their own.
+        has_norm = config.do_layer_norm_before
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
+        self.sees_context = bool(moe_layer_positions) and sees_context(config)
+        self.gradient_checkpointing = False
+
+    def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Give `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
+
+        Raises:
+            ValueError: without both, for input without any token, or for a token id outside the vocabulary.
+        """
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("Pass `input_ids` or `inputs_embeds`.")
+        name, given = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+        if 0 in given.shape[:2]:
+            raise ValueError(
+                f"There is no token: `{name}` has shape {tuple(given.shape)}. Pass one sequence at least, of one token at "
+                "least; leave empty texts out of the batch, or begin them with a special token."
+            )
+        if input_ids is not None:
+            self.check_token_ids(input_ids)
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+    def embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
+        """Scale the token embeddings and add those of positions: what the first block sees.
+
+        Args:
+            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): token embeddings.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`): in [0, max_position_embeddings).
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+
+        Raises:
+            ValueError: for a position past `max_position_embeddings`.
+        """
+        check_range(
+            position_ids,
+            self.config.max_position_embeddings,
+            "position",
+            "`max_position_embeddings`; shorten the input, or the generation (`max_new_tokens`)",
+        )
+        positions = self.embed_positions(position_ids).to(inputs_embeds.dtype)
+        hidden_states = inputs_embeds * self.embed_scale + positions
+        return nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
+
+    def transform(
+        self,
+        hidden_states: Tensor,
+        *,
+        token_ids: Tensor,
+        token_mask: Tensor | None,
+        context: TokenContext | None,
+        **kwargs,
+    ) -> Tensor:
+        """Run the blocks, the MoE layers between them and the final norm.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `embed`.
+            token_ids (`torch.LongTensor` of shape `(batch, sequence)`): what the tokens are routed by.
+            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
+            context (`TokenContext`, *optional*): what came before, of `context_of`.
+            **kwargs: for the blocks.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+        """
+        moe_layers = dict(zip(self.moe_layer_positions, self.moe_layers, strict=True))
+        for position in range(len(self.layers) + 1):
+            if position > 0:
+                hidden_states = self.layers[position - 1](hidden_states, **kwargs)
+            if position in moe_layers:
+                moe_layer = moe_layers[position]
+                recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.router.recall()
+                hidden_states = moe_layer(hidden_states, token_ids, token_mask, context, recalled)
+        return self.norm(hidden_states)
+
+    def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
+        """Give the ids that tokens are routed by; `None` in a dense model. See `nearest_token_ids`."""
+        if input_ids is not None or not self.moe_layer_positions:
+            return input_ids
+        return self.nearest_token_ids(inputs_embeds)
+
+    def context_of(
+        self,
+        token_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        is_packed: bool = False,
+    ) -> TokenContext | None:
+        """Give the sequences so far to routers that look back at earlier tokens, and note new tokens in the cache.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): of `routed_by`.
+            attention_mask (`torch.Tensor`, *optional*): see `token_mask`.
+            cache (`Cache`, *optional*): of the self-attention, before the blocks add these tokens to it.
+            is_packed (`bool`): whether a row holds several sequences.
+
+        Returns:
+            `TokenContext`, or `None` where routers see the token alone.
+
+        Raises:
+            ValueError: see `cached_context`; also for packed sequences.
+        """
+        if not self.sees_context:
+            return None
+        if is_packed:
+            raise ValueError(
+                f"A {self.config.distilled_router!r} router looks back at earlier tokens and cannot tell apart sequences that "
+                "are packed into one row. Pad them instead, one a row; for continuous batching train a model with "
+                '`distilled_router="word_embedding"`.'
+            )
+        if cache is None:
+            return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]))
+        whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        return cached_context(cache, len(self.layers), token_ids, whole_mask)
+
+    def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
+        """Compute the routing losses of a forward pass that recorded its routing.
+
+        Args:
+            outputs (`StableMoEModelOutputWithPast`): with `expert_indices`, `routing_traces` and, where there are any,
+                `router_logits` and `distilled_router_logits`.
+            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
+
+        Returns:
+            `RoutingLosses`
+        """
+        return routing_losses(
+            balance_loss_function=self.moe_layers[0].router.balance_loss,
+            num_experts=self.config.num_experts,
+            router_logits=outputs.router_logits or (),
+            distilled_logits=outputs.distilled_router_logits or (),
+            expert_indices=[index.flatten() for index in outputs.expert_indices],
+            teachers=[t.teacher_index for t in outputs.routing_traces if t.teacher_index is not None],
+            mask=self._flat_mask(outputs, attention_mask, outputs.expert_indices[0].device),
+            # Evaluation may run on one process alone, where a collective would wait for ever.
+            training=self.training,
+        )
+
+    def routing_health(
+        self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None
+    ) -> list[RoutingHealth]:
+        """Measure the health of each MoE layer's routing in a forward pass; arguments as of `routing_losses`."""
+        layers = []
+        for trace in outputs.routing_traces:
+            mask = self._flat_mask(outputs, attention_mask, trace.gate.device)
+            layers.append(routing_health(**trace._asdict(), vocab_size=self.config.vocab_size, mask=mask))
+        return layers
+
+    def observe_routing(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None):
+        """Let the routers follow a training pass of stage 1 with what no gradient brings them.
+
+        Every process must call this; arguments as of `routing_losses`.
+        """
+        for layer, trace in zip(self.moe_layers, outputs.routing_traces, strict=True):
+            if not layer.frozen_router.is_frozen:
+                layer.router.observe(trace, self._flat_mask(outputs, attention_mask, trace.gate.device))
+
+    @staticmethod
+    def _flat_mask(outputs, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+        mask = token_mask(attention_mask, outputs.expert_indices[0].shape[-1])
+        return None if mask is None else mask.flatten().to(device)
+
+    @torch.no_grad()
+    def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
+        """Find the tokens whose embeddings are nearest, exactly the token itself where a vector is one.
+
+        Args:
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): vectors to look up.
+            chunk_size (`int`): vectors compared with the vocabulary at a time, which bounds memory.
+            num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids, any id
+            for a vector that is NaN. An embedding that is NaN is near to nothing.
+        """
+        weight = self.embed_tokens.weight.float()
+        squared_norm = weight.square().sum(-1)
+        num_candidates = min(num_candidates, weight.shape[0])
+        nearest = []
+        for vectors in inputs_embeds.flatten(0, 1).float().split(chunk_size):
+            rough = squared_norm - 2 * vectors @ weight.T
+            candidates = rough.topk(num_candidates, largest=False).indices.sort(-1).values
+            exact = (weight[candidates] - vectors.unsqueeze(1)).square().sum(-1)
+            nearest.append(candidates.gather(-1, exact.argmin(-1, keepdim=True)).squeeze(-1))
+        return torch.cat(nearest).view(inputs_embeds.shape[:2])
+
+
+def count_positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+    """Count positions over real tokens, so that padding on either side moves none: `(batch or 1, sequence)`."""
+    sequence_length = inputs_embeds.shape[1]
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return counted[:, -sequence_length:]
+    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return (torch.arange(sequence_length, device=inputs_embeds.device) + past_length).unsqueeze(0)
+
+
+__all__ = ["StableMoEBackbone", "count_positions"]

@@ -1,0 +1,192 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What all StableMoE models share, of any head: initialisation, checks, and how routing losses enter a loss."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import is_torchdynamo_compiling
+from transformers.utils.output_capturing import OutputRecorder
+
+from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
+from .configuration_stablemoe import StableMoEConfig
+from .distillation_stablemoe import CountRouter, DistilledRouter, sees_context
+from .experts_stablemoe import ExpertSublayer
+from .frozen_stablemoe import FrozenRouter, FrozenWeights
+from .health_stablemoe import RoutingHealth, mean_health
+from .integration_stablemoe import IntegrationMixin
+from .losses_stablemoe import RoutingLosses, combine_routing_losses, divisor_of
+from .routing_stablemoe import LearnedRouter, Router
+from .running_stablemoe import RouterMemory
+from .stages_stablemoe import TwoStageRoutingMixin
+
+
+class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTrainedModel):
+    """What all StableMoE models share: initialisation, loading, and the two stages of the routing."""
+
+    config: StableMoEConfig
+    config_class = StableMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StableMoEBlock", "StableMoELayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _auto_map = {
+        "AutoConfig": "configuration_stablemoe.StableMoEConfig",
+        "AutoModel": "modeling_stablemoe.StableMoEModel",
+        "AutoModelForCausalLM": "modeling_stablemoe.StableMoEForCausalLM",
+    }
+    _can_record_outputs = {
+        "hidden_states": StableMoEBlock,
+        "attentions": StableMoEAttention,
+        "router_logits": OutputRecorder(Router, index=0),
+        "expert_indices": OutputRecorder(Router, index=1),
+        "distilled_router_logits": OutputRecorder(Router, index=3),
+        "routing_traces": OutputRecorder(Router, index=4),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, ExpertSublayer):
+            # W2 and its bias at zero: a new expert changes nothing (released code).
+            init.ones_(module.norm_weight)
+            init.zeros_(module.norm_bias)
+            init.normal_(module.up_proj, mean=0.0, std=self.config.initializer_range)
+            if self.config.share_experts_in_stage1:
+                init.copy_(module.up_proj, module.up_proj[:1].expand_as(module.up_proj).clone())
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj)
+            init.zeros_(module.down_proj_bias)
+        elif isinstance(module, LearnedRouter):
+            init.orthogonal_(module.centroids, gain=0.1)
+        elif isinstance(module, RouterMemory):
+            for values in module.parameters():
+                init.zeros_(values)
+        elif isinstance(module, DistilledRouter):
+            self._init_distilled_router(module)
+        elif isinstance(module, FrozenRouter):
+            init.copy_(module.routing_table, module.initial_table())
+        elif isinstance(module, FrozenWeights):
+            for bits in module.parameters():
+                init.copy_(bits, torch.full_like(bits, -1))
+
+    def _init_distilled_router(self, module: DistilledRouter):
+        init.normal_(module.embedding, mean=0.0, std=1.0)
+        init.orthogonal_(module.centroids, gain=0.1)
+        if isinstance(module, CountRouter):
+            init.zeros_(module.expert_counts)
+        for name, parameter in module.named_parameters():
+            if name.endswith("norm_weight"):
+                init.ones_(parameter)
+            elif name.endswith("_bias"):
+                init.zeros_(parameter)
+            elif name.endswith("_weight"):  # features of the size of the embedding's
+                init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
+
+    def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
+        """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.
+
+        A router that looks back at earlier tokens must know which of them are padding, which the ready mask of four
+        dimensions hides: there the mask stays as it is.
+        """
+        if sees_context(self.config):
+            return attention_mask
+        return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
+
+    def check_token_ids(self, token_ids: Tensor):
+        """Refuse ids outside the vocabulary, on the CPU and outside compiled code.
+
+        Raises:
+            ValueError: naming an offending id.
+        """
+        check_range(
+            token_ids,
+            self.config.vocab_size,
+            "token id",
+            "`vocab_size`; use the model's own tokenizer, or `resize_token_embeddings` after adding tokens",
+        )
+
+    @staticmethod
+    def describe_routing(sides: list[RoutingLosses], health: list[RoutingHealth]) -> dict[str, Any]:
+        """Gather the fields of an output that tell how the routing fares.
+
+        Args:
+            sides (`list[RoutingLosses]`): of the backbone, or of encoder and decoder.
+            health (`list[RoutingHealth]`): of all MoE layers, in the same order.
+
+        Returns:
+            `dict`: `balance_loss`, `distillation_loss`, `expert_load`, `distillation_agreement` and `routing_health`.
+        """
+        losses = combine_routing_losses(sides)
+        mean = mean_health(health, losses.expert_load.sum(-1))
+        return {
+            **losses._asdict(),
+            "distillation_agreement": mean.distillation_agreement,
+            "routing_health": mean,
+        }
+
+    def _balance_weight(self) -> Tensor | float:
+        """Give the share of the balance loss that counts by now, of `balance_loss_warmup_tokens`."""
+        if not self.config.balance_loss_warmup_tokens:
+            return 1.0
+        first = next(iter(self.moe_layers_by_name.values()))
+        return (first.router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
+
+    def auxiliary_loss(
+        self, routing: RoutingLosses, targets: Tensor | None, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Weigh the routing losses as they enter the loss, up to `router_aux_loss_coef` (eq. 11).
+
+        The task loss is divided by `num_items_in_batch`, so the auxiliary loss of each micro-batch, a mean, must count
+        for its share of it: else it would grow with the number of micro-batches and processes.
+
+        Args:
+            routing (`RoutingLosses`): of this micro-batch.
+            targets (`torch.LongTensor` of shape `()`, *optional*): target tokens of this micro-batch, if it has labels.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): those of the whole batch.
+
+        Returns:
+            `torch.Tensor` of shape `()`: 0 where there are labels but no target tokens, and `num_items_in_batch` is
+                given.
+        """
+        aux_loss = self.config.distillation_loss_coef * routing.distillation_loss
+        if self.config.balance_loss_coef:
+            weight = self.config.balance_loss_coef * self._balance_weight()
+            aux_loss = aux_loss + weight * routing.balance_loss
+        if num_items_in_batch is None or targets is None:
+            return aux_loss
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(aux_loss.device)
+        targets = targets.to(aux_loss.device)
+        return aux_loss * (targets / divisor_of(num_items_in_batch, targets))
+
+
+def check_range(ids: Tensor, limit: int, what: str, remedy: str):
+    """Refuse ids outside [0, limit), on the CPU and outside compiled code.
+
+    Args:
+        ids (`torch.LongTensor`): of any shape.
+        limit (`int`): how many there are.
+        what (`str`): one id.
+        remedy (`str`): the field that sets the limit, and what to do.
+
+    Raises:
+        ValueError: naming an offending id.
+    """
+    # Only where looking costs nothing: an accelerator would have to be waited for, compiled code would break.
+    if ids.device.type != "cpu" or is_torchdynamo_compiling() or ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"There is a {what} {low if low < 0 else high}, outside 0..{limit - 1} of {remedy}.")
+
+
+__all__ = ["StableMoEPreTrainedModel", "check_range"]
