@@ -6,8 +6,14 @@ Importing this package registers the models with transformers' Auto classes.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from .callbacks import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
+from .callbacks import (
+    ModelCardCallback,
+    RoutingFluctuationCallback,
+    RoutingStatisticsCallback,
+    StageTransitionCallback,
+)
 from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
+from .hub import CardFacts
 from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel
 from .modeling_stablemoe_seq2seq import (
     StableMoEForConditionalGeneration,
@@ -28,6 +34,8 @@ AutoModel.register(StableMoESeq2SeqConfig, StableMoESeq2SeqModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(StableMoESeq2SeqConfig, StableMoEForConditionalGeneration, exist_ok=True)
 
 __all__ = [
+    "CardFacts",
+    "ModelCardCallback",
     "RoutingFluctuationCallback",
     "RoutingStatisticsCallback",
     "StableMoEConfig",

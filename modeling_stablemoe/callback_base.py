@@ -3,6 +3,7 @@
 
 import inspect
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,21 @@ def find_stablemoe(model: nn.Module) -> TwoStageRoutingMixin:
     )
 
 
+def find_caller(kind: type) -> Any:
+    """Find who calls an event of a callback, to which Trainer gives it no reference, in the frames below.
+
+    Args:
+        kind (`type`): `Trainer` or `CallbackHandler`, its list of callbacks.
+
+    Returns:
+        That object; `None` where the event is called by hand, without a Trainer.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
 class LoggingCallback(TrainerCallback):
     """A callback whose numbers appear in the Trainer's own log stream."""
 
@@ -40,12 +56,7 @@ class LoggingCallback(TrainerCallback):
     _handler: CallbackHandler | None = None
 
     def _find_handler(self):
-        """Find the list of callbacks, to which Trainer gives them no reference, in the frame that calls them."""
-        frame = inspect.currentframe()
-        while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
-            frame = frame.f_back
-        # None where the event is called by hand, without a Trainer.
-        self._handler = None if frame is None else frame.f_locals["self"]
+        self._handler = find_caller(CallbackHandler)
 
     def _go_first(self):
         """Stand before all other callbacks: reporters see what this one adds to `logs`, the others its stage."""
@@ -168,6 +179,7 @@ __all__ = [
     "LoggingCallback",
     "TrainingClockCallback",
     "TrainingStopwatch",
+    "find_caller",
     "find_stablemoe",
     "refuse_label_smoother",
 ]

@@ -11,14 +11,17 @@ from pathlib import Path
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from .callback_base import (
     LoggingCallback,
     TrainingClockCallback,
     TrainingStopwatch,
+    find_caller,
     find_stablemoe,
     refuse_label_smoother,
 )
+from .card_callback import ModelCardCallback, add_model_card
 from .checkpoints import copy_code_files
 from .distillation_stablemoe import sees_context
 from .fluctuation_callback import RoutingFluctuationCallback
@@ -53,6 +56,8 @@ class RoutingStatisticsCallback(LoggingCallback):
       last log. Loading data and logging count; evaluation, saving and `RoutingFluctuationCallback` do not.
     - the load of each expert, where and how `expert_load` says.
 
+    What is saved and pushed gets a model card (see `ModelCardCallback`).
+
     `StageTransitionCallback` does all this and freezes the routing; take one of the two.
 
     Args:
@@ -67,11 +72,17 @@ class RoutingStatisticsCallback(LoggingCallback):
     """
 
     _meter: RoutingMeter | None = None
+    _has_model_card = False
 
     def __init__(self, expert_load: str = "history"):
         if expert_load not in EXPERT_LOAD:
             raise ValueError(f"`expert_load` must be one of {list(EXPERT_LOAD)}, got {expert_load!r}.")
         self.expert_load = expert_load
+
+    def on_init_end(self, args, state, control, **kwargs):
+        """See to it that what is saved has a model card."""
+        add_model_card(find_caller(CallbackHandler))
+        self._has_model_card = True
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin to watch the model."""
@@ -81,6 +92,9 @@ class RoutingStatisticsCallback(LoggingCallback):
         refuse_label_smoother(args)
         check_same_routing(stablemoe, "at the start of training")
         self._find_handler()
+        if not self._has_model_card:  # added to a Trainer that was made already
+            add_model_card(self._handler)
+            self._has_model_card = True
         self._go_first()
         if self._meter is not None:
             self._meter.close()
@@ -441,6 +455,7 @@ def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Pa
 
 
 __all__ = [
+    "ModelCardCallback",
     "RoutingFluctuationCallback",
     "RoutingStatisticsCallback",
     "StageTransitionCallback",

@@ -15,6 +15,11 @@ from .atomic_files import replace_file
 from .figures import save_figure
 
 
+# What a run leaves in its folder.
+REPORT_FILE = "routing_fluctuation.json"
+FIGURE_FILE = "routing_fluctuation.png"
+
+
 class RoutingHistory:
     """The experts of the same tokens at several steps of a training run.
 
@@ -121,12 +126,12 @@ class RoutingHistory:
             `list[Path]`: the files written.
         """
         summary = self.summary()
-        path = Path(folder) / "routing_fluctuation.json"
+        path = Path(folder) / REPORT_FILE
         replace_file(path, lambda partial: Path(partial).write_text(json.dumps(summary, indent=2) + "\n"))
         figure = plot_fluctuation(summary)
         if figure is None:
             return [path]
-        return [path, save_figure(figure, path.with_suffix(".png"))]
+        return [path, save_figure(figure, path.with_name(FIGURE_FILE))]
 
 
 def plot_fluctuation(summary: dict):
@@ -184,4 +189,4 @@ def draw_settled(axes, summary: dict, **style):
     axes.set(xlabel="last fluctuation step", ylabel="tokens (%), cumulative", ylim=(-2, 102))
 
 
-__all__ = ["RoutingHistory", "draw_changes", "draw_settled", "plot_fluctuation"]
+__all__ = ["FIGURE_FILE", "REPORT_FILE", "RoutingHistory", "draw_changes", "draw_settled", "plot_fluctuation"]

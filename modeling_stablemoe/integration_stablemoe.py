@@ -1,6 +1,9 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What the machinery around a model asks of it: backends of the experts, checkpointing, sharding engines, saved code."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -13,11 +16,14 @@ class IntegrationMixin:
 
     # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
     _auto_map: dict[str, str] = {}
+    # Called with the model and the folder it was saved to: a run puts its model card beside it.
+    after_saving: Callable[["IntegrationMixin", Path], object] | None = None
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, frozen routers, config and the code files that load them; see `PreTrainedModel.save_pretrained`.
 
-        A model that transformers has sharded is gathered: every process must call this.
+        A model that transformers has sharded is gathered: every process must call this. `after_saving`, if set, is
+        called with model and folder in the process that writes.
 
         Raises:
             ValueError: under expert parallelism of a transformers that cannot gather the experts.
@@ -26,9 +32,13 @@ class IntegrationMixin:
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
+        if not (args[0] if args else kwargs.get("is_main_process", True)):
+            return
         written = self._written_class()
-        if self._auto_class is not None and written is not type(self) and kwargs.get("is_main_process", True):
+        if self._auto_class is not None and written is not type(self):
             custom_object_save(written, save_directory)
+        if self.after_saving is not None:
+            self.after_saving(self, Path(save_directory))
 
     @classmethod
     def _written_class(cls) -> type:

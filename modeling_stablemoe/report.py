@@ -4,6 +4,9 @@
 import math
 from collections.abc import Sequence
 
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_pt_utils import get_model_param_count
+
 
 STAGE_HEADINGS = {
     "stage": "stage",
@@ -12,6 +15,14 @@ STAGE_HEADINGS = {
     "load_max_over_mean": "load max/mean",
     "fluctuation": "fluctuation",
 }
+
+
+def perplexity_of(loss: float) -> float:
+    """Give the perplexity of a mean loss in nats; infinity for a loss that diverged."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def stage_rows(log_history: Sequence[dict], frozen: bool = False, last_step: int | None = None) -> list[dict]:
@@ -56,7 +67,7 @@ def _row(stage: int, first: int, last: int, transition: int | None, log_history:
     return {
         "stage": stage,
         "steps": last,
-        "perplexity": math.exp(losses[-1]) if losses else None,
+        "perplexity": perplexity_of(losses[-1]) if losses else None,
         "load_max_over_mean": loads[-1] if loads else None,
         "fluctuation": change,
     }
@@ -126,6 +137,46 @@ def describe_saved_model(results: dict) -> str | None:
     return f"{sentence}."
 
 
+def summarize_run(model: PreTrainedModel, state: TrainerState, step: int) -> dict:
+    """Gather what a run of any kind came to, JSON-ready: its size, its routing and its stages (see `summarize`).
+
+    Args:
+        model (`PreTrainedModel`): of this package.
+        state (`TrainerState`): of the run.
+        step (`int`): that the model's weights are of, which may be those of a best checkpoint.
+
+    Returns:
+        `dict`: `parameters`, `step`, `routing_stage` (`None` for a dense model), `router_fingerprint`, and `summarize`.
+    """
+    fingerprint = model.config.router_fingerprint
+    stage = 1 if fingerprint is None else 2
+    return {
+        "parameters": get_model_param_count(model),
+        "step": step,
+        "routing_stage": stage if model.config.num_moe_layers else None,
+        "router_fingerprint": fingerprint,
+        **summarize(state.log_history, fingerprint is not None, state.global_step),
+    }
+
+
+def last_evaluation(log_history: Sequence[dict], step: int | None = None) -> dict:
+    """Give what the last evaluation of a run measured, as a model card takes it.
+
+    Args:
+        log_history (sequence of `dict`): `trainer.state.log_history`.
+        step (`int`, *optional*): the evaluation of this step is wanted. Default: the last there is.
+
+    Returns:
+        `dict`: `perplexity`, `evaluated_step`, `split`, and `bleu` and `chrf` if there were; empty without evaluation.
+    """
+    entries = [entry for entry in log_history if "eval_loss" in entry and step in (None, entry["step"])]
+    if not entries:
+        return {}
+    scores = {name: entries[-1][f"eval_{name}"] for name in ("bleu", "chrf") if f"eval_{name}" in entries[-1]}
+    perplexity = perplexity_of(entries[-1]["eval_loss"])
+    return {"perplexity": perplexity, "evaluated_step": entries[-1]["step"], "split": "evaluation", **scores}
+
+
 def format_results(results: dict) -> str:
     """Lay out the results of a language model for people.
 
@@ -148,4 +199,14 @@ def format_results(results: dict) -> str:
     return "\n".join([*lines, f"validation perplexity, this model: {results['perplexity']:.2f}"])
 
 
-__all__ = ["STAGE_HEADINGS", "describe_saved_model", "format_results", "format_table", "stage_rows", "summarize"]
+__all__ = [
+    "STAGE_HEADINGS",
+    "describe_saved_model",
+    "format_results",
+    "format_table",
+    "last_evaluation",
+    "perplexity_of",
+    "stage_rows",
+    "summarize",
+    "summarize_run",
+]

@@ -19,10 +19,15 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import get_model_param_count
 
+from . import report
 from .atomic_files import replace_file
-from .callbacks import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
+from .callbacks import (
+    ModelCardCallback,
+    RoutingFluctuationCallback,
+    RoutingStatisticsCallback,
+    StageTransitionCallback,
+)
 from .checkpoints import (
     check_run_folder,
     claim_run_folder,
@@ -35,12 +40,12 @@ from .checkpoints import (
 )
 from .configuration_stablemoe import StableMoEBaseConfig
 from .engines import translated
+from .fluctuation import FIGURE_FILE
 from .frozen_stablemoe import FrozenRouter
 from .hash_tables import balanced_hash_table, count_tokens
-from .hub import build_model_card
+from .hub import CARD_FILE, CardFacts, build_model_card
 from .manifests import CheckpointManifestCallback
 from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields, read_preset
-from .report import summarize
 
 
 logger = logging.getLogger(__name__)
@@ -204,9 +209,14 @@ def _tables_of_checkpoint(model_class: type[PreTrainedModel], folder: str) -> to
 
 
 def build_callbacks(
-    routing_args: RoutingArguments, config: StableMoEBaseConfig, max_steps: int, validation_rows, data_collator=None
+    routing_args: RoutingArguments,
+    config: StableMoEBaseConfig,
+    max_steps: int,
+    validation_rows,
+    data_collator=None,
+    facts: CardFacts | None = None,
 ) -> list:
-    """Make the callbacks that the routing arguments ask for, and the one that completes checkpoints, the last.
+    """Make the callbacks that the routing arguments ask for, that of model cards, and the one that completes checkpoints.
 
     The logs of every MoE model get routing statistics.
 
@@ -216,9 +226,10 @@ def build_callbacks(
         max_steps (`int`): steps of the whole training; <= 0 where only Trainer will know.
         validation_rows (iterable of `Mapping`): what fluctuation is watched on.
         data_collator (`Callable`, *optional*): makes a batch of them; see `RoutingFluctuationCallback`.
+        facts (`CardFacts`, *optional*): what model cards are to say besides what was measured.
 
     Returns:
-        `list[TrainerCallback]`
+        `list[TrainerCallback]`: the one that completes checkpoints is the last.
 
     Raises:
         ValueError: if stage 1 would outlast training.
@@ -247,7 +258,7 @@ def build_callbacks(
                 data_collator=data_collator,
             )
         )
-    return [*callbacks, CheckpointManifestCallback()]
+    return [*callbacks, ModelCardCallback(facts), CheckpointManifestCallback()]
 
 
 class SaveError(OSError):
@@ -325,41 +336,41 @@ def _explained(trainer: Trainer) -> Iterator[None]:
 
 
 def summarize_run(trainer: Trainer) -> dict:
-    """Gather what a run of any kind came to, JSON-ready: its size, its routing and its stages (see `summarize`).
+    """Gather what a run of any kind came to, JSON-ready (see `report.summarize_run`).
 
     `step` and `routing_stage` (`None` for a dense model) are those of the saved model, which may be a best checkpoint.
     """
-    config = trainer.model.config
-    fingerprint = config.router_fingerprint
-    stage = 1 if fingerprint is None else 2
-    return {
-        "parameters": get_model_param_count(trainer.model),
-        "step": step_of_model(trainer),
-        "routing_stage": stage if config.num_moe_layers else None,
-        "router_fingerprint": fingerprint,
-        **summarize(trainer.state.log_history, fingerprint is not None, trainer.state.global_step),
-    }
+    return report.summarize_run(trainer.model, trainer.state, step_of_model(trainer))
 
 
-def write_results(trainer: Trainer, results: dict, card_template: str | Path, dataset_name: str):
+def write_results(
+    trainer: Trainer,
+    results: dict,
+    card_template: str | Path | None = None,
+    dataset_name: str | None = None,
+    facts: CardFacts | None = None,
+):
     """Write `results.json` and the model card to the output folder.
 
     Args:
         trainer (`Trainer`): of the run.
         results (`dict`): JSON-ready; see `build_model_card`.
-        card_template (`str` or `Path`): `hub_card.md`.
-        dataset_name (`str`): what the results were measured on.
+        card_template (`str` or `Path`, *optional*): Default: `hub_card.md`.
+        dataset_name (`str`, *optional*): what the results were measured on. Default: that of `facts`.
+        facts (`CardFacts`, *optional*): what else the card is to say.
     """
     folder = Path(trainer.args.output_dir)
     replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     card = build_model_card(
         card_template,
-        model_name=trainer.args.hub_model_id or folder.name,
+        model_name=trainer.hub_model_id or folder.resolve().name,
         config=trainer.model.config,
         results=results,
         dataset_name=dataset_name,
+        facts=facts,
+        figure=FIGURE_FILE if (folder / FIGURE_FILE).exists() else None,
     )
-    replace_file(folder / "README.md", card.save)
+    replace_file(folder / CARD_FILE, card.save)
 
 
 def push(trainer: Trainer):

@@ -8,14 +8,15 @@ accelerate launch scripts/run_clm.py recipe.yaml --learning_rate 3e-4
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
+from modeling_stablemoe.card_arguments import CardArguments
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
 from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.exact_evaluation import BlockTrainer
+from modeling_stablemoe.hub import CardFacts
 from modeling_stablemoe.ngram import ngram_perplexities
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
 from modeling_stablemoe.report import format_results
@@ -43,12 +44,26 @@ class ReportArguments:
 
 
 def parse_arguments(argv=None):
-    """Parse the command line: `(model, data, routing, folder, report, training)` arguments."""
-    types = (ModelArguments, DataArguments, RoutingArguments, FolderArguments, ReportArguments, TrainingArguments)
+    """Parse the command line: `(model, data, routing, folder, card, report, training)` arguments."""
+    types = (
+        ModelArguments,
+        DataArguments,
+        RoutingArguments,
+        FolderArguments,
+        CardArguments,
+        ReportArguments,
+        TrainingArguments,
+    )
     return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
 
 
-def report(trainer: BlockTrainer, blocks, data_args: DataArguments, ngram_baselines: bool):
+def card_facts(model_args: ModelArguments, data_args: DataArguments, card_args: CardArguments) -> CardFacts:
+    """Gather what the model card says besides what is measured."""
+    corpora = data_args.train_files or [data_args.dataset_name or f"Python {data_args.embedded_corpus}"]
+    return card_args.facts(corpora[:1], model_args.model_name_or_path, dataset_config=data_args.dataset_config_name)
+
+
+def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: bool):
     """Evaluate, write `results.json` and the model card, and print what the run came to."""
     results = {"perplexity": evaluate_saved_model(trainer), **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
@@ -56,12 +71,11 @@ def report(trainer: BlockTrainer, blocks, data_args: DataArguments, ngram_baseli
     if ngram_baselines:
         vocab_size = trainer.model.config.vocab_size
         results["baselines"] = ngram_perplexities(blocks["train"], blocks["validation"], vocab_size)
-    dataset_name = data_args.dataset_name or (data_args.train_files or [f"Python {data_args.embedded_corpus}"])[0]
-    write_results(trainer, results, Path(__file__).parents[1] / "hub_card.md", dataset_name)
+    write_results(trainer, results, facts=facts)
     print(f"\n{format_results(results)}")
 
 
-def prepare(model_args, data_args, routing_args, folder_args, training_args) -> tuple:
+def prepare(model_args, data_args, routing_args, folder_args, facts, training_args) -> tuple:
     """Make everything that training needs: `(trainer, blocks, checkpoint to resume from)`."""
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, model_args, data_args, routing_args)
     with training_args.main_process_first(desc="data"):
@@ -73,7 +87,7 @@ def prepare(model_args, data_args, routing_args, folder_args, training_args) -> 
     with training_args.main_process_first(desc="packing"):
         blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
     set_hash_tables(model, routing_args, blocks["train"])
-    callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, blocks["validation"])
+    callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, blocks["validation"], facts=facts)
     checkpoint = folder.claim()
     trainer = BlockTrainer(
         model=model,
@@ -91,19 +105,20 @@ def prepare(model_args, data_args, routing_args, folder_args, training_args) -> 
 
 def main(argv=None):
     """Run the script."""
-    model_args, data_args, routing_args, folder_args, report_args, training_args = parse_arguments(argv)
+    model_args, data_args, routing_args, folder_args, card_args, report_args, training_args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
     transformers.utils.logging.set_verbosity_warning()
     set_seed(training_args.seed)
 
     try:
-        trainer, blocks, checkpoint = prepare(model_args, data_args, routing_args, folder_args, training_args)
+        facts = card_facts(model_args, data_args, card_args)
+        trainer, blocks, checkpoint = prepare(model_args, data_args, routing_args, folder_args, facts, training_args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     try:
         if training_args.do_train:
             train(trainer, checkpoint)
-        report(trainer, blocks, data_args, report_args.ngram_baselines)
+        report(trainer, blocks, facts, report_args.ngram_baselines)
         push(trainer)
     except OSError as error:  # a full disk, no network
         raise SystemExit(f"error: {error}") from error

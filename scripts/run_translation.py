@@ -18,9 +18,11 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTraining
 
 from modeling_stablemoe.atomic_files import replace_file
 from modeling_stablemoe.callback_base import refuse_label_smoother
+from modeling_stablemoe.card_arguments import CardArguments
 from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
 from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.exact_evaluation import TranslationTrainer
+from modeling_stablemoe.hub import CardFacts, languages_of_pairs
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
 from modeling_stablemoe.report import STAGE_HEADINGS, describe_saved_model, format_table
 from modeling_stablemoe.runs import (
@@ -61,13 +63,14 @@ class BatchArguments:
 
 
 def parse_arguments(argv=None):
-    """Parse the command line: `(model, data, batch, routing, folder, training)` arguments."""
+    """Parse the command line: `(model, data, batch, routing, folder, card, training)` arguments."""
     types = (
         ModelArguments,
         TranslationDataArguments,
         BatchArguments,
         RoutingArguments,
         FolderArguments,
+        CardArguments,
         Seq2SeqTrainingArguments,
     )
     return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
@@ -97,7 +100,18 @@ def prepare_generation(model: PreTrainedModel, training_args: Seq2SeqTrainingArg
         )
 
 
-def prepare(model_args, data_args, batch_args, routing_args, folder_args, training_args) -> tuple:
+def card_facts(model_args: ModelArguments, data_args: TranslationDataArguments, card_args: CardArguments) -> CardFacts:
+    """Gather what the model card says besides what is measured."""
+    named = [name.partition(":") for name in data_args.parallel_datasets]  # name:configuration
+    return card_args.facts(
+        [name for name, _, _ in named] or data_args.test_files or data_args.train_files or [f"Python {EMBEDDED_PAIR}"],
+        model_args.model_name_or_path,
+        dataset_config=named[0][2] or None if len(named) == 1 else None,
+        languages=languages_of_pairs(data_args.language_pairs or [EMBEDDED_PAIR]),
+    )
+
+
+def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts, training_args) -> tuple:
     """Make everything that training needs: `(trainer, encoded splits, checkpoint to resume from)`."""
     check_training_arguments(training_args)
     settings = (model_args, data_args, batch_args, routing_args)
@@ -130,7 +144,7 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, traini
     set_hash_tables(model, routing_args, encoded["train"])
     collator = TokenBatchCollator(tokenizer)
     validation = encoded["validation"]
-    callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, validation, collator)
+    callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, validation, collator, facts)
     checkpoint = folder.claim()
     trainer = TranslationTrainer(
         model=model,
@@ -161,17 +175,14 @@ def translate(trainer: TranslationTrainer, split: Dataset) -> tuple[dict, float]
     return metrics.last_scores, math.exp(loss)
 
 
-def report(trainer: TranslationTrainer, encoded: DatasetDict, data_args: TranslationDataArguments):
+def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
     """Score the test split (the validation split where there is none), write the results and print them."""
     name = "test" if "test" in encoded else "validation"
     scores, perplexity = translate(trainer, encoded[name])
     results = {"split": name, "scores": scores, "perplexity": perplexity, **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
         return
-    corpora = data_args.parallel_datasets or data_args.test_files or data_args.train_files
-    write_results(
-        trainer, results, Path(__file__).parents[1] / "hub_card.md", ", ".join(corpora or [f"Python {EMBEDDED_PAIR}"])
-    )
+    write_results(trainer, results, facts=facts)
     print(f"\n{format_table(results['stages'], STAGE_HEADINGS)}\n\n{name}:\n{format_scores(scores)}")
     print(f"perplexity: {perplexity:.2f}")
     saved = describe_saved_model(results)
@@ -181,19 +192,20 @@ def report(trainer: TranslationTrainer, encoded: DatasetDict, data_args: Transla
 
 def main(argv=None):
     """Run the script."""
-    *arguments, training_args = parse_arguments(argv)
+    *arguments, card_args, training_args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
     transformers.utils.logging.set_verbosity_warning()
     set_seed(training_args.seed)
 
     try:
-        trainer, encoded, checkpoint = prepare(*arguments, training_args)
+        facts = card_facts(arguments[0], arguments[1], card_args)
+        trainer, encoded, checkpoint = prepare(*arguments, facts, training_args)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     try:
         if training_args.do_train:
             train(trainer, checkpoint)
-        report(trainer, encoded, arguments[1])
+        report(trainer, encoded, facts)
         push(trainer)
     except OSError as error:  # a full disk, no network
         raise SystemExit(f"error: {error}") from error

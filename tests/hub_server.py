@@ -46,8 +46,13 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits by their hash, and the branches and tags that name some of them."""
+    """Commits by their hash, and the branches and tags that name some of them.
 
+    Nobody but its owner sees a private one; of a gated one nobody but its owner gets a file.
+    """
+
+    private: bool = False
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -89,7 +94,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []  # "GET /user/name/resolve/main/config.json bytes=7-"
         self.lock = threading.RLock()
-        self._faults: dict[str, Fault] = {}
+        self._faults: dict[str, list[Fault]] = {}
         (self.folder / "blobs").mkdir(parents=True, exist_ok=True)
 
     def __enter__(self):
@@ -129,13 +134,19 @@ class HubServer:
         repository = self.repository(name)
         return [repository.commits[oid] for oid in repository.history[branch]]
 
+    # The next downloads of a file, whole or from where one broke off, go as was said, one after the other.
+
     def drop_connection(self, path: str, after: int, times: int = 1):
         """Break the next `times` downloads of a file after so many bytes of it."""
-        self._faults[path] = Fault(drop_after=after, times=times)
+        self._faults.setdefault(path, []).append(Fault(drop_after=after, times=times))
 
     def alter_byte(self, path: str, position: int, times: int = 1):
         """Send another byte at that position in the next `times` downloads of a file."""
-        self._faults[path] = Fault(alter_at=position, times=times)
+        self._faults.setdefault(path, []).append(Fault(alter_at=position, times=times))
+
+    def send_intact(self, path: str, times: int = 1):
+        """Send a file as it is in the next `times` downloads."""
+        self._faults.setdefault(path, []).append(Fault(times=times))
 
     # For the handler
 
@@ -144,11 +155,12 @@ class HubServer:
             raise HubError(404, "RepoNotFound", "Repository not found")
         return self.repositories[name]
 
-    def create(self, name: str) -> bool:
+    def create(self, name: str, **options: bool) -> bool:
+        """Make a repository, of any owner; `options` are those of `Repository`."""
         with self.lock:
             if name in self.repositories:
                 return False
-            self.repositories[name] = Repository()
+            self.repositories[name] = Repository(**options)
             self.repositories[name].commit("main", "initial commit", {}, set())
             return True
 
@@ -165,11 +177,11 @@ class HubServer:
 
     def take_fault(self, path: str) -> Fault:
         with self.lock:
-            fault = self._faults.get(path)
-            if fault is None or fault.times == 0:
-                return Fault()
-            fault.times -= 1
-            return fault
+            for fault in self._faults.get(path, []):
+                if fault.times:
+                    fault.times -= 1
+                    return fault
+            return Fault()
 
 
 def _is_ignored(path: str, gitignore: str) -> bool:
@@ -229,21 +241,35 @@ class _Handler(BaseHTTPRequestHandler):
             for command, pattern, name in ROUTES:
                 match = re.fullmatch(pattern, url.path)
                 if command == method and match is not None:
-                    if (
-                        command != "GET"
-                        and name != "upload"
-                        and self.headers.get("Authorization") != f"Bearer {TOKEN}"
-                    ):
-                        raise HubError(401, "Unauthorized", "Invalid username or password.")
                     # A branch may have slashes, which arrive as %2F.
-                    getattr(self, name)(**{k: v and unquote(v) for k, v in match.groupdict().items()})
+                    found = {k: v and unquote(v) for k, v in match.groupdict().items()}
+                    self._check_rights(command, name, found.get("name"))
+                    getattr(self, name)(**found)
                     return
             raise HubError(404, "RepoNotFound", f"There is nothing at {url.path}")
         except HubError as error:
-            headers = {"X-Error-Code": error.code, "X-Error-Message": str(error)}
+            headers = {"X-Error-Message": str(error), **({"X-Error-Code": error.code} if error.code else {})}
             self._send_json({"error": str(error)}, error.status, headers)
 
     do_HEAD = do_POST = do_PUT = do_GET
+
+    def _check_rights(self, command: str, method: str, repository: str | None):
+        """Refuse what the Hub refuses to strangers, and to users with what is not theirs."""
+        is_user = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        writes = command != "GET" and method not in ("upload", "describe_paths")
+        if writes and not is_user:
+            raise HubError(401, "", "Invalid username or password.")
+        if repository is None:
+            return
+        is_owner = is_user and repository.startswith(f"{USER}/")
+        found = self.hub.repositories.get(repository, Repository())
+        if found.private and not is_owner:
+            # Whether it exists is not told.
+            raise HubError(404 if is_user else 401, "RepoNotFound", "Repository not found")
+        if found.gated and not is_owner and method == "download":
+            raise HubError(403 if is_user else 401, "GatedRepo", f"Access to model {repository} is restricted.")
+        if writes and not is_owner:
+            raise HubError(403, "", f"You may not write to {repository}")
 
     def _read_body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -271,13 +297,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def whoami(self):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise HubError(401, "Unauthorized", "Invalid username or password.")
+            raise HubError(401, "", "Invalid username or password.")
         self._send_json({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": {}})
 
     def create_repository(self):
         request = json.loads(self.body)
         name = f"{request.get('organization') or USER}/{request['name']}"
-        created = self.hub.create(name)
+        if not name.startswith(f"{USER}/"):
+            raise HubError(403, "", f"You may not make {name}")
+        # Older clients say `private`, newer ones `visibility`.
+        private = bool(request.get("private")) or request.get("visibility") == "private"
+        created = self.hub.create(name, private=private)
         answer = {"url": f"{self.hub.url}/{name}", "name": name}
         if not created:
             answer["error"] = "You already created this model repo"
@@ -287,13 +317,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"errors": [], "warnings": []})
 
     def describe(self, name, revision):
-        commit = self.hub.repository(name).find(revision or "main")
+        repository = self.hub.repository(name)
+        commit = repository.find(revision or "main")
         self._send_json(
             {
                 "id": name,
                 "modelId": name,
                 "sha": commit.oid,
-                "private": False,
+                "private": repository.private,
+                "gated": "manual" if repository.gated else False,
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -47,11 +48,14 @@ def train(name, strategy, make=make_trainer, resume=None, **arguments):
 """
 TRAIN_ALL = f"""{TRAIN}
 fingerprints = {{}}
+evaluation = {{"eval_strategy": "steps", "eval_steps": 2}}
 for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
-    trainer = train(strategy, strategy)
+    # A run that is resumed to the same bits below goes without.
+    trainer = train(strategy, strategy, **({{}} if strategy == "checkpoint" else evaluation))
     fingerprints[strategy] = trainer.model.config.router_fingerprint
     if strategy == "end":
-        trainer.push_to_hub()
+        trainer.push_to_hub(license="apache-2.0", tags="tiny")
+    json.dump(trainer.state.log_history, open(strategy + ".json", "w"))
 trainer = train("translation", "every_save", make_seq2seq_trainer)
 fingerprints["translation"] = trainer.model.config.router_fingerprint
 json.dump(fingerprints, open("fingerprints.json", "w"))
@@ -107,6 +111,43 @@ def assert_model(files: dict[str, bytes], fingerprint: str | None, prefix: str =
     assert {f"{prefix}{module}.py" for module in modules} | {prefix + name for name in CODE_FILES} <= files.keys()
 
 
+def perplexity_at(folder, name, step) -> float:
+    history = json.loads((folder / f"{name}.json").read_text())
+    [loss] = [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == step]
+    return round(math.exp(loss), 3)
+
+
+def assert_card(files: dict[str, bytes], fingerprint: str | None, perplexity: float | None, prefix: str = ""):
+    """Check that a folder holds the card of its own step, and no draft of Trainer's."""
+    card = ModelCard(files[f"{prefix}README.md"].decode())
+    assert ("frozen (stage 2)" if fingerprint else "still learned (stage 1)") in card.text
+    assert fingerprint is None or fingerprint in card.text
+    assert "More information needed" not in card.text
+    measured = [result.metric_value for result in card.data.eval_results or []]
+    assert measured == ([] if perplexity is None else [perplexity])
+
+
+def test_the_card_of_each_push_is_of_its_step(hub, folder, fingerprints):
+    for step in (2, 4, 6):
+        stage = None if step == 2 else fingerprints["every_save"]
+        files = files_of(hub, "every_save", f"Training in progress, step {step}")
+        assert_card(files, stage, perplexity_at(folder, "every_save", step))
+        stage = None if step == 2 else fingerprints["all_checkpoints"]
+        files = hub.files("user/all_checkpoints")
+        assert_card(files, stage, perplexity_at(folder, "all_checkpoints", step), f"checkpoint-{step}/")
+    files = files_of(hub, "checkpoint", "Training in progress, step 2, checkpoint")
+    assert_card(files, None, None, "last-checkpoint/")
+
+
+def test_the_card_of_push_to_hub_names_the_repository_and_takes_its_arguments(hub, folder, fingerprints):
+    files = hub.files("user/end")
+    assert_card(files, fingerprints["end"], perplexity_at(folder, "end", 6))
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "apache-2.0"
+    assert {"stablemoe", "tiny"} <= set(card.data.tags)
+    assert 'from_pretrained("user/end", trust_remote_code=True)' in card.text
+
+
 def test_end_pushes_the_frozen_model_once_and_nothing_before(hub, fingerprints):
     assert [commit.title for commit in hub.commits("user/end")] == ["initial commit", "End of training"]
     files = hub.files("user/end")
@@ -153,6 +194,7 @@ def load(name, revision, trust, auto=AutoModelForCausalLM):
 
 def test_pushed_models_load_where_the_package_is_not_installed(hub, folder, fingerprints):
     early = commit_of(hub, "every_save", "Training in progress, step 2").oid
+    hub.repository("user/every_save").branches["tried"] = early
     code = f"""{LOAD}
 try:
     load("user/every_save", "main", False)
@@ -160,6 +202,7 @@ except ValueError as error:
     print("trust_remote_code" in str(error))
 load("user/every_save", "main", True)
 load("user/every_save", "{early}", True)
+load("user/every_save", "tried", True)
 load("user/end", "main", True)
 load("user/translation", "main", True, AutoModelForSeq2SeqLM)
 """
@@ -168,6 +211,7 @@ load("user/translation", "main", True, AutoModelForSeq2SeqLM)
     remote = "transformers_modules"
     assert [json.loads(line) for line in loaded] == [
         [remote, 2, fingerprints["every_save"]],
+        [remote, 1, None],
         [remote, 1, None],
         [remote, 2, fingerprints["end"]],
         [remote, 2, fingerprints["translation"]],
@@ -179,6 +223,7 @@ def test_pushed_models_load_without_remote_code_and_resume_to_the_same_bits(hub,
     late = commit_of(hub, "checkpoint", "Training in progress, step 4, checkpoint").oid
     code = f"""{TRAIN}{LOAD}
 load("user/every_save", "main", False)
+load("user/translation", "main", False, AutoModelForSeq2SeqLM)
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 import torch
@@ -197,8 +242,9 @@ print(entries[0] == entries[1])
 """
     # Trainer prints its logs, too.
     printed = [line for line in run(hub, folder, code).splitlines() if line.startswith(("[", "True", "False"))]
-    loaded, *same = printed
-    assert json.loads(loaded) == ["modeling_stablemoe", 2, fingerprints["every_save"]]
+    causal, translation, *same = printed
+    assert json.loads(causal) == ["modeling_stablemoe", 2, fingerprints["every_save"]]
+    assert json.loads(translation) == ["modeling_stablemoe", 2, fingerprints["translation"]]
     assert same == ["True"] * 3
 
 

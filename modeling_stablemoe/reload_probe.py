@@ -1,0 +1,77 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What a checkpoint computes, to be compared between two ways of loading it.
+
+It imports nothing of this package. Run as a program, `python - FOLDER OUTPUT < reload_probe.py`, it loads the checkpoint
+with its own code files, in an interpreter to which the package is as good as not installed, and writes OUTPUT.
+"""
+
+import importlib.abc
+import sys
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+PACKAGE = "modeling_stablemoe"
+# Two rows of a few tokens: every row of a frozen table is compared by the fingerprint.
+_ROWS, _TOKENS = 2, 16
+
+
+def load(folder: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load model, in float32 and eval mode, and tokenizer of a checkpoint; see `from_pretrained` for the options.
+
+    Raises:
+        ValueError: if weights are missing, or of no use to the model.
+    """
+    config = AutoConfig.from_pretrained(folder, **options)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    for problem in ("missing_keys", "unexpected_keys"):
+        if info[problem]:
+            raise ValueError(f"The weights have {problem.replace('_', ' ')}: {', '.join(sorted(info[problem]))}.")
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
+
+
+@torch.no_grad()
+def compute(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Compute logits and experts of a few made-up tokens.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `logits`; `experts_<k>` of MoE layer k; `fingerprint`, the bytes of that of the frozen
+        routing, empty in stage 1.
+    """
+    length = min(_TOKENS, model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (_ROWS, length), generator=generator)
+    inputs = {"input_ids": input_ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = input_ids.flip(1)
+    outputs = model(**inputs, output_router_logits=True, use_cache=False)
+    fingerprint = (model.router_fingerprint() or "").encode()
+    return {
+        "logits": outputs.logits.contiguous(),
+        "fingerprint": torch.tensor(list(fingerprint), dtype=torch.uint8),
+        **{f"experts_{k}": index.contiguous() for k, index in enumerate(outputs.expert_indices or ())},
+    }
+
+
+class _NotInstalled(importlib.abc.MetaPathFinder):
+    """Makes imports of the package fail as if it were not there."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == PACKAGE:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _NotInstalled())
+    save_file(compute(load(sys.argv[1], trust_remote_code=True)[0]), sys.argv[2])
