@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The decoder-only models: the backbone, and the language model made of it."""
+"""The decoder-only models: the backbone, and the language model and the classifier made of it."""
 
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEBlock
+from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import count_causal_targets
@@ -126,6 +127,23 @@ class StableMoEModel(StableMoEBackbone):
             self.observe_routing(outputs, attention_mask)
         return {"aux_loss": aux_loss, **fields}
 
+    def routed_tokens(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Tell what each MoE layer routes of a batch, for statistics.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
+            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            **kwargs: the other arguments of `forward`, which change nothing here.
+
+        Returns:
+            `list[tuple]`: one a MoE layer: token ids, `None` where embeddings were given instead, and the mask of real
+            tokens, `None` where all are real; of shape `(batch, sequence)` each.
+        """
+        mask = None if input_ids is None else token_mask(attention_mask, input_ids.shape[-1])
+        return [(input_ids, mask)] * self.config.num_moe_layers
+
 
 class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
     """The language model of StableMoE: the backbone and a head that shares the token embedding.
@@ -232,27 +250,29 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         """
         return count_causal_targets(labels, shift_labels)
 
-    def routed_tokens(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Tell what each MoE layer routes of a batch, for statistics.
+    def routed_tokens(self, *args, **kwargs) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Tell what each MoE layer routes of a batch, for statistics; see `StableMoEModel.routed_tokens`."""
+        return self.model.routed_tokens(*args, **kwargs)
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            **kwargs: the other arguments of `forward`, which change nothing here.
 
-        Returns:
-            `list[tuple]`: one a MoE layer: token ids, `None` where embeddings were given instead, and the mask of real
-            tokens, `None` where all are real; of shape `(batch, sequence)` each.
-        """
-        mask = None if input_ids is None else token_mask(attention_mask, input_ids.shape[-1])
-        return [(input_ids, mask)] * self.config.num_moe_layers
+class StableMoEForSequenceClassification(SequenceClassificationMixin, StableMoEPreTrainedModel):
+    """The backbone and a head that classifies whole sequences, or scores them; a language model's checkpoint loads.
+
+    Args:
+        config ([`StableMoEConfig`]): `num_labels` (1 for regression) and `problem_type` say what is predicted.
+    """
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__(config)
+        self.model = StableMoEModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 StableMoEConfig.register_for_auto_class()
 StableMoEModel.register_for_auto_class("AutoModel")
 StableMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+StableMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 
-__all__ = ["StableMoEForCausalLM", "StableMoEModel"]
+__all__ = ["StableMoEForCausalLM", "StableMoEForSequenceClassification", "StableMoEModel"]

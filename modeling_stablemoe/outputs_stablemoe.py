@@ -89,6 +89,17 @@ class StableMoECausalLMOutputWithPast(ModelOutput):
 
 
 @dataclass
+class StableMoESequenceClassifierOutputWithPast(StableMoECausalLMOutputWithPast):
+    """Output of the sequence classifier; see `StableMoECausalLMOutputWithPast` for the other fields.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch, num_labels)`): scores of the labels; numbers in a regression.
+        task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: by `problem_type` cross-entropy (nats),
+            binary cross-entropy or squared error, mean over labels (over `num_items_in_batch` where that is given).
+    """
+
+
+@dataclass
 class StableMoEDecoderOutput(StableMoEModelOutputWithPast):
     """Output of a decoder with cross-attention; see `StableMoEModelOutputWithPast` for what they share.
 
@@ -214,4 +225,5 @@ __all__ = [
     "StableMoEModelOutputWithPast",
     "StableMoESeq2SeqLMOutput",
     "StableMoESeq2SeqModelOutput",
+    "StableMoESequenceClassifierOutputWithPast",
 ]
