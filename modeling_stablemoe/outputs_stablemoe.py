@@ -23,7 +23,8 @@ class StableMoEModelOutputWithPast(ModelOutput):
         attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
             `(batch, heads, sequence, sequence)` a block.
         router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_router_logits`: backbone scores s (eq. 5),
-            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer. A hash has none.
+            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer; without a gradient once the
+            routing is frozen. A hash has none.
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`: the expert of each
             token, padding included, one of shape `(batch, sequence)` a MoE layer.
         distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in

@@ -139,7 +139,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         if not self.config.balance_loss_warmup_tokens:
             return 1.0
         first = next(iter(self.moe_layers_by_name.values()))
-        return (first.router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
+        return (first.bare_router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
 
     def auxiliary_loss(
         self, routing: RoutingLosses, targets: Tensor | None, num_items_in_batch: Tensor | int | None
