@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -21,6 +21,9 @@ from .layer_stablemoe import token_mask
 from .losses_stablemoe import count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
 
 
 class StableMoEModel(StableMoEBackbone):
@@ -72,6 +75,7 @@ class StableMoEModel(StableMoEBackbone):
                 the vocabulary or a position past `max_position_embeddings` (on an accelerator the embedding's own
                 device assertion fires); see `context_of` for a distilled router that looks back.
         """
+        self._warn_of_lost_losses(kwargs.get("output_routing_traces", False))
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -97,6 +101,17 @@ class StableMoEModel(StableMoEBackbone):
             **kwargs,
         )
         return StableMoEModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _warn_of_lost_losses(self, is_recorded: bool):
+        """Say so, once, if the backbone is trained in stage 1 by a head that asks for nothing to make routing losses of."""
+        if is_recorded or not self.training or not torch.is_grad_enabled() or is_torchdynamo_compiling():
+            return
+        if not all(layer.frozen_router.is_frozen for layer in self.moe_layers):
+            logger.warning_once(
+                "StableMoEModel is trained in stage 1 without its own head, by which routing losses enter the loss: the "
+                "routing is neither balanced nor distilled. TRL's trainers do so: train stage 1 with transformers' "
+                "Trainer, or with a subclass of SFTTrainer that has `compute_loss = Trainer.compute_loss`."
+            )
 
     def routing_fields(
         self,
