@@ -17,6 +17,7 @@ from .callback_base import LoggingCallback, TrainingClockCallback, find_stablemo
 from .checkpoints import copy_code_files
 from .distillation_stablemoe import sees_context
 from .fluctuation_callback import RoutingFluctuationCallback
+from .loops import drop_idle_gradients, freeze_router
 from .losses_stablemoe import is_distributed
 from .processes import check_same_routing
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
@@ -257,10 +258,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
-        if self._meter.model.routing_stage == 2:
-            for layer in self._meter.model.moe_layers_by_name.values():
-                for parameter in layer.bare_router.stage1_parameters():
-                    parameter.grad = None
+        drop_idle_gradients(self._meter.model)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop watching, and say so if the model is left in stage 1."""
@@ -321,8 +319,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     def _freeze(self, args, state, control, verdict: Verdict):
         """Freeze, log what was frozen, and say it."""
         model, counts = self._meter.model, self._meter.counted_tokens()
-        balanced = model.freeze_router()
-        check_same_routing(model, "at the transition")
+        balanced = freeze_router(model)
         frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
         self._log(args, state, control, report)

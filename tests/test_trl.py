@@ -14,6 +14,7 @@ from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM, 
 
 trl = pytest.importorskip("trl")
 
+
 @pytest.fixture(autouse=True)
 def _forget_warnings():
     """What has been said once may be said again."""
