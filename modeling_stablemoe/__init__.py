@@ -4,7 +4,13 @@
 Importing this package registers the models with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 from .callbacks import (
     ModelCardCallback,
@@ -14,7 +20,7 @@ from .callbacks import (
 )
 from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
 from .hub import CardFacts
-from .modeling_stablemoe import StableMoEForCausalLM, StableMoEModel
+from .modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
 from .modeling_stablemoe_seq2seq import (
     StableMoEForConditionalGeneration,
     StableMoESeq2SeqModel,
@@ -28,6 +34,7 @@ from .version import __version__
 AutoConfig.register(StableMoEConfig.model_type, StableMoEConfig, exist_ok=True)
 AutoModel.register(StableMoEConfig, StableMoEModel, exist_ok=True)
 AutoModelForCausalLM.register(StableMoEConfig, StableMoEForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(StableMoEConfig, StableMoEForSequenceClassification, exist_ok=True)
 
 AutoConfig.register(StableMoESeq2SeqConfig.model_type, StableMoESeq2SeqConfig, exist_ok=True)
 AutoModel.register(StableMoESeq2SeqConfig, StableMoESeq2SeqModel, exist_ok=True)
@@ -41,6 +48,7 @@ __all__ = [
     "StableMoEConfig",
     "StableMoEForCausalLM",
     "StableMoEForConditionalGeneration",
+    "StableMoEForSequenceClassification",
     "StableMoEModel",
     "StableMoEPreTrainedModel",
     "StableMoESeq2SeqConfig",

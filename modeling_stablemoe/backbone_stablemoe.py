@@ -110,7 +110,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
                 moe_layer = moe_layers[position]
-                recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.router.recall()
+                recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.bare_router.recall()
                 hidden_states = moe_layer(hidden_states, token_ids, token_mask, context, recalled)
         return self.norm(hidden_states)
 
@@ -197,7 +197,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         """
         for layer, trace in zip(self.moe_layers, outputs.routing_traces, strict=True):
             if not layer.frozen_router.is_frozen:
-                layer.router.observe(trace, self._flat_mask(outputs, attention_mask, trace.gate.device))
+                layer.bare_router.observe(trace, self._flat_mask(outputs, attention_mask, trace.gate.device))
 
     @staticmethod
     def _flat_mask(outputs, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:

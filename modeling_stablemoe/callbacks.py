@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from .adapters import ROUTING_FILE, copy_routing, holds_adapters, load_routing, save_routing
 from .callback_base import (
     LoggingCallback,
     TrainingClockCallback,
@@ -25,6 +26,7 @@ from .card_callback import ModelCardCallback, add_model_card
 from .checkpoints import copy_code_files
 from .distillation_stablemoe import sees_context
 from .fluctuation_callback import RoutingFluctuationCallback
+from .loops import drop_idle_gradients, freeze_router
 from .losses_stablemoe import is_distributed
 from .processes import check_same_routing
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
@@ -73,23 +75,30 @@ class RoutingStatisticsCallback(LoggingCallback):
 
     _meter: RoutingMeter | None = None
     _has_model_card = False
+    _coefficient: float | None = None
 
     def __init__(self, expert_load: str = "history"):
         if expert_load not in EXPERT_LOAD:
             raise ValueError(f"`expert_load` must be one of {list(EXPERT_LOAD)}, got {expert_load!r}.")
         self.expert_load = expert_load
 
-    def on_init_end(self, args, state, control, **kwargs):
-        """See to it that what is saved has a model card."""
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        """See to it that what is saved has a model card; note what the routing losses count for.
+
+        A trainer built upon Trainer may change that later.
+        """
         add_model_card(find_caller(CallbackHandler))
         self._has_model_card = True
+        self._coefficient = find_stablemoe(model).config.router_aux_loss_coef if _is_watchable(model) else None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin to watch the model."""
+        _resume_routing(model, args, state)
         self._watch_model(args, _find_loaded(model))
 
     def _watch_model(self, args: TrainingArguments, stablemoe: TwoStageRoutingMixin):
         refuse_label_smoother(args)
+        self._check_coefficient(stablemoe)
         check_same_routing(stablemoe, "at the start of training")
         self._find_handler()
         if not self._has_model_card:  # added to a Trainer that was made already
@@ -105,6 +114,18 @@ class RoutingStatisticsCallback(LoggingCallback):
         """Let the stopwatch run."""
         self.stopwatch.begin_step()
 
+    def _check_coefficient(self, stablemoe: TwoStageRoutingMixin):
+        """Say so if a trainer has changed the weight of the routing losses, as TRL's may."""
+        coefficient = stablemoe.config.router_aux_loss_coef
+        if stablemoe.routing_stage == 1 and self._coefficient not in (None, coefficient):
+            logger.warning(
+                "`config.router_aux_loss_coef` was %s when the trainer was made and is %s now: the routing losses count "
+                "that many times. If that is not what you want, set `router_aux_loss_coef=%s` in the trainer's arguments.",
+                self._coefficient,
+                coefficient,
+                self._coefficient,
+            )
+
     def on_step_end(self, args, state, control, **kwargs):
         """Close the step in the statistics."""
         self._meter.end_step()
@@ -113,11 +134,6 @@ class RoutingStatisticsCallback(LoggingCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         """Leave the evaluation out of the time of training."""
         if self.stopwatch is not None:  # evaluated before or after training
-            self.stopwatch.interrupt()
-
-    def on_save(self, args, state, control, **kwargs):
-        """Leave saving out of the time of training."""
-        if self.stopwatch is not None:
             self.stopwatch.interrupt()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -143,13 +159,27 @@ class RoutingStatisticsCallback(LoggingCallback):
             metrics |= loads.experts(layer_names(config))
         return metrics
 
-    def on_push_begin(self, args, state, control, **kwargs):
-        """Add the code files to what Trainer uploads during training, which are weights and config alone."""
-        if state.is_world_process_zero:
-            copy_code_files(Path(args.output_dir) / f"checkpoint-{state.global_step}", args.output_dir)
+    def on_save(self, args, state, control, model=None, **kwargs):
+        """Put beside a checkpoint of adapters the routing, which is not in it; leave saving out of the time of training."""
+        if self.stopwatch is not None:
+            self.stopwatch.interrupt()
+        if holds_adapters(model):
+            save_routing(model, _checkpoint_of_step(args, state))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        """Add to what Trainer uploads during training, which are weights and config alone, the code files."""
+        # Of several processes only the first gets here, and writing takes all of them.
+        if not is_distributed():
+            self.on_save(args, state, control, model=model, **kwargs)
+        if state.is_world_process_zero:
+            copy_code_files(_checkpoint_of_step(args, state), args.output_dir)
+            copy_routing(_checkpoint_of_step(args, state), args.output_dir)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
         """Stop watching."""
+        is_best = getattr(args, "load_best_model_at_end", False)  # a loop of one's own may give less
+        if is_best and state.best_model_checkpoint is not None:
+            _load_routing_beside(model, Path(state.best_model_checkpoint))
         self._meter.close()
 
 
@@ -222,6 +252,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
+        _resume_routing(model, args, state)
         stablemoe = _find_loaded(model)
         self.transition_step = self.resolve_transition_step(state.max_steps)
         self.last_step = self.resolve_last_step(state.max_steps)
@@ -238,6 +269,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
                 "StageTransitionCallback out; to resume a run, give the `stage1_steps` it was started with."
             )
         self._watch_model(args, stablemoe)
+        _warn_of_idle_routers(stablemoe)
         self._watch = SettlingWatch(self._meter)
         if state.global_step > 0:
             checkpoint = _resumed_checkpoint(args, state)
@@ -294,27 +326,17 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         """Put beside a checkpoint of stage 1 what watching goes on from."""
         super().on_save(args, state, control, **kwargs)
         if self._meter is not None and self._meter.model.routing_stage == 1:
-            self._watch.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WATCH_FILE)
-
-    def on_push_begin(self, args, state, control, **kwargs):
-        """Complete the checkpoint before it is uploaded, which Trainer does before it calls `on_save`."""
-        super().on_push_begin(args, state, control, **kwargs)
-        # Of several processes only the first gets here, and writing takes all of them.
-        if not is_distributed() and _frozen_at(state) is None:
-            self.on_save(args, state, control)
+            self._watch.save(_checkpoint_of_step(args, state) / WATCH_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
-        if self._meter.model.routing_stage == 2:
-            for layer in self._meter.model.moe_layers_by_name.values():
-                for parameter in layer.router.stage1_parameters():
-                    parameter.grad = None
+        drop_idle_gradients(self._meter.model)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Stop watching, and say so if the model is left in stage 1."""
+        super().on_train_end(args, state, control, **kwargs)
         if self._meter.model.routing_stage == 1:
             logger.warning("%s", self._describe_unfrozen_end(state))
-        super().on_train_end(args, state, control, **kwargs)
 
     def _describe_unfrozen_end(self, state: TrainerState) -> str:
         frozen_at = _frozen_at(state)
@@ -369,8 +391,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     def _freeze(self, args, state, control, verdict: Verdict):
         """Freeze, log what was frozen, and say it."""
         model, counts = self._meter.model, self._meter.counted_tokens()
-        balanced = model.freeze_router()
-        check_same_routing(model, "at the transition")
+        balanced = freeze_router(model)
         frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
         self._log(args, state, control, report)
@@ -404,7 +425,47 @@ def _resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     named = getattr(args, "resume_from_checkpoint", None)  # a loop of one's own may give less
     if named is not None and Path(named).is_dir():
         return Path(named)
+    return _checkpoint_of_step(args, state)
+
+
+def _checkpoint_of_step(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _resume_routing(model: nn.Module, args: TrainingArguments, state: TrainerState):
+    """Take up the routing where adapters have been resumed, which do not hold it."""
+    if state.global_step > 0:
+        _load_routing_beside(model, _resumed_checkpoint(args, state))
+
+
+def _load_routing_beside(model: nn.Module, checkpoint: Path):
+    if holds_adapters(model) and (checkpoint / ROUTING_FILE).is_file():
+        load_routing(model, checkpoint)
+
+
+def _is_watchable(model: nn.Module) -> bool:
+    """Tell whether `find_stablemoe` finds a model; where it does not, training ends with its error at the start."""
+    try:
+        find_stablemoe(model)
+    except ValueError:
+        return False
+    return True
+
+
+def _warn_of_idle_routers(stablemoe: TwoStageRoutingMixin):
+    """Say so if stage 1 distils nothing, as where PEFT has switched off all gradients but the adapters'."""
+    if stablemoe.routing_stage == 2:
+        return
+    for name, layer in stablemoe.moe_layers_by_name.items():
+        learned = layer.bare_router.distilled_router.parameters()
+        # Counts are integers, and need no gradient.
+        if not any(parameter.requires_grad or not parameter.is_floating_point() for parameter in learned):
+            logger.warning(
+                "The distilled router of %s has no parameter that learns: stage 1 would freeze what it is now. With PEFT "
+                'add `modules_to_save=["distilled_router"]`, or call `model.freeze_router()` before training.',
+                name,
+            )
+            return
 
 
 def _frozen_at(state: TrainerState) -> int | None:

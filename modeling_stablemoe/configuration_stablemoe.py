@@ -186,6 +186,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
         """`int`: MoE layers of the whole model."""
         return sum(len(getattr(self, positions)) for positions in self._moe_positions)
 
+    @property
+    def num_experts_per_tok(self) -> int:
+        """`int`: 1: the name that other libraries ask for."""
+        return 1
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Make a config of a dictionary, refusing that of another kind of model.

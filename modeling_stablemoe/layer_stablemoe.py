@@ -10,7 +10,7 @@ from .context_stablemoe import TokenContext
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
-from .routing_stablemoe import RoutingDecision, build_router
+from .routing_stablemoe import Router, RoutingDecision, build_router
 from .tensors_stablemoe import zero_through
 
 
@@ -91,12 +91,17 @@ class StableMoELayer(GradientCheckpointingLayer):
         shared = self.shares_experts and frozen_index is None
         delta = (self.expert_stack.forward_shared if shared else self.expert_stack)(tokens, index, gate)
         hidden_states = hidden_states + delta.view_as(hidden_states)
-        idle = self.router.stage1_parameters()
+        idle = self.bare_router.stage1_parameters()
         if idle and self.frozen_router.is_frozen and self.training and is_distributed():
             # With a gradient of zero: DistributedDataParallel stops at a parameter without gradient unless it looks for
             # unused ones, which activation checkpointing forbids, and ZeRO-3 would take the last one again.
             hidden_states = hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
+
+    @property
+    def bare_router(self) -> Router:
+        """`Router`: the router itself, where PEFT has wrapped it to adapt its parameters (`target_parameters`)."""
+        return self.router.get_base_layer() if hasattr(self.router, "get_base_layer") else self.router
 
     def route(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
         """Give the experts that inference would use: the frozen ones, or the distilled router's while it learns.
@@ -111,16 +116,16 @@ class StableMoELayer(GradientCheckpointingLayer):
         """
         if self.frozen_router.is_frozen:
             return self.frozen_router(token_ids, context)
-        return self.router.assign(token_ids, context)
+        return self.bare_router.assign(token_ids, context)
 
     @property
     def is_routed_by_token(self) -> bool:
         """`bool`: whether token ids alone, a token's own or earlier ones too, decide which experts inference uses."""
-        return self.frozen_router.is_frozen or self.router.distilled_router is not None
+        return self.frozen_router.is_frozen or self.bare_router.distilled_router is not None
 
     def resize(self, vocab_size: int):
         """Follow the vocabulary to a new size; see `resize` of the frozen router for the experts of new ids."""
-        self.router.resize(vocab_size)
+        self.bare_router.resize(vocab_size)
         self.frozen_router.resize(vocab_size)
 
 

@@ -74,6 +74,23 @@ def divisor_of(num_items_in_batch: Tensor | int, targets: Tensor) -> Tensor:
     return torch.where(targets > 0, num_items_in_batch, 1)
 
 
+def share_of_targets(targets: Tensor, num_items_in_batch: Tensor | int, device: torch.device) -> Tensor:
+    """Give the share of a whole batch's targets that are in this micro-batch: the weight of a mean over it.
+
+    Args:
+        targets (`torch.LongTensor` of shape `()`): those of this micro-batch.
+        num_items_in_batch (`torch.Tensor` or `int`): those of the whole batch.
+        device (`torch.device`): where it is wanted.
+
+    Returns:
+        `torch.Tensor` of shape `()`: 0 without targets.
+    """
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(device)
+    targets = targets.to(device)
+    return targets / divisor_of(num_items_in_batch, targets)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Average `values` over the real tokens; 0 where no token is real.
 
@@ -323,6 +340,7 @@ __all__ = [
     "label_smoothed_loss",
     "masked_mean",
     "routing_losses",
+    "share_of_targets",
     "sum_across_processes",
     "switch_balance_loss",
 ]

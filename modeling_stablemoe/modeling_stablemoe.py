@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The decoder-only models: the backbone, and the language model made of it."""
+"""The decoder-only models: the backbone, and the language model and the classifier made of it."""
 
 from typing import Any
 
@@ -9,17 +9,21 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEBlock
+from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
+
+
+logger = logging.get_logger(__name__)
 
 
 class StableMoEModel(StableMoEBackbone):
@@ -71,6 +75,7 @@ class StableMoEModel(StableMoEBackbone):
                 the vocabulary or a position past `max_position_embeddings` (on an accelerator the embedding's own
                 device assertion fires); see `context_of` for a distilled router that looks back.
         """
+        self._warn_of_lost_losses(kwargs.get("output_routing_traces", False))
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -96,6 +101,17 @@ class StableMoEModel(StableMoEBackbone):
             **kwargs,
         )
         return StableMoEModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _warn_of_lost_losses(self, is_recorded: bool):
+        """Say so, once, if the backbone is trained in stage 1 by a head that asks for nothing to make routing losses of."""
+        if is_recorded or not self.training or not torch.is_grad_enabled() or is_torchdynamo_compiling():
+            return
+        if not all(layer.frozen_router.is_frozen for layer in self.moe_layers):
+            logger.warning_once(
+                "StableMoEModel is trained in stage 1 without its own head, by which routing losses enter the loss: the "
+                "routing is neither balanced nor distilled. TRL's trainers do so: train stage 1 with transformers' "
+                "Trainer, or with a subclass of SFTTrainer that has `compute_loss = Trainer.compute_loss`."
+            )
 
     def routing_fields(
         self,
@@ -125,6 +141,23 @@ class StableMoEModel(StableMoEBackbone):
         if self.training:
             self.observe_routing(outputs, attention_mask)
         return {"aux_loss": aux_loss, **fields}
+
+    def routed_tokens(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Tell what each MoE layer routes of a batch, for statistics.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
+            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            **kwargs: the other arguments of `forward`, which change nothing here.
+
+        Returns:
+            `list[tuple]`: one a MoE layer: token ids, `None` where embeddings were given instead, and the mask of real
+            tokens, `None` where all are real; of shape `(batch, sequence)` each.
+        """
+        mask = None if input_ids is None else token_mask(attention_mask, input_ids.shape[-1])
+        return [(input_ids, mask)] * self.config.num_moe_layers
 
 
 class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
@@ -232,27 +265,29 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         """
         return count_causal_targets(labels, shift_labels)
 
-    def routed_tokens(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
-    ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Tell what each MoE layer routes of a batch, for statistics.
+    def routed_tokens(self, *args, **kwargs) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Tell what each MoE layer routes of a batch, for statistics; see `StableMoEModel.routed_tokens`."""
+        return self.model.routed_tokens(*args, **kwargs)
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            **kwargs: the other arguments of `forward`, which change nothing here.
 
-        Returns:
-            `list[tuple]`: one a MoE layer: token ids, `None` where embeddings were given instead, and the mask of real
-            tokens, `None` where all are real; of shape `(batch, sequence)` each.
-        """
-        mask = None if input_ids is None else token_mask(attention_mask, input_ids.shape[-1])
-        return [(input_ids, mask)] * self.config.num_moe_layers
+class StableMoEForSequenceClassification(SequenceClassificationMixin, StableMoEPreTrainedModel):
+    """The backbone and a head that classifies whole sequences, or scores them; a language model's checkpoint loads.
+
+    Args:
+        config ([`StableMoEConfig`]): `num_labels` (1 for regression) and `problem_type` say what is predicted.
+    """
+
+    def __init__(self, config: StableMoEConfig):
+        super().__init__(config)
+        self.model = StableMoEModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
 
 
 StableMoEConfig.register_for_auto_class()
 StableMoEModel.register_for_auto_class("AutoModel")
 StableMoEForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+StableMoEForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 
-__all__ = ["StableMoEForCausalLM", "StableMoEModel"]
+__all__ = ["StableMoEForCausalLM", "StableMoEForSequenceClassification", "StableMoEModel"]

@@ -593,7 +593,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             **kwargs: the other arguments of `forward`.
 
         Returns:
-            `list[tuple]`: see `StableMoEForCausalLM.routed_tokens`.
+            `list[tuple]`: see `StableMoEModel.routed_tokens`.
         """
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
             decoder_input_ids, decoder_attention_mask, kwargs.get("decoder_inputs_embeds"), labels

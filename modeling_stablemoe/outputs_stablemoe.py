@@ -23,7 +23,8 @@ class StableMoEModelOutputWithPast(ModelOutput):
         attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
             `(batch, heads, sequence, sequence)` a block.
         router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_router_logits`: backbone scores s (eq. 5),
-            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer. A hash has none.
+            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer; without a gradient once the
+            routing is frozen. A hash has none.
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`: the expert of each
             token, padding included, one of shape `(batch, sequence)` a MoE layer.
         distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in
@@ -86,6 +87,17 @@ class StableMoECausalLMOutputWithPast(ModelOutput):
     distillation_agreement: torch.FloatTensor | None = None
     expert_load: torch.LongTensor | None = None
     routing_health: RoutingHealth | None = None
+
+
+@dataclass
+class StableMoESequenceClassifierOutputWithPast(StableMoECausalLMOutputWithPast):
+    """Output of the sequence classifier; see `StableMoECausalLMOutputWithPast` for the other fields.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(batch, num_labels)`): scores of the labels; numbers in a regression.
+        task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: by `problem_type` cross-entropy (nats),
+            binary cross-entropy or squared error, mean over labels (over `num_items_in_batch` where that is given).
+    """
 
 
 @dataclass
@@ -214,4 +226,5 @@ __all__ = [
     "StableMoEModelOutputWithPast",
     "StableMoESeq2SeqLMOutput",
     "StableMoESeq2SeqModelOutput",
+    "StableMoESequenceClassifierOutputWithPast",
 ]

@@ -18,7 +18,7 @@ from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
 from .health_stablemoe import RoutingHealth, mean_health
 from .integration_stablemoe import IntegrationMixin
-from .losses_stablemoe import RoutingLosses, combine_routing_losses, divisor_of
+from .losses_stablemoe import RoutingLosses, combine_routing_losses, share_of_targets
 from .routing_stablemoe import LearnedRouter, Router
 from .running_stablemoe import RouterMemory
 from .stages_stablemoe import TwoStageRoutingMixin
@@ -42,6 +42,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         "AutoConfig": "configuration_stablemoe.StableMoEConfig",
         "AutoModel": "modeling_stablemoe.StableMoEModel",
         "AutoModelForCausalLM": "modeling_stablemoe.StableMoEForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_stablemoe.StableMoEForSequenceClassification",
     }
     _can_record_outputs = {
         "hidden_states": StableMoEBlock,
@@ -138,7 +139,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         if not self.config.balance_loss_warmup_tokens:
             return 1.0
         first = next(iter(self.moe_layers_by_name.values()))
-        return (first.router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
+        return (first.bare_router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
 
     def auxiliary_loss(
         self, routing: RoutingLosses, targets: Tensor | None, num_items_in_batch: Tensor | int | None
@@ -163,10 +164,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             aux_loss = aux_loss + weight * routing.balance_loss
         if num_items_in_batch is None or targets is None:
             return aux_loss
-        if torch.is_tensor(num_items_in_batch):
-            num_items_in_batch = num_items_in_batch.to(aux_loss.device)
-        targets = targets.to(aux_loss.device)
-        return aux_loss * (targets / divisor_of(num_items_in_batch, targets))
+        return aux_loss * share_of_targets(targets, num_items_in_batch, aux_loss.device)
 
 
 def check_range(ids: Tensor, limit: int, what: str, remedy: str):

@@ -228,6 +228,9 @@ class LearnedRouter(Router):
         if not self.balances_hidden_states and frozen_index is None:
             # The same numbers, of which the balance loss reaches the centroids alone.
             scores = score(features.detach(), self.centroids)
+        elif frozen_index is not None:
+            # Nothing is learned of a fixed routing: a trainer that adds a balance loss of its own (TRL) moves no gate by it.
+            scores = scores.detach()
         trace = self._trace(hidden_states, token_ids, gate, teacher_index, distilled_logits)
         return RoutingDecision(scores, expert_index, gate, distilled_logits, trace)
 

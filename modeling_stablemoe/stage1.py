@@ -38,10 +38,10 @@ def tables_of(model: TwoStageRoutingMixin) -> Tensor | None:
         `torch.IntTensor` of shape `(moe layers, V)`, on the CPU; `None` where weights are frozen instead of a table.
     """
     layers = list(model.moe_layers_by_name.values())
-    if any(layer.router.distilled_router.sees_context for layer in layers):
+    if any(layer.bare_router.distilled_router.sees_context for layer in layers):
         return None
     # Asked of the router as a whole: its parameters may be sharded, and one process alone must not ask.
-    return torch.stack([layer.router.distilled_router.table().int().cpu() for layer in layers])
+    return torch.stack([layer.bare_router.distilled_router.table().int().cpu() for layer in layers])
 
 
 class SettlingWatch:

@@ -86,11 +86,11 @@ class TwoStageRoutingMixin:
         self.require_distillation()
         layers = self.moe_layers_by_name
         # All are asked before any is frozen: a router may refuse.
-        decided = [layer.router.freeze(name) for name, layer in layers.items()]
+        decided = [layer.bare_router.freeze(name) for name, layer in layers.items()]
         for layer, (contents, _) in zip(layers.values(), decided, strict=True):
             layer.frozen_router.freeze(contents)
             if self.config.reset_gates_at_freeze:
-                layer.router.reset_gates()
+                layer.bare_router.reset_gates()
         self.config.router_fingerprint = self.router_fingerprint()
         return [balanced for _, balanced in decided if balanced is not None]
 

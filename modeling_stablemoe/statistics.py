@@ -10,12 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .experts_stablemoe import count_overflow
 from .losses_stablemoe import is_distributed, sum_across_processes
+from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoESeq2SeqLMOutput
 from .stages_stablemoe import TwoStageRoutingMixin
 
+
+logger = logging.get_logger(__name__)
 
 # What `RoutingTotals.sums` holds, in this order.
 SUMS = (
@@ -199,7 +203,7 @@ class RoutingMeter:
 
     @torch.no_grad()
     def _observe(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        if not module.training or output.expert_load is None:
+        if not module.training or not self._is_known(output) or output.expert_load is None:
             return
         load = output.expert_load.double()
         tokens = load.sum(-1).mean()  # layers of an encoder and a decoder route different numbers
@@ -232,6 +236,26 @@ class RoutingMeter:
         if not self.model.config.is_encoder_decoder:
             return load[0].sum()  # every layer routes every token
         return self.model.count_tokens(*args, **kwargs).to(load.device)
+
+    def _is_known(self, output) -> bool:
+        """Tell whether a forward pass gives what is measured; refuse one of stage 1 that does not.
+
+        Raises:
+            ValueError: in stage 1, where the routing losses are missing, too.
+        """
+        if isinstance(output, (StableMoECausalLMOutputWithPast, StableMoESeq2SeqLMOutput)):
+            return True
+        problem = (
+            f"The model's forward pass gives a {type(output).__name__}: another head has taken the place of its own, as "
+            "TRL's trainers do, and knows neither routing losses nor statistics."
+        )
+        if self.model.routing_stage == 1:
+            raise ValueError(
+                f"{problem} Nothing would be distilled. Train stage 1 with transformers' Trainer, or with a subclass of "
+                "SFTTrainer that has `compute_loss = Trainer.compute_loss`."
+            )
+        logger.warning_once(f"{problem} There are no statistics of this run; its routing is frozen and stays so.")
+        return False
 
     def _count_tokens(self, routed: list[tuple[Tensor | None, Tensor | None]]):
         if self.token_counts is None:

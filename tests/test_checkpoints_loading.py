@@ -28,6 +28,7 @@ CODE_FILES = {
     "balancing_search_stablemoe.py",
     "balancing_stablemoe.py",
     "blocks_stablemoe.py",
+    "classification_stablemoe.py",
     "configuration_stablemoe.py",
     "context_stablemoe.py",
     "distillation_stablemoe.py",
@@ -49,6 +50,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_stablemoe.StableMoEConfig",
     "AutoModel": "modeling_stablemoe.StableMoEModel",
     "AutoModelForCausalLM": "modeling_stablemoe.StableMoEForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_stablemoe.StableMoEForSequenceClassification",
 }
 
 

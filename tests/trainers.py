@@ -58,6 +58,7 @@ def make_trainer(
     optimizers=(None, None),
     trainer_class=Trainer,
     train_dataset=BLOCKS,
+    collator=collate_blocks,
     **arguments,
 ):
     options = {
@@ -76,7 +77,7 @@ def make_trainer(
         args=TrainingArguments(output_dir=str(folder), **options),
         train_dataset=train_dataset,
         eval_dataset=BLOCKS[:4],
-        data_collator=collate_blocks,
+        data_collator=collator,
         callbacks=list(callbacks),
         optimizers=optimizers,
     )

@@ -1,0 +1,150 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""A head that classifies whole sequences, or scores them (regression), from their last token."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+
+from .layer_stablemoe import token_mask
+from .losses_stablemoe import share_of_targets
+from .outputs_stablemoe import StableMoESequenceClassifierOutputWithPast
+
+
+class SequenceClassificationMixin:
+    """What a model gains from `model`, a causal backbone, and `score`, a linear layer from its states to labels."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoESequenceClassifierOutputWithPast:
+        """Score each label for each sequence; see `StableMoEModel.forward` for what they share.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): padded on either side.
+            attention_mask (`torch.Tensor`, *optional*): see there.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
+            past_key_values (`Cache`, *optional*): see there.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): see there.
+            labels (`torch.Tensor`, *optional*): by `config.problem_type`, which is told by the first labels where it is
+                `None`: classes, of shape `(batch,)`, -100 is ignored (`"single_label_classification"`); zeros and ones,
+                of shape `(batch, num_labels)` (`"multi_label_classification"`); numbers, of shape `(batch,)` or `(batch,
+                num_labels)` (`"regression"`).
+            use_cache (`bool`, *optional*): see there.
+            output_router_logits (`bool`, *optional*): as of `StableMoEForCausalLM.forward`.
+            **kwargs: `num_items_in_batch`, the labels of the whole (accumulated, world-wide) batch that the loss is a
+                mean over, and those of `StableMoEModel.forward`.
+
+        Returns:
+            `StableMoESequenceClassifierOutputWithPast`
+
+        Raises:
+            ValueError: for several sequences whose last tokens nothing tells; see also `StableMoEModel.forward`.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        with_routing = self.training or output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=with_routing,
+            output_expert_indices=with_routing,
+            output_distilled_router_logits=with_routing,
+            output_routing_traces=with_routing,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = self._last_tokens(input_ids, attention_mask, hidden_states)
+        logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
+
+        targets = None if labels is None else self.count_targets(labels)
+        loss = task_loss = None
+        if labels is not None:
+            loss = task_loss = self._task_loss(logits, labels, targets, num_items_in_batch)
+        routing = {}
+        if with_routing:
+            routing = self.model.routing_fields(outputs, attention_mask, targets, num_items_in_batch)
+            if self.training and loss is not None and self.config.moe_layer_positions:
+                loss = loss + self.config.router_aux_loss_coef * routing["aux_loss"].to(loss.device)
+        return StableMoESequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=(outputs.router_logits or None) if output_router_logits else None,
+            expert_indices=outputs.expert_indices if output_router_logits else None,
+            task_loss=task_loss,
+            **routing,
+        )
+
+    def _task_loss(
+        self, logits: Tensor, labels: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        """Take the mean over labels, for the share of `num_items_in_batch` that they are.
+
+        transformers' losses for several labels and for regression know no `num_items_in_batch`, so that they would grow
+        with the number of micro-batches.
+        """
+        loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits.float(), config=self.config)
+        # A mean over no targets is NaN: 0 / 0.
+        loss = torch.where(targets.to(loss.device) > 0, loss, 0.0)
+        return (
+            loss if num_items_in_batch is None else loss * share_of_targets(targets, num_items_in_batch, loss.device)
+        )
+
+    def _last_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+        """Find the last token of each sequence that is no padding, `(batch,)`, as transformers' own heads do.
+
+        That is the rightmost one that is not `pad_token_id`. Where there are no ids, or no such id is set, transformers
+        takes the last position; here `attention_mask`, where there is one, tells.
+        """
+        batch, length = hidden_states.shape[:2]
+        pad_token_id, device = self.config.pad_token_id, hidden_states.device
+        if input_ids is not None and pad_token_id is not None:
+            is_token = input_ids.ne(pad_token_id).to(device)
+        else:
+            is_token = token_mask(attention_mask, length)
+            if is_token is None and input_ids is not None and batch > 1:
+                raise ValueError(
+                    f"There are {batch} sequences, and neither `pad_token_id` nor `attention_mask` tells where they end. "
+                    "Set `model.config.pad_token_id = tokenizer.pad_token_id`, or pass the mask that the tokenizer gives."
+                )
+            if is_token is None:
+                return torch.full((batch,), length - 1, device=device)
+        positions = torch.arange(length, device=device)
+        return (positions * is_token.to(device)).argmax(-1)
+
+    def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
+        """Count the labels that the task loss is a mean over, as `Trainer` counts them.
+
+        Args:
+            labels (`torch.Tensor`): as given to `forward`.
+            shift_labels (`torch.LongTensor`, *optional*): a language model's; not used here.
+
+        Returns:
+            `torch.LongTensor` of shape `()`.
+        """
+        return labels.ne(-100).sum()
+
+    def routed_tokens(self, *args, **kwargs) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Tell what each MoE layer routes of a batch, for statistics; see `StableMoEModel.routed_tokens`."""
+        return self.model.routed_tokens(*args, **kwargs)
+
+
+__all__ = ["SequenceClassificationMixin"]
