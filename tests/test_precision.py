@@ -281,9 +281,10 @@ def test_torchao_quantises_encoder_and_decoder(tmp_path):
     model = tiny_seq2seq_model()
     model.freeze_router()
     model.save_pretrained(tmp_path / "whole")
-    config = torchao_config(r"re:model\..*layers\..*_proj\.weight", EXPERT_WEIGHTS)
+    config = torchao_config(r"re:model\.(encoder|decoder)\.layers\..*_proj\.weight", EXPERT_WEIGHTS)
     quantised = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "whole", quantization_config=config)
     assert len({name for name in in_8_bits(quantised) if "expert_stack" in name}) == 3 * 2 * 2
+    assert len({name for name in in_8_bits(quantised) if "expert_stack" not in name}) == 2 * 6 + 3 * 10
     assert quantised.router_fingerprint() == model.router_fingerprint()
     ids = random_ids(2, 6, low=3, high=91)
     generated = quantised.generate(ids, max_new_tokens=5, do_sample=False)
