@@ -14,13 +14,13 @@ from .configuration_stablemoe import StableMoEConfig
 from .fairseq_files import FairseqFile
 
 
-# fairseq's dictionary begins with <s>, <pad>, </s> and <unk>; positions begin behind the padding's.
-BOS, PAD, EOS, UNK = range(4)
+# fairseq's dictionary begins with <s>, <pad> and </s>; positions begin behind the padding's.
+BOS, PAD, EOS = range(3)
 FIRST_POSITION = PAD + 1
 
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # One expert a process in the released code, `experts.0` and so on in newer versions of fairseq.
-EXPERT = re.compile(r"(?:expert_network|experts\.(?P<local>\d+))\.(?P<sublayer>\d+)\.(?P<name>.+)")
+_EXPERT = re.compile(r"(?:expert_network|experts\.(?P<local>\d+))\.(?P<sublayer>\d+)\.(?P<name>.+)")
 _OF_MOE_LAYERS = (
     "expert_network",
     "experts",
@@ -84,7 +84,7 @@ def read_layout(file: FairseqFile) -> Layout:
     Raises:
         ValueError: for numbers that are missing, or without any layer.
     """
-    layers = [found.groups() for found in map(LAYER.fullmatch, file.tensors) if found]
+    layers = [found.groups() for found in map(_LAYER.fullmatch, file.tensors) if found]
     moe_layers = {int(number) for number, name in layers if name.split(".")[0] in _OF_MOE_LAYERS}
     blocks = {int(number) for number, _ in layers} - moe_layers
     count = max(blocks | moe_layers, default=-1) + 1
@@ -92,7 +92,7 @@ def read_layout(file: FairseqFile) -> Layout:
     if missing or not count:
         what = ", ".join(f"`decoder.layers.{number}`" for number in missing) or "`decoder.layers.0`"
         raise ValueError(f"{str(file.path)!r} holds no tensor of {what}. Restore the checkpoint from its source.")
-    experts = [found for found in (EXPERT.fullmatch(name) for _, name in layers) if found]
+    experts = [found for found in (_EXPERT.fullmatch(name) for _, name in layers) if found]
     return Layout(
         sorted(blocks),
         sorted(moe_layers),
@@ -245,4 +245,4 @@ def _one_of(file: FairseqFile, name: str, choices: dict[str, str], default: str)
     return choices[value]
 
 
-__all__ = ["BOS", "EOS", "EXPERT", "FIRST_POSITION", "LAYER", "PAD", "UNK", "Layout", "read_config", "read_layout"]
+__all__ = ["BOS", "EOS", "FIRST_POSITION", "PAD", "Layout", "read_config", "read_layout"]
