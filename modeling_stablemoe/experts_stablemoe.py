@@ -22,7 +22,7 @@ from transformers.integrations.moe import (
 )
 
 from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEBaseConfig
-from .tensors_stablemoe import local_tensor
+from .tensors_stablemoe import dequantized, local_tensor
 
 
 class ExpertSublayer(nn.Module):
@@ -66,7 +66,7 @@ class ExpertSublayer(nn.Module):
 
     def _held(self, name: str) -> Tensor:
         """Give a parameter's rows of this process's experts. Rows of others would be taken for theirs unnoticed."""
-        held = local_tensor(getattr(self, name))
+        held = dequantized(local_tensor(getattr(self, name)))
         if held.shape[0] != self.num_experts:
             raise ValueError(
                 f"`{name}` holds the rows of {held.shape[0]} experts, but this process has {self.num_experts}. An "

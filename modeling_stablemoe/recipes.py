@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
 
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig, StableMoESeq2SeqConfig
 
@@ -276,9 +276,18 @@ def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequen
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):
             argv = _recipe_to_argv(Path(argv[0])) + argv[1:]
-        return parser.parse_args_into_dataclasses(args=argv)
+        arguments = parser.parse_args_into_dataclasses(args=argv)
+        _require_half_precision(arguments)
+        return arguments
     except (OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def _require_half_precision(arguments: tuple):
+    """Refuse `--fp16` on a CPU, where accelerate trains in float32 and does not say so."""
+    for part in arguments:
+        if isinstance(part, TrainingArguments) and part.fp16 and part.device.type == "cpu":
+            raise ValueError("--fp16 does nothing on a CPU; train with --bf16 true, or in float32")
 
 
 def _recipe_to_argv(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from .balancing_stablemoe import BalancedTable
 from .context_stablemoe import whole_context
 from .distillation_stablemoe import sees_context
 from .layer_stablemoe import StableMoELayer, moe_layers_of, token_mask
-from .tensors_stablemoe import whole_shape
+from .tensors_stablemoe import is_quantized, whole_shape
 
 
 logger = logging.get_logger(__name__)
@@ -281,7 +281,7 @@ class TwoStageRoutingMixin:
 
         Raises:
             ValueError: see `check_routing`; also for weights that cannot be read, with the file's own complaint, or
-                that have other shapes than the config says, naming the tensors.
+                that have other shapes than the config says, and for routers that would be quantised, naming the tensors.
         """
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -299,6 +299,7 @@ class TwoStageRoutingMixin:
                 "may have been cut off while saving or downloading; fetch it again or use an earlier checkpoint."
             ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _refuse_quantized_routers(model.moe_layers_by_name)
         if is_fsdp_enabled() and not is_local_dist_rank_0():
             model._expect_routing()  # what stands in its frozen routers now, zeros in transformers 5.15, is no routing
         else:
@@ -320,6 +321,23 @@ def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:
         "weights that were saved together. To change the vocabulary, load them as they are, then call "
         "`resize_token_embeddings`."
     )
+
+
+def _refuse_quantized_routers(layers: dict[str, StableMoELayer]):
+    """Refuse a quantisation that reaches routers or frozen routers: it would reroute tokens, unnoticed."""
+    quantized = [
+        f"{name}.{part}.{parameter}"
+        for name, layer in layers.items()
+        for part in ("router", "frozen_router")
+        for parameter, values in getattr(layer, part).named_parameters()
+        if is_quantized(values)
+    ]
+    if quantized:
+        raise ValueError(
+            f"The `quantization_config` quantises {', '.join(quantized)}, but routing is exact only where routers are left as "
+            "they are. Narrow its patterns, `re:.*expert_stack.sublayers.*_proj` for the experts say, or add "
+            r"`modules_to_not_convert=[r'.*router']`."
+        )
 
 
 def _fingerprint(routers: Iterable[bytes]) -> str:

@@ -68,6 +68,17 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def is_quantized(tensor: Tensor) -> bool:
+    """Tell a tensor that a quantiser stores in few bits: torchao's are subclasses that say how to write them out."""
+    kind = type(tensor)
+    return kind is not Tensor and kind is not nn.Parameter and kind.dequantize is not Tensor.dequantize
+
+
+def dequantized(tensor: Tensor) -> Tensor:
+    """Write out a tensor that a quantiser stores in few bits; any other tensor is returned as it is."""
+    return tensor.dequantize() if is_quantized(tensor) else tensor
+
+
 def whole_shape(tensor: Tensor) -> torch.Size:
     """Give the shape that a tensor has when nothing is sharded; ZeRO-3 leaves an empty one behind."""
     return getattr(tensor, "ds_shape", tensor.shape)
@@ -140,9 +151,11 @@ def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
 
 __all__ = [
     "copy_into",
+    "dequantized",
     "finite_tokens",
     "from_bits",
     "full_tensor",
+    "is_quantized",
     "local_tensor",
     "resize_rows",
     "score",
