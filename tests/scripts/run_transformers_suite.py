@@ -82,6 +82,8 @@ def run(name: str, tests: list[str], arguments: argparse.Namespace, checkpoints:
     paths = [str(suite), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment["RUN_SLOW"] = "1" if arguments.slow else "0"
+    if arguments.sharded:
+        environment["STABLEMOE_SUITE_SHARDED"] = "1"
     if checkpoints is not None:
         environment["TRANSFORMERS_TINY_MODEL_PATH"] = str(checkpoints)
     with tempfile.TemporaryDirectory() as folder:
@@ -118,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("-k", help="only tests that match, as pytest's -k")
     parser.add_argument("--slow", action="store_true", help="the suite's slow tests, too")
+    parser.add_argument("--sharded", action="store_true", help="FSDP2 and expert parallelism on two processes, too")
     parser.add_argument("--timeout", type=int, default=600, help="seconds that a test may take")
     arguments = parser.parse_args()
     arguments.suite = arguments.suite.resolve()
