@@ -258,8 +258,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
                 raise ValueError(f"`{name}` is a probability in [0, 1), got {value!r}.")
-        if not isinstance(self.layer_norm_eps, Real) or not 0 < self.layer_norm_eps < 1:
-            raise ValueError(f"`layer_norm_eps` must be a number in (0, 1), got {self.layer_norm_eps!r}.")
+        eps = self.layer_norm_eps
+        if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 < eps < float("inf"):
+            raise ValueError(f"`layer_norm_eps` must be a finite number > 0, got {eps!r}.")
 
     def _validate_moe(self):
         if not isinstance(self.router_type, str) or self.router_type not in ROUTER_TYPES:

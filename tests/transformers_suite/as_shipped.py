@@ -1,0 +1,107 @@
+"""What makes transformers' own test suite take the models of this package for models that it ships."""
+
+import copy
+import os
+import unittest
+from unittest import mock
+
+import torch
+import transformers
+from packaging.version import Version
+from transformers.models.auto import modeling_auto
+
+from modeling_stablemoe import experts_stablemoe
+from modeling_stablemoe.layer_stablemoe import moe_layers_of
+
+
+# The suite asks these mappings by class name which labels a class takes, and whether it has a head.
+_NAMES = {
+    "MODEL_MAPPING_NAMES": {"stablemoe": "StableMoEModel", "stablemoe-seq2seq": "StableMoESeq2SeqModel"},
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": {"stablemoe": "StableMoEForCausalLM"},
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": {"stablemoe-seq2seq": "StableMoEForConditionalGeneration"},
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": {"stablemoe": "StableMoEForSequenceClassification"},
+}
+
+
+def name_models():
+    """Enter the classes by name where the suite looks for transformers' own."""
+    for mapping, names in _NAMES.items():
+        getattr(modeling_auto, mapping).update(names)
+    if os.environ.get("STABLEMOE_SUITE_SHARDED"):
+        from tests import test_fsdp_mixin, test_tensor_parallel_mixin
+
+        # On several processes the suite tests a few models of its choice, all of them language models.
+        test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES.add("stablemoe")
+        test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES.add("stablemoe")
+
+
+def show_backends(test):
+    """Let a test that watches transformers' registry of expert backends watch that of stacked experts."""
+    from tests import test_modeling_common
+
+    backends = ("batched_mm_experts_forward", "grouped_mm_experts_forward")
+    patches = [mock.patch.object(test_modeling_common, name, getattr(experts_stablemoe, name)) for name in backends]
+    registry = experts_stablemoe.ALL_STABLEMOE_EXPERTS_FUNCTIONS
+    patches.append(mock.patch("transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS", registry))
+    for patch in patches:
+        patch.start()
+        test.addCleanup(patch.stop)
+
+
+class StableMoETestMixin:
+    """What the suite's tests need to know of both model families."""
+
+    # The distilled router learns from what the rest has learned, so it needs longer than the suite's 300 steps of 1e-3.
+    training_overfit_steps = 600
+    training_overfit_learning_rate = 3e-3
+
+    def setUp(self):
+        super().setUp()
+        show_backends(self)
+
+    def check_training_gradient_checkpointing(self, gradient_checkpointing_kwargs=None):
+        """Run the suite's check, whose unfreezing of every parameter passes by the integers of frozen routers."""
+        switch = torch.nn.Parameter.requires_grad_
+
+        def switch_floats(parameter, requires_grad=True):
+            return switch(parameter, requires_grad) if parameter.is_floating_point() else parameter
+
+        with mock.patch.object(torch.nn.Parameter, "requires_grad_", switch_floats):
+            super().check_training_gradient_checkpointing(gradient_checkpointing_kwargs)
+
+    @unittest.skip("re-entrant checkpointing cuts routing losses off from the router; the models refuse it")
+    def test_training_gradient_checkpointing_use_reentrant_true(self):
+        pass
+
+    @unittest.skipIf(
+        Version(transformers.__version__) < Version("5.21"),
+        "experts cannot be gathered before transformers 5.21, so the models refuse to train under expert parallelism",
+    )
+    def test_ep_backward(self):
+        super().test_ep_backward()
+
+
+def in_stage_2(model_class: type) -> type:
+    """Derive a class whose new models are in stage 2: built as ever, given experts that do something, then frozen.
+
+    A checkpoint's stage is its own: loading builds on the meta device, where there is nothing to freeze.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        # Freezing writes to the config, which the suite gives to one model after the other.
+        super(frozen_class, self).__init__(copy.deepcopy(config), *args, **kwargs)
+        if self.device.type != "meta":
+            _fill_experts(self)
+            self.freeze_router()
+
+    names = {"__init__": __init__, "__module__": model_class.__module__, "__doc__": model_class.__doc__}
+    frozen_class = type(model_class.__name__, (model_class,), names)
+    return frozen_class
+
+
+@torch.no_grad()
+def _fill_experts(model):
+    """Give W2, which starts at zero, values: else no comparison would see the experts."""
+    for layer in moe_layers_of(model).values():
+        for sublayer in layer.expert_stack.sublayers:
+            sublayer.down_proj.normal_(std=model.config.initializer_range)

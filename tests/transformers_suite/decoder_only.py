@@ -1,0 +1,35 @@
+"""The public test suite of transformers on the language model; see `tests/scripts/run_transformers_suite.py`."""
+
+import unittest
+
+from as_shipped import StableMoETestMixin, in_stage_2, name_models
+from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
+
+from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEModel
+
+
+name_models()
+
+
+class StableMoEModelTester(CausalLMModelTester):
+    """A tiny model, of the suite's own sizes."""
+
+    config_class = StableMoEConfig
+    base_model_class = StableMoEModel
+    causal_lm_class = StableMoEForCausalLM
+
+    def __init__(self, parent):
+        super().__init__(parent, num_expert_sublayers=2, distilled_router_dim=8, moe_layer_positions=[1])
+
+
+class FrozenStableMoEModelTester(StableMoEModelTester):
+    base_model_class = in_stage_2(StableMoEModel)
+    causal_lm_class = in_stage_2(StableMoEForCausalLM)
+
+
+class Stage1Test(StableMoETestMixin, CausalLMModelTest, unittest.TestCase):
+    model_tester_class = StableMoEModelTester
+
+
+class Stage2Test(Stage1Test):
+    model_tester_class = FrozenStableMoEModelTester
