@@ -2,6 +2,7 @@
 """Transformer blocks with MoE layers between them, and the decoder-only language model made of them."""
 
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 from .context_stablemoe import TokenContext, cached_context, whole_context
+from .dense_stablemoe import convert_dense
 from .distillation_stablemoe import CountRouter, DistilledRouter, sees_context
 from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
@@ -640,6 +642,33 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         self.model = StableMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_dense(cls, dense: PreTrainedModel | str | PathLike, **options: Any) -> "StableMoEForCausalLM":
+        """Make a StableMoE of a dense GPT-2 or OPT, with the same logits, ready for both stages of training.
+
+        MoE layers are put between its blocks, and their new experts add nothing until they are trained. Weights, dtype,
+        device, generation settings and attention implementation are those of the dense model. So is its rate of dropout
+        (`resid_pdrop` and `embd_pdrop` of GPT-2; that of OPT falls on the embeddings here, too).
+
+        Args:
+            dense (`GPT2LMHeadModel`, `OPTForCausalLM`, `str` or `PathLike`): the model, or its Hub name or folder.
+            **options: `num_experts` (32 if not given, the paper's base model), `moe_layer_positions` (a list; one layer
+                in the middle, the best place in table 4), `num_expert_sublayers` (3) and every other field of
+                `StableMoEConfig` that the dense model does not determine: those of routing and stage 1,
+                `dropout`, `attention_dropout`, `initializer_range` (of the experts), `use_cache` and special token ids.
+                `attn_implementation` and `experts_implementation` as in `from_pretrained`; with a name or folder also
+                `revision`, `token`, `cache_dir`, `dtype` and the like (see `LOADING_OPTIONS`).
+
+        Returns:
+            `StableMoEForCausalLM`: in stage 1, and in the dense model's mode: evaluation, if it was loaded here.
+
+        Raises:
+            OSError: if there is no such checkpoint.
+            ValueError: for another architecture, a setting of the dense model that these blocks do not have, a tensor too
+                many or missing, or an option that is none; the message names it.
+        """
+        return convert_dense(cls, dense, options)
 
     @can_return_tuple
     def forward(
