@@ -31,6 +31,16 @@ LOADING_OPTIONS = (
     "proxies",
     "use_safetensors",
 )
+# What a dense model says and does not determine: it changes no logit in evaluation.
+FREE_FIELDS = (
+    "dropout",
+    "attention_dropout",
+    "initializer_range",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 # Fields of every config that are not about the model.
 _BOOKKEEPING = tuple(field.name for field in fields(PreTrainedConfig))
 
@@ -205,7 +215,12 @@ class OPTSource(DenseSource):
         yield "model.embed_positions.weight", source.take(f"{decoder}.embed_positions.weight")[self.offset :]
         for block in range(config.num_hidden_layers):
             old, new = f"{decoder}.layers.{block}", f"model.layers.{block}"
-            for theirs, ours in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("out_proj", "o_proj")):
+            for theirs, ours in (
+                ("q_proj", "q_proj"),
+                ("k_proj", "k_proj"),
+                ("v_proj", "v_proj"),
+                ("out_proj", "o_proj"),
+            ):
                 yield from _parts(source, f"{old}.self_attn.{theirs}", f"{new}.self_attn.{ours}")
             yield from _parts(source, f"{old}.self_attn_layer_norm", f"{new}.input_layernorm")
             yield from _parts(source, f"{old}.fc1", f"{new}.mlp.up_proj")
@@ -301,7 +316,7 @@ def check_overrides(overrides: dict[str, Any]):
     Raises:
         ValueError: naming them, and what there is to choose.
     """
-    free = free_fields()
+    free = [*routing_fields(), *FREE_FIELDS]
     refused = sorted(set(overrides) - set(free))
     if refused:
         raise ValueError(
@@ -310,9 +325,9 @@ def check_overrides(overrides: dict[str, Any]):
         )
 
 
-def free_fields() -> list[str]:
-    """List the fields of our config that a dense model leaves open: experts, routing, rates of dropout, special ids."""
-    fixed = {
+def routing_fields() -> list[str]:
+    """List the fields of our config that a dense model has nothing to say to: experts, routing and stage 1."""
+    determined = {
         "vocab_size",
         "hidden_size",
         "intermediate_size",
@@ -326,9 +341,10 @@ def free_fields() -> list[str]:
         "layer_norm_eps",
         "tie_word_embeddings",
         "router_fingerprint",
+        *FREE_FIELDS,
         *_BOOKKEEPING,
     }
-    return [field.name for field in fields(StableMoEConfig) if field.name not in fixed]
+    return [field.name for field in fields(StableMoEConfig) if field.name not in determined]
 
 
 def load_dense(name_or_path: str | PathLike, **loading: Any) -> PreTrainedModel:
@@ -409,6 +425,7 @@ def _load(model: PreTrainedModel, source: DenseSource, dense: PreTrainedModel):
 
 __all__ = [
     "DENSE_SOURCES",
+    "FREE_FIELDS",
     "LOADING_OPTIONS",
     "DenseSource",
     "GPT2Source",
@@ -417,6 +434,6 @@ __all__ = [
     "check_overrides",
     "config_of_dense",
     "convert_dense",
-    "free_fields",
     "load_dense",
+    "routing_fields",
 ]
