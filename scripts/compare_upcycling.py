@@ -45,6 +45,12 @@ class UpcyclingArguments:
             raise ValueError(f"`--seeds` must be different numbers, at least one; got {self.seeds}.")
 
 
+def parse_arguments(argv=None):
+    """Parse the command line: `(dense, data, upcycling, training)` arguments."""
+    types = (DenseArguments, DataArguments, UpcyclingArguments, TrainingArguments)
+    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+
+
 def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
     """Make what all runs share, and the systems to run."""
     if training_args.max_steps <= 0:
@@ -69,8 +75,7 @@ def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
 
 def main(argv=None):
     """Run the script."""
-    types = (DenseArguments, DataArguments, UpcyclingArguments, TrainingArguments)
-    *arguments, training_args = parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+    *arguments, training_args = parse_arguments(argv)
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
     transformers.utils.logging.set_verbosity_warning()
     upcycling_args = arguments[2]

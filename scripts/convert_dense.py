@@ -90,14 +90,16 @@ def load_tokenizer(args: ConvertArguments, source: str):
     """Load the tokenizer to save; `None` where none is wanted."""
     if args.tokenizer_name == "":
         return None
+    name, revision = (args.tokenizer_name, None) if args.tokenizer_name else (source, args.revision)
+    remedy = "name one with --tokenizer_name, or save none with --tokenizer_name ''"
     try:
-        if args.tokenizer_name is not None:
-            return AutoTokenizer.from_pretrained(args.tokenizer_name)
-        return AutoTokenizer.from_pretrained(source, revision=args.revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"no tokenizer loads ({error}); name one with --tokenizer_name, or save none with --tokenizer_name ''"
-        ) from error
+        raise ValueError(f"no tokenizer loads ({error}); {remedy}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What transformers makes of a checkpoint without tokenizer files.
+        raise ValueError(f"no tokenizer loads ({name!r} has none); {remedy}")
+    return tokenizer
 
 
 def describe(dense: PreTrainedModel, model: StableMoEForCausalLM) -> str:
