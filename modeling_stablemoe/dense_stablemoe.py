@@ -6,7 +6,7 @@ blocks cannot express, and where each tensor goes. New experts add nothing, so t
 no logit until they are trained.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from os import PathLike
 from typing import Any
@@ -230,7 +230,7 @@ class OPTSource(DenseSource):
             yield from _parts(source, f"{decoder}.final_layer_norm", "model.norm")
 
 
-DENSE_SOURCES: dict[str, Callable[[], DenseSource]] = {"gpt2": GPT2Source, "opt": OPTSource}
+DENSE_SOURCES: dict[str, type[DenseSource]] = {"gpt2": GPT2Source, "opt": OPTSource}
 
 
 def _one_rate(rates: dict[str, float]) -> float | None:
