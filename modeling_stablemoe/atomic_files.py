@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -19,4 +21,43 @@ def replace_file(path: str | os.PathLike, write: Callable[[Path], object]):
     os.replace(partial, path)
 
 
-__all__ = ["replace_file"]
+def require_new_folder(path: str | os.PathLike):
+    """Refuse a folder that holds anything.
+
+    Raises:
+        ValueError: naming it.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} is there already and not empty; name a new folder.")
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Fill a folder beside `path`, which takes its place at the end; an error in between leaves nothing behind.
+
+    Args:
+        path (`str` or `os.PathLike`): a folder that is not there, or empty.
+
+    Yields:
+        `Path`: the folder to fill, hidden and ending in `.partial`.
+
+    Raises:
+        ValueError: see `require_new_folder`.
+    """
+    path = Path(path)
+    require_new_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        if path.is_dir():
+            path.rmdir()
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+__all__ = ["new_folder", "replace_file", "require_new_folder"]

@@ -20,7 +20,14 @@ import torch
 import transformers
 import yaml
 from datasets import DatasetDict
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from .atomic_files import replace_file
 from .callbacks import TrainingClockCallback
@@ -167,9 +174,21 @@ class Comparison:
             raise ValueError(f"Language models are compared; {self.model_args.model_preset!r} is of another kind.")
         return config
 
-    def results_of(self, system: System, seed: int) -> Path:
+    def build(self, system: System, seed: int) -> PreTrainedModel:
+        """Make the model that a run of a system begins with; random numbers are seeded already."""
+        return AutoModelForCausalLM.from_config(self.config_of(system), **self.model_args.implementations)
+
+    def results_of(self, name: str, seed: int) -> Path:
         """Give the file that holds the results of a run once it is finished."""
-        return Path(self.training_args.output_dir) / system.name / f"seed-{seed}" / RESULTS_FILE
+        return Path(self.training_args.output_dir) / name / f"seed-{seed}" / RESULTS_FILE
+
+    def arguments_of(self, name: str, seed: int) -> TrainingArguments:
+        """Make the training arguments of a run, which goes on where it was."""
+        args = copy.copy(self.training_args)
+        args.output_dir, args.seed, args.data_seed = str(self.results_of(name, seed).parent), seed, seed
+        args.run_name = f"{name}-{seed}"
+        args.resume_from_checkpoint = LATEST[0]
+        return args
 
     def run(self, system: System, seed: int) -> dict:
         """Train and measure a system, or read what was measured if that was done before.
@@ -184,38 +203,40 @@ class Comparison:
         Raises:
             ValueError: if its folder holds a run with other settings.
         """
-        path = self.results_of(system, seed)
-        args = copy.copy(self.training_args)
-        args.output_dir, args.seed, args.data_seed = str(path.parent), seed, seed
-        args.run_name = f"{system.name}-{seed}"
-        args.resume_from_checkpoint = LATEST[0]
+        path = self.results_of(system.name, seed)
+        args = self.arguments_of(system.name, seed)
         routing_args = system.routing(self.fluctuation_check_steps, self.fluctuation_tokens)
         folder = RunFolder(args, False, self.model_args, self.data_args, routing_args, system)
         if path.is_file():
             logger.info("%s, seed %d: finished before, %s.", system.name, seed, path)
             return json.loads(path.read_text())
         logger.info("%s, seed %d: training %d steps.", system.name, seed, args.max_steps)
-        trainer, clock = self._trainer(system, routing_args, args)
-        checkpoint = folder.claim()
-        if checkpoint is not None:
-            check_engine(trainer, checkpoint)
-        train(trainer, checkpoint)
+        set_seed(seed)
+        model = self.build(system, seed)
+        set_hash_tables(model, routing_args, self.blocks["train"])
+        if not model.config.num_moe_layers:
+            routing_args = RoutingArguments()
+        callbacks = build_callbacks(routing_args, model.config, args.max_steps, self.blocks["validation"])
+        clock = TrainingClockCallback()
+        trainer = self.train_model(model, args, folder, [*callbacks, clock])
         results = {"system": system.name, "family": system.family, "seed": seed, **self._measure(trainer, clock)}
-        if trainer.is_world_process_zero():
-            replace_file(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
-        trainer.accelerator.wait_for_everyone()
-        _let_go(trainer)
+        finish(trainer, results, path)
         return results
 
-    def _trainer(self, system: System, routing_args: RoutingArguments, args: TrainingArguments) -> tuple:
-        set_seed(args.seed)
-        config = self.config_of(system)
-        model = AutoModelForCausalLM.from_config(config, **self.model_args.implementations)
-        set_hash_tables(model, routing_args, self.blocks["train"])
-        if not config.num_moe_layers:
-            routing_args = RoutingArguments()
-        clock = TrainingClockCallback()
-        callbacks = build_callbacks(routing_args, config, args.max_steps, self.blocks["validation"])
+    def train_model(
+        self, model: PreTrainedModel, args: TrainingArguments, folder: RunFolder, callbacks: list
+    ) -> BlockTrainer:
+        """Train a model on the blocks that all runs share, from its last checkpoint where there is one.
+
+        Args:
+            model (`PreTrainedModel`): a language model, as it is before the first step.
+            args (`TrainingArguments`): of `arguments_of`.
+            folder (`RunFolder`): of `args`, not claimed yet.
+            callbacks (`list[TrainerCallback]`): see `build_callbacks`.
+
+        Returns:
+            `BlockTrainer`: after the last step.
+        """
         trainer = BlockTrainer(
             model=model,
             args=args,
@@ -223,9 +244,13 @@ class Comparison:
             eval_dataset=self.blocks["validation"],
             data_collator=collate_blocks,
             processing_class=self.tokenizer,
-            callbacks=[*callbacks, clock],
+            callbacks=callbacks,
         )
-        return trainer, clock
+        checkpoint = folder.claim()
+        if checkpoint is not None:
+            check_engine(trainer, checkpoint)
+        train(trainer, checkpoint)
+        return trainer
 
     def _measure(self, trainer: BlockTrainer, clock: TrainingClockCallback) -> dict:
         """Gather what a trained system came to.
@@ -311,8 +336,11 @@ def measure_routing(trainer: Trainer, rows) -> dict | None:
     }
 
 
-def _let_go(trainer: Trainer):
-    """Free a run's memory before the next one begins."""
+def finish(trainer: Trainer, results: dict, path: Path):
+    """Write the results of a run, which is what makes it finished, and free its memory before the next one begins."""
+    if trainer.is_world_process_zero():
+        replace_file(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
+    trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
     trainer.model = trainer.model_wrapped = None
     gc.collect()
@@ -363,6 +391,7 @@ __all__ = [
     "Comparison",
     "System",
     "environment",
+    "finish",
     "measure_routing",
     "read_systems",
     "settings_of",

@@ -1,10 +1,13 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What a comparison came to: a table like the paper's table 2, and figures like its figures 2, 4, 5 and 7."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from .atomic_files import replace_file
+from .comparison import RESULTS_FILE, Comparison, environment, settings_of
 from .figures import save_figure
 from .fluctuation import draw_settled
 from .report import format_table
@@ -274,4 +277,32 @@ def _draw_load(panels, groups: dict[str, list[dict]]) -> bool:
     return drawn
 
 
-__all__ = ["format_comparison", "group_by_system", "summarize_systems", "write_figures"]
+def write_report(comparison: Comparison, runs: Sequence[dict], reference: str, **more) -> str:
+    """Write `results.json`, `results.md` and the figures of the runs so far.
+
+    Args:
+        comparison (`Comparison`): what they share; its output folder gets the files.
+        runs (sequence of `dict`): of `Comparison.run`.
+        reference (`str`): see `summarize_systems`.
+        **more: further entries of `results.json`, JSON-ready.
+
+    Returns:
+        `str`: the table of `format_comparison`.
+    """
+    folder = Path(comparison.training_args.output_dir)
+    rows = summarize_systems(runs, reference)
+    results = {
+        "environment": environment(comparison.training_args.device),
+        "settings": settings_of(comparison),
+        **more,
+        "systems": rows,
+        "runs": runs,
+    }
+    table = format_comparison(rows, reference)
+    replace_file(folder / RESULTS_FILE, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
+    replace_file(folder / "results.md", lambda partial: partial.write_text(table + "\n"))
+    write_figures(runs, folder)
+    return table
+
+
+__all__ = ["format_comparison", "group_by_system", "summarize_systems", "write_figures", "write_report"]

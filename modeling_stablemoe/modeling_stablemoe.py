@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """The decoder-only models: the backbone, and the language model and the classifier made of it."""
 
+from os import PathLike
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -17,6 +19,7 @@ from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig
+from .dense_stablemoe import convert_dense
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
@@ -174,6 +177,33 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         self.model = StableMoEModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_dense(cls, dense: PreTrainedModel | str | PathLike, **options: Any) -> "StableMoEForCausalLM":
+        """Make a StableMoE of a dense GPT-2 or OPT, with the same logits, ready for both stages of training.
+
+        MoE layers are put between its blocks, and their new experts add nothing until they are trained. Weights, dtype,
+        device, generation settings and attention implementation are those of the dense model. So is its rate of dropout
+        (`resid_pdrop` and `embd_pdrop` of GPT-2; that of OPT falls on the embeddings here, too).
+
+        Args:
+            dense (`GPT2LMHeadModel`, `OPTForCausalLM`, `str` or `PathLike`): the model, or its Hub name or folder.
+            **options: `num_experts` (32 if not given, the paper's base model), `moe_layer_positions` (a list; one layer
+                in the middle, the best place in table 4), `num_expert_sublayers` (3) and every other field of
+                `StableMoEConfig` that the dense model does not determine: those of routing and stage 1,
+                `dropout`, `attention_dropout`, `initializer_range` (of the experts), `use_cache` and special token ids.
+                `attn_implementation` and `experts_implementation` as in `from_pretrained`; with a name or folder also
+                `revision`, `token`, `cache_dir`, `dtype` and the like (see `LOADING_OPTIONS`).
+
+        Returns:
+            `StableMoEForCausalLM`: in stage 1, and in the dense model's mode: evaluation, if it was loaded here.
+
+        Raises:
+            OSError: if there is no such checkpoint.
+            ValueError: for another architecture, a setting of the dense model that these blocks do not have, a tensor too
+                many or missing, or an option that is none; the message names it.
+        """
+        return convert_dense(cls, dense, options)
 
     @can_return_tuple
     def forward(

@@ -33,12 +33,15 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Checkpoint to train further: a Hub name or a folder. Excludes a preset: with a recipe that has one, "
-            "add --model_preset '' --config_overrides '' and, for a frozen checkpoint, --stage1_steps ''."
+            "add --model_preset '' and, for a frozen checkpoint, --config_overrides '' --stage1_steps ''."
         },
     )
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": """Fields of the preset to change, as JSON: '{"num_experts": 8, "dropout": 0.1}'."""},
+        metadata={
+            "help": """Fields of the preset to change, as JSON: '{"num_experts": 8, "dropout": 0.1}'. Of a checkpoint: rates of """
+            "dropout, coefficients of losses and, until it is frozen, settings of stage 1; the shape stays."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the best there is."}
@@ -54,8 +57,6 @@ class ModelArguments:
         self.config_overrides = self.config_overrides or None
         if (self.model_preset is None) == (self.model_name_or_path is None):
             raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
-        if self.config_overrides is not None and self.model_preset is None:
-            raise ValueError("`--config_overrides` changes a preset; a checkpoint keeps the shape it has.")
         if not isinstance(self.overrides, dict):
             raise ValueError(f"`--config_overrides` must be a JSON object, got {self.config_overrides}.")
 
@@ -229,6 +230,56 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
     return config_class(**values)
 
 
+# What may change in a checkpoint, whose weights have a shape: while its routing is learned, and at any time.
+STAGE1_FIELDS = (
+    "balance_loss_coef",
+    "balance_loss_warmup_tokens",
+    "balance_gradient",
+    "distillation_loss_coef",
+    "distilled_router",
+    "counts_half_life",
+    "expert_bias_rate",
+    "router_normalization",
+    "router_half_life",
+    "reset_gates_at_freeze",
+    "max_frozen_load",
+    "frozen_load_bands",
+)
+TRAINING_FIELDS = ("dropout", "attention_dropout", "label_smoothing", "router_aux_loss_coef", "expert_capacity_factor")
+
+
+def change_checkpoint(config: StableMoEBaseConfig, overrides: dict[str, Any]) -> StableMoEBaseConfig:
+    """Change how a checkpoint is trained.
+
+    Args:
+        config (`StableMoEBaseConfig`): of the checkpoint.
+        overrides (`dict`): fields to change; those that have the value already may be of any kind.
+
+    Returns:
+        `StableMoEBaseConfig`
+
+    Raises:
+        ValueError: for a field that is none, that the weights depend on, or that has no effect any more.
+    """
+    known = {entry.name for entry in fields(config)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"`--config_overrides` names unknown fields: {unknown}.")
+    changed = {name: value for name, value in overrides.items() if getattr(config, name) != value}
+    is_frozen = config.router_fingerprint is not None
+    free = [name for name in (*TRAINING_FIELDS, *(() if is_frozen else STAGE1_FIELDS)) if name in known]
+    refused = [
+        f"{name}: {getattr(config, name)!r} there, {changed[name]!r} here" for name in changed if name not in free
+    ]
+    if refused:
+        state = "a frozen checkpoint" if is_frozen else "a checkpoint in stage 1"
+        raise ValueError(
+            f"`--config_overrides` cannot change {'; '.join(refused)}. Free in {state} are {', '.join(free)}; its weights "
+            "fix the rest."
+        )
+    return type(config).from_dict({**config.to_dict(), **changed}) if changed else config
+
+
 def model_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Give the fields of a config that a new model takes from its tokenizer: vocabulary and special tokens."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -315,6 +366,7 @@ __all__ = [
     "CONFIGS",
     "ModelArguments",
     "RoutingArguments",
+    "change_checkpoint",
     "check_fit",
     "load_preset",
     "model_fields",

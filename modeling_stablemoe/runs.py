@@ -45,7 +45,14 @@ from .frozen_stablemoe import FrozenRouter
 from .hash_tables import balanced_hash_table, count_tokens
 from .hub import CARD_FILE, CardFacts, build_model_card
 from .manifests import CheckpointManifestCallback
-from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields, read_preset
+from .recipes import (
+    ModelArguments,
+    RoutingArguments,
+    change_checkpoint,
+    load_preset,
+    model_fields,
+    read_preset,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -144,12 +151,13 @@ def build_model(
 
     Raises:
         OSError: if there is no such preset or checkpoint.
-        ValueError: if it is damaged or of another kind.
+        ValueError: if it is damaged or of another kind; see `change_checkpoint`.
     """
     if model_args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
         _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
-        return auto_class.from_pretrained(model_args.model_name_or_path, **model_args.implementations)
+        config = change_checkpoint(config, model_args.overrides)
+        return auto_class.from_pretrained(model_args.model_name_or_path, config=config, **model_args.implementations)
     _require_kind(read_preset(model_args.model_preset)[0], auto_class, f"The preset {model_args.model_preset!r}")
     fields = {**model_fields(tokenizer), **fields, **model_args.overrides}
     return auto_class.from_config(load_preset(model_args.model_preset, **fields), **model_args.implementations)

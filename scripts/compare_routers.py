@@ -7,24 +7,15 @@ python scripts/compare_routers.py configuration/recipes/compare-cpu.yaml --only 
 """
 
 import copy
-import json
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import transformers
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
-from modeling_stablemoe.atomic_files import replace_file
-from modeling_stablemoe.comparison import (
-    RESULTS_FILE,
-    Comparison,
-    environment,
-    read_systems,
-    settings_of,
-)
-from modeling_stablemoe.comparison_report import format_comparison, summarize_systems, write_figures
+from modeling_stablemoe.comparison import Comparison, read_systems
+from modeling_stablemoe.comparison_report import write_report
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
 from modeling_stablemoe.recipes import ModelArguments, check_fit, parse_recipe, read_preset
 
@@ -108,23 +99,6 @@ def prepare(model_args, data_args, compare_args, training_args) -> tuple:
     return comparison, systems
 
 
-def report(comparison: Comparison, runs: list[dict], reference: str):
-    """Write `results.json`, `results.md` and the figures of the runs so far."""
-    folder = Path(comparison.training_args.output_dir)
-    rows = summarize_systems(runs, reference)
-    results = {
-        "environment": environment(comparison.training_args.device),
-        "settings": settings_of(comparison),
-        "systems": rows,
-        "runs": runs,
-    }
-    table = format_comparison(rows, reference)
-    replace_file(folder / RESULTS_FILE, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
-    replace_file(folder / "results.md", lambda partial: partial.write_text(table + "\n"))
-    write_figures(runs, folder)
-    return table
-
-
 def main(argv=None):
     """Run the script."""
     *arguments, training_args = parse_arguments(argv)
@@ -139,7 +113,7 @@ def main(argv=None):
             for system in systems:
                 runs.append(comparison.run(system, seed))
                 if training_args.process_index == 0:
-                    table = report(comparison, runs, compare_args.reference)
+                    table = write_report(comparison, runs, compare_args.reference)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     if training_args.process_index == 0:

@@ -77,6 +77,8 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
 
 def prepare(model_args, data_args, routing_args, folder_args, facts, training_args) -> tuple:
     """Make everything that training needs: `(trainer, blocks, checkpoint to resume from)`."""
+    # A checkpoint reads what its own tokenizer writes.
+    data_args.tokenizer_name = data_args.tokenizer_name or model_args.model_name_or_path
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, model_args, data_args, routing_args)
     with training_args.main_process_first(desc="data"):
         corpus = load_corpus(data_args)

@@ -81,7 +81,12 @@ def flatten(output) -> list[torch.Tensor]:
 
 
 def test_a_tuple_holds_what_the_output_holds(model, inputs):
-    options = {"output_hidden_states": True, "output_attentions": True, "output_router_logits": True, "use_cache": False}
+    options = {
+        "output_hidden_states": True,
+        "output_attentions": True,
+        "output_router_logits": True,
+        "use_cache": False,
+    }
     model.set_attn_implementation("eager")
     with torch.no_grad():
         named, plain = model(**inputs, **options), model(**inputs, **options, return_dict=False)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import GPT2Config, TrainingArguments
 from workplaces import load_script
 
 from modeling_stablemoe import StableMoEConfig
 from modeling_stablemoe.comparison import read_systems
 from modeling_stablemoe.data import DataArguments
+from modeling_stablemoe.dense_stablemoe import config_of_dense
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
 
 
@@ -152,7 +153,7 @@ def test_recipe_that_is_no_yaml_ends_with_status_2(tmp_path, capsys):
     [
         ([], "Name one model to train"),
         (["--model_preset", "a.json", "--model_name_or_path", "b"], "Name one model to train"),
-        (["--model_name_or_path", "b", "--config_overrides", "{}"], "changes a preset"),
+        (["--model_name_or_path", "b", "--config_overrides", "[3]"], "must be a JSON object"),
         (["--model_preset", "a.json", "--config_overrides", "{num: 3}"], "is not valid JSON"),
         (["--model_preset", "a.json", "--config_overrides", "[3]"], "must be a JSON object"),
         (["--model_preset", "a.json", "--max_step", "3"], "--max_step"),
@@ -180,6 +181,8 @@ def test_stage1_steps_that_is_no_number_is_refused(text):
 def script_of(path):
     """The script that a recipe is for."""
     text = path.read_text()
+    if "\ndense_config: " in text:
+        return "compare_upcycling"
     if "\nsystems: " in text:
         return "compare_routers"
     return "run_translation" if "predict_with_generate" in text else "run_clm"
@@ -191,6 +194,11 @@ def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
     # On a machine without GPU too.
     argv = [str(path), "--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False", "--fp16", "False"]
     arguments = {type(part).__name__: part for part in load_script(script_of(path)).parse_arguments(argv)}
+    if "DenseArguments" in arguments:
+        dense = GPT2Config(**arguments["DenseArguments"].fields)
+        for system in read_systems(arguments["UpcyclingArguments"].systems):
+            assert config_of_dense(dense, **system.config).hidden_size == dense.n_embd
+        return
     model = arguments["ModelArguments"]
     if model.model_preset is not None:
         load_preset(model.model_preset, **model.overrides)

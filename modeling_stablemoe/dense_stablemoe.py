@@ -1,0 +1,439 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""From a dense language model, GPT-2 or OPT, to a StableMoE that computes the same.
+
+A `DenseSource` says how one architecture maps: which fields of its config are ours under another name, which values our
+blocks cannot express, and where each tensor goes. New experts add nothing, so the MoE layers between the blocks change
+no logit until they are trained.
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .configuration_stablemoe import StableMoEConfig
+
+
+# What `from_pretrained` takes that says where a checkpoint is and in which dtype it is wanted.
+LOADING_OPTIONS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "dtype",
+    "subfolder",
+    "variant",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "use_safetensors",
+)
+# What a dense model says and does not determine: it changes no logit in evaluation.
+FREE_FIELDS = (
+    "dropout",
+    "attention_dropout",
+    "initializer_range",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+# Fields of every config that are not about the model.
+_BOOKKEEPING = tuple(field.name for field in fields(PreTrainedConfig))
+
+
+class SourceTensors:
+    """The tensors of a dense model, each to be taken once.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): its state dict.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self._left = dict(tensors)
+
+    def take(self, name: str) -> Tensor:
+        """Take a tensor.
+
+        Raises:
+            ValueError: if there is none of this name.
+        """
+        if name not in self._left:
+            raise ValueError(f"The dense model has no tensor `{name}`, which its config asks for.")
+        return self._left.pop(name)
+
+    def finish(self):
+        """Refuse to leave tensors behind.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if self._left:
+            raise ValueError(
+                f"The dense model has tensors that a StableMoE has no place for: {', '.join(sorted(self._left))}. Merge "
+                "adapters, undo quantization or remove extra heads first."
+            )
+
+
+class DenseSource:
+    """How a dense architecture maps to ours."""
+
+    # `{field: (the value that our blocks compute, what another value would mean)}`
+    required_values: dict[str, tuple[Any, str]] = {}
+
+    def check(self, config: PreTrainedConfig):
+        """Refuse what our blocks cannot express.
+
+        Raises:
+            ValueError: naming field, value and remedy.
+        """
+        for name, (expected, meaning) in self.required_values.items():
+            self.require(config, name, expected, meaning)
+
+    @staticmethod
+    def require(config: PreTrainedConfig, name: str, expected: Any, meaning: str):
+        """Refuse a field of another value than `expected`."""
+        value = getattr(config, name)
+        if value != expected:
+            raise ValueError(
+                f"`{name}` is {value!r} in this {config.model_type!r} model: {meaning}. A StableMoE knows {expected!r} "
+                "only, so its logits would be others; choose another checkpoint."
+            )
+
+    def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Give the fields of our config that the dense model determines."""
+        raise NotImplementedError
+
+    def tensors(self, source: SourceTensors, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of the dense model under our names."""
+        raise NotImplementedError
+
+
+def _parts(source: SourceTensors, old: str, new: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield weight and bias of a module of the same form."""
+    for part in ("weight", "bias"):
+        yield f"{new}.{part}", source.take(f"{old}.{part}")
+
+
+class GPT2Source(DenseSource):
+    """GPT-2: pre-norm blocks with learned positions; its matrices are stored input x output (`Conv1D`)."""
+
+    required_values = {
+        "add_cross_attention": (False, "blocks attend to an encoder, too"),
+        "scale_attn_weights": (True, "attention scores are not divided by the root of the head's width"),
+        "scale_attn_by_inverse_layer_idx": (False, "the scores of block i are also divided by i"),
+        "reorder_and_upcast_attn": (
+            False,
+            "eager attention multiplies in another order, in float32 (with other implementations it is idle: set it to "
+            "False in the loaded model, and pass that)",
+        ),
+    }
+
+    def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """See `DenseSource.config_fields`; dropout is that of embeddings and residuals, which have one rate here."""
+        return {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.n_embd,
+            "intermediate_size": 4 * config.n_embd if config.n_inner is None else config.n_inner,
+            "num_hidden_layers": config.n_layer,
+            "num_attention_heads": config.n_head,
+            "hidden_act": config.activation_function,
+            "max_position_embeddings": config.n_positions,
+            "do_layer_norm_before": True,
+            "layer_norm_eps": config.layer_norm_epsilon,
+            "initializer_range": config.initializer_range,
+            "dropout": _one_rate({"resid_pdrop": config.resid_pdrop, "embd_pdrop": config.embd_pdrop}),
+            "attention_dropout": config.attn_pdrop,
+        }
+
+    def tensors(self, source: SourceTensors, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+        """See `DenseSource.tensors`."""
+        yield "model.embed_tokens.weight", source.take("transformer.wte.weight")
+        yield "model.embed_positions.weight", source.take("transformer.wpe.weight")
+        for block in range(config.n_layer):
+            old, new = f"transformer.h.{block}", f"model.layers.{block}"
+            yield from _parts(source, f"{old}.ln_1", f"{new}.input_layernorm")
+            for part, tensor in _parts(source, f"{old}.attn.c_attn", ""):
+                for name, third in zip("qkv", tensor.chunk(3, dim=-1), strict=True):
+                    yield f"{new}.self_attn.{name}_proj{part}", third.T if third.dim() == 2 else third
+            yield from self._linear(source, f"{old}.attn.c_proj", f"{new}.self_attn.o_proj")
+            yield from _parts(source, f"{old}.ln_2", f"{new}.post_attention_layernorm")
+            yield from self._linear(source, f"{old}.mlp.c_fc", f"{new}.mlp.up_proj")
+            yield from self._linear(source, f"{old}.mlp.c_proj", f"{new}.mlp.down_proj")
+        yield from _parts(source, "transformer.ln_f", "model.norm")
+
+    @staticmethod
+    def _linear(source: SourceTensors, old: str, new: str) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in _parts(source, old, new):
+            yield name, tensor.T if tensor.dim() == 2 else tensor
+
+
+class OPTSource(DenseSource):
+    """OPT: pre-norm or post-norm blocks; learned positions, counted over real tokens as ours are.
+
+    The first two of its rows of positions are no positions: padding reads the second, nothing the first.
+    """
+
+    offset = 2
+    required_values = {
+        "enable_bias": (True, "linear layers have no bias"),
+        "layer_norm_elementwise_affine": (True, "LayerNorms have no weights"),
+        "layerdrop": (0.0, "whole blocks are dropped while training (load the model with `layerdrop=0.0`)"),
+    }
+
+    def check(self, config: PreTrainedConfig):
+        """See `DenseSource.check`."""
+        super().check(config)
+        self.require(config, "word_embed_proj_dim", config.hidden_size, "embeddings are projected to the hidden size")
+        if config.do_layer_norm_before:
+            self.require(config, "_remove_final_layer_norm", False, "no LayerNorm follows the last pre-norm block")
+
+    def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """See `DenseSource.config_fields`; the rate of dropout falls on the embeddings, too, which OPT leaves whole."""
+        return {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.ffn_dim,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "hidden_act": config.activation_function,
+            "max_position_embeddings": config.max_position_embeddings,
+            "do_layer_norm_before": config.do_layer_norm_before,
+            "layer_norm_eps": 1e-5,
+            "initializer_range": config.init_std,
+            "dropout": config.dropout,
+            "attention_dropout": config.attention_dropout,
+        }
+
+    def tensors(self, source: SourceTensors, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
+        """See `DenseSource.tensors`."""
+        decoder = "model.decoder"
+        yield "model.embed_tokens.weight", source.take(f"{decoder}.embed_tokens.weight")
+        yield "model.embed_positions.weight", source.take(f"{decoder}.embed_positions.weight")[self.offset :]
+        for block in range(config.num_hidden_layers):
+            old, new = f"{decoder}.layers.{block}", f"model.layers.{block}"
+            for theirs, ours in (
+                ("q_proj", "q_proj"),
+                ("k_proj", "k_proj"),
+                ("v_proj", "v_proj"),
+                ("out_proj", "o_proj"),
+            ):
+                yield from _parts(source, f"{old}.self_attn.{theirs}", f"{new}.self_attn.{ours}")
+            yield from _parts(source, f"{old}.self_attn_layer_norm", f"{new}.input_layernorm")
+            yield from _parts(source, f"{old}.fc1", f"{new}.mlp.up_proj")
+            yield from _parts(source, f"{old}.fc2", f"{new}.mlp.down_proj")
+            yield from _parts(source, f"{old}.final_layer_norm", f"{new}.post_attention_layernorm")
+        if config.do_layer_norm_before:
+            yield from _parts(source, f"{decoder}.final_layer_norm", "model.norm")
+
+
+DENSE_SOURCES: dict[str, type[DenseSource]] = {"gpt2": GPT2Source, "opt": OPTSource}
+
+
+def _one_rate(rates: dict[str, float]) -> float | None:
+    """Give the one rate of dropout that several fields agree on; `None` where they do not."""
+    return next(iter(rates.values())) if len(set(rates.values())) == 1 else None
+
+
+def convert_dense(
+    model_class: type[PreTrainedModel], dense: PreTrainedModel | str | PathLike, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Make a StableMoE of a dense model; see `StableMoEForCausalLM.from_dense`.
+
+    Args:
+        model_class (`type`): `StableMoEForCausalLM`.
+        dense (`PreTrainedModel`, `str` or `PathLike`): the model, or where it is.
+        options (`dict`): everything else that `from_dense` takes.
+
+    Returns:
+        `PreTrainedModel`
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: see `from_dense`.
+    """
+    options = dict(options)
+    implementations = {
+        name: options.pop(name) for name in ("attn_implementation", "experts_implementation") if name in options
+    }
+    loading = {name: options.pop(name) for name in LOADING_OPTIONS if name in options}
+    if isinstance(dense, (str, PathLike)):
+        check_overrides(options)
+        dense = load_dense(dense, **loading)
+    elif loading:
+        raise ValueError(f"{', '.join(loading)}: these load a checkpoint; the model that was given is loaded already.")
+    source = _source_of(dense.config)
+    _check_whole(dense)
+    config = config_of_dense(dense.config, **options)
+    implementations.setdefault("attn_implementation", dense.config._attn_implementation)
+    model = model_class._from_config(config, dtype=dense.dtype, **implementations)
+    _load(model, source, dense)
+    if dense.can_generate():
+        model.generation_config = type(dense.generation_config).from_dict(dense.generation_config.to_dict())
+    return model.to(dense.device).train(dense.training)
+
+
+def config_of_dense(dense_config: PreTrainedConfig, **overrides: Any) -> StableMoEConfig:
+    """Make the config of the StableMoE that computes what a dense model does.
+
+    Args:
+        dense_config (`PreTrainedConfig`): of a supported architecture.
+        **overrides: what the dense model does not determine; see `check_overrides`.
+
+    Returns:
+        `StableMoEConfig`
+
+    Raises:
+        ValueError: if the dense model does not fit our blocks, or for an override that it leaves no room for.
+    """
+    source = _source_of(dense_config)
+    check_overrides(overrides)
+    source.check(dense_config)
+    fixed = source.config_fields(dense_config)
+    fixed |= {
+        name: getattr(dense_config, name)
+        for name in ("use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    values = fixed | overrides
+    if values["dropout"] is None:
+        raise ValueError(
+            f"`resid_pdrop` ({dense_config.resid_pdrop}) and `embd_pdrop` ({dense_config.embd_pdrop}) differ: a StableMoE "
+            "has one `dropout` for residuals and embeddings. Choose one, as `dropout=0.1`; it changes no logit in "
+            "evaluation."
+        )
+    return StableMoEConfig(**values)
+
+
+def check_overrides(overrides: dict[str, Any]):
+    """Refuse fields that a dense model determines, and those that there are none of.
+
+    Args:
+        overrides (`dict`): fields of the config.
+
+    Raises:
+        ValueError: naming them, and what there is to choose.
+    """
+    free = [*routing_fields(), *FREE_FIELDS]
+    refused = sorted(set(overrides) - set(free))
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)}: no options of a conversion. The dense model determines its own shape; free are "
+            f"{', '.join(free)}, and what loads it: {', '.join(LOADING_OPTIONS)}."
+        )
+
+
+def routing_fields() -> list[str]:
+    """List the fields of our config that a dense model has nothing to say to: experts, routing and stage 1."""
+    determined = {
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "hidden_act",
+        "max_position_embeddings",
+        "position_embedding_type",
+        "scale_embedding",
+        "do_layer_norm_before",
+        "layer_norm_eps",
+        "tie_word_embeddings",
+        "router_fingerprint",
+        *FREE_FIELDS,
+        *_BOOKKEEPING,
+    }
+    return [field.name for field in fields(StableMoEConfig) if field.name not in determined]
+
+
+def load_dense(name_or_path: str | PathLike, **loading: Any) -> PreTrainedModel:
+    """Load a dense model of a supported architecture, refusing one that is not whole.
+
+    Args:
+        name_or_path (`str` or `PathLike`): Hub name or folder.
+        **loading: of `LOADING_OPTIONS`.
+
+    Returns:
+        `PreTrainedModel`: in evaluation mode.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if its architecture is another, or it has fewer or more tensors than that.
+    """
+    where = {name: value for name, value in loading.items() if name not in ("dtype", "variant", "use_safetensors")}
+    config = AutoConfig.from_pretrained(name_or_path, **where)
+    _source_of(config).check(config)
+    model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **loading)
+    # Earlier versions saved the causal mask with the weights.
+    unexpected = [key for key in info["unexpected_keys"] if not key.endswith((".attn.bias", ".attn.masked_bias"))]
+    for what, names in (("lacks", info["missing_keys"]), ("holds more than its architecture has:", unexpected)):
+        if names:
+            raise ValueError(
+                f"The checkpoint {str(name_or_path)!r} {what} {', '.join(sorted(names))}. Convert a whole language "
+                "model; load another kind of model yourself, and pass what is its language model."
+            )
+    return model
+
+
+def _source_of(config: PreTrainedConfig) -> DenseSource:
+    model_type = getattr(config, "model_type", None)
+    if model_type not in DENSE_SOURCES:
+        raise ValueError(
+            f"`model_type` is {model_type!r}: a StableMoE has the blocks of {' and '.join(DENSE_SOURCES)} models, and no "
+            "others."
+        )
+    return DENSE_SOURCES[model_type]()
+
+
+def _check_whole(dense: PreTrainedModel):
+    expected = AutoModelForCausalLM._model_mapping[type(dense.config)]
+    if not isinstance(dense, expected):
+        raise ValueError(
+            f"`from_dense` needs a {expected.__name__}, got a {type(dense).__name__}. Merge adapters "
+            "(`merge_and_unload()`), and pass the language model itself."
+        )
+    absent = [name for name, parameter in dense.named_parameters() if parameter.is_meta]
+    if absent:
+        raise ValueError(f"{', '.join(absent)}: not in memory. Load the dense model without offloading.")
+
+
+@torch.no_grad()
+def _load(model: PreTrainedModel, source: DenseSource, dense: PreTrainedModel):
+    """Put the tensors of a dense model into all of a StableMoE but its MoE layers."""
+    given = SourceTensors(dense.state_dict())
+    tensors = dict(source.tensors(given, dense.config))
+    tensors["lm_head.weight"] = given.take("lm_head.weight")
+    given.finish()
+    embedding = tensors["model.embed_tokens.weight"]
+    if model.config.tie_word_embeddings and not torch.equal(tensors["lm_head.weight"], embedding):
+        raise ValueError(
+            "`tie_word_embeddings` is True, but the head of the dense model is not its token embedding. Call its "
+            "`tie_weights()`, or set `tie_word_embeddings` to False in its config."
+        )
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.moe_layers.")}
+    if tensors.keys() != own.keys():
+        raise ValueError(f"Tensors without a counterpart: {', '.join(sorted(tensors.keys() ^ own.keys()))}.")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"`{name}` is {list(tensor.shape)} in the dense model, {list(own[name].shape)} by its config: weights and "
+                "config are not of one model."
+            )
+        own[name].copy_(tensor)
+
+
+__all__ = [
+    "DENSE_SOURCES",
+    "FREE_FIELDS",
+    "LOADING_OPTIONS",
+    "DenseSource",
+    "GPT2Source",
+    "OPTSource",
+    "SourceTensors",
+    "check_overrides",
+    "config_of_dense",
+    "convert_dense",
+    "load_dense",
+    "routing_fields",
+]

@@ -1,0 +1,101 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Train a GPT-2, convert it, and compare the conversions with the dense model trained on for as many steps.
+
+python scripts/compare_upcycling.py configuration/recipes/upcycling-cpu.yaml
+python scripts/compare_upcycling.py configuration/recipes/upcycling-cpu.yaml --only dense stablemoe --seeds 0
+"""
+
+import logging
+from dataclasses import dataclass, field
+
+import transformers
+from transformers import TrainingArguments
+
+from modeling_stablemoe.comparison import read_systems
+from modeling_stablemoe.comparison_report import write_report
+from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
+from modeling_stablemoe.recipes import check_fit, parse_recipe
+from modeling_stablemoe.upcycling import DenseArguments, UpcyclingComparison, check_names
+
+
+@dataclass
+class UpcyclingArguments:
+    """What to compare."""
+
+    systems: str = field(
+        default="configuration/systems/upcycling-cpu.yaml",
+        metadata={
+            "help": "YAML file with a mapping of names to settings: `config` is what from_dense takes; no MoE layers, "
+            "`{config: {moe_layer_positions: []}}`, is the dense model."
+        },
+    )
+    only: list[str] = field(default_factory=list, metadata={"help": "Names of systems to keep; default: all."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0],
+        metadata={"help": "Seeds: of the dense model and what follows, initial weights and order of batches alike."},
+    )
+    reference: str = field(
+        default="dense", metadata={"help": "The system that the others are measured against, in the table."}
+    )
+
+    def __post_init__(self):
+        """Check the seeds."""
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`--seeds` must be different numbers, at least one; got {self.seeds}.")
+
+
+def parse_arguments(argv=None):
+    """Parse the command line: `(dense, data, upcycling, training)` arguments."""
+    types = (DenseArguments, DataArguments, UpcyclingArguments, TrainingArguments)
+    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+
+
+def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
+    """Make what all runs share, and the systems to run."""
+    if training_args.max_steps <= 0:
+        raise ValueError("Systems are trained for the same number of steps: set `--max_steps`.")
+    if data_args.streaming:
+        raise ValueError("A comparison needs blocks that can be read again for every run: leave `--streaming` out.")
+    if training_args.resume_from_checkpoint is not None:
+        raise ValueError("A comparison always resumes what its output folder holds: leave the option out.")
+    systems = read_systems(upcycling_args.systems, upcycling_args.only)
+    check_names(systems)
+    with training_args.main_process_first(desc="data"):
+        corpus = load_corpus(data_args)
+        tokenizer = load_tokenizer(data_args, corpus)
+    comparison = UpcyclingComparison(dense_args, data_args, training_args, tokenizer, corpus, 0, 1)
+    block_size = data_args.block_size or comparison.dense_config.n_positions
+    with training_args.main_process_first(desc="packing"):
+        comparison.blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
+    for system in systems:
+        check_fit(comparison.config_of(system), len(tokenizer), block_size=block_size)
+    return comparison, systems
+
+
+def main(argv=None):
+    """Run the script."""
+    *arguments, training_args = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    transformers.utils.logging.set_verbosity_warning()
+    upcycling_args = arguments[2]
+    try:
+        comparison, systems = prepare(*arguments, training_args)
+        starts, runs, table = [], [], ""
+        # Seed by seed, so that whatever is there after an interruption can be compared.
+        for seed in upcycling_args.seeds:
+            starts.append(comparison.train_dense(seed))
+            for system in systems:
+                runs.append(comparison.run(system, seed))
+                if training_args.process_index == 0:
+                    table = write_report(comparison, runs, upcycling_args.reference, dense_models=starts)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if training_args.process_index == 0:
+        begun = ", ".join(f"{start['perplexity']:.2f}" for start in starts)
+        print(f"\nAll begin as a GPT-2 of {starts[0]['steps']} steps, validation perplexity {begun}.\n\n{table}")
+        print(f"\nResults, table and figures are in {training_args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Turn a dense GPT-2 or OPT into a StableMoE with the same logits, ready for both stages of training.
+
+python scripts/convert_dense.py openai-community/gpt2 runs/gpt2-moe --num_experts 8
+python scripts/convert_dense.py runs/my-gpt2 runs/moe --model_preset configuration/models/cpu-small.json --dry_run
+"""
+
+import json
+import logging
+from dataclasses import dataclass, field
+
+import transformers
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
+
+from modeling_stablemoe import StableMoEForCausalLM
+from modeling_stablemoe.atomic_files import require_new_folder
+from modeling_stablemoe.dense_conversion import compare_logits, ids_to_compare, routing_of_preset, save_converted
+from modeling_stablemoe.dense_stablemoe import check_overrides, load_dense
+
+
+@dataclass
+class ConvertArguments:
+    """What to convert a dense model to."""
+
+    num_experts: int | None = field(
+        default=None, metadata={"help": "Experts of each MoE layer. Default: 32, as the paper's base model."}
+    )
+    moe_layer_positions: list[int] | None = field(
+        default=None,
+        metadata={"help": "MoE layers: k is after block k, 0 before the first. Default: one in the middle, the best."},
+    )
+    model_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take experts, routing and settings of stage 1 from this file, one of configuration/models/. Its "
+            "sizes are left out: they are the dense model's."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": """Further fields of StableMoEConfig, as JSON: '{"num_expert_sublayers": 2, "dropout": 0.1}'. They win """
+            "over a preset. What the dense model determines cannot be changed."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub checkpoint."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "float32, bfloat16, ...: of the result. Default: that of the checkpoint."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer to save with it. Default: that of SOURCE; '' saves none."}
+    )
+    text: str | None = field(
+        default=None, metadata={"help": "Compare both models on this text. Default: on 128 random token ids."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Convert and compare, but save nothing."})
+
+    def __post_init__(self):
+        """Check what can be checked without the checkpoint."""
+        try:
+            self.overrides = json.loads(self.config_overrides or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config_overrides is not valid JSON: {error}") from error
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}")
+
+    def options(self) -> dict:
+        """Gather what `from_dense` takes."""
+        named = {name: getattr(self, name) for name in ("num_experts", "moe_layer_positions")}
+        preset = routing_of_preset(self.model_preset) if self.model_preset else {}
+        return preset | self.overrides | {name: value for name, value in named.items() if value is not None}
+
+
+def parse_arguments(argv=None):
+    """Parse the command line: `(arguments, source, output folder)`."""
+    parser = HfArgumentParser(ConvertArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    # Before the options: those that take several values would take them, too.
+    parser.usage = "%(prog)s source output_dir [--option value ...]"
+    parser.add_argument("source", help="Hub name or folder of a GPT-2 or OPT checkpoint")
+    parser.add_argument("output_dir", help="new folder for the StableMoE and its tokenizer")
+    try:
+        args, rest = parser.parse_args_into_dataclasses(args=argv)
+    except ValueError as error:
+        parser.error(str(error))
+    return args, rest.source, rest.output_dir
+
+
+def load_tokenizer(args: ConvertArguments, source: str):
+    """Load the tokenizer to save; `None` where none is wanted."""
+    if args.tokenizer_name == "":
+        return None
+    name, revision = (args.tokenizer_name, None) if args.tokenizer_name else (source, args.revision)
+    remedy = "name one with --tokenizer_name, or save none with --tokenizer_name ''"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer loads ({error}); {remedy}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What transformers makes of a checkpoint without tokenizer files.
+        raise ValueError(f"no tokenizer loads ({name!r} has none); {remedy}")
+    return tokenizer
+
+
+def describe(dense: PreTrainedModel, model: StableMoEForCausalLM) -> str:
+    """Say what was made of what."""
+    config, after = model.config, ", ".join(map(str, model.config.moe_layer_positions))
+    experts = f"{config.num_experts} experts of {config.num_expert_sublayers} sublayers after block {after}"
+    return (
+        f"{dense.config.model_type}, {dense.num_parameters():,} parameters -> StableMoE, {model.num_parameters():,}: "
+        f"{experts if after else 'no experts'} of {config.num_hidden_layers}."
+    )
+
+
+def convert(args: ConvertArguments, source: str, output_dir: str) -> str:
+    """Convert, compare and save; tell what came of it."""
+    require_new_folder(output_dir)
+    options = args.options()
+    check_overrides(options)
+    loading = {name: getattr(args, name) for name in ("revision", "dtype") if getattr(args, name) is not None}
+    try:
+        dense = load_dense(source, **loading)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load {source!r}: {error}") from error
+    tokenizer = load_tokenizer(args, source)
+    model = StableMoEForCausalLM.from_dense(dense, **options)
+    comparison = compare_logits(dense, model, ids_to_compare(model.config, tokenizer, args.text))
+    lines = [describe(dense, model), f"In {str(dense.dtype).removeprefix('torch.')}, {comparison}."]
+    if args.dry_run:
+        return "\n".join([*lines, "Nothing is saved: this was a dry run."])
+    save_converted(model, tokenizer, output_dir)
+    return "\n".join([*lines, f"Saved to {output_dir}, in stage 1: train it with scripts/run_clm.py."])
+
+
+def main(argv=None):
+    """Run the script."""
+    args, source, output_dir = parse_arguments(argv)
+    logging.basicConfig(format="%(name)s: %(message)s")
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        print(convert(args, source, output_dir))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())  # transformers tells it in several lines
+        raise SystemExit(f"error: {reason}") from error
+
+
+if __name__ == "__main__":
+    main()
