@@ -172,7 +172,7 @@ def explain(error: Exception, name: str) -> str:
     if status == 403:
         return f"you may not write to {name!r}: it is not yours, or your token may only read. ({details})"
     if status is None and isinstance(error, (NETWORK_ERROR, ConnectionError)):
-        return f"the Hub cannot be reached: {details or type(error).__name__}. Nothing was sent."
+        return f"the Hub cannot be reached: {details or type(error).__name__}. Nothing was published."
     return details
 
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainerState
@@ -179,30 +179,38 @@ def check_card(card: ModelCard, config: StableMoEBaseConfig, results: dict | Non
         if data.get(key) != expected:
             raise ValueError(f"The card says `{key}: {data.get(key)}`; for this model it is {expected!r}.")
     _check_facts(data)
-    values = {result.metric_type: result.metric_value for result in data.eval_results or []}
-    for metric, value in values.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"The card's model index says {metric} = {value!r}, which is no finite number.")
-    for metric, value in measured_metrics(results or {}).items():
-        if values.get(metric) != value:
-            raise ValueError(
-                f"The card's model index says {metric} = {values.get(metric)}, results.json {value}. One of them is of "
-                f"another run: delete {CARD_FILE} to have it filled from results.json."
-            )
-    named = set(_FINGERPRINT.findall(card.text))
-    for source, fingerprints in (("The card", named), ("results.json", {(results or {}).get("router_fingerprint")})):
-        fingerprints = fingerprints - {None}
-        if fingerprints and config.router_fingerprint not in fingerprints:
-            raise ValueError(
-                f"{source} names the routing {min(fingerprints)}, the model has {config.router_fingerprint}: it is of "
-                "another model. Delete the file, or restore the one that was saved with the weights."
-            )
+    _check_numbers(data, results or {})
+    _check_fingerprint("The card", set(_FINGERPRINT.findall(card.text)), config)
+    _check_fingerprint("results.json", {(results or {}).get("router_fingerprint")} - {None}, config)
     missing = sorted(set(_IMAGE.findall(card.text)) - files)
     if missing:
         raise ValueError(f"The card shows {', '.join(missing)}, which is not among the files that are sent.")
 
 
-def _check_facts(data):
+def _check_numbers(data: ModelCardData, results: dict):
+    """Check that the model index holds numbers, and those that were measured."""
+    values = {result.metric_type: result.metric_value for result in data.eval_results or []}
+    for metric, value in values.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"The card's model index says {metric} = {value!r}, which is no finite number.")
+    for metric, value in measured_metrics(results).items():
+        if values.get(metric) != value:
+            raise ValueError(
+                f"The card's model index says {metric} = {values.get(metric)}, results.json {value}. One of them is of "
+                f"another run: delete {CARD_FILE} to have it filled from results.json."
+            )
+
+
+def _check_fingerprint(source: str, named: set[str], config: StableMoEBaseConfig):
+    """Refuse a page that names a routing, but not that of the model."""
+    if named and config.router_fingerprint not in named:
+        raise ValueError(
+            f"{source} names the routing {min(named)}, the model has {config.router_fingerprint}: it is of another model. "
+            "Delete the file, or restore the one that was saved with the weights."
+        )
+
+
+def _check_facts(data: ModelCardData):
     """Check what names things on the Hub: license, languages, data sets, base model."""
 
     def listed(value) -> list[str]:
