@@ -6,6 +6,7 @@ blocks cannot express, and where each tensor goes. New experts add nothing, so t
 no logit until they are trained.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import fields
 from os import PathLike
@@ -246,7 +247,7 @@ def convert_dense(
     Args:
         model_class (`type`): `StableMoEForCausalLM`.
         dense (`PreTrainedModel`, `str` or `PathLike`): the model, or where it is.
-        options (`dict`): everything else that `from_dense` takes.
+        options (`dict`): everything else that `from_dense` takes; `None` is as good as nothing.
 
     Returns:
         `PreTrainedModel`
@@ -255,7 +256,7 @@ def convert_dense(
         OSError: if there is no such checkpoint.
         ValueError: see `from_dense`.
     """
-    options = dict(options)
+    options = {name: value for name, value in options.items() if value is not None}
     implementations = {
         name: options.pop(name) for name in ("attn_implementation", "experts_implementation") if name in options
     }
@@ -272,7 +273,7 @@ def convert_dense(
     model = model_class._from_config(config, dtype=dense.dtype, **implementations)
     _load(model, source, dense)
     if dense.can_generate():
-        model.generation_config = type(dense.generation_config).from_dict(dense.generation_config.to_dict())
+        model.generation_config = copy.deepcopy(dense.generation_config)
     return model.to(dense.device).train(dense.training)
 
 

@@ -179,7 +179,14 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_dense(cls, dense: PreTrainedModel | str | PathLike, **options: Any) -> "StableMoEForCausalLM":
+    def from_dense(
+        cls,
+        dense: PreTrainedModel | str | PathLike,
+        *,
+        num_experts: int | None = None,
+        moe_layer_positions: list[int] | None = None,
+        **options: Any,
+    ) -> "StableMoEForCausalLM":
         """Make a StableMoE of a dense GPT-2 or OPT, with the same logits, ready for both stages of training.
 
         MoE layers are put between its blocks, and their new experts add nothing until they are trained. Weights, dtype,
@@ -188,12 +195,14 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
 
         Args:
             dense (`GPT2LMHeadModel`, `OPTForCausalLM`, `str` or `PathLike`): the model, or its Hub name or folder.
-            **options: `num_experts` (32 if not given, the paper's base model), `moe_layer_positions` (a list; one layer
-                in the middle, the best place in table 4), `num_expert_sublayers` (3) and every other field of
-                `StableMoEConfig` that the dense model does not determine: those of routing and stage 1,
-                `dropout`, `attention_dropout`, `initializer_range` (of the experts), `use_cache` and special token ids.
-                `attn_implementation` and `experts_implementation` as in `from_pretrained`; with a name or folder also
-                `revision`, `token`, `cache_dir`, `dtype` and the like (see `LOADING_OPTIONS`).
+            num_experts (`int`, *optional*): of each MoE layer; default 32, as the paper's base model.
+            moe_layer_positions (`list[int]`, *optional*): k = after block k, 0 = before the first block; default: one
+                layer in the middle, the best place in table 4. `[]` adds nothing.
+            **options: every other field of `StableMoEConfig` that the dense model does not determine:
+                `num_expert_sublayers` (3), those of routing and stage 1, `dropout`, `attention_dropout`,
+                `initializer_range` (of the experts), `use_cache` and special token ids. `attn_implementation` and
+                `experts_implementation` as in `from_pretrained`; with a name or folder also `revision`, `token`,
+                `cache_dir`, `dtype` and the like (see `LOADING_OPTIONS`).
 
         Returns:
             `StableMoEForCausalLM`: in stage 1, and in the dense model's mode: evaluation, if it was loaded here.
@@ -203,6 +212,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             ValueError: for another architecture, a setting of the dense model that these blocks do not have, a tensor too
                 many or missing, or an option that is none; the message names it.
         """
+        options |= {"num_experts": num_experts, "moe_layer_positions": moe_layer_positions}
         return convert_dense(cls, dense, options)
 
     @can_return_tuple
