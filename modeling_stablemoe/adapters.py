@@ -5,6 +5,7 @@ The frozen routing, and what routers count in stage 1, are integers in the base 
 not hold. They go into a file beside it.
 """
 
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +20,8 @@ from .callback_base import find_stablemoe
 from .losses_stablemoe import is_distributed
 from .tensors_stablemoe import copy_into, full_tensor
 
+
+logger = logging.getLogger(__name__)
 
 ROUTING_FILE = "stablemoe_routing.safetensors"
 
@@ -74,6 +77,10 @@ def load_routing(model: nn.Module, folder: str | Path):
         raise ValueError(
             f"The base model's frozen routing (fingerprint {present}) is not the one that the adapters in {str(folder)!r} "
             f"were trained with ({fingerprint}). Load the base model that they were trained on."
+        )
+    if present is not None and fingerprint is None:
+        logger.warning(
+            "The routing in %r is of stage 1: the model learns it again, the frozen one is gone.", str(path)
         )
     for name, values in tensors.items():
         copy_into(own[name], values)

@@ -8,9 +8,14 @@ from conftest import random_ids, tiny_model
 from test_checkpoints_loading import EVERY_ID, run_without_package
 from torch.testing import assert_close
 from trainers import Recorder, make_trainer, training_logs
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, default_data_collator
 
-from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM, StageTransitionCallback
+from modeling_stablemoe import (
+    RoutingStatisticsCallback,
+    StableMoEForCausalLM,
+    StableMoEForSequenceClassification,
+    StageTransitionCallback,
+)
 from modeling_stablemoe.adapters import ROUTING_FILE, load_routing, save_routing
 
 
@@ -85,6 +90,18 @@ def test_adapters_learn_and_the_frozen_routing_stays(tmp_path, way):
     assert type(merged) is StableMoEForCausalLM
     assert merged.router_fingerprint() == merged.config.router_fingerprint == source.router_fingerprint()
     assert torch.equal(merged.route(EVERY_ID), source.route(EVERY_ID))
+
+
+def test_a_classifier_with_adapters_learns_its_head_and_keeps_the_routing(tmp_path):
+    source = base_model(frozen=True)
+    source.save_pretrained(tmp_path)
+    classifier = StableMoEForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    model = peft.get_peft_model(classifier, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_parameters=EXPERTS))
+    head = classifier.score.weight.clone()
+    rows = [{"input_ids": row, "labels": index % 3} for index, row in enumerate(random_ids(12, 6))]
+    train(tmp_path, model, train_dataset=rows, collator=default_data_collator)
+    assert not torch.equal(classifier.score.weight, head)
+    assert classifier.router_fingerprint() == source.router_fingerprint()
 
 
 @pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])

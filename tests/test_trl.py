@@ -9,7 +9,12 @@ from trainers import Recorder, make_trainer, tiny_tokenizer, training_logs
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
-from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM, StageTransitionCallback
+from modeling_stablemoe import (
+    RoutingStatisticsCallback,
+    StableMoEForCausalLM,
+    StableMoEForSequenceClassification,
+    StageTransitionCallback,
+)
 
 
 trl = pytest.importorskip("trl")
@@ -116,6 +121,23 @@ def test_the_balance_loss_that_trl_adds_moves_no_frozen_model(checkpoint, tmp_pa
         make(kind, tmp_path, model, router_aux_loss_coef=coefficient).train()
         weights.append(dict(model.named_parameters()))
     assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+
+
+def test_a_reward_model_is_a_classifier_with_one_label(checkpoint, tmp_path):
+    model = StableMoEForSequenceClassification.from_pretrained(checkpoint, num_labels=1)
+    fingerprint = model.router_fingerprint()
+    rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in ROWS["dpo"]]
+    config = trl.RewardConfig(str(tmp_path), max_steps=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False)
+    trainer = trl.RewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny_tokenizer(),
+        callbacks=[RoutingStatisticsCallback()],
+    )
+    trainer.train()
+    assert training_logs(trainer.state.log_history)[0].keys() >= {"margin", "load_max_over_mean"}
+    assert model.router_fingerprint() == fingerprint
 
 
 def test_without_any_routing_loss_to_add_the_coefficient_is_zero(tmp_path):
