@@ -2,7 +2,7 @@
 
 import unittest
 
-from as_shipped import StableMoETestMixin, in_stage_2, name_models
+from as_shipped import FrozenStableMoETestMixin, StableMoETestMixin, in_stage_2, name_models
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 
 from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEModel
@@ -31,5 +31,5 @@ class Stage1Test(StableMoETestMixin, CausalLMModelTest, unittest.TestCase):
     model_tester_class = StableMoEModelTester
 
 
-class Stage2Test(Stage1Test):
+class Stage2Test(FrozenStableMoETestMixin, Stage1Test):
     model_tester_class = FrozenStableMoEModelTester

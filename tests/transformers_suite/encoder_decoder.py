@@ -2,7 +2,7 @@
 
 import unittest
 
-from as_shipped import StableMoETestMixin, in_stage_2, name_models
+from as_shipped import FrozenStableMoETestMixin, StableMoETestMixin, in_stage_2, name_models
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_configuration_common import ConfigTester
 from tests.test_fsdp_mixin import FSDPTesterMixin
@@ -100,5 +100,5 @@ class Stage1Test(
         self.config_tester.run_common_tests()
 
 
-class Stage2Test(Stage1Test):
+class Stage2Test(FrozenStableMoETestMixin, Stage1Test):
     model_tester_class = FrozenStableMoESeq2SeqModelTester
