@@ -213,6 +213,7 @@ def test_a_tiny_model_learns_one_batch_by_heart(family, stage):
 # -- Compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_model_compiles_to_one_graph_with_every_backend_of_the_experts(family, model, inputs, backend):
     model.set_experts_implementation(backend)

@@ -5,8 +5,6 @@ import unittest
 from unittest import mock
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers.models.auto import modeling_auto
 from transformers.utils import is_torchvision_available, is_vision_available
 
@@ -84,13 +82,6 @@ class StableMoETestMixin:
     def test_training_gradient_checkpointing_use_reentrant_true(self):
         pass
 
-    @unittest.skipIf(
-        Version(transformers.__version__) < Version("5.21"),
-        "experts cannot be gathered before transformers 5.21, so the models refuse to train under expert parallelism",
-    )
-    def test_ep_backward(self):
-        super().test_ep_backward()
-
 
 class FrozenStableMoETestMixin:
     """What else it needs to know of models in stage 2."""
@@ -100,6 +91,10 @@ class FrozenStableMoETestMixin:
 
     @unittest.skip("initialises weights that a checkpoint lacks: a frozen routing is not made up, stage 1 runs this")
     def test_can_init_all_missing_weights(self):
+        pass
+
+    @unittest.skip("gives frozen weights the config of a new model, in stage 1: refused as mixed from two checkpoints")
+    def test_from_pretrained_no_checkpoint(self):
         pass
 
     @unittest.skip("loads a checkpoint that holds one weight alone: without its frozen routing it is refused")
