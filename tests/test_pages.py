@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from run_page import blocks_of, commands_of
 
+import modeling_stablemoe
+
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -73,6 +75,13 @@ def test_commands_name_what_is_there(page):
 def test_every_page_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     assert [name for name in NAMES[1:] if f"]({name})" not in readme] == []
+
+
+def test_the_api_page_names_every_public_name_and_script():
+    page = (ROOT / "docs" / "api.md").read_text()
+    public = {name for name in modeling_stablemoe.__all__ if not name.startswith("_")}
+    scripts = {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
+    assert {name for name in public | scripts if f"`{name}`" not in page} == set()
 
 
 @pytest.mark.slow
