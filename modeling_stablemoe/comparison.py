@@ -9,7 +9,6 @@ import copy
 import gc
 import json
 import logging
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,6 +36,7 @@ from .engines import check_engine
 from .exact_evaluation import BlockTrainer
 from .flops import count_parameters, forward_flops
 from .recipes import ModelArguments, RoutingArguments, load_preset, model_fields
+from .report import perplexity_of
 from .runs import LATEST, RunFolder, build_callbacks, set_hash_tables, train
 from .statistics import imbalance
 
@@ -269,11 +269,11 @@ class Comparison:
         tokens *= len(self.blocks["train"][0]["input_ids"])
         fluctuation = Path(args.output_dir) / "routing_fluctuation.json"
         return {
-            "perplexity": {name: math.exp(metrics["eval_loss"]) for name, metrics in evaluated.items()},
+            "perplexity": {name: perplexity_of(metrics["eval_loss"]) for name, metrics in evaluated.items()},
             "validation_curve": [
                 {
                     "step": entry["step"],
-                    "perplexity": math.exp(entry["eval_loss"]),
+                    "perplexity": perplexity_of(entry["eval_loss"]),
                     "seconds": entry["train_seconds"],
                 }
                 for entry in history

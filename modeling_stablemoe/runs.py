@@ -4,7 +4,6 @@
 import errno
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -319,7 +318,7 @@ def evaluate_saved_model(trainer: Trainer) -> float:
     loss = trainer.evaluate()["eval_loss"]
     if step_of_model(trainer) != trainer.state.global_step:
         trainer.state.log_history.pop()
-    return math.exp(loss)
+    return report.perplexity_of(loss)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ and number of steps.
 
 import json
 import logging
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from .dense_stablemoe import config_of_dense
 from .manifests import CheckpointManifestCallback
 from .modeling_stablemoe import StableMoEForCausalLM
 from .recipes import model_fields
+from .report import perplexity_of
 from .runs import RunFolder
 
 
@@ -120,7 +120,7 @@ class UpcyclingComparison(Comparison):
         model = AutoModelForCausalLM.from_config(self.dense_config, **self.model_args.attention)
         clock = TrainingClockCallback()
         trainer = self.train_model(model, args, folder, [CheckpointManifestCallback(), clock])
-        perplexity = math.exp(trainer.evaluate()["eval_loss"])
+        perplexity = perplexity_of(trainer.evaluate()["eval_loss"])
         results = {"seed": seed, "perplexity": perplexity, "steps": args.max_steps, "seconds": clock.seconds}
         finish(trainer, results, path)
         return results

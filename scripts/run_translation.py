@@ -8,7 +8,6 @@ accelerate launch scripts/run_translation.py recipe.yaml --learning_rate 3e-4
 
 import json
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.exact_evaluation import TranslationTrainer
 from modeling_stablemoe.hub import CardFacts, languages_of_pairs
 from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
-from modeling_stablemoe.report import STAGE_HEADINGS, describe_saved_model, format_table
+from modeling_stablemoe.report import STAGE_HEADINGS, describe_saved_model, format_table, perplexity_of
 from modeling_stablemoe.runs import (
     FolderArguments,
     RunFolder,
@@ -172,7 +171,7 @@ def translate(trainer: TranslationTrainer, split: Dataset) -> tuple[dict, float]
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir) / "translations.jsonl"
         replace_file(path, lambda partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8"))
-    return metrics.last_scores, math.exp(loss)
+    return metrics.last_scores, perplexity_of(loss)
 
 
 def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
