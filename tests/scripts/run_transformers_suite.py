@@ -25,8 +25,6 @@ FAMILIES = {"causal": "decoder_only.py", "seq2seq": "encoder_decoder.py"}
 # What a test says that cannot fetch a file of the Hub.
 NETWORK = re.compile(r"offline mode|couldn't connect|LocalEntryNotFound|OfflineMode|ConnectError|Can't load .* for '")
 
-sys.path.insert(0, str(TESTERS))
-
 
 @dataclass
 class Tally:
@@ -130,9 +128,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
+    arguments = parse_arguments()
+    sys.path.insert(0, str(TESTERS))
     from tiny_checkpoints import write_tiny_checkpoints
 
-    arguments = parse_arguments()
     print(f"transformers {transformers.__version__} from {Path(transformers.__file__).parent}")
     tallies = []
     for family in [arguments.family] if arguments.family else FAMILIES:

@@ -32,12 +32,11 @@ class FrozenStableMoEModelTester(StableMoEModelTester):
 class Stage1Test(StableMoETestMixin, CausalLMModelTest, unittest.TestCase):
     model_tester_class = StableMoEModelTester
 
-    @unittest.skipIf(
-        Version(transformers.__version__) < Version("5.21"),
-        "experts cannot be gathered before transformers 5.21, so the models refuse to train under expert parallelism",
-    )
-    def test_ep_backward(self):
-        super().test_ep_backward()
+    if Version(transformers.__version__) < Version("5.21"):
+
+        @unittest.skip("experts cannot be gathered before transformers 5.21: the models refuse to train sharded ones")
+        def test_ep_backward(self):
+            pass
 
 
 class Stage2Test(FrozenStableMoETestMixin, Stage1Test):

@@ -1,0 +1,41 @@
+"""The report of transformers' own test suite counts what pytest wrote."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+SCRIPT = Path(__file__).parent / "scripts" / "run_transformers_suite.py"
+
+REPORT = """<testsuites><testsuite>
+<testcase name="test_runs" />
+<testcase name="test_breaks"><failure message="AssertionError: 1 != 2&#10;more">trace</failure></testcase>
+<testcase name="test_fetches"><error message="OSError: We couldn't connect to 'https://huggingface.co'">x</error></testcase>
+<testcase name="test_gpu"><skipped message="test requires CUDA" /></testcase>
+<testcase name="test_tpu"><skipped message="test requires accelerator" /></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture
+def suite_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import run_transformers_suite
+
+    return run_transformers_suite
+
+
+def test_a_report_is_counted_by_outcome_and_skips_are_grouped_by_reason(suite_script, tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    tally = suite_script.Tally.read("olmoe", tmp_path / "report.xml")
+    assert str(tally) == "olmoe: 1 passed, 1 failed, 2 skipped, 1 need the network"
+    assert tally.failed == {"test_breaks": "AssertionError: 1 != 2"}
+    assert list(tally.skipped.values()) == [2]
+
+
+def test_a_folder_without_the_suite_is_refused_in_one_line(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--suite", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("holds no tests/causal_lm_tester.py: pass a clone of transformers.")
