@@ -166,7 +166,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             `RoutingLosses`
         """
         return routing_losses(
-            balance_loss_function=self.moe_layers[0].router.balance_loss,
+            balance_loss_function=self.moe_layers[0].bare_router.balance_loss,
             num_experts=self.config.num_experts,
             router_logits=outputs.router_logits or (),
             distilled_logits=outputs.distilled_router_logits or (),

@@ -31,6 +31,7 @@ CODE_FILES = {
     "classification_stablemoe.py",
     "configuration_stablemoe.py",
     "context_stablemoe.py",
+    "dense_stablemoe.py",
     "distillation_stablemoe.py",
     "experts_stablemoe.py",
     "frozen_stablemoe.py",

@@ -242,7 +242,8 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
     # Once frozen, D and E^ are of no consequence.
     assert not [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])]
     assert resumed.model.base_model.model.config.router_fingerprint is not None
-    assert training_logs(resumed.state.log_history)[-1] == training_logs(trainer.state.log_history)[-1]
+    last, expected = (training_logs(each.state.log_history)[-1] for each in (resumed, trainer))
+    assert last | {"tokens_per_second": 0.0} == expected | {"tokens_per_second": 0.0}
 
 
 def test_adapters_and_their_routing_load_on_the_base_they_were_trained_on(staged, tmp_path):

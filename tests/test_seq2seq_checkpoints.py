@@ -26,9 +26,8 @@ SOURCE, TARGET = random_ids(3, 7, low=3, high=91), random_ids(3, 5, seed=1, low=
 EVERY_ID = torch.arange(91).unsqueeze(0)
 LAYERS = ["model.encoder.moe_layers.0", "model.decoder.moe_layers.0", "model.decoder.moe_layers.1"]
 TABLES = [f"{layer}.frozen_router.routing_table" for layer in LAYERS]
-CODE_FILES = CAUSAL_CODE_FILES - {"modeling_stablemoe.py", "classification_stablemoe.py"} | {
-    "modeling_stablemoe_seq2seq.py"
-}
+CAUSAL_ALONE = {"classification_stablemoe.py", "dense_stablemoe.py", "modeling_stablemoe.py"}
+CODE_FILES = CAUSAL_CODE_FILES - CAUSAL_ALONE | {"modeling_stablemoe_seq2seq.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_stablemoe.StableMoESeq2SeqConfig",
     "AutoModel": "modeling_stablemoe_seq2seq.StableMoESeq2SeqModel",
