@@ -10,6 +10,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import share_of_targets
 from .outputs_stablemoe import StableMoESequenceClassifierOutputWithPast
+from .pretrained_stablemoe import ROUTING_OUTPUTS
 
 
 class SequenceClassificationMixin:
@@ -62,10 +63,7 @@ class SequenceClassificationMixin:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=with_routing,
-            output_expert_indices=with_routing,
-            output_distilled_router_logits=with_routing,
-            output_routing_traces=with_routing,
+            **dict.fromkeys(ROUTING_OUTPUTS, with_routing),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -73,24 +71,18 @@ class SequenceClassificationMixin:
         logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
 
         targets = None if labels is None else self.count_targets(labels)
-        loss = task_loss = None
+        task_loss, routing = None, {}
         if labels is not None:
-            loss = task_loss = self._task_loss(logits, labels, targets, num_items_in_batch)
-        routing = {}
+            task_loss = self._task_loss(logits, labels, targets, num_items_in_batch)
         if with_routing:
             routing = self.model.routing_fields(outputs, attention_mask, targets, num_items_in_batch)
-            if self.training and loss is not None and self.config.moe_layer_positions:
-                loss = loss + self.config.router_aux_loss_coef * routing["aux_loss"].to(loss.device)
-        return StableMoESequenceClassifierOutputWithPast(
-            loss=loss,
+        return self.head_output(
+            StableMoESequenceClassifierOutputWithPast,
+            outputs,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=(outputs.router_logits or None) if output_router_logits else None,
-            expert_indices=outputs.expert_indices if output_router_logits else None,
             task_loss=task_loss,
-            **routing,
+            routing=routing,
+            output_router_logits=output_router_logits,
         )
 
     def _task_loss(

@@ -137,6 +137,20 @@ def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
     return [system for system in systems if not only or system.name in only]
 
 
+def check_comparable(data_args: DataArguments, training_args: TrainingArguments):
+    """Refuse what would keep systems from being trained alike.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    if training_args.max_steps <= 0:
+        raise ValueError("Systems are trained for the same number of steps: set `--max_steps`.")
+    if data_args.streaming:
+        raise ValueError("A comparison needs blocks that can be read again for every run: leave `--streaming` out.")
+    if training_args.resume_from_checkpoint is not None:
+        raise ValueError("A comparison always resumes what its output folder holds: leave the option out.")
+
+
 @dataclass
 class Comparison:
     """What all runs of a comparison share.
@@ -390,6 +404,7 @@ __all__ = [
     "RESULTS_FILE",
     "Comparison",
     "System",
+    "check_comparable",
     "environment",
     "finish",
     "measure_routing",

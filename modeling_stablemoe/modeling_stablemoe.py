@@ -23,7 +23,7 @@ from .dense_stablemoe import convert_dense
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
-from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .pretrained_stablemoe import ROUTING_OUTPUTS, StableMoEPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
@@ -259,38 +259,29 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=with_routing,
-            output_expert_indices=with_routing,
-            output_distilled_router_logits=with_routing,
-            output_routing_traces=with_routing,
+            **dict.fromkeys(ROUTING_OUTPUTS, with_routing),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
-        loss = task_loss = None
+        task_loss, routing = None, {}
         if labels is not None:
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             # A mean over no targets is NaN: 0 / 0.
             has_targets = self.count_targets(labels, kwargs.get("shift_labels")).to(task_loss.device) > 0
-            loss = task_loss = torch.where(has_targets, task_loss, 0.0)
-        routing = {}
+            task_loss = torch.where(has_targets, task_loss, 0.0)
         if with_routing:
             shifted = kwargs.get("shift_labels")
             targets = None if labels is None and shifted is None else self.count_targets(labels, shifted)
             routing = self.model.routing_fields(outputs, attention_mask, targets, kwargs.get("num_items_in_batch"))
-            if self.training and loss is not None and self.config.moe_layer_positions:
-                loss = loss + self.config.router_aux_loss_coef * routing["aux_loss"].to(loss.device)
-        return StableMoECausalLMOutputWithPast(
-            loss=loss,
+        return self.head_output(
+            StableMoECausalLMOutputWithPast,
+            outputs,
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=(outputs.router_logits or None) if output_router_logits else None,
-            expert_indices=outputs.expert_indices if output_router_logits else None,
             task_loss=task_loss,
-            **routing,
+            routing=routing,
+            output_router_logits=output_router_logits,
         )
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from .outputs_stablemoe import (
     StableMoESeq2SeqLMOutput,
     StableMoESeq2SeqModelOutput,
 )
-from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .pretrained_stablemoe import ROUTING_OUTPUTS, StableMoEPreTrainedModel
 
 
 class StableMoECrossAttention(StableMoEAttention):
@@ -484,10 +484,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=with_routing,
-            output_expert_indices=with_routing,
-            output_distilled_router_logits=with_routing,
-            output_routing_traces=with_routing,
+            **dict.fromkeys(ROUTING_OUTPUTS, with_routing),
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)

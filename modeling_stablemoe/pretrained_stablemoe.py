@@ -19,9 +19,19 @@ from .frozen_stablemoe import FrozenRouter, FrozenWeights
 from .health_stablemoe import RoutingHealth, mean_health
 from .integration_stablemoe import IntegrationMixin
 from .losses_stablemoe import RoutingLosses, combine_routing_losses, share_of_targets
+from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .routing_stablemoe import LearnedRouter, Router
 from .running_stablemoe import RouterMemory
 from .stages_stablemoe import TwoStageRoutingMixin
+
+
+# What a forward pass records of its routing for losses and statistics: arguments of every backbone.
+ROUTING_OUTPUTS = (
+    "output_router_logits",
+    "output_expert_indices",
+    "output_distilled_router_logits",
+    "output_routing_traces",
+)
 
 
 class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTrainedModel):
@@ -166,6 +176,41 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             return aux_loss
         return aux_loss * share_of_targets(targets, num_items_in_batch, aux_loss.device)
 
+    def head_output(
+        self,
+        output_class: type[StableMoECausalLMOutputWithPast],
+        outputs: StableMoEModelOutputWithPast,
+        *,
+        logits: Tensor,
+        task_loss: Tensor | None,
+        routing: dict[str, Any],
+        output_router_logits: bool,
+    ) -> StableMoECausalLMOutputWithPast:
+        """Put together what a head on a causal backbone returns: the loss that is trained (eqs. 11 and 15), and the rest.
+
+        Args:
+            output_class (`type`): of the output.
+            outputs (`StableMoEModelOutputWithPast`): of the backbone.
+            logits (`torch.Tensor`): of the head.
+            task_loss (`torch.Tensor` of shape `()`, *optional*): without labels there is no loss.
+            routing (`dict`): of `StableMoEModel.routing_fields`; empty where the routing was not recorded.
+            output_router_logits (`bool`): whether router logits and expert indices were asked for.
+        """
+        loss = task_loss
+        if self.training and loss is not None and self.config.moe_layer_positions:
+            loss = loss + self.config.router_aux_loss_coef * routing["aux_loss"].to(loss.device)
+        return output_class(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=(outputs.router_logits or None) if output_router_logits else None,
+            expert_indices=outputs.expert_indices if output_router_logits else None,
+            task_loss=task_loss,
+            **routing,
+        )
+
 
 def check_range(ids: Tensor, limit: int, what: str, remedy: str):
     """Refuse ids outside [0, limit), on the CPU and outside compiled code.
@@ -187,4 +232,4 @@ def check_range(ids: Tensor, limit: int, what: str, remedy: str):
         raise ValueError(f"There is a {what} {low if low < 0 else high}, outside 0..{limit - 1} of {remedy}.")
 
 
-__all__ = ["StableMoEPreTrainedModel", "check_range"]
+__all__ = ["ROUTING_OUTPUTS", "StableMoEPreTrainedModel", "check_range"]

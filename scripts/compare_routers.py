@@ -14,7 +14,7 @@ import transformers
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
-from modeling_stablemoe.comparison import Comparison, read_systems
+from modeling_stablemoe.comparison import Comparison, check_comparable, read_systems
 from modeling_stablemoe.comparison_report import write_report
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
 from modeling_stablemoe.recipes import ModelArguments, check_fit, parse_recipe, read_preset
@@ -58,21 +58,11 @@ def parse_arguments(argv=None):
     return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
 
 
-def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments):
-    """Refuse what a comparison cannot use."""
-    if model_args.model_preset is None:
-        raise ValueError("Systems are trained from the beginning: name a `--model_preset`, no `--model_name_or_path`.")
-    if training_args.max_steps <= 0:
-        raise ValueError("Systems are trained for the same number of steps: set `--max_steps`.")
-    if data_args.streaming:
-        raise ValueError("A comparison needs blocks that can be read again for every run: leave `--streaming` out.")
-    if training_args.resume_from_checkpoint is not None:
-        raise ValueError("A comparison always resumes what its output folder holds: leave the option out.")
-
-
 def prepare(model_args, data_args, compare_args, training_args) -> tuple:
     """Make what all runs share, and the systems to run."""
-    check_arguments(model_args, data_args, training_args)
+    if model_args.model_preset is None:
+        raise ValueError("Systems are trained from the beginning: name a `--model_preset`, no `--model_name_or_path`.")
+    check_comparable(data_args, training_args)
     systems = read_systems(compare_args.systems, compare_args.only)
     _, preset = read_preset(model_args.model_preset)
     with training_args.main_process_first(desc="data"):

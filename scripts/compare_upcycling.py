@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import transformers
 from transformers import TrainingArguments
 
-from modeling_stablemoe.comparison import read_systems
+from modeling_stablemoe.comparison import check_comparable, read_systems
 from modeling_stablemoe.comparison_report import write_report
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
 from modeling_stablemoe.recipes import check_fit, parse_recipe
@@ -53,12 +53,7 @@ def parse_arguments(argv=None):
 
 def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
     """Make what all runs share, and the systems to run."""
-    if training_args.max_steps <= 0:
-        raise ValueError("Systems are trained for the same number of steps: set `--max_steps`.")
-    if data_args.streaming:
-        raise ValueError("A comparison needs blocks that can be read again for every run: leave `--streaming` out.")
-    if training_args.resume_from_checkpoint is not None:
-        raise ValueError("A comparison always resumes what its output folder holds: leave the option out.")
+    check_comparable(data_args, training_args)
     systems = read_systems(upcycling_args.systems, upcycling_args.only)
     check_names(systems)
     with training_args.main_process_first(desc="data"):
