@@ -45,6 +45,12 @@ class Stage1Test(StableMoETestMixin, CausalLMModelTest, unittest.TestCase):
         def test_ep_backward(self):
             pass
 
+    if not hasattr(transformers.distributed, "consolidate_distributed_checkpoint"):
+
+        @unittest.skip("joins shards, which torch cannot where they are integers: the models refuse it")
+        def test_fsdp2_save_load_dcp(self):
+            pass
+
 
 class Stage2Test(FrozenStableMoETestMixin, Stage1Test):
     model_tester_class = FrozenStableMoEModelTester
