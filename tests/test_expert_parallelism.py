@@ -29,7 +29,7 @@ SENDS_TOKENS = hasattr(DistributedConfig, "ep_size")
 sends_tokens = pytest.mark.skipif(
     not SENDS_TOKENS, reason="this transformers has expert parallelism for inference only"
 )
-# Before, the shards that the processes write are joined.
+# Before, the processes write no shards, or ones that are joined.
 KEEPS_SHARDS = SENDS_TOKENS and hasattr(distributed, "consolidate_distributed_checkpoint")
 PRESETS = Path(__file__).parents[1] / "configuration" / "models"
 EXPERTS = 4
@@ -469,7 +469,7 @@ def test_half_a_model_is_neither_saved_nor_trained(ran):
     assert not (ran / "saved").exists()
 
 
-@pytest.mark.skipif(not KEEPS_SHARDS, reason="this transformers joins the shards")
+@pytest.mark.skipif(not KEEPS_SHARDS, reason="this transformers keeps no shards")
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_are_the_whole_model_for_the_processes_and_for_one(ran, name):
     model = make(name)
