@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from transformers import distributed
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -26,9 +27,12 @@ class IntegrationMixin:
         called with model and folder in the process that writes.
 
         Raises:
-            ValueError: under expert parallelism of a transformers that cannot gather the experts.
+            ValueError: under expert parallelism of a transformers that cannot gather the experts; for
+                `distributed_checkpoint` where the shards would be joined.
         """
         self._require_gathering("save_pretrained")
+        if kwargs.get("distributed_checkpoint"):
+            self._refuse_joining_shards(kwargs.get("push_to_hub", False))
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -90,6 +94,17 @@ class IntegrationMixin:
                     "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.21, or load the "
                     "checkpoint without `enable_expert_parallel`."
                 )
+
+    def _refuse_joining_shards(self, push_to_hub: bool):
+        # torch asks `finfo` how large the numbers are (pytorch/pytorch#192485). Later versions of transformers have a
+        # function that joins, and join by themselves only what they push.
+        joins = push_to_hub or not hasattr(distributed, "consolidate_distributed_checkpoint")
+        if joins and not all(parameter.is_floating_point() for parameter in self.parameters()):
+            raise ValueError(
+                "`distributed_checkpoint=True`: with `push_to_hub=True`, and in older versions of transformers always, the "
+                "shards are joined to one file, and torch cannot join integers, such as frozen routers. Leave "
+                "`distributed_checkpoint` out: the first process then gathers the weights and writes them."
+            )
 
     def requires_grad_(self, requires_grad: bool = True):
         """Switch gradients on or off for all parameters but the frozen routers, which are integers and take none."""

@@ -20,6 +20,10 @@ from .tensors_stablemoe import is_quantized, whole_shape
 logger = logging.get_logger(__name__)
 
 
+class MismatchedShapesError(ValueError, RuntimeError):
+    """Weights of other shapes than the config says: a user's error, and what `PreTrainedModel` raises for them."""
+
+
 class TwoStageRoutingMixin:
     """What `PreTrainedModel` gains from MoE layers whose routing is learned in stage 1 and frozen in stage 2.
 
@@ -281,7 +285,8 @@ class TwoStageRoutingMixin:
 
         Raises:
             ValueError: see `check_routing`; also for weights that cannot be read, with the file's own complaint, or
-                that have other shapes than the config says, and for routers that would be quantised, naming the tensors.
+                that have other shapes than the config says (a RuntimeError, too, as transformers'), and for routers that
+                would be quantised, naming the tensors.
         """
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -290,7 +295,7 @@ class TwoStageRoutingMixin:
                 kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
                 kwargs.pop("distributed_config", None)  # nothing is loaded, so nothing is sharded
                 _, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-                raise ValueError(_describe_mismatch(pretrained_model_name_or_path, info)) from error
+                raise MismatchedShapesError(_describe_mismatch(pretrained_model_name_or_path, info)) from error
             # By name: the code files of a checkpoint import nothing but torch and transformers.
             if type(error).__name__ != "SafetensorError":
                 raise
@@ -318,8 +323,8 @@ def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:
     ]
     return (
         f"The weights of {str(checkpoint)!r} do not fit its config: {'; '.join(tensors)}. Restore the config.json and the "
-        "weights that were saved together. To change the vocabulary, load them as they are, then call "
-        "`resize_token_embeddings`."
+        "weights that were saved together. For other labels, pass `ignore_mismatched_sizes=True`: their head starts anew. "
+        "To change the vocabulary, load them as they are, then call `resize_token_embeddings`."
     )
 
 
@@ -396,4 +401,4 @@ def _follow_loaded_routing(model: TwoStageRoutingMixin, incompatible_keys):
     model.follow_loaded_routing()
 
 
-__all__ = ["TwoStageRoutingMixin"]
+__all__ = ["MismatchedShapesError", "TwoStageRoutingMixin"]

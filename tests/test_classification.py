@@ -216,6 +216,20 @@ def test_a_language_model_becomes_a_classifier_with_its_frozen_routing(tmp_path)
     assert again.router_fingerprint() == source.router_fingerprint()
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["stage 1", "stage 2"])
+def test_a_classifier_takes_other_labels_with_a_new_head(tmp_path, frozen):
+    source = tiny_classifier(frozen=frozen)
+    source.save_pretrained(tmp_path)
+    misfit = r"score\.weight is \[3, 32\] in the weights, \[5, 32\] by the config.*pass `ignore_mismatched_sizes=True`"
+    for kind in (ValueError, RuntimeError):  # as transformers' own models raise
+        with pytest.raises(kind, match=misfit):
+            AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5, ignore_mismatched_sizes=True)
+    assert model(**pad(ROWS)).logits.shape == (3, 5)
+    assert_close(model.model.state_dict(), source.model.state_dict(), rtol=0, atol=0)
+    assert model.router_fingerprint() == source.router_fingerprint()
+
+
 def test_remote_code_classifies_where_the_package_is_not_installed(tmp_path):
     # Of a language model's checkpoint, and of a classifier's.
     source = tiny_model(moe_layer_positions=[0, 2])

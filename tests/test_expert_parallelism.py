@@ -11,6 +11,7 @@ from many_processes import results, run_scenarios
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from trainers import make_trainer
+from transformers import distributed
 from transformers.distributed import DistributedConfig
 
 from modeling_stablemoe import (
@@ -28,6 +29,8 @@ SENDS_TOKENS = hasattr(DistributedConfig, "ep_size")
 sends_tokens = pytest.mark.skipif(
     not SENDS_TOKENS, reason="this transformers has expert parallelism for inference only"
 )
+# Before, the processes write no shards, or ones that are joined.
+KEEPS_SHARDS = SENDS_TOKENS and hasattr(distributed, "consolidate_distributed_checkpoint")
 PRESETS = Path(__file__).parents[1] / "configuration" / "models"
 EXPERTS = 4
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
@@ -40,6 +43,7 @@ SETTINGS = {
     "seq2seq": {},
 }
 FAMILIES = ["causal", "seq2seq"]
+SHARDED = ["causal 1", "causal 2", "looking back 2", "seq2seq 2"]
 CHECKPOINTS = [f"{family} {stage}" for family in FAMILIES for stage in (1, 2)] + ["looking back 2", "hash 2"]
 
 
@@ -235,6 +239,22 @@ def trainer(rank: int, folder: Path) -> dict:
     return {"stage": model.routing_stage, "fingerprint": model.router_fingerprint(), "routes": model.route(EVERY_ID)}
 
 
+@torch.no_grad()
+def shards(rank: int, folder: Path) -> dict:
+    """Every process saves what it holds, and they load it again, by FSDP2 alone and with experts of their own."""
+    results = {}
+    for name in SHARDED:
+        for ep_size in (1, dist.get_world_size()):
+            path = folder / f"shards {ep_size}" / name
+            load(folder / name, ep_size=ep_size).save_pretrained(path, distributed_checkpoint=True)
+            model = load(path, ep_size=ep_size)
+            results[name, ep_size] = {
+                "logits": model(**inputs_of(name)).logits,
+                "fingerprint": model.router_fingerprint(),
+            }
+    return results
+
+
 def two_of_four(rank: int, folder: Path) -> dict:
     """Two processes have the same experts, and shard them between themselves."""
     model = load(folder / "causal 1", ep_size=2).train()
@@ -250,6 +270,7 @@ SCENARIOS = {
         shared_experts,
         saving,
         *([tokens_of_its_own, gradients, shared_batch, transition, trainer] if SENDS_TOKENS else []),
+        *([shards] if KEEPS_SHARDS else []),
     ],
     4: [inference, *([two_of_four] if SENDS_TOKENS else [])],
 }
@@ -446,6 +467,26 @@ def test_half_a_model_is_neither_saved_nor_trained(ran):
         assert "cannot gather the experts" in result["saved"]
         assert "cannot gather the experts" in result["train"]
     assert not (ran / "saved").exists()
+
+
+@pytest.mark.skipif(not KEEPS_SHARDS, reason="this transformers keeps no shards")
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_are_the_whole_model_for_the_processes_and_for_one(ran, name):
+    model = make(name)
+    for ep_size in (1, 2):
+        alone = class_of(name).from_pretrained(ran / f"shards {ep_size}" / name).eval()
+        assert_close(alone.state_dict(), model.state_dict(), rtol=0, atol=0)
+        for result in results(ran, shards):
+            loaded = result[name, ep_size]
+            assert loaded["fingerprint"] == alone.router_fingerprint() == model.router_fingerprint()
+            assert_close(loaded["logits"], model(**inputs_of(name)).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["causal 1", "seq2seq 2"])
+def test_shards_that_would_be_joined_are_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(ValueError, match=r"torch cannot join integers, such as frozen routers\. Leave `distributed_"):
+        make(name).save_pretrained(tmp_path / "shards", distributed_checkpoint=True, push_to_hub=True)
+    assert not (tmp_path / "shards").exists()
 
 
 # Training

@@ -1,5 +1,6 @@
 """The report of transformers' own test suite counts what pytest wrote."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,18 @@ def test_a_report_is_counted_by_outcome_and_skips_are_grouped_by_reason(suite_sc
     assert str(tally) == "olmoe: 1 passed, 1 failed, 2 skipped, 1 need the network"
     assert tally.failed == {"test_breaks": "AssertionError: 1 != 2"}
     assert list(tally.skipped.values()) == [2]
+
+
+def test_the_suites_tests_of_a_model_run_under_its_own_configuration(suite_script, tmp_path):
+    folder = tmp_path / "tests" / "models" / "toy"
+    folder.mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\npython_files = 'modeling_*.py'\n")
+    (tmp_path / "conftest.py").write_text("import pytest\n@pytest.fixture\ndef two():\n    return 2\n")
+    (folder / "modeling_toy.py").write_text(
+        "def test_toy(two):\n    assert two == 2\ndef test_slow():\n    assert 0\n"
+    )
+    arguments = argparse.Namespace(suite=tmp_path, slow=False, sharded=False, timeout=60, k="toy and not slow")
+    assert str(suite_script.run("toy", [str(folder)], arguments, None)) == "toy: 1 passed, 0 failed, 0 skipped"
 
 
 def test_a_folder_without_the_suite_is_refused_in_one_line(tmp_path):

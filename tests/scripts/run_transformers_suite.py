@@ -75,7 +75,7 @@ def _reason(message: str) -> str:
 
 
 def run(name: str, tests: list[str], arguments: argparse.Namespace, checkpoints: Path | None) -> Tally:
-    """Run tests of the suite in a process of their own, as the suite's own configuration says."""
+    """Run tests, given as to pytest, in a process of their own, as the suite's own configuration says."""
     suite = arguments.suite
     paths = [str(suite), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
@@ -86,8 +86,8 @@ def run(name: str, tests: list[str], arguments: argparse.Namespace, checkpoints:
         environment["TRANSFORMERS_TINY_MODEL_PATH"] = str(checkpoints)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", *tests, "-p", "conftest", "-p", "no:cacheprovider"]
-        command += ["-c", str(suite / "pyproject.toml"), "--rootdir", str(suite), "--confcutdir", str(TESTERS)]
+        command = [sys.executable, "-m", "pytest", *tests, "-p", "no:cacheprovider"]
+        command += ["-c", str(suite / "pyproject.toml"), "--rootdir", str(suite)]
         command += ["-o", "log_cli=0", "-q", "--tb=short", f"--timeout={arguments.timeout}", f"--junitxml={report}"]
         command += ["-k", arguments.k] if arguments.k else []
         output = subprocess.run(command, cwd=suite, env=environment, text=True, capture_output=True, check=False)
@@ -138,7 +138,9 @@ def main() -> int:
         for stage in [arguments.stage] if arguments.stage else (1, 2):
             with tempfile.TemporaryDirectory() as folder:
                 write_tiny_checkpoints(Path(folder), stage)
+                # Tests outside the suite do not find its conftest.py by themselves.
                 tests = [f"{TESTERS / FAMILIES[family]}::Stage{stage}Test"]
+                tests += ["-p", "conftest", "--confcutdir", str(TESTERS)]
                 tallies.append(run(f"{family}, stage {stage}", tests, arguments, Path(folder)))
             describe(tallies[-1])
     for model in arguments.beside:

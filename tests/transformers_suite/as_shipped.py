@@ -105,6 +105,10 @@ class FrozenStableMoETestMixin:
     def test_model_weights_reload_no_missing_tied_weights(self):
         pass
 
+    @unittest.skip("loads under another vocabulary, for which nothing is frozen: refused, the routing is missing")
+    def test_load_with_mismatched_shapes(self):
+        pass
+
 
 def in_stage_2(model_class: type) -> type:
     """Derive a class whose new models are in stage 2: built as ever, given experts that do something, then frozen.
