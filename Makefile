@@ -46,9 +46,10 @@ style: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# CUDA libraries are left to torch's own requirements: a CPU build has none.
+# CUDA libraries are left to torch's own requirements: a CPU build has none. The extra `quantization` is not in the set:
+# transformers imports torchao wherever it is installed, which takes every process that a test starts 2 s.
 lock:
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.10 --no-annotate --no-header \
+	uv pip compile pyproject.toml --extra plots --extra tensorboard --extra translation --extra test --universal --python-version 3.10 --no-annotate --no-header \
 		--constraint requirements.constraints --quiet --output-file requirements.lock.partial
 	grep -vE '^(nvidia-|cuda-|triton)' requirements.lock.partial > requirements.lock
 	rm requirements.lock.partial
