@@ -36,12 +36,10 @@ def drop_idle_gradients(model: nn.Module):
     Args:
         model (`torch.nn.Module`): a StableMoE model, or what wraps it.
     """
-    stablemoe = find_stablemoe(model)
-    if stablemoe.routing_stage == 1:
-        return
-    for layer in stablemoe.moe_layers_by_name.values():
-        for parameter in layer.bare_router.stage1_parameters():
-            parameter.grad = None
+    for layer in find_stablemoe(model).moe_layers_by_name.values():
+        if layer.frozen_router.is_frozen:
+            for parameter in layer.bare_router.stage1_parameters():
+                parameter.grad = None
 
 
 __all__ = ["drop_idle_gradients", "freeze_router"]

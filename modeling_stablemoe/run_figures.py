@@ -320,6 +320,16 @@ def _draw_heat_map(axes, steps: list[int], loads: list[list[float]], norm):
     return axes.pcolormesh(edges, experts, list(zip(*loads, strict=True)), norm=norm, cmap="RdBu_r")
 
 
+def _draw_shares(
+    panels: Sequence, names: dict[str, tuple[str, str]], runs: Sequence[RunHistory], scale: float = 1.0, **style
+):
+    """Draw numbers in [0, 1], each on a panel with its title and unit, times `scale`."""
+    for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
+        for index, run in enumerate(runs):
+            _plot(axes, run, name, scale, label=run.label, **style, **line_style(index))
+        axes.set(title=title, ylabel=unit, ylim=(-0.02 * scale, 1.02 * scale))
+
+
 def _draw_distillation(figure, runs: Sequence[RunHistory]):
     """Draw how often the distilled router does what the backbone router does, and how fast its table still changes."""
     figure.set_size_inches(13, 4.4)
@@ -329,10 +339,7 @@ def _draw_distillation(figure, runs: Sequence[RunHistory]):
         "distillation_agreement_by_id": ("The same, every token id alike", "token ids (%)"),
         "table_change": ("Table changed since the last check", "tokens (%)"),
     }
-    for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
-        for index, run in enumerate(runs):
-            _plot(axes, run, name, 100, label=run.label, marker=".", **line_style(index))
-        axes.set(title=title, ylabel=unit, ylim=(-2, 102))
+    _draw_shares(panels, names, runs, 100, marker=".")
     sizes = {len(row) for run in runs for rows in run.expert_load()[1].values() for row in rows}
     if len(sizes) == 1:
         for axes in [axes for axes in panels[:2] if axes.lines]:
@@ -350,10 +357,7 @@ def _draw_gates(figure, runs: Sequence[RunHistory]):
         "common_direction": ("Common direction of hidden states", "norm of mean / mean norm"),
         "router_entropy": ("Entropy of the router", "share of ln(experts)"),
     }
-    for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
-        for index, run in enumerate(runs):
-            _plot(axes, run, name, label=run.label, **line_style(index))
-        axes.set(title=title, ylabel=unit, ylim=(-0.02, 1.02))
+    _draw_shares(panels, names, runs)
     _finish(figure, panels, runs)
 
 
