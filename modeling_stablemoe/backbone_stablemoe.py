@@ -10,7 +10,7 @@ from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext, cached_context, whole_context
 from .distillation_stablemoe import sees_context
 from .health_stablemoe import RoutingHealth, routing_health
-from .layer_stablemoe import StableMoELayer, token_mask
+from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
 from .losses_stablemoe import RoutingLosses, routing_losses
 from .outputs_stablemoe import StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel, check_range
@@ -104,14 +104,19 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
         """
-        moe_layers = dict(zip(self.moe_layer_positions, self.moe_layers, strict=True))
+        sorts = self.config._experts_implementation == "grouped_mm"
+        ahead = dispatch_ahead(self.moe_layers, token_ids, token_mask, context, sorts)
+        output_scores = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        moe_layers = dict(zip(self.moe_layer_positions, zip(self.moe_layers, ahead, strict=True), strict=True))
         for position in range(len(self.layers) + 1):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
-                moe_layer = moe_layers[position]
+                moe_layer, dispatch = moe_layers[position]
                 recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.bare_router.recall()
-                hidden_states = moe_layer(hidden_states, token_ids, token_mask, context, recalled)
+                hidden_states = moe_layer(
+                    hidden_states, token_ids, token_mask, context, recalled, dispatch, output_scores
+                )
         return self.norm(hidden_states)
 
     def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:

@@ -27,11 +27,25 @@ def score(features: Tensor, centroids: Tensor) -> Tensor:
         return _finite(F.linear(features.to(dtype), centroids.to(dtype)))
 
 
+def score_chosen(features: Tensor, centroids: Tensor, index: Tensor) -> Tensor:
+    """Score each token against one centroid, `(T, D), (E, D), (T,) -> (T, 1)`: what `score` gives up to rounding.
+
+    It costs what one centroid does, and its bits depend on nothing but the token and its centroid. A score that is NaN
+    or infinite counts as 0: there is no other one of the token.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    with maybe_autocast(device_type=features.device.type, enabled=False):
+        chosen = F.embedding(index, centroids.to(dtype))
+        return _finite((features.to(dtype) * chosen).sum(-1, keepdim=True))
+
+
 def _finite(scores: Tensor) -> Tensor:
     """Let a non-finite score count as the lowest finite one of its token (as 0 where the token has none)."""
     finite = torch.isfinite(scores)
     # Asking for a value makes an accelerator wait, so only the CPU is asked.
-    if scores.device.type == "cpu" and not is_torchdynamo_compiling() and not finite.all():
+    if scores.device.type == "cpu" and not is_torchdynamo_compiling():
+        if finite.all():
+            return scores
         logger.warning_once(
             "Routing scores are NaN or infinite: they count as the lowest finite score of their token. The hidden "
             "states or the router have diverged; lower the learning rate or clip gradients."
@@ -61,6 +75,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
         with _deepspeed().zero.GatheredParameters(tensor):
             return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_at_hand(tensor: Tensor, device: torch.device) -> bool:
+    """Tell whether a tensor can be read here and now: on this device, whole, and not on its way from elsewhere."""
+    return tensor.device == device and not hasattr(tensor, "device_mesh") and tensor.numel() > 0
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -155,10 +174,12 @@ __all__ = [
     "finite_tokens",
     "from_bits",
     "full_tensor",
+    "is_at_hand",
     "is_quantized",
     "local_tensor",
     "resize_rows",
     "score",
+    "score_chosen",
     "to_bits",
     "whole_shape",
     "zero_through",

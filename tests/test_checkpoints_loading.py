@@ -45,6 +45,7 @@ CODE_FILES = {
     "routing_stablemoe.py",
     "running_stablemoe.py",
     "stages_stablemoe.py",
+    "products_stablemoe.py",
     "tensors_stablemoe.py",
 }
 AUTO_MAP = {
