@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ExpertsInterface, _batched_linear, use_experts_implementation
+from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEBaseConfig
 from .products_stablemoe import ExpertOrder, grouped_layer_norm, grouped_linear, permute, sort_by_expert
@@ -123,6 +124,8 @@ def grouped_mm_experts_forward(
     expert_order: ExpertOrder | None = None,
 ):
     """Sort the tokens by expert once, then one grouped product over all experts for each matrix."""
+    if len(hidden_states) == 1 and _may_look(hidden_states):
+        return _one_token_forward(self, hidden_states, int(top_k_index), top_k_weights)
     if expert_order is None:
         (expert_order,) = sort_by_expert(top_k_index.view(1, -1), self.num_experts)
     # Rows past the last offset belong to sentinels. A grouped product may leave anything there, in the forward and in
@@ -143,6 +146,27 @@ def grouped_mm_experts_forward(
     sorted_TD = masked(permute(hidden_states, expert_order.order, expert_order.inverse))
     delta_TD = masked(_stack(self.sublayers, sorted_TD, norm, linear))
     return (permute(delta_TD, expert_order.inverse, expert_order.order) * top_k_weights).to(hidden_states.dtype)
+
+
+def _may_look(hidden_states: Tensor) -> bool:
+    """Tell whether a step of decoding may ask for the value of an expert: where nothing waits, learns or is compiled."""
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
+
+
+def _one_token_forward(self: nn.Module, hidden_states: Tensor, expert: int, top_k_weights: Tensor) -> Tensor:
+    """Run the expert of a single token, reading no other and copying none."""
+    if expert >= self.num_experts:
+        return torch.zeros_like(hidden_states)
+
+    def norm(x_TD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float) -> Tensor:
+        weight_D, bias_D = (values.to(x_TD.dtype) for values in (weight_ED[expert], bias_ED[expert]))
+        return F.layer_norm(x_TD, x_TD.shape[-1:], weight_D, bias_D, eps).to(weight_ED.dtype)
+
+    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor) -> Tensor:
+        return F.linear(x_TX, weight_EYX[expert], bias_EY[expert])
+
+    delta_TD = _stack(self.sublayers, hidden_states, norm, linear)
+    return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 
 def batched_mm_experts_forward(
