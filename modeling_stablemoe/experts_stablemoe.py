@@ -42,7 +42,9 @@ class ExpertSublayer(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.eps = config.layer_norm_eps
 
-    def forward(self, hidden_TD: Tensor, norm: Callable, linear: Callable) -> Tensor:
+    def forward(
+        self, hidden_TD: Tensor, norm: Callable, linear: Callable, held: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """Compute W2 act(W1 LayerNorm_i(x) + b1) + b2, each token with the parameters of its expert i.
 
         Args:
@@ -51,14 +53,19 @@ class ExpertSublayer(nn.Module):
                 bias.
             linear (`Callable`): `(T, X), (E, Y, X), (E, Y) -> (T, Y)`, multiplies each token by its expert's matrix
                 and adds the bias.
+            held (`dict[str, torch.Tensor]`, *optional*): of `held`, where it is needed more than once.
 
         Returns:
             `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x.
         """
-        held = {name: self._held(name) for name in EXPERT_PARAMETERS}
+        held = held or self.held()
         normed_TD = norm(hidden_TD, held["norm_weight"], held["norm_bias"], self.eps)
         inner_TF = self.act_fn(linear(normed_TD, held["up_proj"], held["up_proj_bias"]))
         return linear(inner_TF, held["down_proj"], held["down_proj_bias"])
+
+    def held(self) -> dict[str, Tensor]:
+        """Give the parameters of this process's experts by name, quantised ones written out."""
+        return {name: self._held(name) for name in EXPERT_PARAMETERS}
 
     def _held(self, name: str) -> Tensor:
         """Give a parameter's rows of this process's experts. Rows of others would be taken for theirs unnoticed."""
@@ -71,11 +78,13 @@ class ExpertSublayer(nn.Module):
         return held
 
 
-def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, norm: Callable, linear: Callable) -> Tensor:
+def _stack(
+    sublayers: nn.ModuleList, hidden_TD: Tensor, norm: Callable, linear: Callable, held: list[dict] | None = None
+) -> Tensor:
     """Run the sublayers with their residuals; return the change S(x) - x, summed as such and so not rounded away."""
     delta_TD = None
-    for sublayer in sublayers:
-        added_TD = sublayer(hidden_TD if delta_TD is None else hidden_TD + delta_TD, norm, linear)
+    for sublayer, parameters in zip(sublayers, held or [None] * len(sublayers), strict=True):
+        added_TD = sublayer(hidden_TD if delta_TD is None else hidden_TD + delta_TD, norm, linear, parameters)
         added_TD = added_TD.to(torch.promote_types(added_TD.dtype, hidden_TD.dtype))
         delta_TD = added_TD if delta_TD is None else delta_TD + added_TD
     return delta_TD
@@ -124,8 +133,8 @@ def grouped_mm_experts_forward(
     expert_order: ExpertOrder | None = None,
 ):
     """Sort the tokens by expert once, then one grouped product over all experts for each matrix."""
-    if len(hidden_states) == 1 and _may_look(hidden_states):
-        return _one_token_forward(self, hidden_states, int(top_k_index), top_k_weights)
+    if _takes_turns(hidden_states):
+        return _run_in_turn(self, hidden_states, top_k_index, top_k_weights, expert_order)
     if expert_order is None:
         (expert_order,) = sort_by_expert(top_k_index.view(1, -1), self.num_experts)
     # Rows past the last offset belong to sentinels. A grouped product may leave anything there, in the forward and in
@@ -148,25 +157,41 @@ def grouped_mm_experts_forward(
     return (permute(delta_TD, expert_order.inverse, expert_order.order) * top_k_weights).to(hidden_states.dtype)
 
 
-def _may_look(hidden_states: Tensor) -> bool:
-    """Tell whether a step of decoding may ask for the value of an expert: where nothing waits, learns or is compiled."""
+def _takes_turns(hidden_states: Tensor) -> bool:
+    """Tell whether experts had better run in turn: on a CPU, where nothing learns and nothing is compiled."""
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
-def _one_token_forward(self: nn.Module, hidden_states: Tensor, expert: int, top_k_weights: Tensor) -> Tensor:
-    """Run the expert of a single token, reading no other and copying none."""
-    if expert >= self.num_experts:
-        return torch.zeros_like(hidden_states)
+def _run_in_turn(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    expert_order: ExpertOrder | None,
+) -> Tensor:
+    """Run each expert that has tokens, through all of its sublayers while its tokens are in the cache; copy no weight."""
+    if len(hidden_states) == 1:  # nothing to sort
+        order_T, groups = torch.zeros_like(top_k_index[0]), [(int(top_k_index), slice(0, 1))]
+        groups = [group for group in groups if group[0] < self.num_experts]
+    else:
+        order = expert_order or sort_by_expert(top_k_index.view(1, -1), self.num_experts)[0]
+        order_T, groups = order.order, order.groups()
+    held = [sublayer.held() for sublayer in self.sublayers]
+    output_TD = torch.zeros_like(hidden_states)
+    for expert, places in groups:
+        tokens = order_T[places]
 
-    def norm(x_TD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float) -> Tensor:
-        weight_D, bias_D = (values.to(x_TD.dtype) for values in (weight_ED[expert], bias_ED[expert]))
-        return F.layer_norm(x_TD, x_TD.shape[-1:], weight_D, bias_D, eps).to(weight_ED.dtype)
+        def norm(x_RD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float, expert: int = expert) -> Tensor:
+            dtype = torch.promote_types(x_RD.dtype, weight_ED.dtype)
+            weight_D, bias_D = weight_ED[expert].to(dtype), bias_ED[expert].to(dtype)
+            return F.layer_norm(x_RD.to(dtype), x_RD.shape[-1:], weight_D, bias_D, eps).to(weight_ED.dtype)
 
-    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor) -> Tensor:
-        return F.linear(x_TX, weight_EYX[expert], bias_EY[expert])
+        def linear(x_RX: Tensor, weight_EYX: Tensor, bias_EY: Tensor, expert: int = expert) -> Tensor:
+            return F.linear(x_RX, weight_EYX[expert], bias_EY[expert])
 
-    delta_TD = _stack(self.sublayers, hidden_states, norm, linear)
-    return (delta_TD * top_k_weights).to(hidden_states.dtype)
+        delta_RD = _stack(self.sublayers, hidden_states[tokens], norm, linear, held)
+        output_TD[tokens] = (delta_RD * top_k_weights[tokens]).to(output_TD.dtype)
+    return output_TD
 
 
 def batched_mm_experts_forward(

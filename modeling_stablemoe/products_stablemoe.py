@@ -35,6 +35,10 @@ class ExpertOrder(NamedTuple):
     offsets: Tensor
     has_sentinels: bool
 
+    def groups(self) -> list[tuple[int, slice]]:
+        """List the experts that have tokens, each with its places; asks the device for values."""
+        return _groups(self.offsets)
+
 
 def sort_by_expert(expert_index: Tensor, num_experts: int, has_sentinels: bool = True) -> list[ExpertOrder]:
     """Sort the tokens of MoE layers by expert, all layers at once; nothing here waits for the device.
