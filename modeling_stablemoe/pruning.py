@@ -381,7 +381,6 @@ def load_pruned(
     """
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     model_class, config = read_config(checkpoint, **hub)
-    require_prunable(config)
     with open_weights(checkpoint, **hub) as weights:
         tables = read_tables(model_class, config, weights)
         pruning = plan_pruning(model_class, config, tables, token_ids, target_ids)
@@ -460,8 +459,10 @@ def read_tables(
         `dict[str, torch.IntTensor]`: by the name of the MoE layer, `(V,)`.
 
     Raises:
-        ValueError: naming the layer, if a table is missing, damaged, or not the one that was saved.
+        ValueError: naming the layer, if a table is missing, damaged, or not the one that was saved; see also
+            `require_prunable`.
     """
+    require_prunable(config)
     layers: dict[str, StableMoELayer] = build_skeleton(model_class, config).moe_layers_by_name
     names = {layer: f"{layer}.{_TABLE}" for layer in layers}
     wrong = [name for name in names.values() if name not in weights or _shape(weights[name]) != (config.vocab_size,)]
