@@ -159,8 +159,8 @@ class Pruning:
                 f"The weights do not fit their config: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of "
                 "another shape. Restore the config.json and the weights that were saved together."
             )
-        state = {}
-        for name in weights.keys():  # not `items`: what is read is read once
+        state = {f"{layer.name}.{_TABLE}": layer.new_table.int() for layer in self.layers}
+        for name in sorted(weights.keys() - state.keys()):
             values, index = weights[name], ...
             if name in resized:
                 dim = next(dim for dim, size in enumerate(whole[name]) if size != pruned[name][dim])
@@ -169,8 +169,6 @@ class Pruning:
             # Indexing by a list copies, and so does reading a file.
             shares_memory = index is ... and isinstance(values, Tensor)
             state[name] = values.detach().clone() if shares_memory else values[index].detach()
-        for layer in self.layers:
-            state[f"{layer.name}.{_TABLE}"] = layer.new_table.int()
         return state
 
 
