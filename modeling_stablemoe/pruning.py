@@ -44,8 +44,15 @@ MODELS: dict[str, type[PreTrainedModel]] = {
 # What `from_pretrained` takes that says where a checkpoint is.
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "proxies")
 _TABLE = "frozen_router.routing_table"
-# What reads or makes text whatever it says: generation cannot do without.
-_SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+# What stands in a text whatever it says, by its name in a config or generation config.
+_SPECIAL_IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 
 
 @dataclass(frozen=True)
@@ -188,10 +195,11 @@ def plan_pruning(
     tables: Mapping[str, Tensor],
     token_ids: Iterable[int] | Tensor,
     target_ids: Iterable[int] | Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
 ) -> Pruning:
     """Find out which experts a part of the vocabulary reaches.
 
-    The ids that `config` gives special tokens (begin, end, padding, start of a decoder) always count.
+    The ids that the configs give special tokens (begin, end, padding, start of a decoder) always count.
 
     Args:
         model_class (`type[PreTrainedModel]`): of the model.
@@ -199,6 +207,7 @@ def plan_pruning(
         tables (`Mapping[str, torch.Tensor]`): by the name of the MoE layer, the expert of each token id, `(V,)`.
         token_ids (iterable of `int`): the part; of an encoder-decoder, of its sources.
         target_ids (iterable of `int`, *optional*): of its targets. Default: as of its sources.
+        generation_config (`GenerationConfig`, *optional*): of the model, if it has one.
 
     Returns:
         `Pruning`
@@ -210,7 +219,7 @@ def plan_pruning(
     require_prunable(config)
     if target_ids is not None and not config.is_encoder_decoder:
         raise ValueError("`target_ids` are for encoder-decoders; give a language model `token_ids` alone.")
-    special = _special_ids(config)
+    special = _special_ids(config, generation_config)
     vocabularies = [_check_ids(token_ids, "token_ids", config.vocab_size, special)]
     if config.is_encoder_decoder:
         targets = token_ids if target_ids is None else target_ids
@@ -266,8 +275,8 @@ def _learns(router: type | None) -> bool:
     return router is not None and issubclass(router, LearnedRouter)
 
 
-def _special_ids(config: StableMoEBaseConfig) -> list[int]:
-    named = [getattr(config, name, None) for name in _SPECIAL_IDS]
+def _special_ids(config: StableMoEBaseConfig, generation_config: GenerationConfig | None) -> list[int]:
+    named = [getattr(settings, name, None) for settings in (config, generation_config) for name in _SPECIAL_IDS]
     flat = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
     return [i for i in flat if 0 <= i < config.vocab_size]
 
@@ -325,12 +334,12 @@ def prune_experts(
     require_prunable(model.config)
     model.check_routing()
     tables = {name: layer.frozen_router.values() for name, layer in model.moe_layers_by_name.items()}
-    pruning = plan_pruning(type(model), model.config, tables, token_ids, target_ids)
+    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    pruning = plan_pruning(type(model), model.config, tables, token_ids, target_ids, generation_config)
     state = pruning.take(dict(model.named_parameters()))
     pruned = _build(pruning, state, {"dtype": model.dtype, "device_map": {"": model.device}})
-    if model.can_generate():
-        pruned.generation_config = copy.deepcopy(model.generation_config)
-    _finish(pruned, pruning, model.config.name_or_path, confine_generation)
+    _finish(pruned, pruning, generation_config, confine_generation)
+    pruned.config.name_or_path = model.config.name_or_path
     return pruned.train(model.training)
 
 
@@ -378,23 +387,28 @@ def load_pruned(
         ValueError: see `plan_pruning`; also for a damaged checkpoint, and for one that is not of this package.
     """
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-    model_class, config = read_config(checkpoint, **hub)
+    model_class, config, generation_config = read_configs(checkpoint, **hub)
     with open_weights(checkpoint, **hub) as weights:
         tables = read_tables(model_class, config, weights)
-        pruning = plan_pruning(model_class, config, tables, token_ids, target_ids)
+        pruning = plan_pruning(model_class, config, tables, token_ids, target_ids, generation_config)
         state = pruning.take(weights)
     model = _build(pruning, state, kwargs)
-    if model.can_generate():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(checkpoint, **hub)
-        except OSError:
-            pass  # it has none: that of the config stays
-    _finish(model, pruning, str(checkpoint), confine_generation)
+    _finish(model, pruning, generation_config, confine_generation)
+    model.config.name_or_path = str(checkpoint)
     return model
 
 
-def read_config(checkpoint: str | PathLike, **hub: Any) -> tuple[type[PreTrainedModel], StableMoEBaseConfig]:
-    """Read the config of a checkpoint, and find the class that it was saved from.
+def read_configs(
+    checkpoint: str | PathLike, **hub: Any
+) -> tuple[type[PreTrainedModel], StableMoEBaseConfig, GenerationConfig | None]:
+    """Read what a checkpoint says besides its weights.
+
+    Args:
+        checkpoint (`str` or `PathLike`): Hub name or folder.
+        **hub: as of `from_pretrained`: where the checkpoint is.
+
+    Returns:
+        `tuple`: the class that it was saved from, its config and, if it has any, its generation config.
 
     Raises:
         OSError: if there is no such checkpoint.
@@ -411,7 +425,11 @@ def read_config(checkpoint: str | PathLike, **hub: Any) -> tuple[type[PreTrained
             f"`architectures` {config.architectures} of {str(checkpoint)!r} names no model of this package; it must be "
             f"one of {', '.join(MODELS)}."
         )
-    return MODELS[saved_from], config
+    try:
+        generation_config = GenerationConfig.from_pretrained(checkpoint, **hub)
+    except OSError:
+        generation_config = None
+    return MODELS[saved_from], config, generation_config
 
 
 @contextmanager
@@ -482,15 +500,19 @@ def _build(pruning: Pruning, state: dict[str, Tensor], kwargs: dict[str, Any]) -
     return pruning.model_class.from_pretrained(None, config=pruning.new_config, state_dict=state, **kwargs)
 
 
-def _finish(model: PreTrainedModel, pruning: Pruning, name: str, confine_generation: bool):
-    """Say where the model comes from, and keep generation to the ids that have their expert."""
-    model.config.name_or_path = name
-    if not (confine_generation and model.can_generate()):
+def _finish(
+    model: PreTrainedModel, pruning: Pruning, generation_config: GenerationConfig | None, confine_generation: bool
+):
+    """Let a model generate as the whole one does, but for the ids that have lost their expert."""
+    if not model.can_generate():
         return
-    # What is generated is read by the decoder, or by the language model.
-    lost = pruning.lost(len(pruning.vocabularies) - 1).nonzero().flatten().tolist()
-    suppressed = sorted({*(model.generation_config.suppress_tokens or []), *lost})
-    model.generation_config.suppress_tokens = suppressed or None
+    if generation_config is not None:
+        model.generation_config = generation_config
+    if confine_generation:
+        # What is generated is read by the decoder, or by the language model.
+        lost = pruning.lost(len(pruning.vocabularies) - 1).nonzero().flatten().tolist()
+        suppressed = sorted({*(model.generation_config.suppress_tokens or []), *lost})
+        model.generation_config.suppress_tokens = suppressed or None
 
 
 __all__ = [
@@ -501,7 +523,7 @@ __all__ = [
     "open_weights",
     "plan_pruning",
     "prune_experts",
-    "read_config",
+    "read_configs",
     "read_tables",
     "require_prunable",
 ]

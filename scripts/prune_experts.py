@@ -8,6 +8,7 @@ python scripts/prune_experts.py runs/embedded-cpu --text_files README.md --min_c
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import transformers
 from transformers import PreTrainedModel, TrainerState
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, TrainerState
 from modeling_stablemoe.atomic_files import require_new_folder
 from modeling_stablemoe.dense_conversion import save_converted
 from modeling_stablemoe.hub import CardFacts, build_model_card
-from modeling_stablemoe.pruning import Pruning, load_pruned, open_weights, plan_pruning, read_config, read_tables
+from modeling_stablemoe.pruning import Pruning, load_pruned, open_weights, plan_pruning, read_configs, read_tables
 from modeling_stablemoe.pruning_report import compare_on_text, format_pruning, format_random_tables
 from modeling_stablemoe.report import summarize_run
 from modeling_stablemoe.routed_input import load_tokenizer, parse_checkpoint_command
@@ -49,12 +50,13 @@ class PruneArguments:
 
 def plan(name: str, text_args: VocabularyArguments) -> tuple[Pruning, list[TextVocabulary]]:
     """Read the text and the tables, and find out what is kept."""
-    model_class, config = read_config(name)
+    model_class, config, generation_config = read_configs(name)
     with open_weights(name) as weights:
         tables = read_tables(model_class, config, weights)
     tokenizer = load_tokenizer(text_args.tokenizer_name or name)
     vocabularies = read_vocabularies(text_args, tokenizer, config)
-    return plan_pruning(model_class, config, tables, *(part.ids for part in vocabularies)), vocabularies
+    ids = (part.ids for part in vocabularies)
+    return plan_pruning(model_class, config, tables, *ids, generation_config=generation_config), vocabularies
 
 
 def save(model: PreTrainedModel, name: str, text_args: VocabularyArguments, folder: str):
@@ -62,7 +64,7 @@ def save(model: PreTrainedModel, name: str, text_args: VocabularyArguments, fold
     tokenizer = load_tokenizer(text_args.tokenizer_name or name)
     results = {**summarize_run(model, TrainerState(), 0), "step": None}
     card = build_model_card(
-        model_name=folder.rstrip("/").split("/")[-1],
+        model_name=Path(folder).resolve().name,
         config=model.config,
         results=results,
         facts=CardFacts(base_model=name),

@@ -71,7 +71,7 @@ def assert_same_logits(actual: torch.Tensor, expected: torch.Tensor, gate: str =
 # The same logits
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(st.sampled_from(sorted(ROUTINGS)), st.sets(st.integers(0, 98), min_size=1, max_size=30), st.integers(0, 9))
 @torch.no_grad()
 def test_logits_on_the_subset_are_those_of_the_whole_model(routing, subset, seed):
@@ -176,6 +176,15 @@ def test_the_whole_model_stays_as_it_is_and_shares_no_memory():
     assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
     assert whole.config.num_experts == 13
     assert whole.generation_config.suppress_tokens is None
+
+
+def test_special_tokens_always_count():
+    whole = tiny_model(router_type="hash", num_experts=99, bos_token_id=7)
+    whole.set_routing_tables(torch.arange(99).unsqueeze(0))
+    whole.generation_config.eos_token_id = [0, 8]
+    pruned = prune_experts(whole, [50])
+    assert set(range(99)) - set(pruned.generation_config.suppress_tokens) == {0, 1, 7, 8, 50}
+    assert pruned.generation_config.eos_token_id == [0, 8]
 
 
 def test_all_ids_keep_the_model_as_it_is():
@@ -369,6 +378,7 @@ def test_a_pruned_checkpoint_is_one_like_any_other(checkpoint, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_hub_is_pruned_by_name(checkpoint, tmp_path):
     code = """
         import sys
