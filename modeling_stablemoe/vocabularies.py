@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 class VocabularyArguments(TextArguments):
     """Which text, and what of it."""
 
+    target_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Translation models: a file of targets for each of --text_files, a target a line."},
+    )
     max_tokens: int = field(
         default=100_000_000,
         metadata={"help": "Read no more than this many tokens (pairs: of either side; at least one pair)."},
