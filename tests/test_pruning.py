@@ -10,7 +10,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import TINY, tiny_model, tiny_seq2seq_model
+from conftest import TINY, tiny_config, tiny_model, tiny_seq2seq_model
 from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -448,6 +448,18 @@ def test_models_that_are_not_wholly_there_are_refused():
         prune_experts(translator().model.encoder, SUBSET)
     with pytest.raises(ValueError, match="not in this process as a whole: .* with `load_pruned`"):
         prune_experts(tiny_model(**WIDE, router_type="hash").to("meta"), SUBSET)
+    adapted = tiny_model(**WIDE, router_type="hash")
+    adapted.lm_head.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(2, 32)))
+    with pytest.raises(ValueError, match=r"`lm_head\.lora_A` .*: merge or unload adapters first"):
+        prune_experts(adapted, SUBSET)
+
+
+def test_a_config_takes_what_pruning_writes_and_nothing_else():
+    written = prune_experts(whole_model(), SUBSET).config.pruned_tokens
+    assert tiny_config(pruned_tokens=written).pruned_tokens == written
+    for value in ("text", [*written, *written]):
+        with pytest.raises(ValueError, match="pruned_tokens"):
+            tiny_config(pruned_tokens=value)
 
 
 def drop_an_expert_tensor(weights):
