@@ -25,6 +25,9 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         moe_layer_positions (`list[int]`): where MoE layers stand: k = after block k, 0 = before the first block.
     """
 
+    # Which of the sides of `config.pruned_tokens` it is: 1 is the decoder of an encoder-decoder.
+    side = 0
+
     def __init__(self, config: StableMoEBaseConfig, blocks: list[StableMoEBlock], moe_layer_positions: list[int]):
         super().__init__(config)
         self.moe_layer_positions = moe_layer_positions
@@ -121,9 +124,11 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
 
     def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
         """Give the ids that tokens are routed by; `None` in a dense model. See `nearest_token_ids`."""
-        if input_ids is not None or not self.moe_layer_positions:
+        if not self.moe_layer_positions:
             return input_ids
-        return self.nearest_token_ids(inputs_embeds)
+        token_ids = self.nearest_token_ids(inputs_embeds) if input_ids is None else input_ids
+        self.warn_of_pruned_tokens(token_ids, self.side)
+        return token_ids
 
     def context_of(
         self,

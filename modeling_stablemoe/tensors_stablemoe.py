@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What routers compute with: scores that are exact and finite, tensors that an engine may have sharded, floats kept as bits."""
 
+import base64
 import importlib
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -162,6 +164,24 @@ def from_bits(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def pack_ids(is_in_set: Tensor) -> str:
+    """Write a set of ids for a config: a bit an id, the lowest id in the lowest bit of the first byte, in base 64.
+
+    Args:
+        is_in_set (`torch.BoolTensor` of shape `(V,)`): True for the ids of the set.
+    """
+    bits = F.pad(is_in_set.cpu().int(), (0, -len(is_in_set) % 8)).view(-1, 8)
+    values = (bits << torch.arange(8)).sum(-1)
+    return base64.b64encode(bytes(values.tolist())).decode()
+
+
+@lru_cache(maxsize=8)
+def unpack_ids(packed: str) -> Tensor:
+    """Read what `pack_ids` wrote: a `torch.BoolTensor`, on the CPU, with up to seven ids more, that are not in the set."""
+    values = torch.tensor(list(base64.b64decode(packed)), device="cpu")
+    return ((values.unsqueeze(-1) >> torch.arange(8, device="cpu")) & 1).flatten().bool()
+
+
 def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
     """Keep the first rows of a parameter without gradient, and add rows of zeros where there are to be more."""
     added = parameter.new_zeros((max(num_rows - parameter.shape[0], 0), *parameter.shape[1:]))
@@ -177,10 +197,12 @@ __all__ = [
     "is_at_hand",
     "is_quantized",
     "local_tensor",
+    "pack_ids",
     "resize_rows",
     "score",
     "score_chosen",
     "to_bits",
+    "unpack_ids",
     "whole_shape",
     "zero_through",
 ]
