@@ -43,7 +43,7 @@ class ExpertSublayer(nn.Module):
         self.eps = config.layer_norm_eps
 
     def forward(
-        self, hidden_TD: Tensor, norm: Callable, linear: Callable, held: dict[str, Tensor] | None = None
+        self, hidden_TD: Tensor, norm: Callable, linear: Callable, groups: list[tuple[int, slice]] | None = None
     ) -> Tensor:
         """Compute W2 act(W1 LayerNorm_i(x) + b1) + b2, each token with the parameters of its expert i.
 
@@ -53,19 +53,28 @@ class ExpertSublayer(nn.Module):
                 bias.
             linear (`Callable`): `(T, X), (E, Y, X), (E, Y) -> (T, Y)`, multiplies each token by its expert's matrix
                 and adds the bias.
-            held (`dict[str, torch.Tensor]`, *optional*): of `held`, where it is needed more than once.
+            groups (`list[tuple[int, slice]]`, *optional*): experts and the places of their tokens, ascending. With it
+                experts run in turn, and `norm` and `linear` get the parameters of one, without the dimension E.
 
         Returns:
-            `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x.
+            `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x; 0 for tokens of no group.
         """
-        held = held or self.held()
-        normed_TD = norm(hidden_TD, held["norm_weight"], held["norm_bias"], self.eps)
-        inner_TF = self.act_fn(linear(normed_TD, held["up_proj"], held["up_proj_bias"]))
-        return linear(inner_TF, held["down_proj"], held["down_proj_bias"])
+        held = {name: self._held(name) for name in EXPERT_PARAMETERS}
+        if groups is None:
+            return self._change(hidden_TD, held, norm, linear)
+        changes = []
+        for expert, places in groups:
+            own = {name: values[expert] for name, values in held.items()}
+            changes.append(self._change(hidden_TD[places], own, norm, linear))
+        num_tokens = groups[-1][1].stop if groups else 0
+        if num_tokens < len(hidden_TD):
+            changes.append(torch.zeros_like(hidden_TD[num_tokens:]))
+        return changes[0] if len(changes) == 1 else torch.cat(changes)
 
-    def held(self) -> dict[str, Tensor]:
-        """Give the parameters of this process's experts by name, quantised ones written out."""
-        return {name: self._held(name) for name in EXPERT_PARAMETERS}
+    def _change(self, x: Tensor, parameters: dict[str, Tensor], norm: Callable, linear: Callable) -> Tensor:
+        normed = norm(x, parameters["norm_weight"], parameters["norm_bias"], self.eps)
+        inner = self.act_fn(linear(normed, parameters["up_proj"], parameters["up_proj_bias"]))
+        return linear(inner, parameters["down_proj"], parameters["down_proj_bias"])
 
     def _held(self, name: str) -> Tensor:
         """Give a parameter's rows of this process's experts. Rows of others would be taken for theirs unnoticed."""
@@ -78,13 +87,11 @@ class ExpertSublayer(nn.Module):
         return held
 
 
-def _stack(
-    sublayers: nn.ModuleList, hidden_TD: Tensor, norm: Callable, linear: Callable, held: list[dict] | None = None
-) -> Tensor:
+def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, *how) -> Tensor:
     """Run the sublayers with their residuals; return the change S(x) - x, summed as such and so not rounded away."""
     delta_TD = None
-    for sublayer, parameters in zip(sublayers, held or [None] * len(sublayers), strict=True):
-        added_TD = sublayer(hidden_TD if delta_TD is None else hidden_TD + delta_TD, norm, linear, parameters)
+    for sublayer in sublayers:
+        added_TD = sublayer(hidden_TD if delta_TD is None else hidden_TD + delta_TD, *how)
         added_TD = added_TD.to(torch.promote_types(added_TD.dtype, hidden_TD.dtype))
         delta_TD = added_TD if delta_TD is None else delta_TD + added_TD
     return delta_TD
@@ -169,29 +176,22 @@ def _run_in_turn(
     top_k_weights: Tensor,
     expert_order: ExpertOrder | None,
 ) -> Tensor:
-    """Run each expert that has tokens, through all of its sublayers while its tokens are in the cache; copy no weight."""
+    """Run each expert that has tokens through a sublayer while its tokens are in the cache; copy no weight."""
     if len(hidden_states) == 1:  # nothing to sort
-        order_T, groups = torch.zeros_like(top_k_index[0]), [(int(top_k_index), slice(0, 1))]
-        groups = [group for group in groups if group[0] < self.num_experts]
-    else:
-        order = expert_order or sort_by_expert(top_k_index.view(1, -1), self.num_experts)[0]
-        order_T, groups = order.order, order.groups()
-    held = [sublayer.held() for sublayer in self.sublayers]
-    output_TD = torch.zeros_like(hidden_states)
-    for expert, places in groups:
-        tokens = order_T[places]
+        expert = int(top_k_index)
+        groups = [(expert, slice(0, 1))] if expert < self.num_experts else []
+        delta_TD = _stack(self.sublayers, hidden_states, _norm_of_one, F.linear, groups)
+        return (delta_TD * top_k_weights).to(hidden_states.dtype)
+    order = expert_order or sort_by_expert(top_k_index.view(1, -1), self.num_experts)[0]
+    sorted_TD = hidden_states.index_select(0, order.order)
+    delta_TD = _stack(self.sublayers, sorted_TD, _norm_of_one, F.linear, order.groups())
+    return (delta_TD.index_select(0, order.inverse) * top_k_weights).to(hidden_states.dtype)
 
-        def norm(x_RD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float, expert: int = expert) -> Tensor:
-            dtype = torch.promote_types(x_RD.dtype, weight_ED.dtype)
-            weight_D, bias_D = weight_ED[expert].to(dtype), bias_ED[expert].to(dtype)
-            return F.layer_norm(x_RD.to(dtype), x_RD.shape[-1:], weight_D, bias_D, eps).to(weight_ED.dtype)
 
-        def linear(x_RX: Tensor, weight_EYX: Tensor, bias_EY: Tensor, expert: int = expert) -> Tensor:
-            return F.linear(x_RX, weight_EYX[expert], bias_EY[expert])
-
-        delta_RD = _stack(self.sublayers, hidden_states[tokens], norm, linear, held)
-        output_TD[tokens] = (delta_RD * top_k_weights[tokens]).to(output_TD.dtype)
-    return output_TD
+def _norm_of_one(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x_TD.dtype, weight_D.dtype)
+    normed_TD = F.layer_norm(x_TD.to(dtype), x_TD.shape[-1:], weight_D.to(dtype), bias_D.to(dtype), eps)
+    return normed_TD.to(weight_D.dtype)
 
 
 def batched_mm_experts_forward(
