@@ -82,15 +82,15 @@ class StableMoEModel(StableMoEBackbone):
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=position_ids,  # those given, which may pack sequences: looking for it waits for the device
         )
+        if position_ids is None:
+            position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
         token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, position_ids),
