@@ -2,6 +2,7 @@
 """What routers compute with: scores that are exact and finite, tensors that an engine may have sharded, floats kept as bits."""
 
 import importlib
+import math
 from contextlib import nullcontext
 
 import torch
@@ -29,13 +30,16 @@ def score(features: Tensor, centroids: Tensor) -> Tensor:
 
 def _finite(scores: Tensor) -> Tensor:
     """Let a non-finite score count as the lowest finite one of its token (as 0 where the token has none)."""
-    finite = torch.isfinite(scores)
     # Asking for a value makes an accelerator wait, so only the CPU is asked.
-    if scores.device.type == "cpu" and not is_torchdynamo_compiling() and not finite.all():
+    if scores.device.type == "cpu" and not is_torchdynamo_compiling():
+        # A sum is finite only where all it adds up is, and several times as fast as asking each. It may overflow.
+        if math.isfinite(scores.detach().sum().item()) or torch.isfinite(scores).all():
+            return scores
         logger.warning_once(
             "Routing scores are NaN or infinite: they count as the lowest finite score of their token. The hidden "
             "states or the router have diverged; lower the learning rate or clip gradients."
         )
+    finite = scores.abs() < torch.inf  # as `isfinite`, in half the passes
     lowest = torch.where(finite, scores, torch.inf).amin(-1, keepdim=True)
     lowest = torch.where(torch.isfinite(lowest), lowest, 0.0).detach()
     return torch.where(finite, scores, lowest)
