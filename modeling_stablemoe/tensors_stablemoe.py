@@ -30,10 +30,8 @@ def score(features: Tensor, centroids: Tensor) -> Tensor:
 
 def _finite(scores: Tensor) -> Tensor:
     """Let a non-finite score count as the lowest finite one of its token (as 0 where the token has none)."""
-    # Asking for a value makes an accelerator wait, so only the CPU is asked.
-    if scores.device.type == "cpu" and not is_torchdynamo_compiling():
-        # A sum is finite only where all it adds up is, and several times as fast as asking each. It may overflow.
-        if math.isfinite(scores.detach().sum().item()) or torch.isfinite(scores).all():
+    if _may_ask(scores):
+        if _all_finite(scores):
             return scores
         logger.warning_once(
             "Routing scores are NaN or infinite: they count as the lowest finite score of their token. The hidden "
@@ -45,7 +43,17 @@ def _finite(scores: Tensor) -> Tensor:
     return torch.where(finite, scores, lowest)
 
 
-def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+def _may_ask(values: Tensor) -> bool:
+    """Tell whether to ask for a value, which makes an accelerator wait and compiled code break: on the CPU alone."""
+    return values.device.type == "cpu" and not is_torchdynamo_compiling()
+
+
+def _all_finite(values: Tensor) -> bool:
+    # A sum is finite only where all it adds up is, and several times as fast as asking each. It may overflow.
+    return math.isfinite(values.detach().sum().item()) or bool(torch.isfinite(values).all())
+
+
+def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     """Leave out, as if they were padding, the tokens that no statistic can use.
 
     Args:
@@ -53,8 +61,11 @@ def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
 
     Returns:
-        `torch.BoolTensor` of shape `(T,)`: True on real tokens whose hidden state holds no NaN and no infinity.
+        `torch.BoolTensor` of shape `(T,)`: True on real tokens whose hidden state holds no NaN and no infinity; `None`
+        where all tokens are.
     """
+    if _may_ask(hidden_states) and _all_finite(hidden_states):
+        return mask
     finite = torch.isfinite(hidden_states).all(-1)
     return finite if mask is None else finite & mask
 
