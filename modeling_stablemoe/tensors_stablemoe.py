@@ -37,10 +37,10 @@ def _finite(scores: Tensor) -> Tensor:
             "Routing scores are NaN or infinite: they count as the lowest finite score of their token. The hidden "
             "states or the router have diverged; lower the learning rate or clip gradients."
         )
-    finite = scores.abs() < torch.inf  # as `isfinite`, in half the passes
-    lowest = torch.where(finite, scores, torch.inf).amin(-1, keepdim=True)
-    lowest = torch.where(torch.isfinite(lowest), lowest, 0.0).detach()
-    return torch.where(finite, scores, lowest)
+    values = scores.detach()
+    finite = values.abs() < torch.inf  # as `isfinite`, in half the passes
+    lowest = torch.where(finite, values, torch.inf).amin(-1, keepdim=True)
+    return torch.where(finite, scores, lowest.masked_fill(lowest == torch.inf, 0.0))
 
 
 def _may_ask(values: Tensor) -> bool:
