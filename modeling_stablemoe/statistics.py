@@ -261,7 +261,8 @@ class RoutingMeter:
 
     def _count_tokens(self, routed: list[tuple[Tensor | None, Tensor | None]]):
         if self.token_counts is None:
-            self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long)
+            device = next((token_ids.device for token_ids, _ in routed if token_ids is not None), None)
+            self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long, device=device)
         for layer, (token_ids, mask) in enumerate(routed):
             if token_ids is None:  # embeddings only: there are no ids to count
                 continue

@@ -24,6 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import COUNTING, FOLLOWING, tiny_model, tiny_seq2seq_model
 
+from modeling_stablemoe.loops import drop_idle_gradients
+from modeling_stablemoe.statistics import RoutingMeter
+
 
 DEVICE = "pretended_gpu"
 COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.prims.device_put)
@@ -75,16 +78,26 @@ def batch(padded: bool) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": ids} | ({"attention_mask": torch.empty_like(ids)} if padded else {})
 
 
-def train(make_model: Callable = tiny_model, padded: bool = False, use_cache: bool = False, **options: Any):
-    """Run a forward and a backward pass."""
+def train(
+    make_model: Callable = tiny_model,
+    padded: bool = False,
+    use_cache: bool = False,
+    watched: bool = False,
+    **options: Any,
+):
+    """Run a forward and a backward pass, with the statistics that the callbacks keep if it is watched."""
     model = make(make_model, **options).train()
     if padded and not model.config.is_encoder_decoder:
         model.set_attn_implementation("eager")  # transformers looks at the mask for SDPA
     with PretendedTensors():
         on_device(model)
         inputs = batch(padded) | {"num_items_in_batch": torch.empty((), dtype=torch.long, device=DEVICE)}
+        meter = RoutingMeter(model) if watched else None
         with RefuseCopies():
             model(**inputs, use_cache=use_cache).loss.backward()
+            if meter is not None:
+                meter.end_step()
+                drop_idle_gradients(model)
 
 
 def decode(**options: Any):
@@ -121,8 +134,9 @@ def cases() -> dict[str, Callable]:
             found[f"train {stage} {backend}"] = partial(train, **options)
             found[f"train {stage} {backend} padded"] = partial(train, padded=True, **options)
             found[f"decode {stage} {backend}"] = partial(decode, **options)
+        found[f"train {stage} watched"] = partial(train, watched=True, frozen=frozen)
         found[f"train {stage} cache"] = partial(train, use_cache=True, frozen=frozen)
-        found[f"train {stage} seq2seq"] = partial(train, tiny_seq2seq_model, padded=True, frozen=frozen)
+        found[f"train {stage} seq2seq"] = partial(train, tiny_seq2seq_model, padded=True, watched=True, frozen=frozen)
         found[f"train {stage} cnn"] = partial(train, frozen=frozen, distilled_router="cnn")
         found[f"decode {stage} cnn"] = partial(decode, frozen=frozen, distilled_router="cnn")
     variants = {
