@@ -109,13 +109,16 @@ def best_paths(gain_EE: Tensor, excess_E: Tensor) -> list[int]:
     """
     best_E = torch.where(excess_E > 0, 0.0, -torch.inf).double()
     previous_E = torch.full_like(excess_E, -1)
-    while True:
-        through_E, from_E = (best_E.unsqueeze(-1) + gain_EE).max(0)
-        better_E = through_E > best_E
-        if not better_E.any():
-            return previous_E.tolist()
-        best_E = torch.where(better_E, through_E, best_E)
-        previous_E = torch.where(better_E, from_E, previous_E)
+    # Only paths over experts whose own path has just become better can do better than those found before.
+    changed = (excess_E > 0).nonzero().squeeze(-1)
+    while len(changed):
+        through = best_E[changed].unsqueeze(-1) + gain_EE[changed]
+        through_E = through.amax(0)
+        better = (through_E > best_E).nonzero().squeeze(-1)
+        previous_E[better] = changed[through[:, better].argmax(0)]
+        best_E[better] = through_E[better]
+        changed = better
+    return previous_E.tolist()
 
 
 class Market:

@@ -3,12 +3,13 @@
 
 import inspect
 import time
+from copy import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from .stages_stablemoe import TwoStageRoutingMixin
 
@@ -152,7 +153,7 @@ class TrainingClockCallback(LoggingCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop the clock, once the device has done what it was told."""
-        if torch.cuda.is_available() and (control.should_log or control.should_evaluate):
+        if torch.cuda.is_available() and _is_looked_at(args, state, control):
             torch.cuda.synchronize()
         self.seconds += time.perf_counter() - self._started
 
@@ -160,6 +161,12 @@ class TrainingClockCallback(LoggingCallback):
         """Add the time to logs of training and of evaluation."""
         if logs is not None and ("loss" in logs or "eval_loss" in logs):
             self._add(logs, state, {"train_seconds": self.seconds})
+
+
+def _is_looked_at(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
+    """Tell whether this step is logged or evaluated: Trainer's own callback decides it after those that stand first."""
+    decided = DefaultFlowCallback().on_step_end(args, state, copy(control))
+    return decided.should_log or decided.should_evaluate
 
 
 def refuse_label_smoother(args: TrainingArguments):

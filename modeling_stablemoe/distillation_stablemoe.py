@@ -32,6 +32,8 @@ class DistilledRouter(nn.Module):
 
     # Whether earlier tokens matter.
     sees_context: bool
+    # Whether `observe` does anything.
+    observes = False
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
@@ -152,6 +154,8 @@ class CountRouter(WordEmbeddingRouter):
             (see `running_stablemoe.py`).
     """
 
+    observes = True
+
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.half_life = config.counts_half_life
@@ -185,10 +189,13 @@ class CountRouter(WordEmbeddingRouter):
     def observe(self, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
         """Count where the backbone sent tokens; every process must call this. Arguments as of `DistilledRouter.observe`."""
         counts = self.counts()
-        pairs = histogram(token_ids * counts.shape[1] + expert_index, mask, counts.numel()).double()
-        new = sum_across_processes(pairs)
-        kept = 1.0 if self.half_life is None else 0.5 ** (new.sum() / self.half_life)
-        copy_into(self.expert_counts, to_bits((kept * counts.double() + new.view_as(counts)).float()))
+        pairs = token_ids * counts.shape[1] + expert_index
+        new = sum_across_processes(histogram(pairs, mask, counts.numel(), torch.double))
+        total = counts.double()
+        if self.half_life is not None:
+            total *= 0.5 ** (new.sum() / self.half_life)
+        total += new.view_as(counts)
+        copy_into(self.expert_counts, to_bits(total.float()))
 
     @torch.no_grad()
     def resize(self, vocab_size: int):

@@ -98,12 +98,8 @@ def mean_health(layers: Sequence[RoutingHealth], num_tokens: Tensor) -> RoutingH
         `RoutingHealth`: on the device of `num_tokens`.
     """
     weight = num_tokens / num_tokens.sum().clamp(min=1)
-    return RoutingHealth(
-        *(
-            (torch.stack([value.to(weight.device) for value in of_layers]) * weight).sum()
-            for of_layers in zip(*layers, strict=True)
-        )
-    )
+    values = torch.stack([torch.stack(layer).to(weight.device) for layer in layers])
+    return RoutingHealth(*(values * weight.unsqueeze(-1)).sum(0).unbind())
 
 
 def common_direction(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -118,9 +114,11 @@ def common_direction(hidden_states: Tensor, mask: Tensor | None = None) -> Tenso
 @torch.no_grad()
 def router_entropy(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Average the entropy of softmax(scores) over real tokens, `(T, E) -> ()`, over ln E: in [0, 1]; 0 with one expert."""
-    probability = torch.softmax(router_logits, dim=-1)
-    # `entr` and not p ln p: a probability of 0 adds 0.
-    entropy = torch.special.entr(probability).sum(-1)
+    log_probability = torch.log_softmax(router_logits, dim=-1)
+    # Where the difference of two scores overflows, a probability of 0 has a logarithm of -inf: it adds 0, too.
+    log_probability = log_probability.clamp_(min=torch.finfo(log_probability.dtype).min)
+    # Products of logarithms, for `entr` takes another one, and slowly.
+    entropy = -log_probability.exp().mul_(log_probability).sum(-1)
     return masked_mean(entropy, mask) / math.log(max(router_logits.shape[-1], 2))
 
 

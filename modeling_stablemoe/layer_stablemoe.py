@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .blocks_stablemoe import StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
@@ -252,7 +253,19 @@ def count_real_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     """Find the MoE layers of a model, by qualified name, in the order in which tokens pass them."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, StableMoELayer)}
+    found: dict[str, StableMoELayer] = {}
+
+    def walk(module: nn.Module, name: str):
+        if isinstance(module, StableMoELayer):
+            if module not in found.values():
+                found[name] = module
+            return
+        for child_name, child in module.named_children():
+            if not isinstance(child, StableMoEBlock):  # most modules of a model stand in its blocks, which are dense
+                walk(child, f"{name}.{child_name}" if name else child_name)
+
+    walk(model, "")
+    return found
 
 
 __all__ = ["FrozenDispatch", "StableMoELayer", "count_real_tokens", "dispatch_ahead", "moe_layers_of", "token_mask"]

@@ -31,20 +31,21 @@ def sum_across_processes(values: Tensor) -> Tensor:
     return values
 
 
-def histogram(index: Tensor, mask: Tensor | None, size: int) -> Tensor:
+def histogram(index: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype = torch.long) -> Tensor:
     """Count how often each of `size` numbers occurs on real tokens.
 
     Args:
         index (`torch.LongTensor` of shape `(T,)`): in [0, size).
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         size (`int`): bins.
+        dtype (`torch.dtype`): of the counts.
 
     Returns:
-        `torch.LongTensor` of shape `(size,)`.
+        `torch.Tensor` of shape `(size,)`.
     """
     # A fixed number of bins and no boolean indexing: nothing here waits for the device.
-    ones_T = torch.ones_like(index) if mask is None else mask.long()
-    return torch.zeros(size, dtype=torch.long, device=index.device).scatter_add_(0, index, ones_T)
+    ones_T = torch.ones_like(index, dtype=dtype) if mask is None else mask.to(dtype)
+    return torch.zeros(size, dtype=dtype, device=index.device).scatter_add_(0, index, ones_T)
 
 
 def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:

@@ -82,15 +82,15 @@ class StableMoEModel(StableMoEBackbone):
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=position_ids,  # those given, which may pack sequences: looking for it waits for the device
         )
+        if position_ids is None:
+            position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
         token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, position_ids),
@@ -265,15 +265,14 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
+        shifted = kwargs.get("shift_labels")
+        targets = None if labels is None and shifted is None else self.count_targets(labels, shifted)
         task_loss, routing = None, {}
         if labels is not None:
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             # A mean over no targets is NaN: 0 / 0.
-            has_targets = self.count_targets(labels, kwargs.get("shift_labels")).to(task_loss.device) > 0
-            task_loss = torch.where(has_targets, task_loss, 0.0)
+            task_loss = torch.where(targets.to(task_loss.device) > 0, task_loss, 0.0)
         if with_routing:
-            shifted = kwargs.get("shift_labels")
-            targets = None if labels is None and shifted is None else self.count_targets(labels, shifted)
             routing = self.model.routing_fields(outputs, attention_mask, targets, kwargs.get("num_items_in_batch"))
         return self.head_output(
             StableMoECausalLMOutputWithPast,

@@ -26,6 +26,11 @@ from .outputs_stablemoe import (
 from .pretrained_stablemoe import ROUTING_OUTPUTS, StableMoEPreTrainedModel
 
 
+def may_look_at(attention_mask: Tensor | None) -> bool:
+    """Tell whether to look if a mask hides anything: a mask of sentences does as a rule, and looking makes a GPU wait."""
+    return not isinstance(attention_mask, Tensor) or attention_mask.device.type == "cpu"
+
+
 class StableMoECrossAttention(StableMoEAttention):
     """Attention from the decoder to the encoder's output, whose keys and values are made once a generation."""
 
@@ -129,7 +134,10 @@ class StableMoEEncoder(StableMoEBackbone):
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
             context=self.context_of(token_ids, attention_mask),
             attention_mask=create_bidirectional_mask(
-                config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                allow_is_bidirectional_skip=may_look_at(attention_mask),
             ),
             **kwargs,
         )
@@ -217,6 +225,7 @@ class StableMoEDecoder(StableMoEBackbone):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=self_attention_cache,
+                allow_is_causal_skip=may_look_at(attention_mask),
             ),
             past_key_values=past_key_values,
             encoder_hidden_states=encoder_hidden_states,
@@ -225,6 +234,7 @@ class StableMoEDecoder(StableMoEBackbone):
                 inputs_embeds=inputs_embeds,
                 attention_mask=encoder_attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
+                allow_is_bidirectional_skip=may_look_at(encoder_attention_mask),
             ),
             use_cache=use_cache,
             **kwargs,

@@ -144,10 +144,13 @@ class Router(nn.Module):
             trace (`RoutingTrace`): of the pass.
             mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         """
+        counts = self.distilled_router is not None and self.distilled_router.observes
+        if self.memory is None and not counts:
+            return
         mask = finite_tokens(trace.hidden_states, mask)
         if self.memory is not None:
             self.memory.observe(trace.hidden_states, trace.token_ids, trace.teacher_index, mask)
-        if self.distilled_router is not None:
+        if counts:
             self.distilled_router.observe(trace.token_ids, trace.teacher_index, mask)
 
     def freeze(self, name: str) -> tuple[Tensor | dict[str, Tensor], BalancedTable | None]:

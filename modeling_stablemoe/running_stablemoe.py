@@ -89,9 +89,9 @@ class RouterMemory(nn.Module):
         if self.normalization is not None:
             sums |= self._feature_sums(hidden_states, mask, kept["feature_mean"])
         if "expert_bias" in kept:
-            sums["load"] = histogram(expert_index, mask, len(kept["expert_bias"])).double()
+            sums["load"] = histogram(expert_index, mask, len(kept["expert_bias"]), torch.double)
         if "token_counts" in kept:
-            sums["ids"] = histogram(token_ids, mask, len(kept["token_counts"])).double()
+            sums["ids"] = histogram(token_ids, mask, len(kept["token_counts"]), torch.double)
         sums = sum_all_across_processes(sums)
         if self.normalization is not None:
             self._follow_features(kept, sums)

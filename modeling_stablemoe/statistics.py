@@ -213,10 +213,12 @@ class RoutingMeter:
             targets = module.count_targets(labels, kwargs.get("shift_labels")).to(load.device)
             divisor = kwargs.get("num_items_in_batch")
             task = output.task_loss * (targets if divisor is None else divisor)
-        sums = [targets, task.squeeze(), tokens, output.balance_loss * tokens, output.distillation_loss * tokens]
+        means = torch.stack([output.balance_loss, output.distillation_loss, *output.routing_health]).double()
+        *losses, mean_gate, closed_gates, direction, agreement, by_id, entropy = (means * tokens).unbind()
+        watched = [mean_gate, closed_gates, direction]
+        sums = [targets, task.squeeze(), tokens, *losses]
         learns = module.routing_stage == 1
         none = torch.zeros_like(tokens)
-        *watched, agreement, by_id, entropy = (value * tokens for value in output.routing_health)
         # In stage 2 there is nothing to agree on: NaN.
         sums += [tokens, *watched, agreement, by_id] if learns else [none, *watched, none, none]
         sums += [entropy, self._overflow(load), self._tokens_read(load, args, kwargs)]
@@ -259,7 +261,8 @@ class RoutingMeter:
 
     def _count_tokens(self, routed: list[tuple[Tensor | None, Tensor | None]]):
         if self.token_counts is None:
-            self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long)
+            device = next((token_ids.device for token_ids, _ in routed if token_ids is not None), None)
+            self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long, device=device)
         for layer, (token_ids, mask) in enumerate(routed):
             if token_ids is None:  # embeddings only: there are no ids to count
                 continue

@@ -3,6 +3,7 @@
 
 import base64
 import importlib
+import math
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -43,21 +44,30 @@ def score_chosen(features: Tensor, centroids: Tensor, index: Tensor) -> Tensor:
 
 def _finite(scores: Tensor) -> Tensor:
     """Let a non-finite score count as the lowest finite one of its token (as 0 where the token has none)."""
-    finite = torch.isfinite(scores)
-    # Asking for a value makes an accelerator wait, so only the CPU is asked.
-    if scores.device.type == "cpu" and not is_torchdynamo_compiling():
-        if finite.all():
+    if _may_ask(scores):
+        if _all_finite(scores):
             return scores
         logger.warning_once(
             "Routing scores are NaN or infinite: they count as the lowest finite score of their token. The hidden "
             "states or the router have diverged; lower the learning rate or clip gradients."
         )
-    lowest = torch.where(finite, scores, torch.inf).amin(-1, keepdim=True)
-    lowest = torch.where(torch.isfinite(lowest), lowest, 0.0).detach()
-    return torch.where(finite, scores, lowest)
+    values = scores.detach()
+    finite = values.abs() < torch.inf  # as `isfinite`, in half the passes
+    lowest = torch.where(finite, values, torch.inf).amin(-1, keepdim=True)
+    return torch.where(finite, scores, lowest.masked_fill(lowest == torch.inf, 0.0))
 
 
-def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
+def _may_ask(values: Tensor) -> bool:
+    """Tell whether to ask for a value, which makes an accelerator wait and compiled code break: on the CPU alone."""
+    return values.device.type == "cpu" and not is_torchdynamo_compiling()
+
+
+def _all_finite(values: Tensor) -> bool:
+    # A sum is finite only where all it adds up is, and several times as fast as asking each. It may overflow.
+    return math.isfinite(values.detach().sum().item()) or bool(torch.isfinite(values).all())
+
+
+def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     """Leave out, as if they were padding, the tokens that no statistic can use.
 
     Args:
@@ -65,8 +75,11 @@ def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor:
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
 
     Returns:
-        `torch.BoolTensor` of shape `(T,)`: True on real tokens whose hidden state holds no NaN and no infinity.
+        `torch.BoolTensor` of shape `(T,)`: True on real tokens whose hidden state holds no NaN and no infinity; `None`
+        where all tokens are.
     """
+    if _may_ask(hidden_states) and _all_finite(hidden_states):
+        return mask
     finite = torch.isfinite(hidden_states).all(-1)
     return finite if mask is None else finite & mask
 

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainers import BLOCKS, make_trainer, training_logs
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
 from modeling_stablemoe.callbacks import TrainingClockCallback
@@ -226,6 +227,32 @@ def test_training_time_is_logged_without_evaluation_and_continues_after_a_resume
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     before = [e["train_seconds"] for e in trainer.state.log_history if "train_seconds" in e and e["step"] <= 6]
     assert resumed.seconds > max(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "waited_for"),
+    [
+        ({"logging_steps": 3}, [3, 6]),
+        ({"logging_steps": 4, "logging_first_step": True}, [1, 4]),
+        ({"logging_steps": 7, "eval_strategy": "steps", "eval_steps": 5}, [5, 7]),
+        ({"logging_strategy": "no"}, []),
+    ],
+)
+def test_the_clock_waits_for_the_device_at_the_steps_whose_time_is_logged(
+    arguments, waited_for, tmp_path, monkeypatch
+):
+    steps, state = [], TrainerState(max_steps=100)
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **arguments)
+    state.logging_steps, state.eval_steps, state.save_steps = args.logging_steps, args.eval_steps, args.save_steps
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: steps.append(state.global_step))
+    # A Trainer's list has the clock before the callback that decides what is logged.
+    clock, control = TrainingClockCallback(), TrainerControl()
+    for state.global_step in range(1, 8):
+        clock.on_step_begin(args, state, control)
+        clock.on_step_end(args, state, control)
+    assert steps == waited_for
+    assert not control.should_log
 
 
 @pytest.mark.parametrize("router_type", ["stable", "switch", "hash"])

@@ -5,7 +5,7 @@ import torch
 from conftest import random_ids, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast, pipeline, set_seed
+from transformers import PreTrainedTokenizerFast, StaticCache, pipeline, set_seed
 
 
 # `eos_token_id=None`: every sequence runs to its full length, so that no comparison is of empty continuations.
@@ -48,6 +48,20 @@ def test_static_cache_gives_the_same_tokens(model):
     ids = random_ids(3, 5)
     generated = continuation(model, ids, cache_implementation="static", disable_compile=True)
     assert torch.equal(generated, by_hand(model, ids))
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
+def test_a_decoding_step_over_a_static_cache_compiles_once_to_one_graph(model, backend):
+    # What a CUDA graph of it needs, too.
+    model.set_experts_implementation(backend)
+    ids = random_ids(3, 9)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    torch.compiler.reset()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        model(ids[:, :5], past_key_values=cache, use_cache=True)
+        logits = [step(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(5, 9)]
+    assert_close(torch.cat(logits, 1), model(ids).logits[:, 5:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", [1, 4])

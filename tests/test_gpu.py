@@ -1,9 +1,12 @@
-"""What differs on a CUDA device: grouped kernels, decoding, and that routing does not. Run: `make test-gpu`."""
+"""What differs on a CUDA device: grouped kernels, waits, CUDA graphs, decoding, and that routing does not. Run: `make test-gpu`."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
+from transformers import StaticCache
 
 
 pytestmark = [
@@ -48,17 +51,132 @@ def test_cuda_freezes_what_its_evaluation_used():
     assert torch.equal(model.route(every_id), routes)
 
 
-def test_a_frozen_training_step_waits_for_nothing():
-    model, ids = wide_model(torch.bfloat16), random_ids().cuda()
-    model.freeze_router()
-    model.train()
+def of_stage(stage: int, dtype=torch.bfloat16, backend: str = "grouped_mm"):
+    model = wide_model(dtype)
+    model.set_experts_implementation(backend)
+    if stage == 2:
+        model.freeze_router()
+    return model
+
+
+@contextmanager
+def no_wait():
+    """Let whatever waits for the device raise."""
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = model(ids, labels=ids).loss
-        loss.backward()
+        yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_training_step_waits_for_nothing(stage, backend, use_cache):
+    model, ids = of_stage(stage, backend=backend).train(), random_ids().cuda()
+    with no_wait():
+        loss = model(ids, labels=ids, use_cache=use_cache).loss
+        loss.backward()
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_training_step_in_mixed_precision_waits_for_nothing(stage):
+    model, ids = of_stage(stage, torch.float32).train(), random_ids().cuda()
+    with no_wait():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    assert torch.isfinite(loss)
+
+
+def test_a_training_step_of_encoder_and_decoder_waits_for_nothing():
+    model = tiny_seq2seq_model(hidden_size=24, intermediate_size=48).to("cuda", torch.bfloat16).train()
+    source, labels = random_ids(3, 9, high=91).cuda(), random_ids(3, 5, high=91).cuda()
+    mask = torch.ones_like(source)
+    mask[0, 5:] = 0
+    with no_wait():
+        loss = model(source, attention_mask=mask, labels=labels).loss
+        loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_compiled_training_step_has_the_loss_and_the_gradients_of_a_plain_one(stage):
+    model, ids = of_stage(stage).train(), random_ids().cuda()
+    torch.compiler.reset()
+    losses, gradients = [], []
+    # The plain pass comes first: transformers installs what records the routing at the first one, which is not compiled.
+    for step in (model, torch.compile(model, fullgraph=True)):
+        losses.append(step(ids, labels=ids, use_cache=False).loss)
+        losses[-1].backward()
+        gradients.append({name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        error = (gradients[1][name] - gradient).norm()
+        assert error <= 0.1 * gradient.norm() + 1e-4, name
+
+
+def decode(model, step, ids, cache) -> torch.Tensor:
+    """Decode the tokens after the fifth, given one at a time: logits `(batch, tokens, vocabulary)`."""
+    cache.reset()
+    model(ids[:, :5], past_key_values=cache, use_cache=True)
+    return torch.cat([step(ids[:, t : t + 1]).clone() for t in range(5, ids.shape[1])], 1)
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("stage", [1, 2])
+@torch.no_grad()
+def test_a_decoding_step_compiles_to_a_cuda_graph(stage, backend):
+    model, ids = of_stage(stage, backend=backend).eval(), random_ids(3, 11).cuda()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+
+    def plain(token):
+        return model(token, past_key_values=cache, use_cache=True).logits
+
+    def step(token):
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(token, past_key_values=cache, use_cache=True).logits
+
+    expected = decode(model, plain, ids, cache)
+    for _ in range(2):  # the first steps warm up and record
+        assert_close(decode(model, step, ids, cache), expected, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("stage", [1, 2])
+@torch.no_grad()
+def test_a_decoding_step_that_a_cuda_graph_holds_decodes_as_it_runs(stage, backend):
+    model, ids = of_stage(stage, backend=backend).eval(), random_ids(3, 11).cuda()
+    cache, token = StaticCache(config=model.config, max_cache_len=16), ids[:, :1].clone()
+
+    def plain(new_token):
+        return model(new_token, past_key_values=cache, use_cache=True).logits
+
+    expected = decode(model, plain, ids, cache)
+    # On another stream first, so that libraries are set up before the capture.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        cache.reset()
+        for _ in range(3):
+            plain(token)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = plain(token)
+
+    def replay(new_token):
+        token.copy_(new_token)
+        graph.replay()
+        return logits
+
+    assert_close(decode(model, replay, ids, cache), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_generation_on_cuda_is_the_same_with_and_without_cache():

@@ -7,7 +7,13 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model
 
-from modeling_stablemoe.health_stablemoe import common_direction, mean_by_id, mean_health, routing_health
+from modeling_stablemoe.health_stablemoe import (
+    common_direction,
+    mean_by_id,
+    mean_health,
+    router_entropy,
+    routing_health,
+)
 
 
 IDS = torch.tensor([3, 3, 3, 5, 5, 7, 7, 3])
@@ -74,6 +80,17 @@ def test_opposite_states_have_no_common_direction():
     hidden = torch.randn(6, 4)
     assert float(common_direction(torch.cat([hidden, -hidden]))) == pytest.approx(0.0, abs=1e-6)
     assert float(common_direction(torch.zeros(3, 4))) == 0.0
+
+
+def test_entropy_is_that_of_the_shares_however_far_scores_lie_apart():
+    assert float(router_entropy(torch.tensor([[2.0, 2.0, 2.0]]))) == pytest.approx(1.0)
+    shares = [0.5, 0.25, 0.25]
+    expected = -sum(share * math.log(share) for share in shares) / math.log(3)
+    assert float(router_entropy(torch.tensor([shares]).log() + 40)) == pytest.approx(expected, rel=1e-5)
+    # Shares of 0, and a difference past the largest number.
+    far = torch.tensor([[0.0, -1e3, 0.0], [3e38, -3e38, 3e38]])
+    assert float(router_entropy(far)) == pytest.approx(math.log(2) / math.log(3))
+    assert float(router_entropy(torch.randn(4, 1))) == 0.0
 
 
 def test_every_id_counts_the_same():

@@ -550,6 +550,20 @@ def test_compiled_without_a_graph_break_equals_eager_in_both_stages(backend):
         assert_close(outputs.loss, expected.loss, rtol=1e-5, atol=0)
 
 
+def test_a_training_pass_compiles_to_one_graph_with_its_losses_and_statistics_in_both_stages():
+    ids = random_ids(2, 8)
+    for model in both_stages():
+        model.train()
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            expected, outputs = model(ids, labels=ids), compiled(ids, labels=ids)
+        assert_close(outputs.loss, expected.loss, rtol=1e-5, atol=0)
+        assert_close(outputs.aux_loss, expected.aux_loss, rtol=1e-5, atol=0)
+        assert torch.equal(outputs.expert_load, expected.expert_load)
+        assert_close(outputs.routing_health, expected.routing_health, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def test_the_backbone_alone_is_the_backbone_of_the_language_model():
     model = tiny_model().eval()
     backbone = StableMoEModel(model.config).eval()

@@ -227,6 +227,18 @@ def test_finite_scores_are_not_reported():
     assert messages == []
 
 
+def test_scores_whose_sum_alone_overflows_are_finite():
+    router = layer_of(tiny_model()).router.train()
+    hidden = torch.rand(1, 9, 32) + 0.1
+    with torch.no_grad():
+        router.centroids.copy_(torch.rand_like(router.centroids) * 1e37)
+        with recorded_warnings() as messages:
+            logits = router(hidden, ALL_IDS[:1, :9]).router_logits
+    assert not logits.sum().isfinite()
+    assert torch.equal(logits, hidden[0] @ router.centroids.detach().T)
+    assert messages == []
+
+
 def test_a_distilled_router_with_nan_still_freezes_to_a_whole_table():
     model = tiny_model()
     with torch.no_grad():
