@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Timing by turns: every contender of a cell runs once a round, in one process, so that a ratio is of one moment."""
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,12 +47,14 @@ class Pace:
         warm_up (`int`): turns of each arm that are not counted.
         seconds (`float`): no round begins after so many, but for the first three.
         give_up (`float`): an arm that takes so many times as long as the fastest sits out after the warm-up.
+        first_runs_compile (`bool`): whether the first runs of an arm say nothing of the later ones.
     """
 
     rounds: int = 7
     warm_up: int = 2
     seconds: float = 60.0
     give_up: float = 10.0
+    first_runs_compile: bool = False
 
 
 @dataclass
@@ -116,28 +119,33 @@ def take_turns(
     turns, warm = Turns(), {}
     for arm in arms:
         try:
-            for _ in range(pace.warm_up):
-                warm[arm.name] = time_runs(arm, device)
+            warm[arm.name] = _warm_up(arm, pace, device, min(warm.values(), default=float("inf")))
         except RuntimeError as error:
-            warm.pop(arm.name, None)
-            turns.left_out[arm.name] = _first_line(error)
+            turns.left_out[arm.name] = first_line(error)
             arm.reset()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(device)
     if not warm:
         return turns
     fastest = min(warm.values())
     running = []
     for arm in arms:
-        if arm.name not in warm:
-            continue
-        if warm[arm.name] > pace.give_up * fastest and not arm.is_kept:
-            turns.left_out[arm.name] = f"took {warm[arm.name] / fastest:.0f} times as long as the fastest"
-        else:
+        if arm.name in warm and (arm.is_kept or warm[arm.name] <= pace.give_up * fastest):
             running.append(arm)
+        elif arm.name in warm:
+            turns.left_out[arm.name] = f"took {warm[arm.name] / fastest:.0f} times as long as the fastest"
     runs = int(max(1, min(MOST_RUNS, SHORTEST_TURN / max(fastest, 1e-9))))
     _measure(running, turns, pace, device, runs, on_round)
     return turns
+
+
+def _warm_up(arm: Arm, pace: Pace, device: torch.device, fastest: float) -> float:
+    """Let an arm run a few times, or once if that is hopelessly slow; return the seconds of the last run."""
+    seconds = 0.0
+    for _ in range(pace.warm_up):
+        seconds = time_runs(arm, device)
+        if seconds > 3 * pace.give_up * fastest and not (arm.is_kept or pace.first_runs_compile):
+            break
+    return seconds
 
 
 def _measure(arms: Sequence[Arm], turns: Turns, pace: Pace, device: torch.device, runs: int, on_round: Callable):
@@ -151,9 +159,17 @@ def _measure(arms: Sequence[Arm], turns: Turns, pace: Pace, device: torch.device
         on_round()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Tell what went wrong in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+
+
+def free_memory(device: torch.device):
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -193,4 +209,15 @@ def fastest_of(seconds: dict[str, list[float]], names: Sequence[str]) -> str | N
     return min(measured, key=lambda name: median(seconds[name]), default=None)
 
 
-__all__ = ["Arm", "Pace", "Turns", "compare", "fastest_of", "spread", "take_turns", "time_runs"]
+__all__ = [
+    "Arm",
+    "Pace",
+    "Turns",
+    "compare",
+    "fastest_of",
+    "first_line",
+    "free_memory",
+    "spread",
+    "take_turns",
+    "time_runs",
+]
