@@ -4,6 +4,7 @@
 import torch
 from tqdm.auto import tqdm
 
+from .benchmark_aims import ratios_of
 from .benchmark_arguments import BenchmarkArguments
 from .benchmark_cells import Cell, Result
 from .benchmark_layer_parts import LayerParts
@@ -67,7 +68,7 @@ def run_benchmark(args: BenchmarkArguments) -> str:
             if records.find(cell.part, cell.cell) is None:
                 result = measure(cell, bar.refresh)
                 record = {"part": cell.part, "cell": cell.cell, "arms": result.arms, "left_out": result.left_out}
-                records.add({**record, **result.facts})
+                records.add({**record, "ratios": ratios_of(record), **result.facts})
                 write_report(records)
             bar.update()
     return write_report(records)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .benchmark_layer_parts import FORWARD, TRAINING
 from .benchmark_layers import TRANSFORMERS_BLOCKS
 from .benchmark_models import DENSE, EQUAL_DENSE
-from .benchmark_timing import compare, fastest_of
+from .benchmark_timing import compare, fastest_of, spread
 
 
 Spread = dict[str, float]
@@ -35,7 +35,7 @@ class Aim:
 
         Args:
             record (`dict`): a cell of the JSON file, of any part.
-            own_backend (`str`): see `BenchmarkArguments.own_backend`.
+            own_backend (`str`): see the function of that name.
             is_gpu (`bool`): where it ran.
 
         Returns:
@@ -138,6 +138,55 @@ DECODING = Aim(
 AIMS = (DENSE_TRAINING, DENSE_FORWARD, BLOCKS, EXPERTS, HASH, STAGE1, FLOPS, DECODING)
 
 
+def check_all(cells: Sequence[dict], own_backend: str, is_gpu: bool) -> list[dict]:
+    """Check every cell by every aim that speaks of it.
+
+    Args:
+        cells (sequence of `dict`): of the JSON file.
+        own_backend (`str`): see the function of that name.
+        is_gpu (`bool`): where they ran.
+
+    Returns:
+        `list[dict]`: `aim`, `cell`, `ratio`, `at_most` and `is_met`.
+    """
+    checks = []
+    for aim in AIMS:
+        for record in cells:
+            ratio, limit = aim.check(record, own_backend, is_gpu)
+            if ratio is not None and limit is not None:
+                check = {"aim": aim.title, "cell": record["cell"], "ratio": ratio, "at_most": limit}
+                checks.append({**check, "is_met": is_met(ratio, limit)})
+    return checks
+
+
+def ratios_of(record: dict) -> dict[str, Spread]:
+    """Compare the arms of a record with the one that its part measures them by.
+
+    Args:
+        record (`dict`): a cell of the JSON file.
+
+    Returns:
+        `dict[str, Spread]`: by arm, those that could be compared: with the dense stack, the fewest experts, the dense
+        model; of memory, with the dense model of equal FLOPs. Shares are ratios themselves.
+    """
+    part, arms, ratios = record["part"], record["arms"], {}
+    for name, values in arms.items():
+        if part == "shares":
+            ratios[name] = spread(values)
+            continue
+        bases = {
+            "layer": "dense",
+            "experts": min(arms, key=lambda other: (len(other), other)),
+            "step": DENSE,
+            "generation": f"{EQUAL_DENSE}, {name.rpartition(', ')[2]}",
+            "memory": EQUAL_DENSE,
+        }
+        ratio = compare(arms, name, bases[part])
+        if ratio is not None:
+            ratios[name] = ratio
+    return ratios
+
+
 __all__ = [
     "AIMS",
     "BLOCKS",
@@ -149,9 +198,11 @@ __all__ = [
     "HASH",
     "STAGE1",
     "Aim",
+    "check_all",
     "is_met",
     "layer_over_dense",
     "layer_over_transformers",
+    "ratios_of",
     "step_over_flops",
     "token_over_dense",
     "transformers_arms",

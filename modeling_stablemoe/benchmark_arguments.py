@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .benchmark_layers import BACKENDS, DEFAULT_BACKEND
+from .benchmark_layers import BACKENDS, own_backend
 from .benchmark_models import Preset
 from .benchmark_timing import LEAST_ROUNDS, Pace
 
@@ -116,8 +116,8 @@ class BenchmarkArguments:
 
     @property
     def own_backend(self) -> str:
-        """`str`: the backend that aims are checked with: that of models which are told nothing, if it is measured."""
-        return DEFAULT_BACKEND if DEFAULT_BACKEND in self.backends else self.backends[0]
+        """`str`: see the function of that name."""
+        return own_backend(self.backends)
 
     @property
     def modes(self) -> tuple[bool, ...]:

@@ -26,7 +26,7 @@ from .benchmark_layers import (
 )
 from .benchmark_memory import available_memory, too_large
 from .benchmark_shares import measure_shares
-from .benchmark_timing import Arm, free_memory, take_turns
+from .benchmark_timing import Arm, begin_compiling, free_memory, take_turns
 
 
 FORWARD, TRAINING = "forward", "forward + backward"
@@ -112,7 +112,7 @@ class LayerParts:
         shape = self.shape(experts, sublayers)
         data = self._draw(tokens, dtype, direction, shape)
         if compiled:
-            torch.compiler.reset()
+            begin_compiling()
         arms = []
         for name, contender in self.contenders.items():
             for backend in self.args.backends if contender.config is not None else (None,):

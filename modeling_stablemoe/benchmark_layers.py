@@ -30,8 +30,15 @@ from .layer_stablemoe import StableMoELayer
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
 # What models get unless told otherwise.
 DEFAULT_BACKEND = "grouped_mm"
+
+
 # Tokens of a sequence, where they divide the tokens of a cell.
 SEQUENCE_LENGTH = 512
+
+
+def own_backend(backends: Sequence[str]) -> str:
+    """Choose the backend that aims are checked with: that of models which are told nothing, if it is measured."""
+    return DEFAULT_BACKEND if DEFAULT_BACKEND in backends else backends[0]
 
 
 @dataclass(frozen=True)
@@ -357,6 +364,7 @@ __all__ = [
     "equal_gated_size",
     "flops_per_token",
     "is_expert_weight",
+    "own_backend",
     "randomize",
     "run_forward",
     "run_training",

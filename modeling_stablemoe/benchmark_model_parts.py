@@ -35,7 +35,7 @@ from .benchmark_models import (
     count_parameters,
     describe,
 )
-from .benchmark_timing import Arm, first_line, free_memory, take_turns
+from .benchmark_timing import Arm, begin_compiling, first_line, free_memory, take_turns
 
 
 # Bytes a parameter takes in training: weight, gradient, and two of AdamW's.
@@ -115,7 +115,7 @@ class ModelParts:
         models, left_out = self._build(STEP_ARMS, TRAINING_BYTES, self._activation_bytes(ids.numel()))
         facts = {name: describe(model, self.config.num_experts, length) for name, model in models.items()}
         if compiled:
-            torch.compiler.reset()
+            begin_compiling()
         arms = []
         for name, model in models.items():
             step = TrainingStep(model, ids, DTYPES[dtype], compiled)
@@ -134,19 +134,20 @@ class ModelParts:
         self.models = {name: model.to(DTYPES[dtype]) for name, model in models.items()}
         self.key = dtype, compiled
         if compiled:
-            torch.compiler.reset()
+            begin_compiling()
             for model in self.models.values():
                 model.forward = torch.compile(model.forward)
 
     def _generations(self, ids: torch.Tensor, compiled: bool, left_out: dict[str, str]) -> dict[str, Generation]:
         generations = {}
+        static_length = self.args.prompt_length + self.args.new_tokens if compiled else None
         for name, model in self.models.items():
             for backend in self.args.backends if name != EQUAL_DENSE else (None,):
                 label = name if backend is None else f"{name} {backend}"
                 if compiled and backend == "eager":
                     left_out[label] = "loops over its experts, which torch.compile would unroll"
                 else:
-                    generations[label] = Generation(model, ids, backend, compiled)
+                    generations[label] = Generation(model, ids, backend, static_length)
         return generations
 
     def _measure_generation(self, on_round: Callable, dtype: str, compiled: bool, batch: int) -> Result:
@@ -159,7 +160,7 @@ class ModelParts:
             arms = []
             for label, generation in generations.items():
                 is_kept = label in (EQUAL_DENSE, f"stage 2 {args.own_backend}")
-                arms.append(Arm(label, partial(generation.run, length), is_kept=is_kept))
+                arms.append(Arm(label, partial(generation.run, length), generation.reset, is_kept))
             turns = take_turns(arms, args.pace(compiled), self.device, on_round)
             seconds[length] = turns.seconds
             left_out |= turns.left_out

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+    set_seed,
+)
 
 from .benchmark_layers import DEFAULT_BACKEND, DenseStack, count_active, equal_gated_size, is_expert_weight, randomize
 from .configuration_stablemoe import TABLE_ROUTERS, StableMoEConfig
@@ -231,12 +239,15 @@ class Generation:
         model (`PreTrainedModel`): to generate with.
         ids (`torch.LongTensor` of shape `(batch, sequence)`): prompts.
         backend (`str`, *optional*): of the experts; `None` for a dense model.
-        is_compiled (`bool`): whether `torch.compile` has made the model's forward pass: then the cache is static.
+        static_length (`int`, *optional*): tokens that a static cache has room for, as a model needs whose forward pass
+            `torch.compile` has made. `None`: the cache grows.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Tensor, backend: str | None, is_compiled: bool = False):
+    def __init__(self, model: PreTrainedModel, ids: Tensor, backend: str | None, static_length: int | None = None):
         self.model, self.ids, self.backend = model.eval(), ids, backend
-        self.cache = {"cache_implementation": "static", "disable_compile": True} if is_compiled else {}
+        self.cache = None
+        if static_length is not None:
+            self.cache = StaticCache(config=model.config, max_cache_len=static_length)
 
     def run(self, num_tokens: int):
         """Generate so many tokens a prompt."""
@@ -250,8 +261,14 @@ class Generation:
             do_sample=False,
             use_cache=True,
             pad_token_id=0,
-            **self.cache,
+            past_key_values=self.cache,
+            disable_compile=True,  # nothing but what was asked for
         )
+
+    def reset(self):
+        """Empty the cache."""
+        if self.cache is not None:
+            self.cache.reset()
 
 
 __all__ = [

@@ -59,6 +59,7 @@ class Records:
         settings (`dict`): what all cells share, JSON-ready.
         commands (`list[str]`): that measured.
         cells (`list[dict]`): `part`, `cell` (what tells it from the others of its part) and what came of it.
+        aims (`list[dict]`): of `check_all`.
     """
 
     folder: Path
@@ -66,6 +67,7 @@ class Records:
     settings: dict
     commands: list[str] = field(default_factory=list)
     cells: list[dict] = field(default_factory=list)
+    aims: list[dict] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: str | Path, machine: dict, settings: dict, is_anew: bool = False) -> "Records":
@@ -117,15 +119,15 @@ class Records:
         return None
 
     def add(self, record: dict):
-        """Add a cell, in the place of one of the same name, and write the file whole."""
+        """Add a cell, in the place of one of the same name."""
         same = [old for old in self.cells if (old["part"], old["cell"]) == (record["part"], record["cell"])]
         self.cells = [old for old in self.cells if old not in same] + [record]
-        replace_file(self.folder / JSON_FILE, lambda path: path.write_text(self.to_json()))
 
-    def to_json(self) -> str:
-        """Give the content of the file."""
-        content = {"commands": self.commands, "machine": self.machine, "settings": self.settings, "cells": self.cells}
-        return json.dumps(content, indent=1) + "\n"
+    def write(self):
+        """Write the file whole."""
+        names = ("commands", "machine", "settings", "aims", "cells")
+        text = json.dumps({name: getattr(self, name) for name in names}, indent=1) + "\n"
+        replace_file(self.folder / JSON_FILE, lambda path: path.write_text(text))
 
 
 __all__ = ["JSON_FILE", "TABLE_FILE", "Records", "describe_command", "describe_machine"]

@@ -11,7 +11,7 @@ from statistics import median
 
 from . import benchmark_aims as aims
 from .atomic_files import replace_file
-from .benchmark_layers import DEFAULT_BACKEND
+from .benchmark_layers import own_backend
 from .benchmark_models import DENSE, EQUAL_DENSE
 from .benchmark_records import TABLE_FILE, Records
 from .benchmark_shares import GROUPS, OVERHEAD
@@ -47,9 +47,8 @@ class Report:
 
     @property
     def own_backend(self) -> str:
-        """`str`: see `BenchmarkArguments.own_backend`."""
-        backends = self.records.settings["backends"]
-        return DEFAULT_BACKEND if DEFAULT_BACKEND in backends else backends[0]
+        """`str`: see the function of that name."""
+        return own_backend(self.records.settings["backends"])
 
     @property
     def is_gpu(self) -> bool:
@@ -68,18 +67,16 @@ class Report:
 
     def aims_table(self) -> str:
         """Write the aims: of each its worst cell, and how many met it."""
+        checks = aims.check_all(self.records.cells, self.own_backend, self.is_gpu)
         rows = []
         for aim in aims.AIMS:
             row = {"aim": aim.title, "at most": "-", "worst": "not measured", "where": "-", "verdict": "-"}
-            found = []
-            for record in self.records.cells:
-                ratio, limit = aim.check(record, self.own_backend, self.is_gpu)
-                if ratio is not None and limit is not None:
-                    found.append((ratio["median"] / limit, ratio, limit, record))
+            found = [check for check in checks if check["aim"] == aim.title]
             if found:
-                _, ratio, limit, record = max(found, key=lambda entry: entry[0])
-                met = sum(aims.is_met(ratio, limit) for _, ratio, limit, _ in found)
-                row |= {"at most": f"{limit:.2f}", "worst": format_ratio(ratio), "where": describe_cell(record)}
+                worst = max(found, key=lambda check: check["ratio"]["median"] / check["at_most"])
+                met = sum(check["is_met"] for check in found)
+                row |= {"at most": f"{worst['at_most']:.2f}", "worst": format_ratio(worst["ratio"])}
+                row |= {"where": describe_cell(worst)}
                 row["verdict"] = f"{'ok' if met == len(found) else 'missed'} ({met} of {len(found)})"
             rows.append(row)
         return format_table(rows, {name: name for name in rows[0]})
@@ -246,7 +243,7 @@ def _table(rows: list[dict]) -> str:
 
 
 def write_report(records: Records) -> str:
-    """Write the report into the folder of the records.
+    """Write the report into the folder of the records, and the aims into their JSON file.
 
     Args:
         records (`Records`): what was measured.
@@ -254,7 +251,10 @@ def write_report(records: Records) -> str:
     Returns:
         `str`: it, Markdown.
     """
-    text = Report(records).to_markdown()
+    report = Report(records)
+    records.aims = aims.check_all(records.cells, report.own_backend, report.is_gpu)
+    records.write()
+    text = report.to_markdown()
     replace_file(records.folder / TABLE_FILE, lambda path: path.write_text(text))
     return text
 

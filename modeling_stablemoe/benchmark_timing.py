@@ -13,6 +13,8 @@ import torch
 # A turn shorter than this is made of several runs.
 SHORTEST_TURN = 0.01
 MOST_RUNS = 50
+# Contenders share code; past torch's limit of 8 it would run uncompiled and say nothing.
+MOST_RECOMPILED = 64
 # Rounds that are measured however slow a cell is: fewer have no spread.
 LEAST_ROUNDS = 3
 
@@ -165,6 +167,12 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
+def begin_compiling():
+    """Forget what was compiled, and let one function be compiled for many arms."""
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = MOST_RECOMPILED
+
+
 def free_memory(device: torch.device):
     """Give back what nothing refers to any more."""
     gc.collect()
@@ -213,6 +221,7 @@ __all__ = [
     "Arm",
     "Pace",
     "Turns",
+    "begin_compiling",
     "compare",
     "fastest_of",
     "first_line",
