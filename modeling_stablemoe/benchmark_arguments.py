@@ -126,7 +126,8 @@ class BenchmarkArguments:
 
     def pace(self, is_compiled: bool = False) -> Pace:
         """Give the `Pace` of a cell, by whether its first runs compile."""
-        return Pace(self.rounds, seconds=self.seconds_per_cell, give_up=self.give_up, first_runs_compile=is_compiled)
+        warm_up = 3 if is_compiled else 2
+        return Pace(self.rounds, warm_up, self.seconds_per_cell, self.give_up, first_runs_compile=is_compiled)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .benchmark_layers import (
 )
 from .benchmark_memory import available_memory, too_large
 from .benchmark_shares import measure_shares
-from .benchmark_timing import Arm, begin_compiling, free_memory, take_turns
+from .benchmark_timing import LEAST_ROUNDS, Arm, begin_compiling, free_memory, take_turns
 
 
 FORWARD, TRAINING = "forward", "forward + backward"
@@ -35,6 +35,8 @@ PASSES = (FORWARD, TRAINING)
 PROFILED_PASSES = 3
 # What `batched_mm` may take of the memory for its copies of a matrix a token; more is not what it is for.
 MOST_COPIES = 0.25
+# Bytes a second that memory is filled with, in order of magnitude.
+BANDWIDTH = {"cpu": 5e9, "cuda": 1e12}
 
 
 class LayerParts:
@@ -59,8 +61,9 @@ class LayerParts:
             yield Cell("layer", cell, partial(self._measure_layer, **_arguments(cell)))
         if len(args.experts) < 2:
             return
+        numbers = " ".join(str(number) for number in sorted(args.experts))
         for dtype, sublayers, tokens in product(args.dtypes, args.sublayers, args.tokens):
-            cell = {"dtype": dtype, "tokens": tokens, "sublayers": sublayers, "pass": TRAINING}
+            cell = {"dtype": dtype, "tokens": tokens, "experts": numbers, "sublayers": sublayers, "pass": TRAINING}
             yield Cell("experts", cell, partial(self._measure_experts, **_arguments(cell)))
 
     def share_cells(self) -> Iterator[Cell]:
@@ -119,6 +122,8 @@ class LayerParts:
                 label = name if backend is None else f"{name} {backend}"
                 reason = _loops(name, backend) if compiled else None
                 reason = reason or self._needs_too_much(shape, backend, tokens, direction, DTYPES[dtype])
+                if name in GATED_BLOCKS and backend == "eager" and direction == TRAINING:
+                    reason = reason or self._takes_too_long(shape, DTYPES[dtype])
                 if reason is not None:
                     left_out[label] = reason
                     continue
@@ -142,20 +147,29 @@ class LayerParts:
             needed += weight_bytes(shape, "stablemoe", size)
         return too_large(needed, free)
 
-    def _measure_experts(self, on_round: Callable, dtype: str, tokens: int, sublayers: int, direction: str) -> Result:
+    def _takes_too_long(self, shape: LayerShape, dtype: torch.dtype) -> str | None:
+        """Say why transformers' loop over experts cannot be trained: each expert fills a gradient of all of them."""
+        filled = shape.num_experts * weight_bytes(shape, "stablemoe", dtype.itemsize)
+        if filled / BANDWIDTH[self.device.type] <= self.args.seconds_per_cell / LEAST_ROUNDS:
+            return None
+        return f"its backward pass fills the gradients of all experts once an expert, {filled / 1e9:.0f} GB"
+
+    def _measure_experts(
+        self, on_round: Callable, dtype: str, tokens: int, experts: str, sublayers: int, direction: str
+    ) -> Result:
         self.release()
         set_seed(self.args.seed)
         size, left_out, arms = DTYPES[dtype].itemsize, {}, []
-        for experts in sorted(self.args.experts):
-            shape = self.shape(experts, sublayers)
+        for number in map(int, experts.split()):
+            shape = self.shape(number, sublayers)
             needed = 2 * weight_bytes(shape, "stablemoe", size) + activation_bytes(shape, tokens, size)
             reason = too_large(needed, available_memory(self.device))
             if reason is not None:
-                left_out[str(experts)] = reason
+                left_out[str(number)] = reason
                 continue
             contender = build_contenders(shape, ["stablemoe"], self.device, DTYPES[dtype])["stablemoe"]
             data = self._draw(tokens, dtype, direction, shape)
-            arms.append(make_arm(str(experts), contender, self.args.own_backend, data, direction, is_kept=True))
+            arms.append(make_arm(str(number), contender, self.args.own_backend, data, direction, is_kept=True))
         turns = take_turns(arms, self.args.pace(), self.device, on_round)
         return Result(turns.seconds, {**left_out, **turns.left_out})
 

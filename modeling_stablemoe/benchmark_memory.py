@@ -131,6 +131,8 @@ def _run(task: MemoryTask, sender: Connection):
 
 
 def _measure(task: MemoryTask) -> dict[str, int]:
+    if task.device.type == "cuda":
+        torch.cuda.init()
     _forget_peak(task.device)
     base = _peak(task.device)
     if task.what == LOADING:

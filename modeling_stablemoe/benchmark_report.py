@@ -223,7 +223,8 @@ class Report:
 def describe_cell(record: dict) -> str:
     """Name a cell by what tells it from others."""
     values = {name: value for name, value in record["cell"].items() if value is not False}
-    return ", ".join(str(value) if isinstance(value, str) else f"{value} {name}" for name, value in values.items())
+    plain = ("dtype", "pass", "what")
+    return ", ".join(str(value) if name in plain else f"{value} {name}" for name, value in values.items())
 
 
 def _cell(record: dict) -> dict:

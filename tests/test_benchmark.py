@@ -64,6 +64,7 @@ def test_every_part_is_measured(results):
             name for name in backends if name.split()[0] not in ("dense", "switch")
         } | {"dense", "switch"}
     assert set(cells_of(results, "experts")[0]["arms"]) == {"2", "3"}
+    assert cells_of(results, "experts")[0]["cell"]["experts"] == "2 3"
     step = cells_of(results, "step")[0]
     assert set(step["arms"]) | set(step["left_out"]) == set(STEP_ARMS)
     assert [cell["cell"]["batch"] for cell in cells_of(results, "generation")] == [1, 2]
@@ -322,7 +323,7 @@ def test_spread_is_median_and_quartiles():
 def test_what_does_not_fit_is_left_out_with_the_reason(tmp_path, monkeypatch):
     for module in (benchmark_layer_parts, benchmark_model_parts):
         monkeypatch.setattr(module, "available_memory", lambda device: 200_000)
-    results = run(tmp_path, "--parts", "layer", "step", "--experts", "2", "3", "30")
+    results = run(tmp_path, "--parts", "layer", "step", "--experts", "2", "30")
     by_experts = {cell["cell"]["experts"]: cell for cell in cells_of(results, "layer")}
     assert "GB are free" in by_experts[30]["left_out"]["stablemoe"]
     assert "copies a matrix a token" in by_experts[2]["left_out"]["stablemoe batched_mm"]
@@ -330,6 +331,10 @@ def test_what_does_not_fit_is_left_out_with_the_reason(tmp_path, monkeypatch):
     assert "30" in cells_of(results, "experts")[0]["left_out"]
     assert cells_of(results, "step")[0]["arms"] == {}
     assert "| reason" in (tmp_path / "benchmark.md").read_text()
+    monkeypatch.setattr(benchmark_layer_parts, "BANDWIDTH", {"cpu": 1.0})
+    results = run(tmp_path, "--parts", "layer", "--experts", "4")
+    left_out = [cell["left_out"] for cell in cells_of(results, "layer") if cell["cell"]["experts"] == 4]
+    assert ["once an expert" in reasons.get("olmoe eager", "") for reasons in left_out] == [False, True]
     assert too_large(80, 100) is None
     assert too_large(1e12, 0) is None  # unknown
     assert available_memory(CPU) > 1e6
