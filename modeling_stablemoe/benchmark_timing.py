@@ -13,6 +13,8 @@ import torch
 # A turn shorter than this is made of several runs.
 SHORTEST_TURN = 0.01
 MOST_RUNS = 50
+# The share of a cell's time from which on a run is long: one is enough to warm up then.
+LONG_TURN = 0.05
 # Contenders share code; past torch's limit of 8 it would run uncompiled and say nothing.
 MOST_RECOMPILED = 64
 # Rounds that are measured however slow a cell is: fewer have no spread.
@@ -46,7 +48,7 @@ class Pace:
 
     Args:
         rounds (`int`): turns of each arm, after the warm-up.
-        warm_up (`int`): turns of each arm that are not counted.
+        warm_up (`int`): turns of each arm that are not counted; one, where a turn is long.
         seconds (`float`): no round begins after so many, but for the first three.
         give_up (`float`): an arm that takes so many times as long as the fastest sits out after the warm-up.
         first_runs_compile (`bool`): whether the first runs of an arm say nothing of the later ones.
@@ -141,11 +143,12 @@ def take_turns(
 
 
 def _warm_up(arm: Arm, pace: Pace, device: torch.device, fastest: float) -> float:
-    """Let an arm run a few times, or once if that is hopelessly slow; return the seconds of the last run."""
+    """Let an arm run a few times, or once if that is long or hopelessly slow; return the seconds of the last run."""
     seconds = 0.0
     for _ in range(pace.warm_up):
         seconds = time_runs(arm, device)
-        if seconds > 3 * pace.give_up * fastest and not (arm.is_kept or pace.first_runs_compile):
+        is_hopeless = seconds > 3 * pace.give_up * fastest and not arm.is_kept
+        if not pace.first_runs_compile and (is_hopeless or seconds > pace.seconds * LONG_TURN):
             break
     return seconds
 
