@@ -87,6 +87,9 @@ def measure_shares(
 
     Returns:
         `dict[str, list[float]]`: the share of each of `GROUPS` in the time of all operators, a number a pass.
+
+    Raises:
+        RuntimeError: if the profiler saw nothing, as on a device that it cannot watch.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     shares = {group: [] for group in GROUPS}
@@ -98,6 +101,8 @@ def measure_shares(
                 torch.cuda.synchronize(device)
         seconds = _sum_up(profiler.events(), device)
         total = sum(seconds.values())
+        if not total:
+            raise RuntimeError("the profiler saw no operator")
         for group in GROUPS:
             shares[group].append(seconds[group] / total)
     return shares

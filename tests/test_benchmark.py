@@ -363,6 +363,24 @@ def test_operators_have_groups(name, group):
     assert group_of(name) == group
 
 
+def test_half_precision_has_cells_of_its_own(tmp_path):
+    results = run(tmp_path, "--parts", "step", "generation", "--dtypes", "bfloat16", "--generation_batches", "1")
+    for part, ours in (("step", "stage 1"), ("generation", "stage 2 grouped_mm, token")):
+        (cell,) = cells_of(results, part)
+        assert cell["cell"]["dtype"] == "bfloat16"
+        assert ours in cell["ratios"]
+
+
+@pytest.mark.gpu
+def test_every_part_is_measured_on_a_gpu(tmp_path):
+    results = run(tmp_path, "--device", "cuda")
+    for part in ("layer", "experts", "step", "generation", "memory", "shares"):
+        cells = cells_of(results, part)
+        assert {cell["cell"]["dtype"] for cell in cells} == {"float32", "bfloat16"}
+        assert all(cell["arms"] for cell in cells), part
+    assert results["machine"]["cuda"]
+
+
 @pytest.mark.slow
 def test_compiled_contenders_are_measured_beside_each_other(tmp_path):
     options = ["--parts", "layer", "generation", "--compile", "true", "--experts", "2", "--generation_batches", "1"]
