@@ -89,9 +89,10 @@ def test_ratios_are_those_of_the_rounds(results):
         assert ratio["median"] == median(one / other for one, other in zip(ours, dense, strict=True))
         assert ratio["low"] <= ratio["median"] <= ratio["high"]
     for cell in cells_of(results, "memory"):
-        assert all(min(peaks) > 0 and len(peaks) == 3 for peaks in cell["arms"].values())
+        assert all(len(peaks) == 3 for peaks in cell["arms"].values())
+        assert cell["cell"]["what"] != "training" or min(map(min, cell["arms"].values())) > 0
     for cell in cells_of(results, "shares"):
-        assert sum(ratio["median"] for ratio in cell["ratios"].values()) == pytest.approx(1, abs=0.2)
+        assert [sum(shares) for shares in zip(*cell["arms"].values(), strict=True)] == pytest.approx([1, 1, 1])
         assert all(0 < share < 1 for group in ("routing", "products") for share in cell["arms"][group])
 
 
@@ -372,6 +373,7 @@ def test_half_precision_has_cells_of_its_own(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_part_is_measured_on_a_gpu(tmp_path):
     results = run(tmp_path, "--device", "cuda")
     for part in ("layer", "experts", "step", "generation", "memory", "shares"):
