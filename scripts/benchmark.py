@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Measure how fast StableMoE is beside dense models and transformers' own mixtures of experts, and how much memory it takes.
+
+python scripts/benchmark.py
+python scripts/benchmark.py --parts layer shares --tokens 4096 --experts 8 32 --output_dir runs/benchmark-layer
+python scripts/benchmark.py --hidden_size 1024 --intermediate_size 4096 --compile true --batch_size 32 \\
+    --model_preset configuration/models/compare-h200.json --prompt_length 256 --output_dir runs/benchmark-gpu
+"""
+
+import logging
+
+import transformers
+from transformers import HfArgumentParser
+
+from modeling_stablemoe.benchmark import run_benchmark
+from modeling_stablemoe.benchmark_arguments import BenchmarkArguments
+
+
+def main(argv=None):
+    """Run the script."""
+    parser = HfArgumentParser(BenchmarkArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        logging.basicConfig(format="%(name)s: %(message)s")
+        transformers.utils.logging.set_verbosity_error()
+        report = run_benchmark(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{report}\nThis table and every number are in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()
