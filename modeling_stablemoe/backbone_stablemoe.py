@@ -104,6 +104,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
         """
+        for moe_layer in self.moe_layers:
+            moe_layer.prefetch(token_ids, token_mask, context)
         moe_layers = dict(zip(self.moe_layer_positions, self.moe_layers, strict=True))
         for position in range(len(self.layers) + 1):
             if position > 0:

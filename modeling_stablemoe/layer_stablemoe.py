@@ -1,6 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """One MoE layer: router, experts, gate and residual, and what the routing is frozen into."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -51,6 +53,10 @@ class StableMoELayer(GradientCheckpointingLayer):
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
 
+    # Called with the expert of each token, `(batch, sequence)`, `num_experts` on padding, before the first block runs:
+    # experts that are kept elsewhere are fetched ahead.
+    fetch_experts: Callable[[Tensor], object] | None = None
+
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
@@ -97,6 +103,16 @@ class StableMoELayer(GradientCheckpointingLayer):
             # unused ones, which activation checkpointing forbids, and ZeRO-3 would take the last one again.
             hidden_states = hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
+
+    def prefetch(self, token_ids: Tensor, token_mask: Tensor | None = None, context: TokenContext | None = None):
+        """Announce the experts of a forward pass that is about to begin; arguments as of `forward`.
+
+        Frozen routing knows them from the tokens alone.
+        """
+        if self.fetch_experts is None or not self.frozen_router.is_frozen:
+            return
+        index = self.frozen_router(token_ids, context)
+        self.fetch_experts(index if token_mask is None else index.masked_fill(~token_mask, self.num_experts))
 
     @property
     def bare_router(self) -> Router:
