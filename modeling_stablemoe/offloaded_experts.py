@@ -365,7 +365,7 @@ class OffloadedExperts(nn.Module):
         for number, wave in enumerate(waves):
             self._await(wave)
             tokens_W = torch.isin(index_T, torch.tensor(wave)).nonzero().flatten()
-            there_W = tokens_W.to(hidden_TD.device)
+            there_W = tokens_W.to(hidden_TD.device, non_blocking=True)
             delta_WD = self._compute(wave, index_T[tokens_W], hidden_TD[there_W], gate_T1[there_W])
             delta_TD = delta_TD.index_copy(0, there_W, delta_WD)
             self._mark_used()
@@ -378,7 +378,7 @@ class OffloadedExperts(nn.Module):
         """Run the tokens through the slots of their experts; those of no such expert are sentinels."""
         slot_E = torch.full((self.num_experts + 1,), self.num_slots)
         slot_E[experts] = torch.tensor([self.slot_of[expert] for expert in experts], dtype=torch.long)
-        return self.slots(hidden_TD, slot_E[index_T].unsqueeze(-1).to(hidden_TD.device), gate_T1)
+        return self.slots(hidden_TD, slot_E[index_T].unsqueeze(-1).to(hidden_TD.device, non_blocking=True), gate_T1)
 
 
 def _build_slots(stack: StableMoEExperts, num_slots: int, device: torch.device) -> StableMoEExperts:
