@@ -175,6 +175,8 @@ def find_rows(name: str, stack: nn.Module, files: dict[str, CheckpointFile], pin
                 "`from_pretrained(name, device_map=experts_on_disk(name))`, or without a `device_map`."
             )
         rows[key] = MemoryRows(value.cpu(), pinned)
+        if parameter.device.type == "cpu":
+            parameter.data = rows[key].tensor  # so that no layer is in memory twice for longer than this
     return rows
 
 

@@ -50,11 +50,20 @@ class OffloadStatistics:
     @property
     def seconds_waited(self) -> float:
         """`float`: how long layers waited for experts; of a CUDA device its own waiting, which this waits for."""
-        for began, ended in self._waits:
+        self._add_up(len(self._waits))
+        return self._seconds
+
+    def add_wait(self, began: torch.cuda.Event, ended: torch.cuda.Event):
+        """Count the time between two events, once somebody asks for it or there are many."""
+        self._waits.append((began, ended))
+        if len(self._waits) > 200:
+            self._add_up(100)
+
+    def _add_up(self, count: int):
+        for began, ended in self._waits[:count]:
             ended.synchronize()
             self._seconds += began.elapsed_time(ended) / 1000
-        self._waits.clear()
-        return self._seconds
+        del self._waits[:count]
 
     def reset(self):
         """Begin again at 0."""
@@ -340,7 +349,7 @@ class OffloadedExperts(nn.Module):
         for event in events:
             stream.wait_event(event)
         ended.record(stream)
-        self.statistics._waits.append((began, ended))
+        self.statistics.add_wait(began, ended)
 
     def _forget_failed(self):
         """Empty the slots of experts that could not be read, so that the next pass that needs them tries again."""
