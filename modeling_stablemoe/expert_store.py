@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 
 from .configuration_stablemoe import EXPERT_PARAMETERS
@@ -196,11 +197,12 @@ def offloaded_value(module: nn.Module, name: str) -> Tensor | None:
 def _file_of(module: nn.Module, name: str) -> dict[str, str] | None:
     """Tell the safetensors file that an offloaded parameter stands in, and its name there."""
     weights_map, key = _weights_map(module, name)
-    loader = getattr(weights_map, "dataset", None)  # the map has the module's name as a prefix
-    whole_key = f"{getattr(weights_map, 'prefix', '')}{key}"
-    if loader is None or whole_key in loader.state_dict:
+    prefix = ""
+    if isinstance(weights_map, PrefixedDataset):
+        weights_map, prefix = weights_map.dataset, weights_map.prefix
+    if not isinstance(weights_map, OffloadedWeightsLoader) or prefix + key in weights_map.state_dict:
         return None
-    entry = loader.index.get(whole_key, {})
+    entry = weights_map.index.get(prefix + key, {})
     return entry if "safetensors_file" in entry else None
 
 

@@ -8,6 +8,7 @@ routing knows those of all layers from the token ids: they are copied while the 
 from os import PathLike
 
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoConfig
 
@@ -241,8 +242,6 @@ def _count_slots(
 
 def _remove_hooks(model: nn.Module, stacks):
     """Undo what a `device_map` has put around the model; all but the experts is brought into memory."""
-    from accelerate.hooks import remove_hook_from_submodules
-
     experts = {module for stack in stacks for module in stack.modules()}
     values = {
         (module, name): offloaded_value(module, name)

@@ -1,12 +1,18 @@
 """Experts that are kept off the device: the same outputs, fetched ahead, and what is refused."""
 
 import threading
+import time
 
+import accelerate
 import pytest
 import torch
 from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast, TextGenerationPipeline
 
 from modeling_stablemoe import (
     StableMoEForCausalLM,
@@ -16,6 +22,7 @@ from modeling_stablemoe import (
     experts_on_disk,
     offload_experts,
 )
+from modeling_stablemoe.expert_store import MemoryRows
 from modeling_stablemoe.layer_stablemoe import moe_layers_of
 
 
@@ -136,6 +143,56 @@ def test_every_routing_that_is_frozen_is_known_ahead(options):
     assert offload.statistics.hit_rate == 1
 
 
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+def test_models_that_accelerate_has_offloaded(model, checkpoint, tmp_path, how):
+    """All of it, embeddings and blocks too."""
+    expected = logits(model)
+    if how == "device_map":
+        places = {"model": "disk", "lm_head": "disk"}
+        model = StableMoEForCausalLM.from_pretrained(checkpoint, device_map=places, offload_folder=tmp_path)
+    elif how == "cpu_offload":
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, tmp_path, torch.device("cpu"))
+    assert model.model.embed_tokens.weight.is_meta
+    offload_experts(model, device="cpu", experts_on_device=2)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_close(logits(model), expected)
+
+
+def test_adapters_of_blocks_stay(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    expected = adapted.generate(input_ids=IDS, max_new_tokens=5)
+    offload = offload_experts(adapted, device="cpu", experts_on_device=2)
+    assert torch.equal(adapted.generate(input_ids=IDS, max_new_tokens=5), expected)
+    offload.remove()
+    assert torch.equal(adapted.generate(input_ids=IDS, max_new_tokens=5), expected)
+
+
+def test_adapters_of_experts_are_refused(model):
+    peft = pytest.importorskip("peft")
+    targets = [name for name, _ in model.named_parameters() if name.endswith("sublayers.0.up_proj")]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_parameters=targets, lora_dropout=0.0)).eval()
+    with pytest.raises(ValueError, match="have adapters: merge them"):
+        offload_experts(adapted, experts_on_device=2)
+
+
+def test_pipelines_take_an_offloaded_model(model):
+    offload_experts(model, device="cpu", experts_on_device=2)
+    generator = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
+    assert generator("a b", max_new_tokens=3)[0]["generated_text"].startswith("a b")
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(
+        WordLevel({"<eos>": 0, "<pad>": 1, **{chr(97 + n): n + 2 for n in range(26)}}, unk_token="<pad>")
+    )
+    words.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
+
+
 def test_embeddings_in_place_of_ids(model):
     embeddings = model.get_input_embeddings()(IDS).detach()
     expected = model(inputs_embeds=embeddings).logits
@@ -221,6 +278,21 @@ def test_all_layers_are_announced_before_the_first_block_runs(model):
     logits(model, mask=None)
     assert fetched == [distinct_experts(model, IDS)]
     assert offload.statistics.hit_rate == 1
+
+
+@pytest.mark.parametrize("experts_on_device", [1, 2, 5])
+def test_layers_wait_for_slow_reads(model, monkeypatch, experts_on_device):
+    expected = logits(model)
+    offload = offload_experts(model, device="cpu", experts_on_device=experts_on_device)
+    read = MemoryRows.read
+
+    def slowly(rows, row, target):
+        time.sleep(0.002)
+        read(rows, row, target)
+
+    monkeypatch.setattr(MemoryRows, "read", slowly)
+    assert torch.equal(logits(model), expected)
+    assert offload.statistics.seconds_waited > 0.01
 
 
 def test_what_is_not_announced_is_a_miss(model):
