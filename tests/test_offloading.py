@@ -295,6 +295,26 @@ def test_layers_wait_for_slow_reads(model, monkeypatch, experts_on_device):
     assert offload.statistics.seconds_waited > 0.01
 
 
+@pytest.mark.parametrize(
+    ("passes", "fetched"),
+    [
+        ([[2], [3], [2], [4], [2]], 3),  # what was needed longest ago makes room
+        ([[3], [4], [5, 3]], 3),  # what is needed now does not, were it there for longest: 5 is sent to expert 0
+        ([[2], [7], [12]], 1),  # one expert
+        ([[2, 3, 4], [4]], 3),  # the last wave stays
+    ],
+)
+def test_experts_stay_until_there_is_need_for_room(passes, fetched):
+    model = tiny_model().eval()
+    model.set_routing_tables((torch.arange(99) % 5).unsqueeze(0))
+    expected = [logits(model, torch.tensor([ids]), None) for ids in passes]
+    offload = offload_experts(model, device="cpu", experts_on_device=2)
+    for ids, right in zip(passes, expected, strict=True):
+        assert_close(logits(model, torch.tensor([ids]), None), right)
+    one = sum(p[0].nbytes for p in model.model.moe_layers[0].expert_stack.slots.parameters())
+    assert offload.statistics.bytes_moved == fetched * one
+
+
 def test_what_is_not_announced_is_a_miss(model):
     needed = distinct_experts(model, IDS)
     offload = offload_experts(model, device="cpu", experts_on_device=5)
