@@ -10,7 +10,7 @@ from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext, cached_context, whole_context
 from .distillation_stablemoe import sees_context
 from .health_stablemoe import RoutingHealth, routing_health
-from .layer_stablemoe import StableMoELayer, token_mask
+from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
 from .losses_stablemoe import RoutingLosses, routing_losses
 from .outputs_stablemoe import StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel, check_range
@@ -24,6 +24,9 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         blocks (`list[StableMoEBlock]`): in order.
         moe_layer_positions (`list[int]`): where MoE layers stand: k = after block k, 0 = before the first block.
     """
+
+    # Which of the sides of `config.pruned_tokens` it is: 1 is the decoder of an encoder-decoder.
+    side = 0
 
     def __init__(self, config: StableMoEBaseConfig, blocks: list[StableMoEBlock], moe_layer_positions: list[int]):
         super().__init__(config)
@@ -104,23 +107,28 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
         """
-        for moe_layer in self.moe_layers:
-            moe_layer.prefetch(token_ids, token_mask, context)
-        moe_layers = dict(zip(self.moe_layer_positions, self.moe_layers, strict=True))
+        sorts = self.config._experts_implementation == "grouped_mm"
+        ahead = dispatch_ahead(self.moe_layers, token_ids, token_mask, context, sorts)
+        output_scores = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        moe_layers = dict(zip(self.moe_layer_positions, zip(self.moe_layers, ahead, strict=True), strict=True))
         for position in range(len(self.layers) + 1):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
-                moe_layer = moe_layers[position]
+                moe_layer, dispatch = moe_layers[position]
                 recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.bare_router.recall()
-                hidden_states = moe_layer(hidden_states, token_ids, token_mask, context, recalled)
+                hidden_states = moe_layer(
+                    hidden_states, token_ids, token_mask, context, recalled, dispatch, output_scores
+                )
         return self.norm(hidden_states)
 
     def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
         """Give the ids that tokens are routed by; `None` in a dense model. See `nearest_token_ids`."""
-        if input_ids is not None or not self.moe_layer_positions:
+        if not self.moe_layer_positions:
             return input_ids
-        return self.nearest_token_ids(inputs_embeds)
+        token_ids = self.nearest_token_ids(inputs_embeds) if input_ids is None else input_ids
+        self.warn_of_pruned_tokens(token_ids, self.side)
+        return token_ids
 
     def context_of(
         self,

@@ -113,6 +113,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         output_router_logits (`bool`, *optional*, defaults to `False`): return router logits and expert indices.
         router_fingerprint (`str`, *optional*): sha256 of the frozen routing, written by `freeze_router()` and
             checked on loading; `None` in stage 1.
+        pruned_tokens (`list[str]`, *optional*): which token ids have lost an expert, written by `prune_experts` where
+            any have: of the language model, or of encoder and decoder, a bit an id (see `pack_ids`). A forward pass that
+            meets one of them says so once.
 
     Raises:
         ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
@@ -157,6 +160,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     expert_capacity_factor: float | None = None
     output_router_logits: bool = False
     router_fingerprint: str | None = None
+    pruned_tokens: list[str] | None = None
 
     # No fields themselves. What transformers shards under expert parallelism and FSDP2, by name in a language model's
     # backbone, an encoder or a decoder. Routers stay whole: each decides over all experts. Embeddings, which may be tied,
@@ -278,6 +282,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
                 "start; leave it at None."
             )
         self._validate_stage1()
+        pruned, sides = self.pruned_tokens, len(self._moe_positions)
+        if pruned is not None and (not isinstance(pruned, list) or len(pruned) != sides):
+            raise ValueError(
+                f"`pruned_tokens` must be None or a list of {sides} strings, as `prune_experts` writes it."
+            )
         for positions, num_blocks in self._moe_positions.items():
             self._validate_positions(positions, num_blocks)
         factor = self.expert_capacity_factor

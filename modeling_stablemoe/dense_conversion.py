@@ -1,15 +1,17 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Converting a dense checkpoint into a folder, and making sure that the result computes the same."""
+"""Converting a checkpoint into a folder, and making sure that the result computes the same."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .atomic_files import new_folder
 from .dense_stablemoe import routing_fields
+from .hub import CARD_FILE
 from .recipes import read_preset
 
 
@@ -41,13 +43,16 @@ class LogitComparison:
 
 
 @torch.no_grad()
-def compare_logits(dense: PreTrainedModel, converted: PreTrainedModel, input_ids: Tensor) -> LogitComparison:
-    """Compare the logits of two language models in evaluation.
+def compare_logits(
+    dense: PreTrainedModel, converted: PreTrainedModel, input_ids: Tensor, **inputs: Tensor
+) -> LogitComparison:
+    """Compare the logits of two models in evaluation (of a backbone, the last hidden states).
 
     Args:
         dense (`PreTrainedModel`): in evaluation mode.
         converted (`PreTrainedModel`): in evaluation mode, of the same dtype.
         input_ids (`torch.LongTensor` of shape `(batch, sequence)`): what both read.
+        **inputs (`torch.Tensor`): what else, such as `decoder_input_ids`.
 
     Returns:
         `LogitComparison`
@@ -55,7 +60,11 @@ def compare_logits(dense: PreTrainedModel, converted: PreTrainedModel, input_ids
     Raises:
         ValueError: if they differ by more than rounding.
     """
-    expected, actual = (model(input_ids.to(model.device)).logits.float() for model in (dense, converted))
+    inputs["input_ids"] = input_ids
+    expected, actual = (
+        model(**{name: ids.to(model.device) for name, ids in inputs.items()})[0].float()
+        for model in (dense, converted)
+    )
     difference = (expected - actual).abs().max().item()
     allowed = _ROUNDING_UNITS * torch.finfo(dense.dtype).eps * expected.abs().max().item()
     if not difference <= allowed:  # NaN, too
@@ -110,13 +119,19 @@ def routing_of_preset(path: str | Path) -> dict:
     return {name: value for name, value in values.items() if name in routing_fields()}
 
 
-def save_converted(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path):
-    """Save a model with its code files, and a tokenizer, all or nothing.
+def save_converted(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    card: ModelCard | None = None,
+):
+    """Save a model with its code files, a tokenizer and a card, all or nothing.
 
     Args:
         model (`PreTrainedModel`): what was converted.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the dense model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the model that it was made of.
         folder (`str` or `Path`): new, or empty.
+        card (`ModelCard`, *optional*): its card.
 
     Raises:
         OSError: if it cannot be written.
@@ -126,6 +141,8 @@ def save_converted(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         model.save_pretrained(partial)
+        if card is not None:
+            card.save(partial / CARD_FILE)
 
 
 __all__ = ["LogitComparison", "compare_logits", "ids_to_compare", "routing_of_preset", "save_converted"]

@@ -342,6 +342,7 @@ def routing_fields() -> list[str]:
         "layer_norm_eps",
         "tie_word_embeddings",
         "router_fingerprint",
+        "pruned_tokens",
         *FREE_FIELDS,
         *_BOOKKEEPING,
     }

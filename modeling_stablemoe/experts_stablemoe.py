@@ -14,14 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import (
-    ExpertsInterface,
-    _batched_linear,
-    _grouped_linear,
-    use_experts_implementation,
-)
+from transformers.integrations.moe import ExpertsInterface, _batched_linear, use_experts_implementation
+from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEBaseConfig
+from .products_stablemoe import ExpertOrder, grouped_layer_norm, grouped_linear, permute, sort_by_expert
 from .tensors_stablemoe import dequantized, local_tensor
 
 
@@ -45,24 +42,30 @@ class ExpertSublayer(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
         self.eps = config.layer_norm_eps
 
-    def forward(self, hidden_TD: Tensor, rows: Callable, linear: Callable) -> Tensor:
+    def forward(
+        self, hidden_TD: Tensor, norm: Callable, linear: Callable, held: dict[str, Tensor] | None = None
+    ) -> Tensor:
         """Compute W2 act(W1 LayerNorm_i(x) + b1) + b2, each token with the parameters of its expert i.
 
         Args:
             hidden_TD (`torch.Tensor` of shape `(T, D)`): x.
-            rows (`Callable`): `(E, X) -> (T, X)`, gives each token its expert's row.
-            linear (`Callable`): `(T, X), (E, Y, X), (T, Y) -> (T, Y)`, multiplies each token by its expert's matrix
+            norm (`Callable`): `(T, D), (E, D), (E, D), eps -> (T, D)`, normalises each token with its expert's weight and
+                bias.
+            linear (`Callable`): `(T, X), (E, Y, X), (E, Y) -> (T, Y)`, multiplies each token by its expert's matrix
                 and adds the bias.
+            held (`dict[str, torch.Tensor]`, *optional*): of `held`, where it is needed more than once.
 
         Returns:
             `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x.
         """
-        held = {name: self._held(name) for name in EXPERT_PARAMETERS}
-        norm_weight, norm_bias = held["norm_weight"], held["norm_bias"]
-        standardized_TD = F.layer_norm(hidden_TD, hidden_TD.shape[-1:], eps=self.eps).to(norm_weight.dtype)
-        normed_TD = torch.addcmul(rows(norm_bias), standardized_TD, rows(norm_weight))
-        inner_TF = self.act_fn(linear(normed_TD, held["up_proj"], rows(held["up_proj_bias"])))
-        return linear(inner_TF, held["down_proj"], rows(held["down_proj_bias"]))
+        held = held or self.held()
+        normed_TD = norm(hidden_TD, held["norm_weight"], held["norm_bias"], self.eps)
+        inner_TF = self.act_fn(linear(normed_TD, held["up_proj"], held["up_proj_bias"]))
+        return linear(inner_TF, held["down_proj"], held["down_proj_bias"])
+
+    def held(self) -> dict[str, Tensor]:
+        """Give the parameters of this process's experts by name, quantised ones written out."""
+        return {name: self._held(name) for name in EXPERT_PARAMETERS}
 
     def _held(self, name: str) -> Tensor:
         """Give a parameter's rows of this process's experts. Rows of others would be taken for theirs unnoticed."""
@@ -75,67 +78,132 @@ class ExpertSublayer(nn.Module):
         return held
 
 
-def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, rows: Callable, linear: Callable) -> Tensor:
+def _stack(
+    sublayers: nn.ModuleList, hidden_TD: Tensor, norm: Callable, linear: Callable, held: list[dict] | None = None
+) -> Tensor:
     """Run the sublayers with their residuals; return the change S(x) - x, summed as such and so not rounded away."""
-    delta_TD = torch.zeros_like(hidden_TD)
-    for sublayer in sublayers:
-        delta_TD = delta_TD + sublayer(hidden_TD + delta_TD, rows, linear)
+    delta_TD = None
+    for sublayer, parameters in zip(sublayers, held or [None] * len(sublayers), strict=True):
+        added_TD = sublayer(hidden_TD if delta_TD is None else hidden_TD + delta_TD, norm, linear, parameters)
+        added_TD = added_TD.to(torch.promote_types(added_TD.dtype, hidden_TD.dtype))
+        delta_TD = added_TD if delta_TD is None else delta_TD + added_TD
     return delta_TD
 
 
-def eager_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+def _norm_by_rows(rows: Callable) -> Callable:
+    """Make a norm for `ExpertSublayer` of a function `(E, X) -> (T, X)` that gives each token its expert's row."""
+
+    def norm(x_TD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float) -> Tensor:
+        standardized_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=eps).to(weight_ED.dtype)
+        return torch.addcmul(rows(bias_ED), standardized_TD, rows(weight_ED))
+
+    return norm
+
+
+def eager_experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    expert_order: ExpertOrder | None = None,
+):
     """Run the experts one after the other: the readable reference."""
     index_T = top_k_index.squeeze(-1)
     routed = (index_T < self.num_experts).nonzero().squeeze(-1)  # the others, sentinels, pass unchanged
     index_R = index_T[routed]
     tokens_of_expert = [(index_R == expert).nonzero().squeeze(-1) for expert in range(self.num_experts)]
 
-    def linear(x_RX: Tensor, weight_EYX: Tensor, bias_RY: Tensor) -> Tensor:
+    def linear(x_RX: Tensor, weight_EYX: Tensor, bias_EY: Tensor) -> Tensor:
         # Taking the experts apart once keeps the backward pass from filling a whole stack for each expert.
         parts = zip(tokens_of_expert, weight_EYX.unbind(0), strict=True)
         products = [F.linear(x_RX[tokens], weight_YX) for tokens, weight_YX in parts]
-        return torch.cat(products)[torch.cat(tokens_of_expert).argsort()] + bias_RY
+        return torch.cat(products)[torch.cat(tokens_of_expert).argsort()] + bias_EY[index_R]
 
-    delta_RD = _stack(self.sublayers, hidden_states[routed], lambda parameter_EX: parameter_EX[index_R], linear)
+    norm = _norm_by_rows(lambda parameter_EX: parameter_EX[index_R])
+    delta_RD = _stack(self.sublayers, hidden_states[routed], norm, linear)
     weighted_RD = (delta_RD * top_k_weights[routed]).to(hidden_states.dtype)
     return torch.zeros_like(hidden_states).index_add(0, routed, weighted_RD)
 
 
-def grouped_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+def grouped_mm_experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    expert_order: ExpertOrder | None = None,
+):
     """Sort the tokens by expert once, then one grouped product over all experts for each matrix."""
-    index_T, order_T = torch.sort(top_k_index.squeeze(-1).clamp(max=self.num_experts), stable=True)
-    sentinel_T1 = (index_T == self.num_experts).unsqueeze(-1)
-    # histc and not bincount: its number of bins is fixed, so nothing waits for the device. It counts in float on CPU.
-    bins = index_T.float() if index_T.device.type == "cpu" else index_T.int()
-    load_E = torch.histc(bins, bins=self.num_experts, min=0, max=self.num_experts - 1)
-    offsets_E = load_E.cumsum(0, dtype=torch.int32)
-
+    if _takes_turns(self, hidden_states):
+        return _run_in_turn(self, hidden_states, top_k_index, top_k_weights, expert_order)
+    if expert_order is None:
+        (expert_order,) = sort_by_expert(top_k_index.view(1, -1), self.num_experts)
     # Rows past the last offset belong to sentinels. A grouped product may leave anything there, in the forward and in
-    # the backward pass: they are masked on the way in and out, and in between use a row of their own.
-    def rows(parameter_EX: Tensor) -> Tensor:
-        return F.embedding(index_T, F.pad(parameter_EX, (0, 0, 0, 1)))
+    # the backward pass: they are masked on the way in and out.
+    sentinel_T1 = None
+    if expert_order.has_sentinels and hidden_states.device.type != "cpu":
+        sentinel_T1 = (expert_order.expert_index == self.num_experts).unsqueeze(-1)
 
-    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_TY: Tensor) -> Tensor:
-        """Multiply the tokens of each expert by its matrix, in one product."""
-        device = weight_EYX.device.type
-        if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
-            weight_EYX = weight_EYX.to(torch.get_autocast_dtype(device))
-        odd = any(width * weight_EYX.element_size() % 16 for width in weight_EYX.shape[1:])
-        if odd or weight_EYX.dtype == torch.float64:
-            # The kernel takes no float64 and rows of whole 16 bytes only; else transformers' own loop over experts.
-            return torch.ops.transformers.grouped_mm_fallback(
-                x_TX.to(weight_EYX.dtype), weight_EYX.transpose(-2, -1), offsets_E
-            ).add(bias_TY)
-        return _grouped_linear(x_TX, weight_EYX, offsets_E, bias=bias_TY)
+    def masked(x_TX: Tensor) -> Tensor:
+        return x_TX if sentinel_T1 is None else x_TX.masked_fill(sentinel_T1, 0.0)
 
-    sorted_TD = hidden_states.index_select(0, order_T).masked_fill(sentinel_T1, 0.0)
-    delta_TD = _stack(self.sublayers, sorted_TD, rows, linear).masked_fill(sentinel_T1, 0.0)
-    weighted_TD = (delta_TD * top_k_weights.index_select(0, order_T)).to(hidden_states.dtype)
-    # Every row is written once, so this scatter is deterministic.
-    return torch.zeros_like(hidden_states).index_copy(0, order_T, weighted_TD)
+    def norm(x_TD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float) -> Tensor:
+        return grouped_layer_norm(x_TD, weight_ED, bias_ED, expert_order, eps)
+
+    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor) -> Tensor:
+        return grouped_linear(x_TX, weight_EYX, bias_EY, expert_order)
+
+    sorted_TD = masked(permute(hidden_states, expert_order.order, expert_order.inverse))
+    delta_TD = masked(_stack(self.sublayers, sorted_TD, norm, linear))
+    return (permute(delta_TD, expert_order.inverse, expert_order.order) * top_k_weights).to(hidden_states.dtype)
 
 
-def batched_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
+def _takes_turns(self: nn.Module, hidden_states: Tensor) -> bool:
+    """Tell whether experts had better run in turn: on a CPU, where nothing learns and nothing is compiled."""
+    if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or is_torchdynamo_compiling():
+        return False
+    # What accelerate has offloaded is there while the sublayer's own forward pass runs, and not before.
+    return not any(sublayer.up_proj.is_meta for sublayer in self.sublayers)
+
+
+def _run_in_turn(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    expert_order: ExpertOrder | None,
+) -> Tensor:
+    """Run each expert that has tokens, through all of its sublayers while its tokens are in the cache; copy no weight."""
+    if len(hidden_states) == 1:  # nothing to sort
+        order_T, groups = torch.zeros_like(top_k_index[0]), [(int(top_k_index), slice(0, 1))]
+        groups = [group for group in groups if group[0] < self.num_experts]
+    else:
+        order = expert_order or sort_by_expert(top_k_index.view(1, -1), self.num_experts)[0]
+        order_T, groups = order.order, order.groups()
+    held = [sublayer.held() for sublayer in self.sublayers]
+    output_TD = torch.zeros_like(hidden_states)
+    for expert, places in groups:
+        tokens = order_T[places]
+
+        def norm(x_RD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float, expert: int = expert) -> Tensor:
+            dtype = torch.promote_types(x_RD.dtype, weight_ED.dtype)
+            weight_D, bias_D = weight_ED[expert].to(dtype), bias_ED[expert].to(dtype)
+            return F.layer_norm(x_RD.to(dtype), x_RD.shape[-1:], weight_D, bias_D, eps).to(weight_ED.dtype)
+
+        def linear(x_RX: Tensor, weight_EYX: Tensor, bias_EY: Tensor, expert: int = expert) -> Tensor:
+            return F.linear(x_RX, weight_EYX[expert], bias_EY[expert])
+
+        delta_RD = _stack(self.sublayers, hidden_states[tokens], norm, linear, held)
+        output_TD[tokens] = (delta_RD * top_k_weights[tokens]).to(output_TD.dtype)
+    return output_TD
+
+
+def batched_mm_experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    expert_order: ExpertOrder | None = None,
+):
     """Gather the expert of each token and multiply in a batch: for few tokens, as in decoding."""
     index_T = top_k_index.squeeze(-1)
     sentinel_T1 = (index_T >= self.num_experts).unsqueeze(-1)
@@ -144,11 +212,11 @@ def batched_mm_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_ind
     def rows(parameter_EX: Tensor) -> Tensor:
         return parameter_EX.index_select(0, index_T)
 
-    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_TY: Tensor) -> Tensor:
-        return _batched_linear(x_TX, weight_EYX[index_T], bias_TY)
+    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor) -> Tensor:
+        return _batched_linear(x_TX, weight_EYX[index_T], rows(bias_EY))
 
     routed_TD = hidden_states.masked_fill(sentinel_T1, 0.0)
-    delta_TD = _stack(self.sublayers, routed_TD, rows, linear).masked_fill(sentinel_T1, 0.0)
+    delta_TD = _stack(self.sublayers, routed_TD, _norm_by_rows(rows), linear).masked_fill(sentinel_T1, 0.0)
     return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 
@@ -156,14 +224,14 @@ def shared_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: 
     """Run all experts as one, the mean of their parameters: each gets the same share of every token's gradient."""
     sentinel_T1 = top_k_index >= self.num_experts
 
-    def rows(parameter_EX: Tensor) -> Tensor:
+    def mean(parameter_EX: Tensor) -> Tensor:
         return parameter_EX.mean(0)
 
-    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_Y: Tensor) -> Tensor:
-        return F.linear(x_TX, weight_EYX.mean(0)) + bias_Y
+    def linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor) -> Tensor:
+        return F.linear(x_TX, weight_EYX.mean(0)) + bias_EY.mean(0)
 
     routed_TD = hidden_states.masked_fill(sentinel_T1, 0.0)
-    delta_TD = _stack(self.sublayers, routed_TD, rows, linear).masked_fill(sentinel_T1, 0.0)
+    delta_TD = _stack(self.sublayers, routed_TD, _norm_by_rows(mean), linear).masked_fill(sentinel_T1, 0.0)
     return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 
@@ -258,7 +326,13 @@ class StableMoEExperts(nn.Module):
         """`int`: experts of this process: all of them, but for expert parallelism."""
         return self.sublayers[0].num_experts
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        expert_order: ExpertOrder | None = None,
+    ) -> Tensor:
         """Compute the weighted change w_t (S_i(h_t) - h_t) of each token, S_i the stack of its expert i.
 
         Args:
@@ -266,6 +340,7 @@ class StableMoEExperts(nn.Module):
             top_k_index (`torch.LongTensor` of shape `(T, 1)`): the expert of each token; `num_experts` or more is a
                 sentinel, for a token that passes unchanged.
             top_k_weights (`torch.Tensor` of shape `(T, 1)`): w, the gate.
+            expert_order (`ExpertOrder`, *optional*): `top_k_index`, sorted, where that has been done already.
 
         Returns:
             `torch.Tensor` of shape `(T, D)`: what to add to h; 0 for sentinels.

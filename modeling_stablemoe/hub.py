@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .report import STAGE_HEADINGS, describe_saved_model, format_table
+from .tensors_stablemoe import unpack_ids
 from .translation_metrics import format_scores
 
 
@@ -178,6 +179,7 @@ def build_model_card(
         is_frozen=fingerprint is not None,
         can_freeze=fingerprint is None and bool(config.num_moe_layers) and config.distilled_router is not None,
         base_model=_describe_base(facts.base_model),
+        pruned=_describe_pruning(config),
         saved_model=describe_saved_model(results),
         routing=_describe_routing(config),
         fingerprint=f"`{fingerprint}`" if fingerprint else "none yet",
@@ -236,6 +238,21 @@ def _describe_routing(config: StableMoEBaseConfig) -> str:
     if not config.num_moe_layers:
         return "none: a dense model"
     return "frozen (stage 2)" if config.router_fingerprint else "still learned (stage 1)"
+
+
+def _describe_pruning(config: StableMoEBaseConfig) -> str | None:
+    """Say for how much of the vocabulary a pruned model has the experts."""
+    if config.pruned_tokens is None:
+        return None
+    kept = [config.vocab_size - int(unpack_ids(packed)[: config.vocab_size].sum()) for packed in config.pruned_tokens]
+    sides = [
+        f"{number:,}" + f" ({side})" * (len(kept) > 1)
+        for number, side in zip(kept, ("sources", "targets"), strict=False)
+    ]
+    return (
+        f"It is **pruned for a part of its vocabulary**: of {config.vocab_size:,} token ids {' and '.join(sides)} have the "
+        "expert of the whole model in every layer. Text of these alone gets the logits of the whole model; other text does not."
+    )
 
 
 def _describe_experts(config: StableMoEBaseConfig) -> str | None:

@@ -1,7 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """One MoE layer: router, experts, gate and residual, and what the routing is frozen into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,24 @@ from .context_stablemoe import TokenContext
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
+from .products_stablemoe import ExpertOrder, sort_by_expert
 from .routing_stablemoe import Router, RoutingDecision, build_router
-from .tensors_stablemoe import zero_through
+from .tensors_stablemoe import is_at_hand, zero_through
+
+
+class FrozenDispatch(NamedTuple):
+    """Where a frozen MoE layer sends the tokens of a forward pass: all of it is known before the first block runs.
+
+    Attributes:
+        expert_index (`torch.LongTensor` of shape `(batch, sequence)`): of the frozen router.
+        sent_index (`torch.LongTensor` of shape `(T, 1)`): the same for the experts, which get sentinels of what takes no
+            part.
+        expert_order (`ExpertOrder`, *optional*): `sent_index`, sorted, for the backend that asks for that.
+    """
+
+    expert_index: Tensor
+    sent_index: Tensor
+    expert_order: ExpertOrder | None
 
 
 class ExpertDispatch(nn.Module):
@@ -38,12 +55,19 @@ class ExpertDispatch(nn.Module):
             `tuple`: the scores, unchanged, `(T, E)`; the gate, `(T, 1)`; and the expert of each token, `(T, 1)`, the
             sentinel `num_experts` for one that takes no part.
         """
-        index = decision.expert_index
+        return decision.router_logits, decision.gate.reshape(-1, 1), self.send(decision.expert_index, token_mask)
+
+    def send(self, index: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Turn the experts that a router chose into those that get a token, `(batch, sequence) -> (T, 1)`; see `forward`."""
         if token_mask is not None:
             index = index.masked_fill(~token_mask, self.num_experts)
         if self.training and self.capacity_factor is not None:
             index = drop_overflow(index.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor)
-        return decision.router_logits, decision.gate.reshape(-1, 1), index.view(-1, 1)
+        return index.view(-1, 1)
+
+    def may_drop(self, token_mask: Tensor | None) -> bool:
+        """Tell whether some tokens may be sent nowhere."""
+        return token_mask is not None or (self.training and self.capacity_factor is not None)
 
 
 class StableMoELayer(GradientCheckpointingLayer):
@@ -53,8 +77,7 @@ class StableMoELayer(GradientCheckpointingLayer):
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
 
-    # Called with the expert of each token, `(batch, sequence)`, `num_experts` on padding, before the first block runs:
-    # experts that are kept elsewhere are fetched ahead.
+    # Called with `FrozenDispatch.sent_index` before the first block runs: experts that are kept elsewhere are fetched ahead.
     fetch_experts: Callable[[Tensor], object] | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -73,6 +96,8 @@ class StableMoELayer(GradientCheckpointingLayer):
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
+        frozen_dispatch: FrozenDispatch | None = None,
+        output_scores: bool = True,
     ) -> Tensor:
         """Send each token through its expert.
 
@@ -83,19 +108,19 @@ class StableMoELayer(GradientCheckpointingLayer):
                 unchanged; `None` means there is none.
             context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
             recalled (`dict[str, torch.Tensor]`, *optional*): the router's running statistics, see `Router.recall`.
+            frozen_dispatch (`FrozenDispatch`, *optional*): of `dispatch_ahead`; without it the layer finds out itself.
+            output_scores (`bool`): see `LearnedRouter.forward`.
 
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
         """
-        frozen_index = self.frozen_router(token_ids, context) if self.frozen_router.is_frozen else None
-        decision = self.router(hidden_states, token_ids, frozen_index, token_mask, context, recalled)
-        _, gate, index = self.dispatch(decision, token_mask)
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.expert_stack.num_experts < self.num_experts:
-            # Expert parallelism sends every token to some process.
-            tokens, index, gate = spread_sentinels(tokens, index, gate, self.num_experts)
-        shared = self.shares_experts and frozen_index is None
-        delta = (self.expert_stack.forward_shared if shared else self.expert_stack)(tokens, index, gate)
+        frozen_index = None
+        if frozen_dispatch is not None:
+            frozen_index = frozen_dispatch.expert_index
+        elif self.frozen_router.is_frozen:
+            frozen_index = self.frozen_router(token_ids, context)
+        decision = self.router(hidden_states, token_ids, frozen_index, token_mask, context, recalled, output_scores)
+        delta = self._run_experts(hidden_states.flatten(0, -2), decision, token_mask, frozen_dispatch)
         hidden_states = hidden_states + delta.view_as(hidden_states)
         idle = self.bare_router.stage1_parameters()
         if idle and self.frozen_router.is_frozen and self.training and is_distributed():
@@ -104,15 +129,36 @@ class StableMoELayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
 
-    def prefetch(self, token_ids: Tensor, token_mask: Tensor | None = None, context: TokenContext | None = None):
-        """Announce the experts of a forward pass that is about to begin; arguments as of `forward`.
+    def _run_experts(
+        self,
+        tokens: Tensor,
+        decision: RoutingDecision,
+        token_mask: Tensor | None,
+        frozen_dispatch: FrozenDispatch | None,
+    ) -> Tensor:
+        """Compute what the experts add to the tokens, `(T, D) -> (T, D)`."""
+        if frozen_dispatch is not None:
+            gate = decision.gate.reshape(-1, 1)
+            return self.expert_stack(tokens, frozen_dispatch.sent_index, gate, frozen_dispatch.expert_order)
+        _, gate, index = self.dispatch(decision, token_mask)
+        if self.expert_stack.num_experts < self.num_experts:
+            # Expert parallelism sends every token to some process.
+            tokens, index, gate = spread_sentinels(tokens, index, gate, self.num_experts)
+        if self.shares_experts and not self.frozen_router.is_frozen:
+            return self.expert_stack.forward_shared(tokens, index, gate)
+        return self.expert_stack(tokens, index, gate)
 
-        Frozen routing knows them from the tokens alone.
+    def knows_ahead(self, token_ids: Tensor) -> bool:
+        """Tell whether this layer's dispatch can be computed before its own forward pass begins.
+
+        Not where a sharding engine or an offloading hook brings the frozen router with the layer, nor under expert
+        parallelism, whose hooks turn experts into those of each process.
         """
-        if self.fetch_experts is None or not self.frozen_router.is_frozen:
-            return
-        index = self.frozen_router(token_ids, context)
-        self.fetch_experts(index if token_mask is None else index.masked_fill(~token_mask, self.num_experts))
+        return (
+            self.frozen_router.is_frozen
+            and self.expert_stack.num_experts == self.num_experts
+            and all(is_at_hand(values, token_ids.device) for values in self.frozen_router.parameters())
+        )
 
     @property
     def bare_router(self) -> Router:
@@ -143,6 +189,39 @@ class StableMoELayer(GradientCheckpointingLayer):
         """Follow the vocabulary to a new size; see `resize` of the frozen router for the experts of new ids."""
         self.bare_router.resize(vocab_size)
         self.frozen_router.resize(vocab_size)
+
+
+def dispatch_ahead(
+    layers: Sequence[StableMoELayer],
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
+    context: TokenContext | None,
+    sort: bool,
+) -> list[FrozenDispatch | None]:
+    """Look up and sort the tokens of all frozen MoE layers at once, from the token ids alone.
+
+    Args:
+        layers (sequence of `StableMoELayer`): of one backbone.
+        token_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see `StableMoELayer.forward`.
+        token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): likewise.
+        context (`TokenContext`, *optional*): likewise.
+        sort (`bool`): whether the experts' backend wants them sorted.
+
+    Returns:
+        `list`: one `FrozenDispatch` a layer; `None` for each where one of them cannot know: see `knows_ahead`.
+    """
+    if not layers or not all(layer.knows_ahead(token_ids) for layer in layers):
+        return [None] * len(layers)
+    chosen = [layer.frozen_router(token_ids, context) for layer in layers]
+    sent = [layer.dispatch.send(index, token_mask) for layer, index in zip(layers, chosen, strict=True)]
+    for layer, index in zip(layers, sent, strict=True):
+        if layer.fetch_experts is not None:
+            layer.fetch_experts(index)
+    orders: list[ExpertOrder | None] = [None] * len(layers)
+    if sort:
+        may_drop = any(layer.dispatch.may_drop(token_mask) for layer in layers)
+        orders = sort_by_expert(torch.stack(sent).squeeze(-1), layers[0].num_experts, may_drop)
+    return [FrozenDispatch(*of_layer) for of_layer in zip(chosen, sent, orders, strict=True)]
 
 
 def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
@@ -182,4 +261,4 @@ def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, StableMoELayer)}
 
 
-__all__ = ["StableMoELayer", "count_real_tokens", "moe_layers_of", "token_mask"]
+__all__ = ["FrozenDispatch", "StableMoELayer", "count_real_tokens", "dispatch_ahead", "moe_layers_of", "token_mask"]

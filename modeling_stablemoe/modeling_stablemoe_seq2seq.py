@@ -145,6 +145,7 @@ class StableMoEDecoder(StableMoEBackbone):
 
     config: StableMoESeq2SeqConfig
     config_class = StableMoESeq2SeqConfig
+    side = 1
     _can_record_outputs = {
         **StableMoEBackbone._can_record_outputs,
         "attentions": OutputRecorder(StableMoEAttention, index=1, layer_name="self_attn"),

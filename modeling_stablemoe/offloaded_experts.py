@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .expert_store import FileRows, MemoryRows, expert_parameters
 from .experts_stablemoe import StableMoEExperts
+from .products_stablemoe import ExpertOrder
 
 
 @dataclass
@@ -204,8 +205,16 @@ class OffloadedExperts(nn.Module):
             self.plan = self._make_plan(expert_index.flatten(), announced=True)
             self._fetch_first(self._waves(self.plan.needed))
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        expert_order: ExpertOrder | None = None,
+    ) -> Tensor:
         """Compute what the experts do; arguments and result as of `StableMoEExperts.forward`.
+
+        `expert_order` is of no consequence: tokens are sorted by slot.
 
         Raises:
             ValueError: while training.

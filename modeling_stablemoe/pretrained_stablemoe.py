@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import is_torchdynamo_compiling
+from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
@@ -23,7 +23,10 @@ from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOu
 from .routing_stablemoe import LearnedRouter, Router
 from .running_stablemoe import RouterMemory
 from .stages_stablemoe import TwoStageRoutingMixin
+from .tensors_stablemoe import unpack_ids
 
+
+logger = logging.get_logger(__name__)
 
 # What a forward pass records of its routing for losses and statistics: arguments of every backbone.
 ROUTING_OUTPUTS = (
@@ -124,6 +127,25 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             "token id",
             "`vocab_size`; use the model's own tokenizer, or `resize_token_embeddings` after adding tokens",
         )
+
+    def warn_of_pruned_tokens(self, token_ids: Tensor, side: int):
+        """Say so, once, if a token has lost its expert to pruning, on the CPU and outside compiled code.
+
+        Args:
+            token_ids (`torch.LongTensor`): what tokens are routed by, of any shape.
+            side (`int`): 0 for a language model or an encoder, 1 for a decoder.
+        """
+        if self.config.pruned_tokens is None or token_ids.device.type != "cpu" or is_torchdynamo_compiling():
+            return
+        has_lost = unpack_ids(self.config.pruned_tokens[side])
+        lost = token_ids[token_ids < len(has_lost)]  # others have been added since
+        lost = lost[has_lost[lost]]
+        if lost.numel():
+            logger.warning_once(
+                f"Token id {int(lost[0])} lost its expert when this checkpoint was pruned and goes through another one: what "
+                "follows is not what the whole model computes. Keep to the vocabulary that it was pruned for, or load the "
+                "whole checkpoint."
+            )
 
     @staticmethod
     def describe_routing(sides: list[RoutingLosses], health: list[RoutingHealth]) -> dict[str, Any]:

@@ -71,7 +71,11 @@ class TextArguments:
 
 
 def parse_checkpoint_command(
-    arguments_class: type, description: str, usage: str, argv: Sequence[str] | None = None
+    arguments_class: type,
+    description: str,
+    usage: str,
+    argv: Sequence[str] | None = None,
+    text_class: type[TextArguments] = TextArguments,
 ) -> tuple[TextArguments, Any, str]:
     """Parse the command line of a script that sends a text through a checkpoint.
 
@@ -80,11 +84,12 @@ def parse_checkpoint_command(
         description (`str`): what the script does, for `--help`.
         usage (`str`): how it is called.
         argv (sequence of `str`, *optional*): default: the process's own arguments.
+        text_class (`type[TextArguments]`): the options that say which text.
 
     Returns:
         `tuple`: text, the script's own options, the checkpoint. A bad command line ends the process with status 2.
     """
-    parser = HfArgumentParser((TextArguments, arguments_class), description=description, allow_abbrev=False)
+    parser = HfArgumentParser((text_class, arguments_class), description=description, allow_abbrev=False)
     # Before the options: those that take several values would take it, too.
     parser.usage = usage
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
@@ -105,14 +110,23 @@ def load_checkpoint(name: str, tokenizer_name: str | None):
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in CONFIGS:
         raise ValueError(f"it is a {config.model_type!r} model; only those of {', '.join(CONFIGS)} have such experts")
+    tokenizer = load_tokenizer(tokenizer_name or name)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(name, device_map="auto"), tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a checkpoint, or one of its own.
+
+    Raises:
+        ValueError: if there is none, naming the remedy.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer loads ({error}); name the one it was trained with: --tokenizer_name"
         ) from error
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(name, device_map="auto"), tokenizer
 
 
 def read_documents(args: TextArguments) -> Iterator[str]:
@@ -127,7 +141,14 @@ def read_documents(args: TextArguments) -> Iterator[str]:
 
 def encode_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
     """Turn documents into token ids, as training does: text that spells a special token is ordinary text."""
-    encoded, room = [], max_tokens
+    return list(encode_one_by_one(documents, tokenizer, max_tokens))
+
+
+def encode_one_by_one(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> Iterator[list[int]]:
+    """Yield what `encode_documents` lists."""
+    room = max_tokens
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     for document in documents:
         if room == 0:
@@ -136,10 +157,10 @@ def encode_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBas
         ids = tokenizer(document, **options)["input_ids"]
         if len(ids) > room:
             logger.warning("only the first %d tokens are read; raise --max_tokens for more", max_tokens)
-            return [*encoded, ids[:room]]
-        encoded.append(ids)
+            yield ids[:room]
+            return
+        yield ids
         room -= len(ids)
-    return encoded
 
 
 def read_pairs(args: TextArguments) -> Iterator[tuple[str, str]]:
@@ -216,4 +237,13 @@ def route_through_checkpoint(
     return model, tokenizer, route_texts(model, documents, targets, show_progress=True)
 
 
-__all__ = ["TextArguments", "load_checkpoint", "parse_checkpoint_command", "route_through_checkpoint"]
+__all__ = [
+    "TextArguments",
+    "encode_one_by_one",
+    "encode_pairs",
+    "load_checkpoint",
+    "load_tokenizer",
+    "parse_checkpoint_command",
+    "read_documents",
+    "route_through_checkpoint",
+]

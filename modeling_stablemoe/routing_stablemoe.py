@@ -19,7 +19,7 @@ from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class
 from .losses_stablemoe import BalanceLoss, balance_loss, switch_balance_loss
 from .running_stablemoe import RouterMemory, needs_memory
-from .tensors_stablemoe import copy_into, finite_tokens, score, whole_shape
+from .tensors_stablemoe import copy_into, finite_tokens, score, score_chosen, whole_shape
 
 
 class RoutingTrace(NamedTuple):
@@ -47,9 +47,9 @@ class RoutingDecision(NamedTuple):
 
     Attributes:
         router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores s, float32 (float64 in a float64
-            model); a hash has none.
+            model); a hash has none, nor has a frozen routing that nobody asked for them.
         expert_index (`torch.LongTensor` of shape `(B, S)`): the expert of each token, in [0, E).
-        gate (`torch.Tensor` of shape `(B, S)`): its weight, in [0, 1], dtype of `router_logits`.
+        gate (`torch.Tensor` of shape `(B, S)`): its weight, in [0, 1], float32 (float64 in a float64 model).
         distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
         trace (`RoutingTrace`): what losses and statistics are made of.
     """
@@ -195,6 +195,7 @@ class LearnedRouter(Router):
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
+        output_scores: bool = True,
     ) -> RoutingDecision:
         """Decide for each token.
 
@@ -207,32 +208,57 @@ class LearnedRouter(Router):
                 consequence.
             context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
             recalled (`dict[str, torch.Tensor]`, *optional*): the running statistics; default: as they are now.
+            output_scores (`bool`): return `router_logits` of a frozen routing, too, which takes the scores of the
+                chosen experts alone.
 
         Returns:
             `RoutingDecision`
         """
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if self.memory is not None and recalled is None and frozen_index is None:
+        if frozen_index is not None:
+            return self._follow(hidden_states, token_ids, frozen_index, output_scores)
+        if self.memory is not None and recalled is None:
             recalled = self.memory()
         scores = gate_scores = score(hidden_states, self.centroids)
         features = hidden_states
-        if self.is_normalized and frozen_index is None:
+        if self.is_normalized:
             features = self.memory.normalize(hidden_states, recalled)
             scores = score(features, self.centroids)
-        expert_index, teacher_index = self.index_by_token(token_ids, frozen_index, context), None
-        if frozen_index is None:
-            teacher_index = self.assignment(self._with_bias(scores, recalled), token_mask)
-            expert_index = teacher_index.view_as(token_ids) if expert_index is None else expert_index
-        gate = self.gate(gate_scores, expert_index.view(-1, 1)).view_as(token_ids)
+        expert_index = self.index_by_token(token_ids, frozen_index, context)
+        teacher_index = self.assignment(self._with_bias(scores, recalled), token_mask)
+        expert_index = teacher_index.view_as(token_ids) if expert_index is None else expert_index
+        # Evaluation weighs as a frozen routing does, so that freezing does not change so much as the rounding of a gate.
+        by_all = self.training or not self.gates_by_own_score
+        gate = self._weigh(hidden_states, expert_index, gate_scores if by_all else None)
         distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
-        if not self.balances_hidden_states and frozen_index is None:
+        if not self.balances_hidden_states:
             # The same numbers, of which the balance loss reaches the centroids alone.
             scores = score(features.detach(), self.centroids)
-        elif frozen_index is not None:
-            # Nothing is learned of a fixed routing: a trainer that adds a balance loss of its own (TRL) moves no gate by it.
-            scores = scores.detach()
         trace = self._trace(hidden_states, token_ids, gate, teacher_index, distilled_logits)
         return RoutingDecision(scores, expert_index, gate, distilled_logits, trace)
+
+    def _follow(self, hidden_states, token_ids, frozen_index, output_scores) -> RoutingDecision:
+        """Decide where the experts are frozen, and only the gates are left to decide."""
+        scores = None
+        if output_scores or not self.gates_by_own_score:
+            scores = score(hidden_states, self.centroids)
+        gate = self._weigh(hidden_states, frozen_index, None if self.gates_by_own_score else scores)
+        trace = self._trace(hidden_states, token_ids, gate, None, None)
+        # Nothing is learned of a fixed routing: a trainer that adds a balance loss of its own (TRL) moves no gate by it.
+        return RoutingDecision(scores.detach() if output_scores else None, frozen_index, gate, None, trace)
+
+    def _weigh(self, hidden_states: Tensor, expert_index: Tensor, scores: Tensor | None) -> Tensor:
+        """Weigh the expert of each token, `(T, D), (B, S), (T, E) -> (B, S)`; without scores by that of its expert alone."""
+        chosen = expert_index.view(-1, 1)
+        if scores is None:
+            scores = score_chosen(hidden_states, self.centroids, expert_index.flatten())
+            chosen = torch.zeros_like(chosen)
+        return self.gate(scores, chosen).view_as(expert_index)
+
+    @property
+    def gates_by_own_score(self) -> bool:
+        """`bool`: whether the score of its own expert is all that a token's gate depends on, as the sigmoid's is."""
+        return type(self).gate is LearnedRouter.gate
 
     def _trace(self, hidden_states, token_ids, gate, teacher_index, distilled_logits) -> RoutingTrace:
         distilled_index = None
@@ -314,6 +340,7 @@ class HashRouter(Router):
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
+        output_scores: bool = True,
     ) -> RoutingDecision:
         """Decide for each token; arguments and result as of `LearnedRouter.forward`."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)

@@ -132,6 +132,7 @@ class TwoStageRoutingMixin:
             raise ValueError(f"`tables` must send every token to an expert in [0, {self.config.num_experts}).")
         for layer, table in zip(layers.values(), tables, strict=True):
             layer.frozen_router.freeze(table)
+        self.config.pruned_tokens = None  # these tables say where every id belongs
         self.config.router_fingerprint = self.router_fingerprint()
 
     def require_tables(self):
@@ -199,7 +200,7 @@ class TwoStageRoutingMixin:
         if self.routing_stage == 1:
             return None
         layers = self.moe_layers_by_name.values()
-        return _fingerprint(layer.frozen_router.encode(layer.frozen_router.contents()) for layer in layers)
+        return fingerprint_of(layer.frozen_router.encode(layer.frozen_router.contents()) for layer in layers)
 
     def check_routing(self):
         """Check what is frozen against itself and against `config.router_fingerprint`, after loading.
@@ -222,7 +223,7 @@ class TwoStageRoutingMixin:
             )
         if unfrozen and len(unfrozen) < len(layers):
             raise ValueError(f"Some MoE layers are frozen and others are not: {', '.join(unfrozen)}. {_RESTORE}")
-        _check_fingerprint(self.router_fingerprint(), expected, layers)
+        check_fingerprint(self.router_fingerprint(), expected, layers)
 
     def follow_loaded_routing(self):
         """Bring stage and fingerprint in line with frozen routers that have just been loaded.
@@ -345,15 +346,25 @@ def _refuse_quantized_routers(layers: dict[str, StableMoELayer]):
         )
 
 
-def _fingerprint(routers: Iterable[bytes]) -> str:
-    """Take the checksum of frozen routers, each as of `FrozenRouting.encode`."""
+def fingerprint_of(routers: Iterable[bytes]) -> str:
+    """Take the checksum of the frozen routers of a model, in order, each as of `FrozenRouting.encode`."""
     digest = hashlib.sha256(b"stablemoe-routing-1")
     for router in routers:
         digest.update(router)
     return digest.hexdigest()
 
 
-def _check_fingerprint(actual: str | None, expected: str | None, layers: dict[str, StableMoELayer]):
+def check_fingerprint(actual: str | None, expected: str | None, layers: dict[str, StableMoELayer]):
+    """Refuse a routing that is not the one that a config was saved with.
+
+    Args:
+        actual (`str`, *optional*): fingerprint of what was loaded.
+        expected (`str`, *optional*): fingerprint in the config.
+        layers (`dict[str, StableMoELayer]`): the MoE layers, for the error.
+
+    Raises:
+        ValueError: if they differ.
+    """
     if actual != expected:
         raise ValueError(
             f"The {_noun(layers)}s of {', '.join(layers)} are not those that this checkpoint was saved with: their "
@@ -389,7 +400,7 @@ def _check_routing_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix
         if layer.frozen_router.check(contents, router):
             encoded.append(layer.frozen_router.encode(contents))
     if encoded and model.config.router_fingerprint is not None:
-        _check_fingerprint(_fingerprint(encoded), model.config.router_fingerprint, layers)
+        check_fingerprint(fingerprint_of(encoded), model.config.router_fingerprint, layers)
 
 
 def _is_elsewhere(value: Tensor | None) -> bool:
@@ -401,4 +412,4 @@ def _follow_loaded_routing(model: TwoStageRoutingMixin, incompatible_keys):
     model.follow_loaded_routing()
 
 
-__all__ = ["MismatchedShapesError", "TwoStageRoutingMixin"]
+__all__ = ["MismatchedShapesError", "TwoStageRoutingMixin", "check_fingerprint", "fingerprint_of"]

@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What routers compute with: scores that are exact and finite, tensors that an engine may have sharded, floats kept as bits."""
 
+import base64
 import importlib
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -27,11 +29,25 @@ def score(features: Tensor, centroids: Tensor) -> Tensor:
         return _finite(F.linear(features.to(dtype), centroids.to(dtype)))
 
 
+def score_chosen(features: Tensor, centroids: Tensor, index: Tensor) -> Tensor:
+    """Score each token against one centroid, `(T, D), (E, D), (T,) -> (T, 1)`: what `score` gives up to rounding.
+
+    It costs what one centroid does, and its bits depend on nothing but the token and its centroid. A score that is NaN
+    or infinite counts as 0: there is no other one of the token.
+    """
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    with maybe_autocast(device_type=features.device.type, enabled=False):
+        chosen = F.embedding(index, centroids.to(dtype))
+        return _finite((features.to(dtype) * chosen).sum(-1, keepdim=True))
+
+
 def _finite(scores: Tensor) -> Tensor:
     """Let a non-finite score count as the lowest finite one of its token (as 0 where the token has none)."""
     finite = torch.isfinite(scores)
     # Asking for a value makes an accelerator wait, so only the CPU is asked.
-    if scores.device.type == "cpu" and not is_torchdynamo_compiling() and not finite.all():
+    if scores.device.type == "cpu" and not is_torchdynamo_compiling():
+        if finite.all():
+            return scores
         logger.warning_once(
             "Routing scores are NaN or infinite: they count as the lowest finite score of their token. The hidden "
             "states or the router have diverged; lower the learning rate or clip gradients."
@@ -61,6 +77,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
         with _deepspeed().zero.GatheredParameters(tensor):
             return tensor.detach().clone()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_at_hand(tensor: Tensor, device: torch.device) -> bool:
+    """Tell whether a tensor can be read here and now: on this device, whole, and not on its way from elsewhere."""
+    return tensor.device == device and not hasattr(tensor, "device_mesh") and tensor.numel() > 0
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -143,6 +164,24 @@ def from_bits(bits: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
+def pack_ids(is_in_set: Tensor) -> str:
+    """Write a set of ids for a config: a bit an id, the lowest id in the lowest bit of the first byte, in base 64.
+
+    Args:
+        is_in_set (`torch.BoolTensor` of shape `(V,)`): True for the ids of the set.
+    """
+    bits = F.pad(is_in_set.cpu().int(), (0, -len(is_in_set) % 8)).view(-1, 8)
+    values = (bits << torch.arange(8)).sum(-1)
+    return base64.b64encode(bytes(values.tolist())).decode()
+
+
+@lru_cache(maxsize=8)
+def unpack_ids(packed: str) -> Tensor:
+    """Read what `pack_ids` wrote: a `torch.BoolTensor`, on the CPU, with up to seven ids more, that are not in the set."""
+    values = torch.tensor(list(base64.b64decode(packed)), device="cpu")
+    return ((values.unsqueeze(-1) >> torch.arange(8, device="cpu")) & 1).flatten().bool()
+
+
 def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
     """Keep the first rows of a parameter without gradient, and add rows of zeros where there are to be more."""
     added = parameter.new_zeros((max(num_rows - parameter.shape[0], 0), *parameter.shape[1:]))
@@ -155,11 +194,15 @@ __all__ = [
     "finite_tokens",
     "from_bits",
     "full_tensor",
+    "is_at_hand",
     "is_quantized",
     "local_tensor",
+    "pack_ids",
     "resize_rows",
     "score",
+    "score_chosen",
     "to_bits",
+    "unpack_ids",
     "whole_shape",
     "zero_through",
 ]

@@ -77,9 +77,11 @@ def assert_same(actual, expected, tolerance):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("case", ASSIGNMENTS)
 def test_backend_has_the_output_and_every_gradient_of_eager(case, backend, dtype, width):
+    # Where half precision rounds a sum to the other side of 0, the gradient of a relu is another, and rightly so.
+    shape = {"intermediate_size": width, "hidden_act": "gelu" if dtype is torch.bfloat16 else "relu"}
     index = ASSIGNMENTS[case]
-    expected = run(experts_of("eager", dtype, intermediate_size=width), index)
-    actual = run(experts_of(backend, dtype, intermediate_size=width), index)
+    expected = run(experts_of("eager", dtype, **shape), index)
+    actual = run(experts_of(backend, dtype, **shape), index)
     assert_same(actual, expected, TOLERANCE[dtype])
     assert all(gradient is not None for gradient in expected[1].values())
 

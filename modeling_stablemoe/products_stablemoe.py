@@ -1,0 +1,289 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Products of tokens that are sorted by expert: one call for all experts, whatever the device.
+
+Accelerators have a grouped kernel (`torch.nn.functional.grouped_mm`). On a CPU a grouped product is one product an expert
+in any case, so operators of our own take them, and do there what a kernel of one call cannot: normalise, multiply and
+add the bias while an expert's tokens are in the cache, and write the gradient of all experts into one tensor. They are
+custom operators, so that `torch.compile` sees one node with a backward pass, forward and backward.
+
+Shape suffixes: T tokens, E experts, X and Y any.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.integrations.moe import _grouped_linear
+
+
+class ExpertOrder(NamedTuple):
+    """Tokens sorted by expert: what all sublayers of a MoE layer work in.
+
+    Attributes:
+        expert_index (`torch.LongTensor` of shape `(T,)`): the expert of each place, ascending; `E` and so last for
+            sentinels, tokens that take no part.
+        order (`torch.LongTensor` of shape `(T,)`): the token that stands at each place.
+        inverse (`torch.LongTensor` of shape `(T,)`): the place of each token.
+        offsets (`torch.IntTensor` of shape `(E,)`): one past the last place of each expert.
+        has_sentinels (`bool`): whether there may be any.
+    """
+
+    expert_index: Tensor
+    order: Tensor
+    inverse: Tensor
+    offsets: Tensor
+    has_sentinels: bool
+
+    def groups(self) -> list[tuple[int, slice]]:
+        """List the experts that have tokens, each with its places; asks the device for values."""
+        return _groups(self.offsets)
+
+
+def sort_by_expert(expert_index: Tensor, num_experts: int, has_sentinels: bool = True) -> list[ExpertOrder]:
+    """Sort the tokens of MoE layers by expert, all layers at once; nothing here waits for the device.
+
+    Args:
+        expert_index (`torch.LongTensor` of shape `(layers, T)`): the expert of each token; `num_experts` or more marks a
+            sentinel.
+        num_experts (`int`): E.
+        has_sentinels (`bool`): False promises that there is none.
+
+    Returns:
+        `list[ExpertOrder]`: one a layer. Tokens of one expert keep their order.
+    """
+    if has_sentinels:
+        expert_index = expert_index.clamp(max=num_experts)
+    index, order = torch.sort(expert_index, dim=-1, stable=True)
+    places = torch.arange(index.shape[-1], device=index.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(-1, order, places)
+    experts = torch.arange(num_experts, device=index.device).expand(index.shape[0], num_experts).contiguous()
+    offsets = torch.searchsorted(index, experts, right=True, out_int32=True)
+    fields = (index.unbind(), order.unbind(), inverse.unbind(), offsets.unbind())
+    return [ExpertOrder(*of_layer, has_sentinels) for of_layer in zip(*fields, strict=True)]
+
+
+class _Permutation(torch.autograd.Function):
+    """Rows in another order. Knowing the way back, the backward pass is a gather, too: no zeros to fill, no additions."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        order, inverse = ctx.saved_tensors
+        return _Permutation.apply(grad, inverse, order), None, None
+
+
+def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Put rows in another order.
+
+    Args:
+        rows (`torch.Tensor` of shape `(T, ...)`): any.
+        order (`torch.LongTensor` of shape `(T,)`): the row that comes to each place.
+        inverse (`torch.LongTensor` of shape `(T,)`): the place that each row comes to.
+
+    Returns:
+        `torch.Tensor` of the shape of `rows`.
+    """
+    return _Permutation.apply(rows, order, inverse)
+
+
+def grouped_layer_norm(x_TX: Tensor, weight_EX: Tensor, bias_EX: Tensor, order: ExpertOrder, eps: float) -> Tensor:
+    """Normalise each token with weight and bias of its expert, `(T, X) -> (T, X)`, dtype of the weight.
+
+    Args:
+        x_TX (`torch.Tensor` of shape `(T, X)`): tokens, sorted.
+        weight_EX (`torch.Tensor` of shape `(E, X)`): of each expert's LayerNorm.
+        bias_EX (`torch.Tensor` of shape `(E, X)`): likewise.
+        order (`ExpertOrder`): of the tokens.
+        eps (`float`): added to the variance.
+
+    Returns:
+        `torch.Tensor` of shape `(T, X)`: 0 for sentinels on a CPU, anything finite elsewhere.
+    """
+    if _on_cpu(weight_EX):
+        dtype = torch.promote_types(x_TX.dtype, weight_EX.dtype)
+        weight, bias = weight_EX.to(dtype), bias_EX.to(dtype)
+        normed_TX, _, _ = torch.ops.stablemoe.grouped_layer_norm(x_TX.to(dtype), weight, bias, order.offsets, eps)
+        return normed_TX.to(weight_EX.dtype)
+    standardized_TX = F.layer_norm(x_TX, x_TX.shape[-1:], eps=eps).to(weight_EX.dtype)
+    return torch.addcmul(_rows(bias_EX, order), standardized_TX, _rows(weight_EX, order))
+
+
+def grouped_linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor, order: ExpertOrder) -> Tensor:
+    """Multiply each token by the matrix of its expert and add the bias, in one product.
+
+    Args:
+        x_TX (`torch.Tensor` of shape `(T, X)`): tokens, sorted.
+        weight_EYX (`torch.Tensor` of shape `(E, Y, X)`): of each expert.
+        bias_EY (`torch.Tensor` of shape `(E, Y)`): likewise.
+        order (`ExpertOrder`): of the tokens.
+
+    Returns:
+        `torch.Tensor` of shape `(T, Y)`, dtype of the weight or of autocast: for sentinels 0 on a CPU, anything elsewhere.
+    """
+    device = weight_EYX.device.type
+    if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
+        weight_EYX = weight_EYX.to(torch.get_autocast_dtype(device))
+    x_TX = x_TX.to(weight_EYX.dtype)
+    if _on_cpu(weight_EYX):
+        return torch.ops.stablemoe.grouped_linear(x_TX, weight_EYX, bias_EY.to(weight_EYX.dtype), order.offsets)
+    odd = any(width * weight_EYX.element_size() % 16 for width in weight_EYX.shape[1:])
+    if odd or weight_EYX.dtype == torch.float64:
+        # The kernel takes no float64 and rows of whole 16 bytes only; else transformers' own loop over experts.
+        product_TY = torch.ops.transformers.grouped_mm_fallback(x_TX, weight_EYX.transpose(-2, -1), order.offsets)
+        return product_TY.add(_rows(bias_EY, order))
+    return _grouped_linear(x_TX, weight_EYX, order.offsets, bias=_rows(bias_EY, order))
+
+
+def _rows(parameter_EX: Tensor, order: ExpertOrder) -> Tensor:
+    """Give each token its expert's row, sentinels a row of zeros."""
+    if order.has_sentinels:
+        parameter_EX = F.pad(parameter_EX, (0, 0, 0, 1))
+    return F.embedding(order.expert_index, parameter_EX)
+
+
+def _on_cpu(parameter: Tensor) -> bool:
+    return parameter.device.type == "cpu"
+
+
+def _groups(offsets: Tensor) -> list[tuple[int, slice]]:
+    """List the experts that have tokens, with their places."""
+    ends = offsets.tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        (expert, slice(start, end))
+        for expert, (start, end) in enumerate(zip(starts, ends, strict=True))
+        if start < end
+    ]
+
+
+def _num_routed(offsets: Tensor) -> int:
+    return int(offsets[-1])
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+    product = x.new_empty(x.shape[0], weight.shape[1])
+    for expert, places in _groups(offsets):
+        torch.addmm(bias[expert], x[places], weight[expert].t(), out=product[places])
+    product[_num_routed(offsets) :].zero_()
+    return product
+
+
+def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
+    grad_bias = weight.new_zeros(weight.shape[:2])
+    idle = set(range(weight.shape[0]))
+    for expert, places in _groups(offsets):
+        torch.mm(grad[places], weight[expert], out=grad_x[places])
+        torch.mm(grad[places].t(), x[places], out=grad_weight[expert])
+        torch.sum(grad[places], 0, out=grad_bias[expert])
+        idle.discard(expert)
+    for expert in idle:
+        grad_weight[expert].zero_()
+    grad_x[_num_routed(offsets) :].zero_()
+    return grad_x, grad_weight, grad_bias
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    normed = torch.empty_like(x)
+    mean, rstd = (_statistics_like(x) for _ in range(2))
+    for expert, places in _groups(offsets):
+        results = torch.native_layer_norm(x[places], x.shape[-1:], weight[expert], bias[expert], eps)
+        for whole, part in zip((normed, mean, rstd), results, strict=True):
+            whole[places] = part
+    for whole in (normed, mean, rstd):
+        whole[_num_routed(offsets) :].zero_()
+    return normed, mean, rstd
+
+
+def _layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    backward, wanted = torch.ops.aten.native_layer_norm_backward, [True, True, True]
+    for expert, places in _groups(offsets):
+        inputs = (grad[places], x[places], x.shape[-1:], mean[places], rstd[places], weight[expert], bias[expert])
+        grad_x[places], grad_weight[expert], grad_bias[expert] = backward(*inputs, wanted)
+    grad_x[_num_routed(offsets) :].zero_()
+    return grad_x, grad_weight, grad_bias
+
+
+def _statistics_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], 1)
+
+
+def _register():
+    """Register the operators, once in a process: a checkpoint's code may be imported beside the package's."""
+    if hasattr(torch.ops.stablemoe, "grouped_linear"):
+        return
+    three = "(Tensor, Tensor, Tensor)"
+    for function, fake, name, schema in (
+        (
+            _linear,
+            lambda x, weight, bias, offsets: x.new_empty(x.shape[0], weight.shape[1]),
+            "grouped_linear",
+            "(Tensor x, Tensor weight, Tensor bias, Tensor offsets) -> Tensor",
+        ),
+        (
+            _linear_backward,
+            lambda grad, x, weight, offsets: (
+                torch.empty_like(x),
+                torch.empty_like(weight, memory_format=torch.contiguous_format),
+                weight.new_empty(weight.shape[:2]),
+            ),
+            "grouped_linear_backward",
+            f"(Tensor grad, Tensor x, Tensor weight, Tensor offsets) -> {three}",
+        ),
+        (
+            _layer_norm,
+            lambda x, weight, bias, offsets, eps: (torch.empty_like(x), _statistics_like(x), _statistics_like(x)),
+            "grouped_layer_norm",
+            f"(Tensor x, Tensor weight, Tensor bias, Tensor offsets, float eps) -> {three}",
+        ),
+        (
+            _layer_norm_backward,
+            lambda grad, x, mean, rstd, weight, bias, offsets: (
+                torch.empty_like(x),
+                torch.empty_like(weight),
+                torch.empty_like(bias),
+            ),
+            "grouped_layer_norm_backward",
+            "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor offsets) -> "
+            + three,
+        ),
+    ):
+        operator = torch.library.custom_op(f"stablemoe::{name}", function, mutates_args=(), schema=schema)
+        operator.register_fake(fake)
+    torch.library.register_autograd("stablemoe::grouped_linear", _grad_linear, setup_context=_save_linear)
+    torch.library.register_autograd("stablemoe::grouped_layer_norm", _grad_layer_norm, setup_context=_save_layer_norm)
+
+
+def _save_linear(ctx, inputs, output):
+    x, weight, _, offsets = inputs
+    ctx.save_for_backward(x, weight, offsets)
+
+
+def _grad_linear(ctx, grad):
+    return *torch.ops.stablemoe.grouped_linear_backward(grad.contiguous(), *ctx.saved_tensors), None
+
+
+def _save_layer_norm(ctx, inputs, output):
+    x, weight, bias, offsets, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias, offsets)
+
+
+def _grad_layer_norm(ctx, grad, *_):
+    grads = torch.ops.stablemoe.grouped_layer_norm_backward(grad.contiguous(), *ctx.saved_tensors)
+    return *grads, None, None
+
+
+_register()
+
+
+__all__ = ["ExpertOrder", "grouped_layer_norm", "grouped_linear", "permute", "sort_by_expert"]
