@@ -161,8 +161,8 @@ def _takes_turns(self: nn.Module, hidden_states: Tensor) -> bool:
     """Tell whether experts had better run in turn: on a CPU, where nothing learns and nothing is compiled."""
     if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or is_torchdynamo_compiling():
         return False
-    # What accelerate has offloaded is there while the sublayer's own forward pass runs, and not before.
-    return not any(sublayer.up_proj.is_meta for sublayer in self.sublayers)
+    # What PEFT has wrapped or accelerate has offloaded is there while the sublayer's own forward pass runs, not before.
+    return all(isinstance(each, ExpertSublayer) and not each.up_proj.is_meta for each in self.sublayers)
 
 
 def _run_in_turn(
