@@ -26,6 +26,7 @@ from .modeling_stablemoe_seq2seq import (
     StableMoESeq2SeqModel,
     StableMoESeq2SeqPreTrainedModel,
 )
+from .offloading import experts_on_disk, offload_experts
 from .pretrained_stablemoe import StableMoEPreTrainedModel
 from .routing_stablemoe import register_router
 from .version import __version__
@@ -56,5 +57,7 @@ __all__ = [
     "StableMoESeq2SeqPreTrainedModel",
     "StageTransitionCallback",
     "__version__",
+    "experts_on_disk",
+    "offload_experts",
     "register_router",
 ]

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """One MoE layer: router, experts, gate and residual, and what the routing is frozen into."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -77,6 +77,9 @@ class StableMoELayer(GradientCheckpointingLayer):
     S_a is the stack of expert a, its residuals inside; a and g are the router's. The layer is in stage 1 until
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
+
+    # Called with `FrozenDispatch.sent_index` before the first block runs: experts that are kept elsewhere are fetched ahead.
+    fetch_experts: Callable[[Tensor], object] | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
@@ -212,6 +215,9 @@ def dispatch_ahead(
         return [None] * len(layers)
     chosen = [layer.frozen_router(token_ids, context) for layer in layers]
     sent = [layer.dispatch.send(index, token_mask) for layer, index in zip(layers, chosen, strict=True)]
+    for layer, index in zip(layers, sent, strict=True):
+        if layer.fetch_experts is not None:
+            layer.fetch_experts(index)
     orders: list[ExpertOrder | None] = [None] * len(layers)
     if sort:
         may_drop = any(layer.dispatch.may_drop(token_mask) for layer in layers)

@@ -171,6 +171,7 @@ def test_moe_layers_on_disk_give_the_same_model(checkpoint, source, tmp_path):
     model = StableMoEForCausalLM.from_pretrained(checkpoint, device_map=placement, offload_folder=tmp_path)
     assert model.model.moe_layers[0].frozen_router.routing_table.is_meta
     assert_same_model(model, source)
+    assert torch.equal(model.generate(IDS, max_new_tokens=4), source.generate(IDS, max_new_tokens=4))
 
 
 def test_damage_is_found_in_a_table_that_stays_on_disk(copied, tmp_path):
