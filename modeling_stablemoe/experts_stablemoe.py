@@ -140,7 +140,7 @@ def grouped_mm_experts_forward(
     expert_order: ExpertOrder | None = None,
 ):
     """Sort the tokens by expert once, then one grouped product over all experts for each matrix."""
-    if _takes_turns(self, hidden_states):
+    if _takes_turns(hidden_states):
         return _run_in_turn(self, hidden_states, top_k_index, top_k_weights, expert_order)
     if expert_order is None:
         (expert_order,) = sort_by_expert(top_k_index.view(1, -1), self.num_experts)
@@ -164,12 +164,9 @@ def grouped_mm_experts_forward(
     return (permute(delta_TD, expert_order.inverse, expert_order.order) * top_k_weights).to(hidden_states.dtype)
 
 
-def _takes_turns(self: nn.Module, hidden_states: Tensor) -> bool:
+def _takes_turns(hidden_states: Tensor) -> bool:
     """Tell whether experts had better run in turn: on a CPU, where nothing learns and nothing is compiled."""
-    if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or is_torchdynamo_compiling():
-        return False
-    # What PEFT has wrapped or accelerate has offloaded is there while the sublayer's own forward pass runs, not before.
-    return all(isinstance(each, ExpertSublayer) and not each.up_proj.is_meta for each in self.sublayers)
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
 def _run_in_turn(
