@@ -10,7 +10,6 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import share_of_targets
 from .outputs_stablemoe import StableMoESequenceClassifierOutputWithPast
-from .pretrained_stablemoe import ROUTING_OUTPUTS
 
 
 class SequenceClassificationMixin:
@@ -63,7 +62,7 @@ class SequenceClassificationMixin:
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **dict.fromkeys(ROUTING_OUTPUTS, with_routing),
+            **self.routing_outputs(output_router_logits),
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

@@ -98,7 +98,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
         frozen_dispatch: FrozenDispatch | None = None,
-        output_scores: bool = True,
+        output_scores: bool = False,
     ) -> Tensor:
         """Send each token through its expert.
 
@@ -110,7 +110,7 @@ class StableMoELayer(GradientCheckpointingLayer):
             context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
             recalled (`dict[str, torch.Tensor]`, *optional*): the router's running statistics, see `Router.recall`.
             frozen_dispatch (`FrozenDispatch`, *optional*): of `dispatch_ahead`; without it the layer finds out itself.
-            output_scores (`bool`): see `LearnedRouter.forward`.
+            output_scores (`bool`): whether the router's scores are wanted though it is frozen; see `LearnedRouter.forward`.
 
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.

@@ -23,7 +23,7 @@ from .dense_stablemoe import convert_dense
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
-from .pretrained_stablemoe import ROUTING_OUTPUTS, StableMoEPreTrainedModel
+from .pretrained_stablemoe import StableMoEPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
@@ -259,7 +259,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **dict.fromkeys(ROUTING_OUTPUTS, with_routing),
+            **self.routing_outputs(output_router_logits),
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

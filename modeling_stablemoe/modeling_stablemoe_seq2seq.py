@@ -23,7 +23,7 @@ from .outputs_stablemoe import (
     StableMoESeq2SeqLMOutput,
     StableMoESeq2SeqModelOutput,
 )
-from .pretrained_stablemoe import ROUTING_OUTPUTS, StableMoEPreTrainedModel
+from .pretrained_stablemoe import StableMoEPreTrainedModel
 
 
 def may_look_at(attention_mask: Tensor | None) -> bool:
@@ -495,7 +495,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
-            **dict.fromkeys(ROUTING_OUTPUTS, with_routing),
+            **self.routing_outputs(output_router_logits),
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)

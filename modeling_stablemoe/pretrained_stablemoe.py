@@ -105,6 +105,23 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             elif name.endswith("_weight"):  # features of the size of the embedding's
                 init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
 
+    def routing_outputs(self, output_router_logits: bool) -> dict[str, bool]:
+        """Say what a head has its backbone record: all that losses and statistics need, in training.
+
+        Scores of a frozen routing are left out unless someone asks for them: nothing is learned of them, and they would
+        cost what the number of experts is.
+
+        Args:
+            output_router_logits (`bool`): whether someone does.
+
+        Returns:
+            `dict[str, bool]`: arguments of the backbone.
+        """
+        recorded = dict.fromkeys(ROUTING_OUTPUTS, self.training or output_router_logits)
+        if not output_router_logits and self.routing_stage == 2:
+            recorded["output_router_logits"] = False
+        return recorded
+
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
         """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.
 

@@ -81,7 +81,7 @@ class RoutingTotals:
         Returns:
             `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean`, `load_min_over_mean` and
             `load_entropy` (of the worst layer, see `LayerLoads`), `dead_experts` (of all layers), `mean_gate`,
-            `closed_gates`, `common_direction` and, where there are scores, `router_entropy` (see `RoutingHealth`), with
+            `closed_gates`, `common_direction` and, where the routing learns, `router_entropy` (see `RoutingHealth`), with
             a capacity `overflow` (share of the routed tokens that were past it) and `routing_stage`; where there are
             tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
             over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that is

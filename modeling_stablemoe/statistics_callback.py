@@ -38,8 +38,8 @@ class RoutingStatisticsCallback(LoggingCallback):
 
     Each log tells of the steps since the last one, of the tokens of all processes, padding left out:
 
-    - `task_loss`, `routing_stage`, `mean_gate`, `closed_gates`, `common_direction`; `router_entropy` where there are
-      scores and `overflow` where there is a capacity; where the log covers steps in which the routing was learned also
+    - `task_loss`, `routing_stage`, `mean_gate`, `closed_gates`, `common_direction`; `router_entropy` where the
+      routing learns and `overflow` where there is a capacity; where the log covers steps in which the routing was learned also
       `balance_loss` and, where it is distilled, `distillation_loss`, `distillation_agreement` and
       `distillation_agreement_by_id` (see `RoutingTotals.metrics`, also for what NaN comes to).
     - `load_max_over_mean`, `load_min_over_mean` and `load_entropy` of the layer that is worst in it and `dead_experts` of
