@@ -21,6 +21,10 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
+# Freed memory stays with the process: on a CPU the gradients of all experts would else be new pages every step.
+train train-seq2seq: export MALLOC_MMAP_MAX_ ?= 0
+train train-seq2seq: export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+
 train: install
 	$(BIN)/python scripts/run_clm.py $(RECIPE) --output_dir $(OUTPUT) --overwrite_output_dir
 	$(BIN)/python scripts/generate.py $(OUTPUT) --prompt "The import statement"

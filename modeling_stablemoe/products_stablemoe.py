@@ -9,6 +9,7 @@ custom operators, so that `torch.compile` sees one node with a backward pass, fo
 Shape suffixes: T tokens, E experts, X and Y any.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -161,55 +162,71 @@ def _groups(offsets: Tensor) -> list[tuple[int, slice]]:
     ]
 
 
-def _num_routed(offsets: Tensor) -> int:
-    return int(offsets[-1])
+def _parts(offsets: Tensor, by_place: list[Tensor], by_expert: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Take tensors apart by expert: rows of tokens by place, stacks by expert; experts without tokens are left out.
+
+    Each tensor is taken apart in one call: with hundreds of experts that is what a product costs beside its arithmetic.
+    """
+    ends = offsets.tolist()
+    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    whole = len(by_place[0])
+    rows = [tensor.split([*sizes, whole - ends[-1]])[:-1] for tensor in by_place]
+    stacks = [tensor.unbind(0) for tensor in by_expert]
+    return (parts for size, *parts in zip(sizes, *rows, *stacks, strict=True) if size)
+
+
+def _clear_idle(offsets: Tensor, by_place: list[Tensor], by_expert: list[Tensor]):
+    """Write zeros where `_parts` does not come: to sentinels and to experts without tokens."""
+    for tensor in by_place:
+        tensor[int(offsets[-1]) :].zero_()
+    idle = (offsets.diff(prepend=offsets.new_zeros(1)) == 0).nonzero().flatten().tolist()
+    for expert in idle:
+        for tensor in by_expert:
+            tensor[expert].zero_()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
     product = x.new_empty(x.shape[0], weight.shape[1])
-    for expert, places in _groups(offsets):
-        torch.addmm(bias[expert], x[places], weight[expert].t(), out=product[places])
-    product[_num_routed(offsets) :].zero_()
+    for x_e, product_e, weight_e, bias_e in _parts(offsets, [x, product], [weight.transpose(1, 2), bias]):
+        torch.addmm(bias_e, x_e, weight_e, out=product_e)
+    _clear_idle(offsets, [product], [])
     return product
 
 
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad_bias = weight.new_zeros(weight.shape[:2])
-    idle = set(range(weight.shape[0]))
-    for expert, places in _groups(offsets):
-        torch.mm(grad[places], weight[expert], out=grad_x[places])
-        torch.mm(grad[places].t(), x[places], out=grad_weight[expert])
-        torch.sum(grad[places], 0, out=grad_bias[expert])
-        idle.discard(expert)
-    for expert in idle:
-        grad_weight[expert].zero_()
-    grad_x[_num_routed(offsets) :].zero_()
+    grad_bias = weight.new_empty(weight.shape[:2])
+    stacks = [weight, grad_weight, grad_bias]
+    for grad_e, x_e, grad_x_e, weight_e, grad_weight_e, grad_bias_e in _parts(offsets, [grad, x, grad_x], stacks):
+        torch.mm(grad_e, weight_e, out=grad_x_e)
+        torch.mm(grad_e.t(), x_e, out=grad_weight_e)
+        torch.sum(grad_e, 0, out=grad_bias_e)
+    _clear_idle(offsets, [grad_x], [grad_weight, grad_bias])
     return grad_x, grad_weight, grad_bias
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    normed = torch.empty_like(x)
-    mean, rstd = (_statistics_like(x) for _ in range(2))
-    for expert, places in _groups(offsets):
-        results = torch.native_layer_norm(x[places], x.shape[-1:], weight[expert], bias[expert], eps)
-        for whole, part in zip((normed, mean, rstd), results, strict=True):
-            whole[places] = part
-    for whole in (normed, mean, rstd):
-        whole[_num_routed(offsets) :].zero_()
-    return normed, mean, rstd
+    wholes = torch.empty_like(x), _statistics_like(x), _statistics_like(x)
+    for x_e, normed_e, mean_e, rstd_e, weight_e, bias_e in _parts(offsets, [x, *wholes], [weight, bias]):
+        results = torch.native_layer_norm(x_e, x.shape[-1:], weight_e, bias_e, eps)
+        for whole, part in zip((normed_e, mean_e, rstd_e), results, strict=True):
+            whole.copy_(part)
+    _clear_idle(offsets, list(wholes), [])
+    return wholes
 
 
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-    backward, wanted = torch.ops.aten.native_layer_norm_backward, [True, True, True]
-    for expert, places in _groups(offsets):
-        inputs = (grad[places], x[places], x.shape[-1:], mean[places], rstd[places], weight[expert], bias[expert])
-        grad_x[places], grad_weight[expert], grad_bias[expert] = backward(*inputs, wanted)
-    grad_x[_num_routed(offsets) :].zero_()
-    return grad_x, grad_weight, grad_bias
+    grads = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    backward, shape, wanted = torch.ops.aten.native_layer_norm_backward, x.shape[-1:], [True, True, True]
+    rows, stacks = [grad, x, mean, rstd, grads[0]], [weight, bias, *grads[1:]]
+    for grad_e, x_e, mean_e, rstd_e, grad_x_e, weight_e, bias_e, *grads_e in _parts(offsets, rows, stacks):
+        results = backward(grad_e, x_e, shape, mean_e, rstd_e, weight_e, bias_e, wanted)
+        for whole, part in zip((grad_x_e, *grads_e), results, strict=True):
+            whole.copy_(part)
+    _clear_idle(offsets, [grads[0]], list(grads[1:]))
+    return grads
 
 
 def _statistics_like(x: Tensor) -> Tensor:
