@@ -4,7 +4,7 @@
 Accelerators have a grouped kernel (`torch.nn.functional.grouped_mm`). On a CPU a grouped product is one product an expert
 in any case, so operators of our own take them, and do there what a kernel of one call cannot: normalise, multiply and
 add the bias while an expert's tokens are in the cache, and write the gradient of all experts into one tensor. They are
-custom operators, so that `torch.compile` sees one node with a backward pass, forward and backward.
+custom operators where `torch.compile` looks, so that it sees one node each, forward and backward.
 
 Shape suffixes: T tokens, E experts, X and Y any.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.moe import _grouped_linear
+from transformers.utils import is_torchdynamo_compiling
 
 
 class ExpertOrder(NamedTuple):
@@ -108,7 +109,11 @@ def grouped_layer_norm(x_TX: Tensor, weight_EX: Tensor, bias_EX: Tensor, order: 
     if _on_cpu(weight_EX):
         dtype = torch.promote_types(x_TX.dtype, weight_EX.dtype)
         weight, bias = weight_EX.to(dtype), bias_EX.to(dtype)
-        normed_TX, _, _ = torch.ops.stablemoe.grouped_layer_norm(x_TX.to(dtype), weight, bias, order.offsets, eps)
+        inputs = (x_TX.to(dtype), weight, bias, order.offsets, eps)
+        if is_torchdynamo_compiling():
+            normed_TX = torch.ops.stablemoe.grouped_layer_norm(*inputs)[0]
+        else:
+            normed_TX = _GroupedLayerNorm.apply(*inputs)
         return normed_TX.to(weight_EX.dtype)
     standardized_TX = F.layer_norm(x_TX, x_TX.shape[-1:], eps=eps).to(weight_EX.dtype)
     return torch.addcmul(_rows(bias_EX, order), standardized_TX, _rows(weight_EX, order))
@@ -131,7 +136,12 @@ def grouped_linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor, order: Exp
         weight_EYX = weight_EYX.to(torch.get_autocast_dtype(device))
     x_TX = x_TX.to(weight_EYX.dtype)
     if _on_cpu(weight_EYX):
-        return torch.ops.stablemoe.grouped_linear(x_TX, weight_EYX, bias_EY.to(weight_EYX.dtype), order.offsets)
+        inputs = (x_TX, weight_EYX, bias_EY.to(weight_EYX.dtype), order.offsets)
+        return (
+            torch.ops.stablemoe.grouped_linear(*inputs)
+            if is_torchdynamo_compiling()
+            else _GroupedLinear.apply(*inputs)
+        )
     odd = any(width * weight_EYX.element_size() % 16 for width in weight_EYX.shape[1:])
     if odd or weight_EYX.dtype == torch.float64:
         # The kernel takes no float64 and rows of whole 16 bytes only; else transformers' own loop over experts.
@@ -193,6 +203,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
     return product
 
 
+def _linear_backward_input(grad: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    grad_x = grad.new_empty(grad.shape[0], weight.shape[2])
+    for grad_e, grad_x_e, weight_e in _parts(offsets, [grad, grad_x], [weight]):
+        torch.mm(grad_e, weight_e, out=grad_x_e)
+    _clear_idle(offsets, [grad_x], [])
+    return grad_x
+
+
 def _linear_backward(grad: Tensor, x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
     grad_bias = weight.new_empty(weight.shape[:2])
@@ -231,6 +249,38 @@ def _layer_norm_backward(
 
 def _statistics_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], 1)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The operator where nothing is compiled: the same functions, without the cost of a custom operator's call."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        return _linear(x, weight, bias, offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, offsets = ctx.saved_tensors
+        if any(ctx.needs_input_grad[1:3]):
+            return *_linear_backward(grad.contiguous(), x, weight, offsets), None
+        return _linear_backward_input(grad.contiguous(), weight, offsets), None, None, None  # frozen experts
+
+
+class _GroupedLayerNorm(torch.autograd.Function):
+    """Likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float) -> Tensor:
+        normed, mean, rstd = _layer_norm(x, weight, bias, offsets, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias, offsets)
+        return normed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        return *_layer_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
 
 
 def _register():
