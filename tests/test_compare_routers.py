@@ -88,7 +88,8 @@ def test_every_system_is_trained_and_measured_with_every_seed(workplace, printed
             assert run["fluctuation"]["steps"][0] == 0
             assert run["parameters"]["experts"] > 0
     flops = {run["system"]: run["forward_flops"] for run in results["runs"]}
-    assert flops["dense"] < flops["hash"] < flops["switch"] == flops["base"] == flops["stablemoe"]
+    # A frozen routing takes one score a token, no product with all centroids.
+    assert flops["dense"] < flops["hash"] == flops["stablemoe"] < flops["switch"] == flops["base"]
     assert set(results["environment"]) == {"hardware", "threads", "python", "torch", "transformers"}
     assert results["settings"]["training"]["max_steps"] == 8
     assert str(workplace.folder) not in json.dumps(results["environment"])
