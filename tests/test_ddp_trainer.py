@@ -69,7 +69,7 @@ def outcome(folder: Path, *callbacks, **arguments) -> dict:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "stages": [entry["routing_stage"] for entry in trainer.state.log_history if "loss" in entry],
         "loads": [
-            [entry["expert_load"], entry["load_entropy"], entry["dead_experts"], entry.get("router_entropy")]
+            [entry["expert_load"], entry["load_entropy"], entry["dead_experts"], entry.get("router_entropy", 0.0)]
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
