@@ -161,15 +161,15 @@ def _on_cpu(parameter: Tensor) -> bool:
     return parameter.device.type == "cpu"
 
 
+def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
+    """Give the first place of each expert, and one past its last."""
+    ends = offsets.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
 def _groups(offsets: Tensor) -> list[tuple[int, slice]]:
     """List the experts that have tokens, with their places."""
-    ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
-    return [
-        (expert, slice(start, end))
-        for expert, (start, end) in enumerate(zip(starts, ends, strict=True))
-        if start < end
-    ]
+    return [(expert, slice(*bounds)) for expert, bounds in enumerate(_bounds(offsets)) if bounds[0] < bounds[1]]
 
 
 def _parts(offsets: Tensor, by_place: list[Tensor], by_expert: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
@@ -177,10 +177,10 @@ def _parts(offsets: Tensor, by_place: list[Tensor], by_expert: list[Tensor]) -> 
 
     Each tensor is taken apart in one call: with hundreds of experts that is what a product costs beside its arithmetic.
     """
-    ends = offsets.tolist()
-    sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    whole = len(by_place[0])
-    rows = [tensor.split([*sizes, whole - ends[-1]])[:-1] for tensor in by_place]
+    bounds = _bounds(offsets)
+    sizes = [end - start for start, end in bounds]
+    num_sentinels = len(by_place[0]) - bounds[-1][1]
+    rows = [tensor.split([*sizes, num_sentinels])[:-1] for tensor in by_place]
     stacks = [tensor.unbind(0) for tensor in by_expert]
     return (parts for size, *parts in zip(sizes, *rows, *stacks, strict=True) if size)
 
