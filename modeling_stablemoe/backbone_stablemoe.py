@@ -239,13 +239,13 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return torch.cat(nearest).view(inputs_embeds.shape[:2])
 
 
-def count_positions(inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None) -> Tensor:
+def count_positions(inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
     """Count positions over real tokens, so that padding on either side moves none: `(batch or 1, sequence)`."""
     sequence_length = inputs_embeds.shape[1]
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return counted[:, -sequence_length:]
-    past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+    past_length = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(sequence_length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 
 

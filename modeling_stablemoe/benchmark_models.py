@@ -28,6 +28,7 @@ from .configuration_stablemoe import TABLE_ROUTERS, StableMoEConfig
 from .flops import forward_flops
 from .modeling_stablemoe import StableMoEForCausalLM
 from .recipes import load_preset
+from .versions_stablemoe import CACHE_NAME
 
 
 # The dense models: of the shared shape alone, and with the FLOPs of an expert added.
@@ -261,7 +262,7 @@ class Generation:
             do_sample=False,
             use_cache=True,
             pad_token_id=0,
-            past_key_values=self.cache,
+            **{CACHE_NAME: self.cache},
             disable_compile=True,  # nothing but what was asked for
         )
 

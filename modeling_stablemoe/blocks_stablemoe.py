@@ -13,6 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_stablemoe import StableMoEBaseConfig
+from .versions_stablemoe import takes_cache_by_either_name, update_cache
 
 
 def eager_attention_forward(
@@ -60,13 +61,13 @@ class StableMoEAttention(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to positions of the same sequence, `(batch, sequence, hidden_size)` in and out."""
         key, value = self.project(hidden_states)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
         return self.attend(hidden_states, key, value, attention_mask, **kwargs)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,17 +135,18 @@ class StableMoEBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = StableMoEMLP(config)
 
+    @takes_cache_by_either_name
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> Tensor:
         """Map `(batch, sequence, hidden_size)` to `(batch, sequence, hidden_size)`."""
 
         def attend(normed: Tensor) -> Tensor:
-            return self.self_attn(normed, attention_mask, past_key_values, **kwargs)[0]
+            return self.self_attn(normed, attention_mask, cache, **kwargs)[0]
 
         hidden_states = self.add(attend, self.input_layernorm, hidden_states)
         return self.add(self.mlp, self.post_attention_layernorm, hidden_states)

@@ -10,18 +10,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .layer_stablemoe import token_mask
 from .losses_stablemoe import share_of_targets
 from .outputs_stablemoe import StableMoESequenceClassifierOutputWithPast
+from .versions_stablemoe import takes_cache_by_either_name
 
 
 class SequenceClassificationMixin:
     """What a model gains from `model`, a causal backbone, and `score`, a linear layer from its states to labels."""
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -34,7 +36,7 @@ class SequenceClassificationMixin:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): padded on either side.
             attention_mask (`torch.Tensor`, *optional*): see there.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
-            past_key_values (`Cache`, *optional*): see there.
+            cache (`Cache`, *optional*): see there.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): see there.
             labels (`torch.Tensor`, *optional*): by `config.problem_type`, which is told by the first labels where it is
                 `None`: classes, of shape `(batch,)`, -100 is ignored (`"single_label_classification"`); zeros and ones,
@@ -59,7 +61,7 @@ class SequenceClassificationMixin:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **self.routing_outputs(output_router_logits),

@@ -387,6 +387,7 @@ class StableMoEConfig(StableMoEBaseConfig):
 
     model_type = "stablemoe"
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "aux_loss",
         "router_logits",
@@ -442,6 +443,7 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
     model_type = "stablemoe-seq2seq"
     attribute_map = {"num_hidden_layers": "encoder_layers"}
     keys_to_ignore_at_inference = [
+        "cache",
         "past_key_values",
         "aux_loss",
         "encoder_aux_loss",

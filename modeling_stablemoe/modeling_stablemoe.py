@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -24,6 +23,7 @@ from .layer_stablemoe import token_mask
 from .losses_stablemoe import count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cache_by_either_name
 
 
 logger = logging.get_logger(__name__)
@@ -42,6 +42,7 @@ class StableMoEModel(StableMoEBackbone):
         super().__init__(config, blocks, config.moe_layer_positions)
         self.post_init()
 
+    @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -49,7 +50,7 @@ class StableMoEModel(StableMoEBackbone):
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -62,11 +63,11 @@ class StableMoEModel(StableMoEBackbone):
                 not routed; or a mask that the attention implementation takes as it is, where every token is routed.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): default: counted over the
                 tokens that `attention_mask` shows.
-            past_key_values (`Cache`, *optional*): keys and values of earlier positions; and their ids, which this
-                model adds, where the distilled router looks back at them.
+            cache (`Cache`, *optional*): keys and values of earlier positions; and their ids, which this model adds, where
+                the distilled router looks back at them. `past_key_values` is another name of this argument.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): in place of
                 token embeddings. Without `input_ids` each vector is routed as the token whose embedding is nearest.
-            use_cache (`bool`, *optional*): return `past_key_values`.
+            use_cache (`bool`, *optional*): return the cache.
             **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_indices`,
                 `output_distilled_router_logits`, and what attention implementations take.
 
@@ -80,30 +81,30 @@ class StableMoEModel(StableMoEBackbone):
         """
         self._warn_of_lost_losses(kwargs.get("output_routing_traces", False))
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             position_ids=position_ids,  # those given, which may pack sequences: looking for it waits for the device
         )
         if position_ids is None:
-            position_ids = count_positions(inputs_embeds, attention_mask, past_key_values)
+            position_ids = count_positions(inputs_embeds, attention_mask, cache)
         token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, position_ids),
             token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
-            context=self.context_of(token_ids, attention_mask, past_key_values, "cu_seq_lens_q" in kwargs),
+            context=self.context_of(token_ids, attention_mask, cache, "cu_seq_lens_q" in kwargs),
             attention_mask=causal_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             use_cache=use_cache,
             **kwargs,
         )
-        return StableMoEModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return StableMoEModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _warn_of_lost_losses(self, is_recorded: bool):
         """Say so, once, if the backbone is trained in stage 1 by a head that asks for nothing to make routing losses of."""
@@ -163,7 +164,7 @@ class StableMoEModel(StableMoEBackbone):
         return [(input_ids, mask)] * self.config.num_moe_layers
 
 
-class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
+class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
     """The language model of StableMoE: the backbone and a head that shares the token embedding.
 
     Args:
@@ -215,13 +216,14 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
         options |= {"num_experts": num_experts, "moe_layer_positions": moe_layer_positions}
         return convert_dense(cls, dense, options)
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -235,7 +237,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
             attention_mask (`torch.Tensor`, *optional*): see there.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
-            past_key_values (`Cache`, *optional*): see there.
+            cache (`Cache`, *optional*): see there.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): see there.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, not shifted; -100 is
                 routed but not predicted. Without anything to predict, as in sequences of one token, `task_loss` is 0.
@@ -256,7 +258,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **self.routing_outputs(output_router_logits),

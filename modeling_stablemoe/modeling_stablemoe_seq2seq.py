@@ -4,7 +4,6 @@
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.processing_utils import Unpack
@@ -24,6 +23,7 @@ from .outputs_stablemoe import (
     StableMoESeq2SeqModelOutput,
 )
 from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cache_by_either_name
 
 
 def may_look_at(attention_mask: Tensor | None) -> bool:
@@ -39,19 +39,19 @@ class StableMoECrossAttention(StableMoEAttention):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `(batch, target, hidden_size)` to `(batch, source, hidden_size)`."""
-        if past_key_values is None:
+        if cache is None:
             key, value = self.project(encoder_hidden_states)
-        elif past_key_values.is_updated.get(self.layer_idx):
-            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+        elif cache.is_updated.get(self.layer_idx):
+            cached = cache.cross_attention_cache.layers[self.layer_idx]
             key, value = cached.keys, cached.values
         else:
             key, value = self.project(encoder_hidden_states)
-            key, value = past_key_values.cross_attention_cache.update(key, value, self.layer_idx)
-            past_key_values.is_updated[self.layer_idx] = True
+            key, value = cache.cross_attention_cache.update(key, value, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
         return self.attend(hidden_states, key, value, attention_mask, **kwargs)
 
 
@@ -63,11 +63,12 @@ class StableMoECrossAttentionBlock(StableMoEBlock):
         self.cross_attn_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.cross_attn = StableMoECrossAttention(config, layer_idx, is_causal=False)
 
+    @takes_cache_by_either_name
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -75,11 +76,11 @@ class StableMoECrossAttentionBlock(StableMoEBlock):
         """Map `(batch, target, hidden_size)` to `(batch, target, hidden_size)`."""
 
         def attend(normed: Tensor) -> Tensor:
-            cache = None if past_key_values is None else past_key_values.self_attention_cache
-            return self.self_attn(normed, attention_mask, cache, **kwargs)[0]
+            own = None if cache is None else cache.self_attention_cache
+            return self.self_attn(normed, attention_mask, own, **kwargs)[0]
 
         def attend_to_source(normed: Tensor) -> Tensor:
-            return self.cross_attn(normed, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs)[0]
+            return self.cross_attn(normed, encoder_hidden_states, encoder_attention_mask, cache, **kwargs)[0]
 
         hidden_states = self.add(attend, self.input_layernorm, hidden_states)
         hidden_states = self.add(attend_to_source, self.cross_attn_layernorm, hidden_states)
@@ -166,6 +167,7 @@ class StableMoEDecoder(StableMoEBackbone):
         super().__init__(config, blocks, config.decoder_moe_layer_positions)
         self.post_init()
 
+    @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -174,7 +176,7 @@ class StableMoEDecoder(StableMoEBackbone):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -186,10 +188,10 @@ class StableMoEDecoder(StableMoEBackbone):
             attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding.
             encoder_hidden_states (`torch.FloatTensor` of shape `(batch, source, hidden_size)`): the encoder's output.
             encoder_attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
-            past_key_values (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
+            cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see
                 `StableMoEEncoder.forward`.
-            use_cache (`bool`, *optional*): return `past_key_values`.
+            use_cache (`bool`, *optional*): return the cache.
             **kwargs: see `StableMoEModel.forward`.
 
         Returns:
@@ -206,14 +208,14 @@ class StableMoEDecoder(StableMoEBackbone):
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         if encoder_hidden_states is None:
             raise ValueError("The decoder attends to a source: pass `encoder_hidden_states`.")
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        if not isinstance(past_key_values, EncoderDecoderCache | None):
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if not isinstance(cache, EncoderDecoderCache | None):
             raise ValueError(
-                "`past_key_values` must be an EncoderDecoderCache, one cache for the target and one for the source; got "
-                f"a {type(past_key_values).__name__}."
+                "`cache` must be an EncoderDecoderCache, one cache for the target and one for the source; got "
+                f"a {type(cache).__name__}."
             )
-        self_attention_cache = None if past_key_values is None else past_key_values.self_attention_cache
+        self_attention_cache = None if cache is None else cache.self_attention_cache
         token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
@@ -224,10 +226,10 @@ class StableMoEDecoder(StableMoEBackbone):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=self_attention_cache,
+                **{CACHE_NAME: self_attention_cache},
                 allow_is_causal_skip=may_look_at(attention_mask),
             ),
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=create_bidirectional_mask(
                 config=self.config,
@@ -239,7 +241,7 @@ class StableMoEDecoder(StableMoEBackbone):
             use_cache=use_cache,
             **kwargs,
         )
-        return StableMoEDecoderOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return StableMoEDecoderOutput(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
 
 class StableMoESeq2SeqPreTrainedModel(StableMoEPreTrainedModel):
@@ -314,6 +316,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         if self.config.tie_word_embeddings:
             self.decoder.embed_tokens = value
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -322,7 +325,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -337,11 +340,11 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
                 `StableMoEDecoder.forward`.
             decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): see there.
             encoder_outputs (`ModelOutput` or `tuple`, *optional*): of the encoder, in place of its inputs.
-            past_key_values (`EncoderDecoderCache`, *optional*): see `StableMoEDecoder.forward`.
+            cache (`EncoderDecoderCache`, *optional*): see `StableMoEDecoder.forward`.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see
                 `StableMoEEncoder.forward`.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
-            use_cache (`bool`, *optional*): return `past_key_values`.
+            use_cache (`bool`, *optional*): return the cache.
             **kwargs: see `StableMoEModel.forward`.
 
         Returns:
@@ -361,7 +364,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -376,7 +379,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         )
         return StableMoESeq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_NAME: decoder_outputs.cache},
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             **{f"encoder_{name}": encoder_outputs.get(name) for name in recorded},
@@ -384,7 +387,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         )
 
 
-class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, GenerationMixin):
+class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableMoEGenerationMixin):
     """The sequence-to-sequence model with a head that shares the token embedding.
 
     Args:
@@ -435,6 +438,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         shifted[:, 0] = self.config.decoder_start_token_id
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -443,7 +447,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -461,7 +465,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
                 `labels`: the run of -100 at the end of each target is padding.
             encoder_outputs (`ModelOutput` or `tuple`, *optional*): see there; while training stage 1 they must hold
                 the routing (`output_router_logits`, `output_expert_indices`, `output_distilled_router_logits`).
-            past_key_values (`EncoderDecoderCache`, *optional*): see there.
+            cache (`EncoderDecoderCache`, *optional*): see there.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
@@ -491,7 +495,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -514,7 +518,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         return StableMoESeq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.cache},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,
@@ -548,7 +552,6 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: ModelOutput | tuple[Tensor, ...] | None = None,
-        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
@@ -562,7 +565,6 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, Generat
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
             decoder_attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
             encoder_outputs (`ModelOutput` or `tuple`, *optional*): as given to `forward`.
-            past_key_values (`EncoderDecoderCache`, *optional*): as given to `forward`.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): as given to `forward`.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): as given to
                 `forward`.

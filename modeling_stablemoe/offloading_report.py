@@ -148,7 +148,7 @@ def measure_arm(
     files = files_of(checkpoint) if drop_cache else []
     measured: dict[str, Any] = {"arm": name}
     measured["prefill"] = _time_passes(arm, [(ids.to(device), None) for ids in prompts], files, warm_up=1)
-    cache = arm.model(tokens[:, :1].to(device), use_cache=True).past_key_values
+    cache = arm.model(tokens[:, :1].to(device), use_cache=True).cache
     steps = [(tokens[:, step : step + 1].to(device), cache) for step in range(1, tokens.shape[1])]
     measured["decoding"] = _time_passes(arm, steps, files, warm_up=1)
     measured["peak_megabytes"] = (memory_in_use(device) - before) / 1e6
@@ -166,7 +166,7 @@ def _time_passes(arm: Arm, passes: list[tuple], files: list[Path], warm_up: int)
                 moved = 0
         drop_from_cache(files)
         began = _now(arm.device)
-        arm.model(ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        arm.model(ids, cache=cache, use_cache=cache is not None, logits_to_keep=1)
         seconds.append(_now(arm.device) - began)
     count = len(passes) - warm_up
     result = {

@@ -4,20 +4,25 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
 
 from .health_stablemoe import RoutingHealth
 from .routing_stablemoe import RoutingTrace
+from .versions_stablemoe import CacheByEitherName
 
 
 @dataclass
-class StableMoEModelOutputWithPast(ModelOutput):
+class StableMoEModelOutputWithPast(BaseModelOutputWithPast, CacheByEitherName):
     """Output of the backbone.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): after the final norm.
-        past_key_values (`Cache`, *optional*): with `use_cache`.
+        cache (`Cache`, *optional*): with `use_cache`; `past_key_values` is another name of this field.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): with `output_hidden_states`: the input of the first
             block and the output of each block.
         attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
@@ -33,10 +38,6 @@ class StableMoEModelOutputWithPast(ModelOutput):
             made of, one a MoE layer.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
     distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -44,14 +45,14 @@ class StableMoEModelOutputWithPast(ModelOutput):
 
 
 @dataclass
-class StableMoECausalLMOutputWithPast(ModelOutput):
+class StableMoECausalLMOutputWithPast(CausalLMOutputWithPast, CacheByEitherName):
     """Output of the language model.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: what is trained, eq. 11 in stage 1 and
             eq. 15 in stage 2: `task_loss + router_aux_loss_coef * aux_loss`. In eval mode `task_loss` alone.
         logits (`torch.FloatTensor` of shape `(batch, sequence, vocab_size)`).
-        past_key_values (`Cache`, *optional*): with `use_cache`.
+        cache (`Cache`, *optional*): with `use_cache`; `past_key_values` is another name of this field.
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         aux_loss (`torch.FloatTensor` of shape `()`, *optional*): while training or with `output_router_logits`:
@@ -73,11 +74,6 @@ class StableMoECausalLMOutputWithPast(ModelOutput):
             over layers.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
@@ -113,12 +109,12 @@ class StableMoEDecoderOutput(StableMoEModelOutputWithPast):
 
 
 @dataclass
-class StableMoESeq2SeqModelOutput(ModelOutput):
+class StableMoESeq2SeqModelOutput(Seq2SeqModelOutput, CacheByEitherName):
     """Output of encoder and decoder; each field is explained at the one it is named after.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, target, hidden_size)`): of the decoder.
-        past_key_values (`EncoderDecoderCache`, *optional*): with `use_cache`.
+        cache (`EncoderDecoderCache`, *optional*): with `use_cache`; `past_key_values` is another name of this field.
         decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): with `output_hidden_states`.
         decoder_attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`.
         cross_attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`.
@@ -135,14 +131,6 @@ class StableMoESeq2SeqModelOutput(ModelOutput):
         decoder_routing_traces (`tuple[RoutingTrace]`, *optional*): with `output_routing_traces`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     encoder_router_logits: tuple[torch.FloatTensor, ...] | None = None
     decoder_router_logits: tuple[torch.FloatTensor, ...] | None = None
     encoder_expert_indices: tuple[torch.LongTensor, ...] | None = None
@@ -154,14 +142,14 @@ class StableMoESeq2SeqModelOutput(ModelOutput):
 
 
 @dataclass
-class StableMoESeq2SeqLMOutput(ModelOutput):
+class StableMoESeq2SeqLMOutput(Seq2SeqLMOutput, CacheByEitherName):
     """Output of the sequence-to-sequence model with its head.
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: what is trained, eq. 11 in stage 1 and
             eq. 15 in stage 2: `task_loss + router_aux_loss_coef * aux_loss`. In eval mode `task_loss` alone.
         logits (`torch.FloatTensor` of shape `(batch, target, vocab_size)`).
-        past_key_values (`EncoderDecoderCache`, *optional*): with `use_cache`.
+        cache (`EncoderDecoderCache`, *optional*): with `use_cache`; `past_key_values` is another name of this field.
         decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         decoder_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         cross_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEDecoderOutput`.
@@ -191,15 +179,6 @@ class StableMoESeq2SeqLMOutput(ModelOutput):
         routing_health (`RoutingHealth`, *optional*): with `aux_loss`: see `StableMoECausalLMOutputWithPast`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     aux_loss: torch.FloatTensor | None = None
     encoder_aux_loss: torch.FloatTensor | None = None
     decoder_aux_loss: torch.FloatTensor | None = None

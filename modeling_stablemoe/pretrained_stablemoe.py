@@ -24,6 +24,7 @@ from .routing_stablemoe import LearnedRouter, Router
 from .running_stablemoe import RouterMemory
 from .stages_stablemoe import TwoStageRoutingMixin
 from .tensors_stablemoe import unpack_ids
+from .versions_stablemoe import CACHE_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +46,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["StableMoEBlock", "StableMoELayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -241,7 +242,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         return output_class(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.cache},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=(outputs.router_logits or None) if output_router_logits else None,

@@ -1,0 +1,98 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What transformers 5.15 to 5.23 name otherwise than 5.24 and later: the key/value cache, `past_key_values` before `cache`."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+
+# What the installed transformers calls a cache in arguments and outputs.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def name_cache(kwargs: dict[str, Any], name: str = CACHE_NAME) -> dict[str, Any]:
+    """Return `kwargs` with the cache, if there is one under either of its names, under `name`.
+
+    Raises:
+        ValueError: if two caches are given.
+    """
+    given = [key for key in ("cache", "past_key_values") if key in kwargs]
+    caches = [kwargs[key] for key in given if kwargs[key] is not None]
+    if len(caches) > 1:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: pass one of them.")
+    others = {key: value for key, value in kwargs.items() if key not in given}
+    return others | {name: caches[0] if caches else None} if given else others
+
+
+def takes_cache_by_either_name(forward: Callable) -> Callable:
+    """Decorate a function with an argument `cache` so that callers may name it `past_key_values` as well."""
+
+    @wraps(forward)
+    def renamed(*args, **kwargs):
+        return forward(*args, **(name_cache(kwargs, "cache") if "past_key_values" in kwargs else kwargs))
+
+    # `generate` looks the name up that it will pass.
+    parameters = inspect.signature(forward).parameters.values()
+    renamed.__signature__ = inspect.Signature(
+        [each.replace(name=CACHE_NAME) if each.name == "cache" else each for each in parameters]
+    )
+    return renamed
+
+
+def update_cache(
+    cache: Cache, key: Tensor, value: Tensor, layer_idx: int, attention_kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Add keys and values to a cache, and return those to attend to, `(batch, heads, length, head_dim)` each.
+
+    Args:
+        cache (`Cache`): or the paged cache of continuous batching.
+        key (`torch.Tensor` of shape `(batch, heads, sequence, head_dim)`): of new positions.
+        value (`torch.Tensor` of shape `(batch, heads, sequence, head_dim)`): of new positions.
+        layer_idx (`int`): place of the block.
+        attention_kwargs (`dict`): what the attention function will get; a paged cache changes it.
+    """
+    if CACHE_NAME == "cache" or isinstance(cache, Cache):
+        return cache.update(key, value, layer_idx, kwargs=attention_kwargs)
+    # Before 5.24 the attention functions write to a paged cache themselves, and look for it here.
+    attention_kwargs["cache"] = cache
+    return key, value
+
+
+class StableMoEGenerationMixin(GenerationMixin):
+    """`GenerationMixin`, for which callers may name a cache `cache` or `past_key_values`."""
+
+    def generate(self, *args, **kwargs):
+        """Generate token ids; see `GenerationMixin.generate`."""
+        return super().generate(*args, **name_cache(kwargs))
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """Make the inputs of the next step; see `GenerationMixin.prepare_inputs_for_generation`."""
+        return super().prepare_inputs_for_generation(*args, **name_cache(kwargs))
+
+
+class CacheByEitherName:
+    """Lets the field that holds a cache be read by its new name in outputs of older versions.
+
+    Newer versions translate the old name themselves. Comes last among the base classes, so that a field goes before it.
+    """
+
+    @property
+    def cache(self) -> Cache | None:
+        """`Cache`, *optional*: keys and values so far."""
+        return self.past_key_values
+
+
+__all__ = [
+    "CACHE_NAME",
+    "CacheByEitherName",
+    "StableMoEGenerationMixin",
+    "name_cache",
+    "takes_cache_by_either_name",
+    "update_cache",
+]
