@@ -95,11 +95,11 @@ def copy_routing(checkpoint: str | Path, folder: str | Path):
 
 
 def _integers(stablemoe: nn.Module) -> dict[str, Tensor]:
-    """Find the integer parameters of the MoE layers, by the names that they have without PEFT."""
+    """Find the integers of the MoE layers, which are buffers, by the names that they have without PEFT."""
     return {
         _WRAPPED.sub("", f"{layer}.{name}"): values
         for layer, module in stablemoe.moe_layers_by_name.items()
-        for name, values in module.named_parameters()
+        for name, values in module.named_buffers()
         if not values.is_floating_point() and ".original_module." not in name
     }
 

@@ -26,9 +26,12 @@ logger = logging.get_logger(__name__)
 class DistilledRouter(nn.Module):
     """What all distilled routers share: an embedding D of their own and centroids E^.
 
-    All that it holds are parameters of this very module, none of a module inside it: sharding and offloading engines bring
-    them together for `forward`, and the frozen router holds a copy of them by name.
+    All that it holds are tensors of this very module, none of a module inside it: sharding and offloading engines bring
+    them together for `forward`, and the frozen router holds a copy of its parameters by name.
     """
+
+    # The buffers, which are integers.
+    integer_dtypes: dict[str, torch.dtype] = {}
 
     # Whether earlier tokens matter.
     sees_context: bool
@@ -74,7 +77,7 @@ class DistilledRouter(nn.Module):
         Raises:
             ValueError: if a router that looks back at earlier tokens holds NaN or infinite weights.
         """
-        weights = {key: full_tensor(p).detach() for key, p in self.named_parameters() if p.is_floating_point()}
+        weights = {key: full_tensor(parameter).detach() for key, parameter in self.named_parameters()}
         # As they are stored: float64 may hold more than float32 does.
         diverged = [key for key, weight in weights.items() if not weight.float().isfinite().all()]
         if not diverged:
@@ -149,22 +152,22 @@ class CountRouter(WordEmbeddingRouter):
     (eq. 10). Ties go to the lowest index.
 
     Attributes:
-        expert_counts (`torch.nn.Parameter` of shape `(V, E)`): how many tokens of each id went to each expert in
+        expert_counts (`torch.IntTensor` of shape `(V, E)`): how many tokens of each id went to each expert in
             stage 1, of all processes, each counting half after `counts_half_life` more tokens; float32, kept by its bits
             (see `running_stablemoe.py`).
     """
 
     observes = True
+    integer_dtypes = {"expert_counts": torch.int32}
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.half_life = config.counts_half_life
-        counts = torch.zeros((config.vocab_size, config.num_experts), dtype=torch.int32)
-        self.expert_counts = nn.Parameter(counts, requires_grad=False)
+        self.register_buffer("expert_counts", torch.zeros((config.vocab_size, config.num_experts), dtype=torch.int32))
 
     def counts(self) -> Tensor:
         """Return the counts, whole: `torch.FloatTensor` of shape `(V, E)`."""
-        return from_bits(full_tensor(self.expert_counts))
+        return from_bits(self.expert_counts)
 
     def table(self) -> Tensor:
         """Evaluate the expert of each id, `torch.LongTensor` of shape `(V,)`."""

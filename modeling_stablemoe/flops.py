@@ -45,7 +45,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
         are no parameters in this sense.
     """
     experts = sum(p.numel() for layer in moe_layers_of(model).values() for p in layer.expert_stack.parameters())
-    learned = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    learned = sum(p.numel() for p in model.parameters())
     return {"shared": learned - experts, "experts": experts}
 
 

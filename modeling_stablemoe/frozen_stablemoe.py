@@ -3,21 +3,30 @@
 
 It is a table where the distilled router sees the token alone, and weights where it looks back at earlier tokens.
 
-Both are integer *parameters* without gradient rather than buffers: accelerate's memory-efficient loading for FSDP2 knows
-parameters only. No optimizer, weight decay or cast reaches an integer parameter.
+Both are persistent integer buffers: no optimizer, weight decay, average of parameters or cast of the model reaches them,
+and loops over `parameters()` need not know of them.
 """
+
+import hashlib
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class, sees_context
-from .tensors_stablemoe import copy_into, full_tensor, whole_shape
+from .losses_stablemoe import is_distributed
+from .tensors_stablemoe import copy_into, from_bits, local_tensor, restore_integers, restored_integers, to_bits
 
 
 class FrozenRouting(nn.Module):
-    """What both kinds share: whether they are frozen follows from what they hold, -1 everywhere while they are not."""
+    """What both kinds share: whether they are frozen follows from what they hold, -1 everywhere while they are not.
+
+    Contents may get here in ways that this module is not told of: an engine fills a buffer in place, replaces it, or moves
+    it. So a forward pass calls `follow`, which reads the contents again if they may have changed. A routing that was frozen
+    may become that of stage 1, never another one: an average of buffers, say, would move tokens to other experts.
+    """
 
     # What one is called in errors.
     noun: str
@@ -27,16 +36,22 @@ class FrozenRouting(nn.Module):
         self.num_experts = config.num_experts
         # Mirrors the contents, so that a forward pass need not ask the device for a value.
         self.is_frozen = False
+        # Of the frozen contents that were read last, by `encode`.
+        self.digest: str | None = None
+        # What `_signature` was then.
+        self._seen: tuple | None = None
+        self.register_load_state_dict_pre_hook(_check_contents_to_load)
+        self.register_load_state_dict_post_hook(_follow_loaded_contents)
 
     def contents(self) -> dict[str, Tensor]:
-        """Return all that is held, whole and on the CPU, by parameter name."""
-        raise NotImplementedError
+        """Return all that is held, on the CPU, by buffer name."""
+        return {name: values.cpu() for name, values in self.named_buffers()}
 
     def check(self, contents: dict[str, Tensor], name: str) -> bool:
-        """Tell frozen contents from those that are not frozen yet.
+        """Return True for frozen contents, False for contents that are not frozen yet.
 
         Args:
-            contents (`dict[str, torch.Tensor]`): as of `contents`.
+            contents (`dict[str, torch.Tensor]`): by buffer name.
             name (`str`): of the router that holds them, for the error.
 
         Raises:
@@ -49,15 +64,62 @@ class FrozenRouting(nn.Module):
         raise NotImplementedError
 
     def refresh(self, name: str = "frozen_router"):
-        """Re-derive the stage from the contents, after anything has been written to them.
+        """Derive the stage from the contents.
 
         Args:
             name (`str`): how to call this router in an error.
 
         Raises:
-            ValueError: if the contents are damaged.
+            ValueError: if the contents are damaged, or were frozen and are another routing now.
         """
-        self.is_frozen = self.check(self.contents(), name)
+        for module_name, module in self.named_modules(prefix=name):
+            restore_integers(module, module_name, dict.fromkeys(module._buffers, torch.int32))
+        contents = self.contents()
+        is_frozen = self.check(contents, name)
+        digest = hashlib.sha256(self.encode(contents)).hexdigest() if is_frozen else None
+        if None not in (self.digest, digest) and self.digest != digest:
+            raise ValueError(another_routing(self.noun, name))
+        self.is_frozen, self.digest, self._seen = is_frozen, digest, self._signature()
+
+    def follow(self, name: str = "frozen_router"):
+        """Do what `refresh` does if the contents may have changed; where they have not, no device is asked for a value.
+
+        Contents that are elsewhere, on the meta device, are left alone.
+
+        Raises:
+            ValueError: as `refresh` does; also for a routing of stage 1 that has been replaced by zeros.
+        """
+        if is_torchdynamo_compiling() or not self.is_here() or self._signature() == self._seen:
+            return
+        contents = self.contents()
+        if not self.is_frozen and self.num_experts > 1 and not any(values.any() for values in contents.values()):
+            # 0.9 * -1 + 0.1 * -1 is -0.99999994 in float32, and 0 as an integer.
+            raise ValueError(another_routing(self.noun, name))
+        self.refresh(name)
+
+    def is_here(self) -> bool:
+        """Return True where the buffers can be read: not on the meta device, unless an offloading hook brings them."""
+        return all(
+            type(values) is Tensor and (not values.is_meta or hasattr(module, "_hf_hook"))
+            for module in self.modules()
+            for values in module._buffers.values()
+        )
+
+    def forget(self):
+        """Take whatever comes next for right: contents are about to be replaced on purpose."""
+        self.digest = None
+
+    def expect(self, is_frozen: bool):
+        """Take the stage from elsewhere until other contents than those of now are here."""
+        self.is_frozen, self.digest, self._seen = is_frozen, None, self._signature()
+
+    def _signature(self) -> tuple:
+        """Return what changes when something is written to the buffers, without waiting for an accelerator."""
+        return tuple(_trace_of(values) for values in self.buffers())
+
+    def __getstate__(self) -> dict:
+        # Where tensors lie means nothing in another process or in a copy.
+        return {**self.__dict__, "_seen": None}
 
 
 class FrozenRouter(FrozenRouting):
@@ -69,7 +131,7 @@ class FrozenRouter(FrozenRouting):
         super().__init__(config)
         self.is_hash = config.router_type == "hash"
         table = torch.full((config.vocab_size,), -1, dtype=torch.int32)
-        self.routing_table = nn.Parameter(table, requires_grad=False)
+        self.register_buffer("routing_table", table)
 
     def initial_table(self) -> Tensor:
         """Make the table of a new model: a random one with a hash, -1 otherwise; `torch.IntTensor` of shape `(V,)`."""
@@ -81,12 +143,20 @@ class FrozenRouter(FrozenRouting):
 
         Args:
             token_ids (`torch.LongTensor` of any shape): in [0, V).
-            context (`TokenContext`, *optional*): of no consequence.
+            context (`TokenContext`, *optional*): not used.
 
         Returns:
             `torch.LongTensor` of the shape of `token_ids`: in [0, E).
         """
-        return full_tensor(self.routing_table)[token_ids].long()
+        return self.routing_table[token_ids].long()
+
+    def follow(self, name: str = "frozen_router"):
+        """Follow the contents, but for a hash on several processes; see `FrozenRouting.follow`.
+
+        DistributedDataParallel gives all processes the table of the first one, and writes it again before every pass.
+        """
+        if not (self.is_hash and is_distributed()):
+            super().follow(name)
 
     @torch.no_grad()
     def freeze(self, table: Tensor):
@@ -95,6 +165,7 @@ class FrozenRouter(FrozenRouting):
         Args:
             table (`torch.LongTensor` of shape `(V,)`): the expert of each token id, in [0, E).
         """
+        self.forget()
         copy_into(self.routing_table, table.to(self.routing_table.dtype))
         self.refresh()
 
@@ -102,11 +173,11 @@ class FrozenRouter(FrozenRouting):
         """Return the whole table, on the CPU: `torch.IntTensor` of shape `(V,)`."""
         table = self.routing_table
         # Read through `forward`, where the hooks of an offloaded model fetch it.
-        ids = torch.arange(whole_shape(table)[0], device="cpu" if table.is_meta else table.device)
+        ids = torch.arange(table.shape[0], device="cpu" if table.is_meta else table.device)
         return self(ids).int().cpu()
 
     def contents(self) -> dict[str, Tensor]:
-        """See `FrozenRouting.contents`."""
+        """Return the table, which may be offloaded; see `FrozenRouting.contents`."""
         return {"routing_table": self.values()}
 
     def check(self, contents: dict[str, Tensor], name: str) -> bool:
@@ -128,7 +199,9 @@ class FrozenRouter(FrozenRouting):
         old = self.routing_table
         new_ids = torch.arange(min(old.shape[0], vocab_size), vocab_size, dtype=old.dtype, device=old.device)
         new_rows = new_ids % self.num_experts if self.is_frozen else torch.full_like(new_ids, -1)
-        self.routing_table = nn.Parameter(torch.cat([old[:vocab_size], new_rows]), requires_grad=False)
+        self.forget()
+        self.routing_table = torch.cat([old[:vocab_size], new_rows])
+        self.refresh()
 
 
 class FrozenWeights(nn.Module):
@@ -137,12 +210,11 @@ class FrozenWeights(nn.Module):
     def __init__(self, shapes: dict[str, tuple[int, ...]]):
         super().__init__()
         for name, shape in shapes.items():
-            bits = torch.full(shape, -1, dtype=torch.int32)
-            self.register_parameter(name, nn.Parameter(bits, requires_grad=False))
+            self.register_buffer(name, torch.full(shape, -1, dtype=torch.int32))
 
     def forward(self) -> dict[str, Tensor]:
-        """Return the whole weights by name, `torch.IntTensor`s: a module of its own, for the hooks of offloading."""
-        return {name: full_tensor(bits) for name, bits in self.named_parameters()}
+        """Return the weights by name, `torch.IntTensor`s: a module of its own, for the hooks of offloading."""
+        return dict(self.named_buffers())
 
 
 class FrozenContextRouter(FrozenRouting):
@@ -169,7 +241,7 @@ class FrozenContextRouter(FrozenRouting):
         Returns:
             `torch.LongTensor` of shape `(B, S)`: in [0, E).
         """
-        weights = {name: bits.view(torch.float32) for name, bits in self.weights().items()}
+        weights = {name: from_bits(bits) for name, bits in self.weights().items()}
         return self.distilled_router_class.assign_by(weights, context)
 
     @torch.no_grad()
@@ -179,26 +251,21 @@ class FrozenContextRouter(FrozenRouting):
         Args:
             weights (`dict[str, torch.Tensor]`): of the distilled router by name, finite, float32.
         """
-        for name, bits in self.weights.named_parameters():
-            copy_into(bits, weights[name].contiguous().view(torch.int32))
+        self.forget()
+        for name, bits in self.weights.named_buffers():
+            copy_into(bits, to_bits(weights[name]))
         self.refresh()
 
     def contents(self) -> dict[str, Tensor]:
-        """See `FrozenRouting.contents`."""
+        """Return the weights, which may be offloaded; see `FrozenRouting.contents`."""
         return {f"weights.{name}": bits.cpu() for name, bits in self.weights().items()}
 
     def check(self, contents: dict[str, Tensor], name: str) -> bool:
         """See `FrozenRouting.check`: frozen weights are finite, all others -1."""
-        for key, bits in contents.items():
-            if bits.dtype != torch.int32:
-                raise ValueError(
-                    f"The frozen router `{name}.{key}` is stored as {bits.dtype}, but its weights are bit patterns, int32. "
-                    "Restore the checkpoint from its source; a cast of the model leaves integers alone."
-                )
         if all(bool((bits == -1).all()) for bits in contents.values()):
             return False
         for key, bits in contents.items():
-            bad = ~bits.view(torch.float32).isfinite()
+            bad = ~from_bits(bits).isfinite()
             if bad.any():
                 row = int(bad.flatten().nonzero()[0])
                 problem = "is missing" if int(bits.flatten()[row]) == -1 else "is NaN or infinite"
@@ -223,7 +290,69 @@ class FrozenContextRouter(FrozenRouting):
         """
         old = self.weights.embedding
         rows = torch.arange(vocab_size, device=old.device) % old.shape[0]
-        self.weights.embedding = nn.Parameter(old[rows], requires_grad=False)
+        self.forget()
+        self.weights.embedding = old[rows]
+        self.refresh()
+
+
+def _trace_of(values: Tensor) -> tuple:
+    version = None if values.is_inference() else values._version
+    # A copy into `.data` leaves no trace. On the CPU one look tells whether a table has been filled by one.
+    first = int(values.flatten()[0]) if values.device.type == "cpu" and values.numel() else None
+    return id(values), values.data_ptr(), version, first
+
+
+def another_routing(noun: str, name: str) -> str:
+    """Say that frozen contents have been replaced, and what does that unintended."""
+    return (
+        f"What has been written to the {noun} of `{name}` is not the routing of this model: tokens would go to experts that have "
+        "not learned them. Leave buffers out of averages of models (`use_buffers=False`), load the weights of one run only, "
+        "or start from the other run's checkpoint."
+    )
+
+
+def contents_to_load(router: FrozenRouting, state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor] | None:
+    """Find the contents of a frozen router in a state dict, as integers on the CPU.
+
+    A merge or an average of checkpoints may have written them as floats, a sharding engine as replicated tensors: the state
+    dict gets integers in their place.
+
+    Args:
+        router (`FrozenRouting`): that will hold them.
+        state_dict (`dict[str, torch.Tensor]`): of a model, or of a part of it.
+        name (`str`): of the router in the state dict.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by buffer name; `None` where some are missing or of another shape.
+
+    Raises:
+        ValueError: if they are no integers.
+    """
+    contents = {}
+    for key, own in router.named_buffers():
+        value = state_dict.get(f"{name}.{key}" if name else key)
+        if value is None or value.is_meta or value.shape != own.shape:
+            return None
+        contents[key] = restored_integers(local_tensor(value), torch.int32, f"{name}.{key}")
+    state_dict.update({f"{name}.{key}" if name else key: values for key, values in contents.items()})
+    return {key: values.cpu() for key, values in contents.items()}
+
+
+def _check_contents_to_load(router: FrozenRouting, state_dict: dict, prefix: str, *args):
+    """Refuse another frozen routing than the present one, loaded alone or with a model that holds this router."""
+    name = prefix.removesuffix(".")
+    contents = contents_to_load(router, state_dict, name)
+    if contents is None:
+        return
+    if not router.check(contents, name or "frozen_router"):
+        router.forget()
+    elif router.digest is not None and router.digest != hashlib.sha256(router.encode(contents)).hexdigest():
+        raise ValueError(another_routing(router.noun, name or "frozen_router"))
+
+
+def _follow_loaded_contents(router: FrozenRouting, incompatible_keys):
+    if router.is_here():
+        router.refresh()
 
 
 def is_frozen_table(table: Tensor, num_experts: int, name: str) -> bool:
@@ -264,6 +393,8 @@ __all__ = [
     "FrozenRouter",
     "FrozenRouting",
     "FrozenWeights",
+    "another_routing",
     "build_frozen_router",
+    "contents_to_load",
     "is_frozen_table",
 ]

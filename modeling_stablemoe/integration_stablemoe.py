@@ -13,7 +13,7 @@ from .layer_stablemoe import moe_layers_of
 
 
 class IntegrationMixin:
-    """What `PreTrainedModel` leaves to a model with stacked experts, integer parameters and code files of its own."""
+    """What `PreTrainedModel` leaves to a model with stacked experts, integer buffers and code files of its own."""
 
     # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
     _auto_map: dict[str, str] = {}
@@ -43,6 +43,17 @@ class IntegrationMixin:
             custom_object_save(written, save_directory)
         if self.after_saving is not None:
             self.after_saving(self, Path(save_directory))
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DistributedDataParallel would write to all buffers before every pass. Those of a routing are equal on all
+        # processes, tables and counts alike; a hash that is random is not. PEFT wraps the model under two more names.
+        if self.config.router_type == "hash":
+            return []
+        names = [
+            f"{layer}.{name}" for layer, module in moe_layers_of(self).items() for name, _ in module.named_buffers()
+        ]
+        return [prefix + name for prefix in ("", "base_model.model.") for name in names]
 
     @classmethod
     def _written_class(cls) -> type:
@@ -99,19 +110,12 @@ class IntegrationMixin:
         # torch asks `finfo` how large the numbers are (pytorch/pytorch#192485). Later versions of transformers have a
         # function that joins, and join by themselves only what they push.
         joins = push_to_hub or not hasattr(distributed, "consolidate_distributed_checkpoint")
-        if joins and not all(parameter.is_floating_point() for parameter in self.parameters()):
+        if joins and not all(values.is_floating_point() for values in self.buffers()):
             raise ValueError(
                 "`distributed_checkpoint=True`: with `push_to_hub=True`, and in older versions of transformers always, the "
                 "shards are joined to one file, and torch cannot join integers, such as frozen routers. Leave "
                 "`distributed_checkpoint` out: the first process then gathers the weights and writes them."
             )
-
-    def requires_grad_(self, requires_grad: bool = True):
-        """Switch gradients on or off for all parameters but the frozen routers, which are integers and take none."""
-        for parameter in self.parameters():
-            if parameter.is_floating_point():
-                parameter.requires_grad_(requires_grad)
-        return self
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

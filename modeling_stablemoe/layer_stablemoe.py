@@ -89,6 +89,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         self.dispatch = ExpertDispatch(config)
         self.expert_stack = StableMoEExperts(config)
         self.shares_experts = config.share_experts_in_stage1
+        self.register_state_dict_post_hook(_replicate_buffers)
 
     def forward(
         self,
@@ -158,7 +159,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         return (
             self.frozen_router.is_frozen
             and self.expert_stack.num_experts == self.num_experts
-            and all(is_at_hand(values, token_ids.device) for values in self.frozen_router.parameters())
+            and all(is_at_hand(values, token_ids.device) for values in self.frozen_router.buffers())
         )
 
     @property
@@ -190,6 +191,20 @@ class StableMoELayer(GradientCheckpointingLayer):
         """Follow the vocabulary to a new size; see `resize` of the frozen router for the experts of new ids."""
         self.bare_router.resize(vocab_size)
         self.frozen_router.resize(vocab_size)
+
+
+def _replicate_buffers(layer: StableMoELayer, state_dict: dict[str, Tensor], prefix: str, local_metadata):
+    """Hand buffers out as replicated tensors where all parameters are sharded, as accelerate expects of FSDP2."""
+    parameter = next(layer.parameters())
+    if not hasattr(parameter, "device_mesh"):
+        return
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = parameter.device_mesh
+    for name, _ in layer.named_buffers(prefix.removesuffix(".")):
+        if name in state_dict and not hasattr(state_dict[name], "device_mesh"):
+            placements = [Replicate()] * mesh.ndim
+            state_dict[name] = DTensor.from_local(state_dict[name], mesh, placements, run_check=False)
 
 
 def dispatch_ahead(

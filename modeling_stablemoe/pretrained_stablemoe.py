@@ -83,14 +83,14 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         elif isinstance(module, LearnedRouter):
             init.orthogonal_(module.centroids, gain=0.1)
         elif isinstance(module, RouterMemory):
-            for values in module.parameters():
+            for values in module.buffers():
                 init.zeros_(values)
         elif isinstance(module, DistilledRouter):
             self._init_distilled_router(module)
         elif isinstance(module, FrozenRouter):
             init.copy_(module.routing_table, module.initial_table())
         elif isinstance(module, FrozenWeights):
-            for bits in module.parameters():
+            for bits in module.buffers():
                 init.copy_(bits, torch.full_like(bits, -1))
 
     def _init_distilled_router(self, module: DistilledRouter):

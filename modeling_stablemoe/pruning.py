@@ -155,7 +155,7 @@ class Pruning:
             ValueError: if what has rows of experts is missing, or of another shape than the config says.
         """
         whole, pruned = (
-            {name: parameter.shape for name, parameter in build_skeleton(self.model_class, config).named_parameters()}
+            {name: values.shape for name, values in build_skeleton(self.model_class, config).state_dict().items()}
             for config in (self.config, self.new_config)
         )
         kept = {layer.name: layer.kept.tolist() for layer in self.layers}
@@ -336,7 +336,7 @@ def prune_experts(
     tables = {name: layer.frozen_router.values() for name, layer in model.moe_layers_by_name.items()}
     generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
     pruning = plan_pruning(type(model), model.config, tables, token_ids, target_ids, generation_config)
-    state = pruning.take(dict(model.named_parameters()))
+    state = pruning.take(model.state_dict())
     pruned = _build(pruning, state, {"dtype": model.dtype, "device_map": {"": model.device}})
     _finish(pruned, pruning, generation_config, confine_generation)
     pruned.config.name_or_path = model.config.name_or_path

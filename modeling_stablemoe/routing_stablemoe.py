@@ -19,7 +19,7 @@ from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class
 from .losses_stablemoe import BalanceLoss, balance_loss, switch_balance_loss
 from .running_stablemoe import RouterMemory, needs_memory
-from .tensors_stablemoe import copy_into, finite_tokens, score, score_chosen, whole_shape
+from .tensors_stablemoe import copy_into, finite_tokens, restore_integers, score, score_chosen, whole_shape
 
 
 class RoutingTrace(NamedTuple):
@@ -117,7 +117,21 @@ class Router(nn.Module):
         """List the parameters that learn in stage 1 only, D and E^: the frozen routing stands for them in stage 2."""
         if self.distilled_router is None:
             return []
-        return [p for p in self.distilled_router.parameters() if p.is_floating_point()]
+        return list(self.distilled_router.parameters())
+
+    def restore_integers(self, name: str):
+        """Bring statistics and counts that other code has stored in another dtype back to integers.
+
+        Args:
+            name (`str`): of the router, for errors.
+
+        Raises:
+            ValueError: if they are no integers any more.
+        """
+        for key in ("distilled_router", "memory"):
+            part = getattr(self, key)
+            if part is not None:
+                restore_integers(part, f"{name}.{key}", part.integer_dtypes)
 
     def resize(self, vocab_size: int):
         """Follow the vocabulary to a new size; see `DistilledRouter.resize`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .losses_stablemoe import histogram, sum_across_processes
-from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, to_bits
+from .tensors_stablemoe import copy_into, from_bits, resize_rows, to_bits
 
 
 # Keeps a feature that never varies finite.
@@ -23,7 +23,7 @@ VARIANCE_EPSILON = 1e-6
 class RouterMemory(nn.Module):
     """The running statistics that a config asks for.
 
-    Parameters, all integers without gradient: `tokens` `(1,)`, routed so far; `feature_mean` and `feature_variance`,
+    Persistent buffers, all integers: `tokens` `(1,)`, routed so far; `feature_mean` and `feature_variance`,
     `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `token_counts`, `(V,)`, how often
     each id was routed, with `max_frozen_load`.
 
@@ -37,6 +37,7 @@ class RouterMemory(nn.Module):
         self.half_life = config.router_half_life
         self.normalization = config.router_normalization
         self.bias_rate = config.expert_bias_rate
+        self.integer_dtypes: dict[str, torch.dtype] = {}
         self._register("tokens", 1, torch.int64)
         if config.router_normalization is not None:
             self._register("feature_mean", config.hidden_size, torch.int32)
@@ -47,12 +48,15 @@ class RouterMemory(nn.Module):
             self._register("token_counts", config.vocab_size, torch.int64)
 
     def _register(self, name: str, size: int, dtype: torch.dtype):
-        self.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype), requires_grad=False))
+        self.register_buffer(name, torch.zeros(size, dtype=dtype))
+        self.integer_dtypes[name] = dtype
 
     def forward(self) -> dict[str, Tensor]:
         """Return what is kept by name, floats as floats: a module of its own, for the hooks of offloading."""
-        whole = {name: full_tensor(values) for name, values in self.named_parameters()}
-        return {name: from_bits(values) if values.dtype == torch.int32 else values for name, values in whole.items()}
+        return {
+            name: from_bits(values) if self.integer_dtypes[name] == torch.int32 else values
+            for name, values in self.named_buffers()
+        }
 
     def normalize(self, hidden_states: Tensor, recalled: dict[str, Tensor]) -> Tensor:
         """Center, and standardize, hidden states by running statistics; float32 at least.

@@ -13,8 +13,9 @@ from transformers.utils import logging
 from .balancing_stablemoe import BalancedTable
 from .context_stablemoe import whole_context
 from .distillation_stablemoe import sees_context
+from .frozen_stablemoe import contents_to_load
 from .layer_stablemoe import StableMoELayer, moe_layers_of, token_mask
-from .tensors_stablemoe import is_quantized, whole_shape
+from .tensors_stablemoe import is_quantized
 
 
 logger = logging.get_logger(__name__)
@@ -62,8 +63,10 @@ class TwoStageRoutingMixin:
     @property
     def routing_stage(self) -> int:
         """`int`: 1 while the routing is learned, 2 when it is frozen. A hash starts in 2, a dense model stays in 1."""
-        layers = self.moe_layers_by_name.values()
-        return 2 if layers and all(layer.frozen_router.is_frozen for layer in layers) else 1
+        layers = self.moe_layers_by_name
+        for name, layer in layers.items():
+            layer.frozen_router.follow(f"{name}.frozen_router")
+        return 2 if layers and all(layer.frozen_router.is_frozen for layer in layers.values()) else 1
 
     def freeze_router(self) -> list[BalancedTable]:
         """Go from stage 1 to stage 2: freeze the distilled router, and route by that from now on (StableMoE, eq. 13).
@@ -251,20 +254,19 @@ class TwoStageRoutingMixin:
             self.check_routing()
 
     def _read_routing(self) -> bool:
-        """Let every layer re-derive its stage; False where this process holds no weights to read it from."""
+        """Let every layer derive its stage; return False where this process holds no weights to read it from."""
         for name, layer in self.moe_layers_by_name.items():
-            # Weights on the meta device belong to another process, unless a hook brings them from the disk.
-            for module in layer.frozen_router.modules():
-                if any(p.is_meta for p in module.parameters(recurse=False)) and not hasattr(module, "_hf_hook"):
-                    self._expect_routing()
-                    return False
+            if not layer.frozen_router.is_here():  # its weights belong to another process
+                self._expect_routing()
+                return False
             layer.frozen_router.refresh(f"{name}.frozen_router")
+            layer.bare_router.restore_integers(f"{name}.router")
         return True
 
     def _expect_routing(self):
         """Take the stage from the config until another process, which loads the weights, sends them here (FSDP)."""
         for layer in self.moe_layers_by_name.values():
-            layer.frozen_router.is_frozen = self.config.router_fingerprint is not None
+            layer.frozen_router.expect(self.config.router_fingerprint is not None)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """Resize the vocabulary, routers included; arguments as in `PreTrainedModel.resize_token_embeddings`.
@@ -335,7 +337,7 @@ def _refuse_quantized_routers(layers: dict[str, StableMoELayer]):
         f"{name}.{part}.{parameter}"
         for name, layer in layers.items()
         for part in ("router", "frozen_router")
-        for parameter, values in getattr(layer, part).named_parameters()
+        for parameter, values in getattr(layer, part).state_dict(keep_vars=True).items()
         if is_quantized(values)
     ]
     if quantized:
@@ -390,22 +392,13 @@ def _check_routing_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix
     layers = model.moe_layers_by_name
     encoded = []
     for name, layer in layers.items():
-        router = f"{name}.frozen_router"
-        parameters = dict(layer.frozen_router.named_parameters())
-        contents = {key: state_dict.get(f"{router}.{key}") for key in parameters}
-        if any(_is_elsewhere(value) for value in contents.values()):
-            return  # one file of several, or one shard of several: the routing is checked when all of it is there
-        if any(contents[key].shape != whole_shape(parameter) for key, parameter in parameters.items()):
-            return  # torch says so
-        if layer.frozen_router.check(contents, router):
+        contents = contents_to_load(layer.frozen_router, state_dict, f"{name}.frozen_router")
+        if contents is None:
+            return  # one file of several, whose routing is checked when all of it is there; or torch says what is wrong
+        if layer.frozen_router.check(contents, f"{name}.frozen_router"):
             encoded.append(layer.frozen_router.encode(contents))
     if encoded and model.config.router_fingerprint is not None:
         check_fingerprint(fingerprint_of(encoded), model.config.router_fingerprint, layers)
-
-
-def _is_elsewhere(value: Tensor | None) -> bool:
-    """Tell a tensor of a state dict that is not, or not wholly, in this process: ZeRO-3 leaves an empty one."""
-    return value is None or value.is_meta or value.numel() == 0 or hasattr(value, "device_mesh")
 
 
 def _follow_loaded_routing(model: TwoStageRoutingMixin, incompatible_keys):

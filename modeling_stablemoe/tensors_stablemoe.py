@@ -17,6 +17,9 @@ from transformers.utils.generic import maybe_autocast
 
 logger = logging.get_logger(__name__)
 
+# How far from a whole number an average of equal whole numbers may be, by rounding.
+WHOLE_TOLERANCE = 1e-3
+
 
 def score(features: Tensor, centroids: Tensor) -> Tensor:
     """Dot products in float32 whatever the autocast (float64 for float64 input), `(..., D) x (E, D) -> (..., E)`.
@@ -167,13 +170,68 @@ def _deepspeed():
     return importlib.import_module("deepspeed")
 
 
+def restored_integers(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Give the integers that other code has stored in another dtype.
+
+    Averages of equal models differ from them by rounding, which is undone.
+
+    Args:
+        values (`torch.Tensor`): of any dtype and shape.
+        dtype (`torch.dtype`): an integer one.
+        name (`str`): of the tensor, for the error.
+
+    Returns:
+        `torch.Tensor`: of `dtype`; `values` itself where it has that.
+
+    Raises:
+        ValueError: for values that are no whole numbers, or larger than those that their dtype tells apart.
+    """
+    if values.dtype == dtype:
+        return values
+    if not values.is_floating_point():
+        return values.to(dtype)
+    whole = values.double().round()
+    # Above 2 / eps neighbours are two apart, so that a whole number may have been another one.
+    exact = (values.double() - whole).abs().le(WHOLE_TOLERANCE) & whole.abs().le(2 / torch.finfo(values.dtype).eps)
+    if not exact.all():
+        raise ValueError(
+            f"`{name}` holds integers, but what it was given is {values.dtype} with values that are none, such as "
+            f"{float(values[~exact].flatten()[0]):g}. Averages of different routings mean nothing, and a cast loses digits: leave "
+            "integers out of both, or restore the checkpoint from its source."
+        )
+    return whole.to(dtype)
+
+
+def restore_integers(module: nn.Module, name: str, dtypes: dict[str, torch.dtype]):
+    """Bring buffers that an engine has made in the dtype of the model back to integers; see `restored_integers`.
+
+    Args:
+        module (`torch.nn.Module`): that holds them.
+        name (`str`): of the module, for errors.
+        dtypes (`dict[str, torch.dtype]`): of its buffers, by name.
+    """
+    for key, dtype in dtypes.items():
+        values = getattr(module, key)
+        if values.dtype != dtype and not values.is_meta:
+            setattr(module, key, restored_integers(values, dtype, f"{name}.{key}"))
+
+
 def to_bits(values: Tensor) -> Tensor:
     """Give the integers, `int32`, that have the bits of `float32` values: no cast of a model changes them."""
     return values.contiguous().view(torch.int32)
 
 
 def from_bits(bits: Tensor) -> Tensor:
-    """Give the `float32` values that `to_bits` was given."""
+    """Give the `float32` values that `to_bits` was given.
+
+    Raises:
+        ValueError: for other numbers than those, which a cast to another dtype leaves.
+    """
+    if bits.dtype != torch.int32:
+        raise ValueError(
+            f"Bit patterns of float32 are int32, these are {bits.dtype}: something has cast integers. Load the checkpoint "
+            "with `from_pretrained`, which leaves them alone."
+        )
     return bits.view(torch.float32)
 
 
@@ -195,10 +253,10 @@ def unpack_ids(packed: str) -> Tensor:
     return ((values.unsqueeze(-1) >> torch.arange(8, device="cpu")) & 1).flatten().bool()
 
 
-def resize_rows(parameter: nn.Parameter, num_rows: int) -> nn.Parameter:
-    """Keep the first rows of a parameter without gradient, and add rows of zeros where there are to be more."""
-    added = parameter.new_zeros((max(num_rows - parameter.shape[0], 0), *parameter.shape[1:]))
-    return nn.Parameter(torch.cat([parameter.detach()[:num_rows], added]), requires_grad=False)
+def resize_rows(values: Tensor, num_rows: int) -> Tensor:
+    """Keep the first rows, and add rows of zeros where there are to be more."""
+    added = values.new_zeros((max(num_rows - values.shape[0], 0), *values.shape[1:]))
+    return torch.cat([values[:num_rows], added])
 
 
 __all__ = [
@@ -212,6 +270,8 @@ __all__ = [
     "local_tensor",
     "pack_ids",
     "resize_rows",
+    "restore_integers",
+    "restored_integers",
     "score",
     "score_chosen",
     "to_bits",
