@@ -109,6 +109,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         """
         for layer in self.moe_layers:
             layer.frozen_router.follow()
+            if self.training:
+                layer.frozen_router.is_initial = False
         sorts = self.config._experts_implementation == "grouped_mm"
         ahead = dispatch_ahead(self.moe_layers, token_ids, token_mask, context, sorts)
         output_scores = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))

@@ -36,6 +36,8 @@ class FrozenRouting(nn.Module):
         self.num_experts = config.num_experts
         # Mirrors the contents, so that a forward pass need not ask the device for a value.
         self.is_frozen = False
+        # Whether it is a hash that nothing has been trained by yet: a checkpoint may replace it.
+        self.is_initial = False
         # Of the frozen contents that were read last, by `encode`.
         self.digest: str | None = None
         # What `_signature` was then.
@@ -77,9 +79,23 @@ class FrozenRouting(nn.Module):
         contents = self.contents()
         is_frozen = self.check(contents, name)
         digest = hashlib.sha256(self.encode(contents)).hexdigest() if is_frozen else None
-        if None not in (self.digest, digest) and self.digest != digest:
-            raise ValueError(another_routing(self.noun, name))
+        self._check_digest(digest, name)
         self.is_frozen, self.digest, self._seen = is_frozen, digest, self._signature()
+
+    def check_replacement(self, contents: dict[str, Tensor], name: str):
+        """Refuse contents that would turn one frozen routing into another; arguments as of `check`.
+
+        Raises:
+            ValueError: if they are another routing, or damaged.
+        """
+        if self.check(contents, name):
+            self._check_digest(hashlib.sha256(self.encode(contents)).hexdigest(), name)
+        else:
+            self.forget()
+
+    def _check_digest(self, digest: str | None, name: str):
+        if None not in (self.digest, digest) and self.digest != digest and not self.is_initial:
+            raise ValueError(another_routing(self.noun, name))
 
     def follow(self, name: str = "frozen_router"):
         """Do what `refresh` does if the contents may have changed; where they have not, no device is asked for a value.
@@ -107,7 +123,7 @@ class FrozenRouting(nn.Module):
 
     def forget(self):
         """Take whatever comes next for right: contents are about to be replaced on purpose."""
-        self.digest = None
+        self.digest, self.is_initial = None, False
 
     def expect(self, is_frozen: bool):
         """Take the stage from elsewhere until other contents than those of now are here."""
@@ -342,12 +358,8 @@ def _check_contents_to_load(router: FrozenRouting, state_dict: dict, prefix: str
     """Refuse another frozen routing than the present one, loaded alone or with a model that holds this router."""
     name = prefix.removesuffix(".")
     contents = contents_to_load(router, state_dict, name)
-    if contents is None:
-        return
-    if not router.check(contents, name or "frozen_router"):
-        router.forget()
-    elif router.digest is not None and router.digest != hashlib.sha256(router.encode(contents)).hexdigest():
-        raise ValueError(another_routing(router.noun, name or "frozen_router"))
+    if contents is not None:
+        router.check_replacement(contents, name or "frozen_router")
 
 
 def _follow_loaded_contents(router: FrozenRouting, incompatible_keys):

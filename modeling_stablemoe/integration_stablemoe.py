@@ -31,6 +31,7 @@ class IntegrationMixin:
                 `distributed_checkpoint` where the shards would be joined.
         """
         self._require_gathering("save_pretrained")
+        self.follow_loaded_routing()
         if kwargs.get("distributed_checkpoint"):
             self._refuse_joining_shards(kwargs.get("push_to_hub", False))
         if self._auto_class is not None:

@@ -44,6 +44,8 @@ class TwoStageRoutingMixin:
         super().post_init()
         if self.config.router_type == "hash" and self._read_routing() and not _is_side(self):
             self.config.router_fingerprint = self.router_fingerprint()
+            for layer in self.moe_layers_by_name.values():
+                layer.frozen_router.is_initial = True
 
     @classmethod
     def check_config(cls, config):
@@ -240,10 +242,11 @@ class TwoStageRoutingMixin:
         """
         if not self._read_routing() or _is_side(self):
             return
-        frozen = [layer.frozen_router.is_frozen for layer in self.moe_layers_by_name.values()]
+        routers = [layer.frozen_router for layer in self.moe_layers_by_name.values()]
+        frozen = [router.is_frozen for router in routers]
         if any(frozen) != all(frozen):
             return  # a sharded checkpoint: the next file brings the others
-        if self.config.router_fingerprint is None:
+        if self.config.router_fingerprint is None or any(router.is_initial for router in routers):
             self.config.router_fingerprint = self.router_fingerprint()
         elif frozen and not any(frozen):
             logger.warning(
@@ -397,7 +400,8 @@ def _check_routing_to_load(model: TwoStageRoutingMixin, state_dict: dict, prefix
             return  # one file of several, whose routing is checked when all of it is there; or torch says what is wrong
         if layer.frozen_router.check(contents, f"{name}.frozen_router"):
             encoded.append(layer.frozen_router.encode(contents))
-    if encoded and model.config.router_fingerprint is not None:
+    is_initial = any(layer.frozen_router.is_initial for layer in layers.values())
+    if encoded and model.config.router_fingerprint is not None and not is_initial:
         check_fingerprint(fingerprint_of(encoded), model.config.router_fingerprint, layers)
 
 

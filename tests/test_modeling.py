@@ -317,18 +317,26 @@ def test_the_head_shares_the_token_embedding_and_nothing_else_does():
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
 
 
-def test_there_are_no_buffers_at_all():
-    # Persistent ones break accelerate's memory-efficient loading for FSDP2.
-    model = frozen(moe_layer_positions=[0, 1, 2])
-    assert list(model.named_buffers()) == []
+@pytest.mark.parametrize("distilled_router", ["word_embedding", "counts", "cnn"])
+def test_parameters_are_floating_point_and_integers_are_buffers_that_are_saved(distilled_router):
+    learning = tiny_model(distilled_router=distilled_router, router_normalization="standardize", expert_bias_rate=0.1)
+    frozen_one = copy.deepcopy(learning)
+    frozen_one.freeze_router()
+    for model in (learning, frozen_one):
+        assert all(parameter.is_floating_point() for parameter in model.parameters())
+        buffers = dict(model.named_buffers())
+        assert not any(values.is_floating_point() for values in buffers.values())
+        assert buffers.keys() <= model.state_dict().keys()
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
 @pytest.mark.parametrize("value", [True, False])
-def test_requires_grad_switches_all_but_the_tables(value):
-    model = frozen(moe_layer_positions=[0, 2]).requires_grad_(not value)
-    assert model.requires_grad_(value) is model
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad is (value and not name.endswith("routing_table")), name
+def test_gradients_are_switched_for_all_parameters_as_loops_do_it(is_frozen, value):
+    model = frozen(moe_layer_positions=[0, 2]) if is_frozen else tiny_model(moe_layer_positions=[0, 2])
+    assert model.requires_grad_(not value) is model
+    for parameter in model.parameters():
+        parameter.requires_grad = value
+    assert {parameter.requires_grad for parameter in model.parameters()} == {value}
 
 
 def test_every_parameter_has_a_gradient_in_stage_1():
@@ -350,7 +358,6 @@ def test_stage_2_gives_no_gradient_to_what_the_table_replaced():
     assert without == {
         f"{prefix}router.distilled_router.embedding",
         f"{prefix}router.distilled_router.centroids",
-        f"{prefix}frozen_router.routing_table",
     }
 
 

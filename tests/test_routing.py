@@ -286,7 +286,6 @@ def test_in_stage_2_nothing_reaches_the_distilled_router_and_the_centroids_learn
     reached = gradients_of(model.train(), model(ids, labels=ids).loss)
     assert all(model.get_parameter(name).grad is None for name in distilled_names(model))
     assert "model.moe_layers.0.router.centroids" in reached
-    assert model.get_parameter("model.moe_layers.0.frozen_router.routing_table").grad is None
 
 
 def test_every_expert_with_tokens_gets_a_gradient_and_every_other_a_gradient_of_zero():
