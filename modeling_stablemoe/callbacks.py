@@ -268,9 +268,9 @@ def _warn_of_idle_routers(stablemoe: TwoStageRoutingMixin):
     if stablemoe.routing_stage == 2:
         return
     for name, layer in stablemoe.moe_layers_by_name.items():
-        learned = layer.bare_router.distilled_router.parameters()
-        # Counts are integers, and need no gradient.
-        if not any(parameter.requires_grad or not parameter.is_floating_point() for parameter in learned):
+        distilled_router = layer.bare_router.distilled_router
+        # Counting needs no gradient.
+        if not distilled_router.observes and not any(p.requires_grad for p in distilled_router.parameters()):
             logger.warning(
                 "The distilled router of %s has no parameter that learns: stage 1 would freeze what it is now. With PEFT "
                 'add `modules_to_save=["distilled_router"]`, or call `model.freeze_router()` before training.',

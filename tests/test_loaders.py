@@ -5,11 +5,19 @@ import shutil
 
 import pytest
 import torch
-from loaders import KINDS, LOADERS, build, empty, experts_of, fill_in_place
+import torch.distributed as dist
+from loaders import KINDS, LOADERS, build, empty, experts_of, fill_in_place, inputs_of
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from modeling_stablemoe import StableMoEForCausalLM
+
+
+def with_adapters(model):
+    targets = ["q_proj", "v_proj"]
+    return get_peft_model(model, LoraConfig(r=2, target_modules=targets))
 
 
 # Bit patterns made numbers are no weights any more.
@@ -201,3 +209,32 @@ def test_a_merged_checkpoint_whose_table_is_of_another_dtype_loads(sources, dtyp
     model = StableMoEForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(experts_of(model), experts_of(source))
     assert model.state_dict()["model.moe_layers.0.frozen_router.routing_table"].dtype == torch.int32
+
+
+# Several processes
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, with_adapters], ids=["plain", "PEFT"])
+@pytest.mark.parametrize("kind", ["counts in stage 1", "table", "context", "translation"])
+def test_distributed_data_parallel_does_not_write_to_a_routing(process_group, kind, wrap):
+    model = wrap(build(kind).train())
+    before = [values._version for values in model.buffers()]
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    wrapped(**inputs_of(model))
+    learns = kind.endswith("stage 1")
+    assert before
+    assert wrapped.modules_buffers == []
+    assert learns or [values._version for values in model.buffers()] == before
+
+
+def test_distributed_data_parallel_gives_all_processes_the_hash_of_the_first(process_group):
+    wrapped = DistributedDataParallel(build("hash"))
+    assert [values.shape for values in wrapped.modules_buffers] == [(99,)] * 2
+    assert torch.equal(experts_of(wrapped.module), experts_of(build("hash")))
