@@ -80,7 +80,8 @@ class FrozenRouting(nn.Module):
         is_frozen = self.check(contents, name)
         digest = hashlib.sha256(self.encode(contents)).hexdigest() if is_frozen else None
         self._check_digest(digest, name)
-        self.is_frozen, self.digest, self._seen = is_frozen, digest, self._signature()
+        self.is_frozen, self.digest = is_frozen, digest
+        self._seen = self._signature()
 
     def check_replacement(self, contents: dict[str, Tensor], name: str):
         """Refuse contents that would turn one frozen routing into another; arguments as of `check`.
@@ -105,7 +106,10 @@ class FrozenRouting(nn.Module):
         Raises:
             ValueError: as `refresh` does; also for a routing of stage 1 that has been replaced by zeros.
         """
-        if is_torchdynamo_compiling() or not self.is_here() or self._signature() == self._seen:
+        if is_torchdynamo_compiling():
+            return
+        signature = self._signature()
+        if signature == self._seen or not self.is_here():
             return
         contents = self.contents()
         if not self.is_frozen and self.num_experts > 1 and not any(values.any() for values in contents.values()):
@@ -127,11 +131,22 @@ class FrozenRouting(nn.Module):
 
     def expect(self, is_frozen: bool):
         """Take the stage from elsewhere until other contents than those of now are here."""
-        self.is_frozen, self.digest, self._seen = is_frozen, None, self._signature()
+        self.is_frozen, self.digest = is_frozen, None
+        self._seen = self._signature()
 
     def _signature(self) -> tuple:
         """Return what changes when something is written to the buffers, without waiting for an accelerator."""
-        return tuple(_trace_of(values) for values in self.buffers())
+        return tuple([self._trace_of(values) for module in self.modules() for values in module._buffers.values()])
+
+    def _trace_of(self, values: Tensor) -> tuple:
+        if values.is_meta or type(values) is not Tensor:
+            return (id(values),)
+        version = None if values.is_inference() else values._version
+        first = None
+        if not self.is_frozen and values.device.type == "cpu":
+            # A copy into `.data` leaves no trace, but one look tells that a routing is not that of stage 1 any more.
+            first = values.flatten()[0].item()
+        return id(values), values.data_ptr(), version, first
 
     def __getstate__(self) -> dict:
         # Where tensors lie means nothing in another process or in a copy.
@@ -309,13 +324,6 @@ class FrozenContextRouter(FrozenRouting):
         self.forget()
         self.weights.embedding = old[rows]
         self.refresh()
-
-
-def _trace_of(values: Tensor) -> tuple:
-    version = None if values.is_inference() else values._version
-    # A copy into `.data` leaves no trace. On the CPU one look tells whether a table has been filled by one.
-    first = int(values.flatten()[0]) if values.device.type == "cpu" and values.numel() else None
-    return id(values), values.data_ptr(), version, first
 
 
 def another_routing(noun: str, name: str) -> str:
