@@ -19,7 +19,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEBaseConfig
 from .products_stablemoe import ExpertOrder, grouped_layer_norm, grouped_linear, permute, sort_by_expert
-from .tensors_stablemoe import dequantized, local_tensor
+from .tensors_stablemoe import dequantized, is_transformed, local_tensor
 
 
 class ExpertSublayer(nn.Module):
@@ -140,6 +140,8 @@ def grouped_mm_experts_forward(
     expert_order: ExpertOrder | None = None,
 ):
     """Sort the tokens by expert once, then one grouped product over all experts for each matrix."""
+    if plain_backend := _plain_backend(top_k_index):
+        return plain_backend(self, hidden_states, top_k_index, top_k_weights)
     if _takes_turns(hidden_states):
         return _run_in_turn(self, hidden_states, top_k_index, top_k_weights, expert_order)
     if expert_order is None:
@@ -162,6 +164,27 @@ def grouped_mm_experts_forward(
     sorted_TD = masked(permute(hidden_states, expert_order.order, expert_order.inverse))
     delta_TD = masked(_stack(self.sublayers, sorted_TD, norm, linear))
     return (permute(delta_TD, expert_order.inverse, expert_order.order) * top_k_weights).to(hidden_states.dtype)
+
+
+def _plain_backend(top_k_index: Tensor) -> Callable | None:
+    """Choose a backend of PyTorch's own operators where these alone have rules: for `torch.jit.trace` and `torch.func`.
+
+    A trace of grouped products would keep the loads of its example, whatever the tokens it is run on.
+    """
+    if is_torchdynamo_compiling() or not is_transformed():
+        return None
+    # Loads that differ from sample to sample of a `vmap` have no common sizes: there each token gets its own weights.
+    return batched_mm_experts_forward if _is_batched(top_k_index) else eager_experts_forward
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Return True for a tensor that has a dimension of `torch.func.vmap`, at whatever level of nested transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def _takes_turns(hidden_states: Tensor) -> bool:
