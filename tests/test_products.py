@@ -84,7 +84,9 @@ def test_the_gradients_have_gradients_themselves(index):
         lambda *inputs: operators.grouped_linear(*inputs, tokens.offsets),
     ):
         assert torch.autograd.gradgradcheck(linear, (x, weight, bias), fast_mode=True)
-        assert torch.autograd.gradgradcheck(lambda x, linear=linear: linear(x, *frozen_experts).sin(), (x,), fast_mode=True)
+        assert torch.autograd.gradgradcheck(
+            lambda x, linear=linear: linear(x, *frozen_experts).sin(), (x,), fast_mode=True
+        )
     for norm in (
         lambda *inputs: grouped_layer_norm(*inputs, tokens, 1e-5),
         lambda *inputs: operators.grouped_layer_norm(*inputs, tokens.offsets, 1e-5)[0],
