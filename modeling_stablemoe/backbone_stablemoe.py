@@ -14,6 +14,7 @@ from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
 from .losses_stablemoe import RoutingLosses, routing_losses
 from .outputs_stablemoe import StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel, check_range
+from .routing_stablemoe import RoutingTrace
 
 
 class StableMoEBackbone(StableMoEPreTrainedModel):
@@ -179,13 +180,14 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         Returns:
             `RoutingLosses`
         """
+        traces = [RoutingTrace(*trace) for trace in outputs.routing_traces]
         return routing_losses(
             balance_loss_function=self.moe_layers[0].bare_router.balance_loss,
             num_experts=self.config.num_experts,
             router_logits=outputs.router_logits or (),
             distilled_logits=outputs.distilled_router_logits or (),
             expert_indices=[index.flatten() for index in outputs.expert_indices],
-            teachers=[t.teacher_index for t in outputs.routing_traces if t.teacher_index is not None],
+            teachers=[trace.teacher_index for trace in traces if trace.teacher_index is not None],
             mask=self._flat_mask(outputs, attention_mask, outputs.expert_indices[0].device),
             # Evaluation may run on one process alone, where a collective would wait for ever.
             training=self.training,
@@ -198,6 +200,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         layers = []
         scores = outputs.router_logits or [None] * len(outputs.routing_traces)  # a hash has none
         for trace, logits in zip(outputs.routing_traces, scores, strict=True):
+            trace = RoutingTrace(*trace)
             mask = self._flat_mask(outputs, attention_mask, trace.gate.device)
             layers.append(
                 routing_health(**trace._asdict(), vocab_size=self.config.vocab_size, router_logits=logits, mask=mask)
@@ -211,7 +214,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         """
         for layer, trace in zip(self.moe_layers, outputs.routing_traces, strict=True):
             if not layer.frozen_router.is_frozen:
-                layer.bare_router.observe(trace, self._flat_mask(outputs, attention_mask, trace.gate.device))
+                device = RoutingTrace(*trace).gate.device
+                layer.bare_router.observe(trace, self._flat_mask(outputs, attention_mask, device))
 
     @staticmethod
     def _flat_mask(outputs, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:

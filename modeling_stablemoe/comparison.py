@@ -331,7 +331,7 @@ def measure_routing(trainer: Trainer, rows) -> dict | None:
     gates = torch.zeros(3, device=trainer.args.device)  # how many, their sum, how many are closed
 
     def observe(router, inputs, decision):
-        gate = decision.gate
+        gate = decision[2]
         gates.add_(torch.stack([gate.new_tensor(gate.numel()), gate.sum(), (gate < 0.05).sum().to(gate.dtype)]))
 
     hooks = [layer.router.register_forward_hook(observe) for layer in layers]

@@ -4,8 +4,6 @@
 Shape suffixes: B batch, S tokens to be routed, C tokens of the context.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,19 +11,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from transformers.utils import is_torchdynamo_compiling
 
 
-class TokenContext(NamedTuple):
-    """The sequences so far.
-
-    Attributes:
-        ids (`torch.LongTensor` of shape `(B, C)`): from the start of each sequence; what follows the last token to be
-            routed is of no consequence.
-        mask (`torch.BoolTensor` of shape `(B, C)`, *optional*): False on padding; `None`: every token is real.
-        positions (`torch.LongTensor` of shape `(S,)`): where in the context the tokens to be routed stand.
-    """
-
-    ids: Tensor
-    mask: Tensor | None
-    positions: Tensor
+# The sequences so far, as a plain tuple, which hooks of other programs may take apart and rebuild:
+#   ids, `torch.LongTensor` of shape `(B, C)`: from the start of each sequence; nothing depends on what follows the last
+#     token to be routed;
+#   mask, `torch.BoolTensor` of shape `(B, C)`, or None where every token is real: False on padding;
+#   positions, `torch.LongTensor` of shape `(S,)`: where in the context the tokens to be routed stand.
+TokenContext = tuple[Tensor, Tensor | None, Tensor]
 
 
 def whole_context(token_ids: Tensor, mask: Tensor | None = None) -> TokenContext:
@@ -38,7 +29,7 @@ def whole_context(token_ids: Tensor, mask: Tensor | None = None) -> TokenContext
     Returns:
         `TokenContext`
     """
-    return TokenContext(token_ids, mask, torch.arange(token_ids.shape[1], device=token_ids.device))
+    return token_ids, mask, torch.arange(token_ids.shape[1], device=token_ids.device)
 
 
 def cached_context(
@@ -69,14 +60,14 @@ def cached_context(
     states = token_ids.long()[:, None, :, None]
     ids = layer.update(states, states)[0][:, 0, :, 0]
     if attention_mask is None:
-        return TokenContext(ids, None, positions)
+        return ids, None, positions
     missing = ids.shape[1] - attention_mask.shape[1]
     if missing < 0 or (missing > 0 and not isinstance(layer, StaticLayer)):
         raise ValueError(
             f"`attention_mask` covers {attention_mask.shape[1]} tokens, cache and input together have {ids.shape[1]}: "
             "pass it for the whole sequence, (batch, past + sequence)."
         )
-    return TokenContext(ids, F.pad(attention_mask.bool(), (0, missing)), positions)
+    return ids, F.pad(attention_mask.bool(), (0, missing)), positions
 
 
 def _id_layer(cache: Cache, num_blocks: int) -> CacheLayerMixin:

@@ -242,11 +242,12 @@ class ContextRouter(DistilledRouter):
             return values.float().double() if exact else values.to(torch.promote_types(values.dtype, torch.float32))
 
         others = {name: cast(weight) for name, weight in weights.items() if name != "embedding"}
-        real = torch.ones_like(context.ids, dtype=torch.bool) if context.mask is None else context.mask
-        with maybe_autocast(device_type=context.ids.device.type, enabled=False):
-            embedded = cast(F.embedding(context.ids, weights["embedding"]))
+        ids, mask, positions = context
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        with maybe_autocast(device_type=ids.device.type, enabled=False):
+            embedded = cast(F.embedding(ids, weights["embedding"]))
             features = cls.features(embedded.masked_fill(~real.unsqueeze(-1), 0.0), real, others)
-        return score(features[:, context.positions], others["centroids"])
+        return score(features[:, positions], others["centroids"])
 
     @staticmethod
     def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEBaseConfig
 from .products_stablemoe import ExpertOrder, grouped_layer_norm, grouped_linear, permute, sort_by_expert
-from .tensors_stablemoe import dequantized, local_tensor
+from .tensors_stablemoe import dequantized, is_transformed, local_tensor
 
 
 class ExpertSublayer(nn.Module):
@@ -112,7 +112,7 @@ def eager_experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    expert_order: ExpertOrder | None = None,
+    expert_order: tuple | None = None,
 ):
     """Run the experts one after the other: the readable reference."""
     index_T = top_k_index.squeeze(-1)
@@ -137,13 +137,14 @@ def grouped_mm_experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    expert_order: ExpertOrder | None = None,
+    expert_order: tuple | None = None,
 ):
     """Sort the tokens by expert once, then one grouped product over all experts for each matrix."""
+    if plain_backend := _plain_backend(top_k_index):
+        return plain_backend(self, hidden_states, top_k_index, top_k_weights)
     if _takes_turns(hidden_states):
         return _run_in_turn(self, hidden_states, top_k_index, top_k_weights, expert_order)
-    if expert_order is None:
-        (expert_order,) = sort_by_expert(top_k_index.view(1, -1), self.num_experts)
+    expert_order = _order_of(expert_order, top_k_index, self.num_experts)
     # Rows past the last offset belong to sentinels. A grouped product may leave anything there, in the forward and in
     # the backward pass: they are masked on the way in and out.
     sentinel_T1 = None
@@ -164,6 +165,34 @@ def grouped_mm_experts_forward(
     return (permute(delta_TD, expert_order.inverse, expert_order.order) * top_k_weights).to(hidden_states.dtype)
 
 
+def _plain_backend(top_k_index: Tensor) -> Callable | None:
+    """Choose a backend of PyTorch's own operators where these alone have rules: for `torch.jit.trace` and `torch.func`.
+
+    A trace of grouped products would keep the loads of its example, whatever the tokens it is run on.
+    """
+    if is_torchdynamo_compiling() or not is_transformed():
+        return None
+    # Loads that differ from sample to sample of a `vmap` have no common sizes: there each token gets its own weights.
+    return batched_mm_experts_forward if _is_batched(top_k_index) else eager_experts_forward
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Return True for a tensor that has a dimension of `torch.func.vmap`, at whatever level of nested transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def _order_of(expert_order: tuple | None, top_k_index: Tensor, num_experts: int) -> ExpertOrder:
+    """Read the order that came with the tokens, or sort them now."""
+    if expert_order is None:
+        return sort_by_expert(top_k_index.view(1, -1), num_experts)[0]
+    return ExpertOrder(*expert_order)
+
+
 def _takes_turns(hidden_states: Tensor) -> bool:
     """Tell whether experts had better run in turn: on a CPU, where nothing learns and nothing is compiled."""
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
@@ -174,7 +203,7 @@ def _run_in_turn(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    expert_order: ExpertOrder | None,
+    expert_order: tuple | None,
 ) -> Tensor:
     """Run each expert that has tokens through a sublayer while its tokens are in the cache; copy no weight."""
     if len(hidden_states) == 1:  # nothing to sort
@@ -182,7 +211,7 @@ def _run_in_turn(
         groups = [(expert, slice(0, 1))] if expert < self.num_experts else []
         delta_TD = _stack(self.sublayers, hidden_states, _norm_of_one, F.linear, groups)
         return (delta_TD * top_k_weights).to(hidden_states.dtype)
-    order = expert_order or sort_by_expert(top_k_index.view(1, -1), self.num_experts)[0]
+    order = _order_of(expert_order, top_k_index, self.num_experts)
     sorted_TD = hidden_states.index_select(0, order.order)
     delta_TD = _stack(self.sublayers, sorted_TD, _norm_of_one, F.linear, order.groups())
     return (delta_TD.index_select(0, order.inverse) * top_k_weights).to(hidden_states.dtype)
@@ -199,7 +228,7 @@ def batched_mm_experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    expert_order: ExpertOrder | None = None,
+    expert_order: tuple | None = None,
 ):
     """Gather the expert of each token and multiply in a batch: for few tokens, as in decoding."""
     index_T = top_k_index.squeeze(-1)
@@ -328,7 +357,7 @@ class StableMoEExperts(nn.Module):
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        expert_order: ExpertOrder | None = None,
+        expert_order: tuple | None = None,
     ) -> Tensor:
         """Compute the weighted change w_t (S_i(h_t) - h_t) of each token, S_i the stack of its expert i.
 
@@ -337,7 +366,8 @@ class StableMoEExperts(nn.Module):
             top_k_index (`torch.LongTensor` of shape `(T, 1)`): the expert of each token; `num_experts` or more is a
                 sentinel, for a token that passes unchanged.
             top_k_weights (`torch.Tensor` of shape `(T, 1)`): w, the gate.
-            expert_order (`ExpertOrder`, *optional*): `top_k_index`, sorted, where that has been done already.
+            expert_order (`tuple`, *optional*): `top_k_index`, sorted, where that has been done already; in the order of
+                `ExpertOrder`.
 
         Returns:
             `torch.Tensor` of shape `(T, D)`: what to add to h; 0 for sentinels.

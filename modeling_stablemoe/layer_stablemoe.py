@@ -2,7 +2,6 @@
 """One MoE layer: router, experts, gate and residual, and what the routing is frozen into."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,24 +13,9 @@ from .context_stablemoe import TokenContext
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
-from .products_stablemoe import ExpertOrder, sort_by_expert
-from .routing_stablemoe import Router, RoutingDecision, build_router
+from .products_stablemoe import sort_by_expert
+from .routing_stablemoe import Router, build_router
 from .tensors_stablemoe import is_at_hand, zero_through
-
-
-class FrozenDispatch(NamedTuple):
-    """Where a frozen MoE layer sends the tokens of a forward pass: all of it is known before the first block runs.
-
-    Attributes:
-        expert_index (`torch.LongTensor` of shape `(batch, sequence)`): of the frozen router.
-        sent_index (`torch.LongTensor` of shape `(T, 1)`): the same for the experts, which get sentinels of what takes no
-            part.
-        expert_order (`ExpertOrder`, *optional*): `sent_index`, sorted, for the backend that asks for that.
-    """
-
-    expert_index: Tensor
-    sent_index: Tensor
-    expert_order: ExpertOrder | None
 
 
 class ExpertDispatch(nn.Module):
@@ -45,18 +29,22 @@ class ExpertDispatch(nn.Module):
         self.num_experts = config.num_experts
         self.capacity_factor = config.expert_capacity_factor
 
-    def forward(self, decision: RoutingDecision, token_mask: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+    def forward(
+        self, router_logits: Tensor | None, gate: Tensor, expert_index: Tensor, token_mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Turn a router's decision into what experts take.
 
         Args:
-            decision (`RoutingDecision`): of the router.
+            router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): the scores.
+            gate (`torch.Tensor` of shape `(batch, sequence)`): weights of the experts.
+            expert_index (`torch.LongTensor` of shape `(batch, sequence)`): the expert of each token.
             token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
 
         Returns:
             `tuple`: the scores, unchanged, `(T, E)`; the gate, `(T, 1)`; and the expert of each token, `(T, 1)`, the
             sentinel `num_experts` for one that takes no part.
         """
-        return decision.router_logits, decision.gate.reshape(-1, 1), self.send(decision.expert_index, token_mask)
+        return router_logits, gate.reshape(-1, 1), self.send(expert_index, token_mask)
 
     def send(self, index: Tensor, token_mask: Tensor | None) -> Tensor:
         """Turn the experts that a router chose into those that get a token, `(batch, sequence) -> (T, 1)`; see `forward`."""
@@ -78,7 +66,7 @@ class StableMoELayer(GradientCheckpointingLayer):
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
 
-    # Called with `FrozenDispatch.sent_index` before the first block runs: experts that are kept elsewhere are fetched ahead.
+    # Called with the experts that tokens are sent to, `(T, 1)`, before the first block runs: experts that are kept elsewhere are fetched ahead.
     fetch_experts: Callable[[Tensor], object] | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -98,7 +86,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         token_mask: Tensor | None = None,
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
-        frozen_dispatch: FrozenDispatch | None = None,
+        frozen_dispatch: tuple | None = None,
         output_scores: bool = False,
     ) -> Tensor:
         """Send each token through its expert.
@@ -110,7 +98,7 @@ class StableMoELayer(GradientCheckpointingLayer):
                 unchanged; `None` means there is none.
             context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
             recalled (`dict[str, torch.Tensor]`, *optional*): the router's running statistics, see `Router.recall`.
-            frozen_dispatch (`FrozenDispatch`, *optional*): of `dispatch_ahead`; without it the layer finds out itself.
+            frozen_dispatch (`tuple`, *optional*): of `dispatch_ahead`; without it the layer finds out itself.
             output_scores (`bool`): whether the router's scores are wanted though it is frozen; see `LearnedRouter.forward`.
 
         Returns:
@@ -118,11 +106,19 @@ class StableMoELayer(GradientCheckpointingLayer):
         """
         frozen_index = None
         if frozen_dispatch is not None:
-            frozen_index = frozen_dispatch.expert_index
+            frozen_index = frozen_dispatch[0]
         elif self.frozen_router.is_frozen:
             frozen_index = self.frozen_router(token_ids, context)
-        decision = self.router(hidden_states, token_ids, frozen_index, token_mask, context, recalled, output_scores)
-        delta = self._run_experts(hidden_states.flatten(0, -2), decision, token_mask, frozen_dispatch)
+        router_logits, expert_index, gate, *_ = self.router(
+            hidden_states, token_ids, frozen_index, token_mask, context, recalled, output_scores
+        )
+        tokens = hidden_states.flatten(0, -2)
+        if frozen_dispatch is None:
+            _, gate, index = self.dispatch(router_logits, gate, expert_index, token_mask)
+            delta = self._run_experts(tokens, index, gate)
+        else:
+            _, index, expert_order = frozen_dispatch
+            delta = self.expert_stack(tokens, index, gate.reshape(-1, 1), expert_order)
         hidden_states = hidden_states + delta.view_as(hidden_states)
         idle = self.bare_router.stage1_parameters()
         if idle and self.frozen_router.is_frozen and self.training and is_distributed():
@@ -131,18 +127,8 @@ class StableMoELayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
 
-    def _run_experts(
-        self,
-        tokens: Tensor,
-        decision: RoutingDecision,
-        token_mask: Tensor | None,
-        frozen_dispatch: FrozenDispatch | None,
-    ) -> Tensor:
-        """Compute what the experts add to the tokens, `(T, D) -> (T, D)`."""
-        if frozen_dispatch is not None:
-            gate = decision.gate.reshape(-1, 1)
-            return self.expert_stack(tokens, frozen_dispatch.sent_index, gate, frozen_dispatch.expert_order)
-        _, gate, index = self.dispatch(decision, token_mask)
+    def _run_experts(self, tokens: Tensor, index: Tensor, gate: Tensor) -> Tensor:
+        """Compute what the experts add to the tokens, `(T, D), (T, 1), (T, 1) -> (T, D)`."""
         if self.expert_stack.num_experts < self.num_experts:
             # Expert parallelism sends every token to some process.
             tokens, index, gate = spread_sentinels(tokens, index, gate, self.num_experts)
@@ -213,7 +199,7 @@ def dispatch_ahead(
     token_mask: Tensor | None,
     context: TokenContext | None,
     sort: bool,
-) -> list[FrozenDispatch | None]:
+) -> list[tuple | None]:
     """Look up and sort the tokens of all frozen MoE layers at once, from the token ids alone.
 
     Args:
@@ -224,7 +210,9 @@ def dispatch_ahead(
         sort (`bool`): whether the experts' backend wants them sorted.
 
     Returns:
-        `list`: one `FrozenDispatch` a layer; `None` for each where one of them cannot know: see `knows_ahead`.
+        `list`: one plain tuple per layer: the expert of each token, `(batch, sequence)`; the same for the experts, which get
+        sentinels of what takes no part, `(T, 1)`; and that sorted, in the order of `ExpertOrder`, or `None`. `None` for each
+        layer where one of them cannot know: see `knows_ahead`.
     """
     if not layers or not all(layer.knows_ahead(token_ids) for layer in layers):
         return [None] * len(layers)
@@ -233,11 +221,12 @@ def dispatch_ahead(
     for layer, index in zip(layers, sent, strict=True):
         if layer.fetch_experts is not None:
             layer.fetch_experts(index)
-    orders: list[ExpertOrder | None] = [None] * len(layers)
+    orders: list[tuple | None] = [None] * len(layers)
     if sort:
         may_drop = any(layer.dispatch.may_drop(token_mask) for layer in layers)
-        orders = sort_by_expert(torch.stack(sent).squeeze(-1), layers[0].num_experts, may_drop)
-    return [FrozenDispatch(*of_layer) for of_layer in zip(chosen, sent, orders, strict=True)]
+        sorted_tokens = sort_by_expert(torch.stack(sent).squeeze(-1), layers[0].num_experts, may_drop)
+        orders = [tuple(order) for order in sorted_tokens]
+    return list(zip(chosen, sent, orders, strict=True))
 
 
 def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
@@ -289,4 +278,4 @@ def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     return found
 
 
-__all__ = ["FrozenDispatch", "StableMoELayer", "count_real_tokens", "dispatch_ahead", "moe_layers_of", "token_mask"]
+__all__ = ["StableMoELayer", "count_real_tokens", "dispatch_ahead", "moe_layers_of", "token_mask"]

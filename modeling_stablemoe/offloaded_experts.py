@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .expert_store import FileRows, MemoryRows, expert_parameters
 from .experts_stablemoe import StableMoEExperts
-from .products_stablemoe import ExpertOrder
 
 
 @dataclass
@@ -210,7 +209,7 @@ class OffloadedExperts(nn.Module):
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
-        expert_order: ExpertOrder | None = None,
+        expert_order: tuple | None = None,
     ) -> Tensor:
         """Compute what the experts do; arguments and result as of `StableMoEExperts.forward`.
 

@@ -12,7 +12,6 @@ from transformers.modeling_outputs import (
 )
 
 from .health_stablemoe import RoutingHealth
-from .routing_stablemoe import RoutingTrace
 from .versions_stablemoe import CacheByEitherName
 
 
@@ -34,14 +33,14 @@ class StableMoEModelOutputWithPast(BaseModelOutputWithPast, CacheByEitherName):
             token, padding included, one of shape `(batch, sequence)` a MoE layer.
         distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in
             stage 1: distilled scores (eq. 12), shaped like `router_logits`.
-        routing_traces (`tuple[RoutingTrace]`, *optional*): with `output_routing_traces`: what losses and statistics are
-            made of, one a MoE layer.
+        routing_traces (`tuple[tuple]`, *optional*): with `output_routing_traces`: what losses and statistics are made
+            of, one plain tuple per MoE layer, in the order of `RoutingTrace`.
     """
 
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     expert_indices: tuple[torch.LongTensor, ...] | None = None
     distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
-    routing_traces: tuple[RoutingTrace, ...] | None = None
+    routing_traces: tuple[tuple, ...] | None = None
 
 
 @dataclass
@@ -127,8 +126,8 @@ class StableMoESeq2SeqModelOutput(Seq2SeqModelOutput, CacheByEitherName):
         decoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`.
         encoder_distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`.
         decoder_distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`.
-        encoder_routing_traces (`tuple[RoutingTrace]`, *optional*): with `output_routing_traces`.
-        decoder_routing_traces (`tuple[RoutingTrace]`, *optional*): with `output_routing_traces`.
+        encoder_routing_traces (`tuple[tuple]`, *optional*): with `output_routing_traces`.
+        decoder_routing_traces (`tuple[tuple]`, *optional*): with `output_routing_traces`.
     """
 
     encoder_router_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -137,8 +136,8 @@ class StableMoESeq2SeqModelOutput(Seq2SeqModelOutput, CacheByEitherName):
     decoder_expert_indices: tuple[torch.LongTensor, ...] | None = None
     encoder_distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
     decoder_distilled_router_logits: tuple[torch.FloatTensor, ...] | None = None
-    encoder_routing_traces: tuple[RoutingTrace, ...] | None = None
-    decoder_routing_traces: tuple[RoutingTrace, ...] | None = None
+    encoder_routing_traces: tuple[tuple, ...] | None = None
+    decoder_routing_traces: tuple[tuple, ...] | None = None
 
 
 @dataclass

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import is_torchdynamo_compiling, logging
+from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
@@ -23,7 +23,7 @@ from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOu
 from .routing_stablemoe import LearnedRouter, Router
 from .running_stablemoe import RouterMemory
 from .stages_stablemoe import TwoStageRoutingMixin
-from .tensors_stablemoe import unpack_ids
+from .tensors_stablemoe import may_ask, unpack_ids
 from .versions_stablemoe import CACHE_NAME
 
 
@@ -153,7 +153,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             token_ids (`torch.LongTensor`): what tokens are routed by, of any shape.
             side (`int`): 0 for a language model or an encoder, 1 for a decoder.
         """
-        if self.config.pruned_tokens is None or token_ids.device.type != "cpu" or is_torchdynamo_compiling():
+        if self.config.pruned_tokens is None or not may_ask(token_ids):
             return
         has_lost = unpack_ids(self.config.pruned_tokens[side])
         lost = token_ids[token_ids < len(has_lost)]  # others have been added since
@@ -264,8 +264,7 @@ def check_range(ids: Tensor, limit: int, what: str, remedy: str):
     Raises:
         ValueError: naming an offending id.
     """
-    # Only where looking costs nothing: an accelerator would have to be waited for, compiled code would break.
-    if ids.device.type != "cpu" or is_torchdynamo_compiling() or ids.numel() == 0:
+    if not may_ask(ids) or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= limit:

@@ -9,7 +9,8 @@ custom operators where `torch.compile` looks, so that it sees one node each, for
 Shape suffixes: T tokens, E experts, X and Y any.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -79,6 +80,8 @@ class _Permutation(torch.autograd.Function):
         return _Permutation.apply(grad, inverse, order), None, None
 
 
+# Dynamo would take the function above apart, and lose the derivatives of its gradient on the way.
+@torch.compiler.allow_in_graph
 def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Put rows in another order.
 
@@ -251,18 +254,45 @@ def _statistics_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], 1)
 
 
+def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+    """Compute `_linear` with operators that PyTorch can differentiate any number of times."""
+    return _plain(F.linear, x, weight, bias, offsets)
+
+
+def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float) -> Tensor:
+    """Compute `_layer_norm` likewise."""
+    return _plain(lambda x_e, *own: F.layer_norm(x_e, x_e.shape[-1:], *own, eps), x, weight, bias, offsets)
+
+
+def _plain(function: Callable, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
+    """Apply a function of tokens, weight and bias to the tokens of each expert; sentinels get zeros."""
+    sizes = [end - start for start, end in _bounds(offsets)]
+    *rows, sentinels = x.split([*sizes, len(x) - sum(sizes)])
+    results = [function(*parts) for parts in zip(rows, weight.unbind(0), bias.unbind(0), strict=True)]
+    return torch.cat([*results, sentinels.new_zeros(len(sentinels), results[0].shape[-1])])
+
+
+def _plain_backward(function: Callable, grad: Tensor, inputs: tuple) -> tuple[Tensor | None, ...]:
+    """Give the gradients of a plain function's inputs, which have derivatives, too; `None` for what needs no gradient."""
+    is_wanted = [isinstance(value, Tensor) and value.requires_grad for value in inputs]
+    wanted = list(compress(inputs, is_wanted))
+    grads = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(grads) if has_gradient else None for has_gradient in is_wanted)
+
+
 class _GroupedLinear(torch.autograd.Function):
     """The operator where nothing is compiled: the same functions, without the cost of a custom operator's call."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, offsets)
+        ctx.save_for_backward(x, weight, bias, offsets)
         return _linear(x, weight, bias, offsets)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, offsets = ctx.saved_tensors
+        x, weight, bias, offsets = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+            return _plain_backward(_plain_linear, grad, ctx.saved_tensors)
         if any(ctx.needs_input_grad[1:3]):
             return *_linear_backward(grad.contiguous(), x, weight, offsets), None
         return _linear_backward_input(grad.contiguous(), weight, offsets), None, None, None  # frozen experts
@@ -275,12 +305,15 @@ class _GroupedLayerNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float) -> Tensor:
         normed, mean, rstd = _layer_norm(x, weight, bias, offsets, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias, offsets)
+        ctx.eps = eps
         return normed
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        return *_layer_norm_backward(grad.contiguous(), *ctx.saved_tensors), None, None
+        x, _, _, *others = saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+            return _plain_backward(_plain_layer_norm, grad, (x, *others, ctx.eps))
+        return *_layer_norm_backward(grad.contiguous(), *saved), None, None
 
 
 def _register():
@@ -330,24 +363,28 @@ def _register():
 
 
 def _save_linear(ctx, inputs, output):
-    x, weight, _, offsets = inputs
-    ctx.save_for_backward(x, weight, offsets)
+    ctx.save_for_backward(*inputs)
 
 
 def _grad_linear(ctx, grad):
-    return *torch.ops.stablemoe.grouped_linear_backward(grad.contiguous(), *ctx.saved_tensors), None
+    x, weight, _, offsets = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _plain_backward(_plain_linear, grad, ctx.saved_tensors)
+    return *torch.ops.stablemoe.grouped_linear_backward(grad.contiguous(), x, weight, offsets), None
 
 
 def _save_layer_norm(ctx, inputs, output):
-    x, weight, bias, offsets, _ = inputs
+    x, weight, bias, offsets, ctx.eps = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(x, mean, rstd, weight, bias, offsets)
 
 
 def _grad_layer_norm(ctx, grad, *_):
-    grads = torch.ops.stablemoe.grouped_layer_norm_backward(grad.contiguous(), *ctx.saved_tensors)
-    return *grads, None, None
+    x, _, _, *others = saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _plain_backward(_plain_layer_norm, grad, (x, *others, ctx.eps))
+    return *torch.ops.stablemoe.grouped_layer_norm_backward(grad.contiguous(), *saved), None, None
 
 
 _register()

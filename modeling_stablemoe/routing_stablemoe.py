@@ -25,6 +25,8 @@ from .tensors_stablemoe import copy_into, finite_tokens, restore_integers, score
 class RoutingTrace(NamedTuple):
     """What a router saw and decided, for losses and statistics; nothing here has a gradient.
 
+    Between modules it is a plain tuple, and `RoutingTrace(*trace)` reads it: hooks of other programs rebuild what passes.
+
     Attributes:
         hidden_states (`torch.Tensor` of shape `(T, D)`): input of the MoE layer, not normalised.
         token_ids (`torch.LongTensor` of shape `(T,)`): in [0, V).
@@ -42,27 +44,17 @@ class RoutingTrace(NamedTuple):
     distilled_index: Tensor | None
 
 
-class RoutingDecision(NamedTuple):
-    """What a router decides for T tokens.
-
-    Attributes:
-        router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores s, float32 (float64 in a float64
-            model); a hash has none, nor has a frozen routing that nobody asked for them.
-        expert_index (`torch.LongTensor` of shape `(B, S)`): the expert of each token, in [0, E).
-        gate (`torch.Tensor` of shape `(B, S)`): its weight, in [0, 1], float32 (float64 in a float64 model).
-        distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
-        trace (`RoutingTrace`): what losses and statistics are made of.
-    """
-
-    router_logits: Tensor | None
-    expert_index: Tensor
-    gate: Tensor
-    distilled_logits: Tensor | None
-    trace: RoutingTrace
-
-
 class Router(nn.Module):
     """What all routers share.
+
+    `forward` returns a plain tuple, which hooks of other programs may take apart and rebuild:
+
+    - router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores s, float32 (float64 in a float64
+      model); a hash has none, nor has a frozen routing that nobody asked for them.
+    - expert_index (`torch.LongTensor` of shape `(B, S)`): the expert of each token, in [0, E).
+    - gate (`torch.Tensor` of shape `(B, S)`): its weight, in [0, 1], float32 (float64 in a float64 model).
+    - distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
+    - trace (`tuple`): what losses and statistics are made of, in the order of `RoutingTrace`.
 
     A learned routing that is distilled evaluates with the distilled router, as the released code does, so that freezing
     it changes nothing. One that is not evaluates greedily, and cannot be frozen.
@@ -148,19 +140,20 @@ class Router(nn.Module):
             return None
         return {name: values.clone() for name, values in self.memory().items() if name != "token_counts"}
 
-    def observe(self, trace: RoutingTrace, mask: Tensor | None):
+    def observe(self, trace: tuple, mask: Tensor | None):
         """Follow a training pass of stage 1 with running statistics and counts; every process must call this.
 
         A token whose hidden state is NaN or infinite counts as padding here: one that has diverged, or a step that a
         loss scaler will skip, leaves nothing behind.
 
         Args:
-            trace (`RoutingTrace`): of the pass.
+            trace (`tuple`): of the pass, in the order of `RoutingTrace`.
             mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         """
         counts = self.distilled_router is not None and self.distilled_router.observes
         if self.memory is None and not counts:
             return
+        trace = RoutingTrace(*trace)
         mask = finite_tokens(trace.hidden_states, mask)
         if self.memory is not None:
             self.memory.observe(trace.hidden_states, trace.token_ids, trace.teacher_index, mask)
@@ -213,7 +206,7 @@ class LearnedRouter(Router):
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
         output_scores: bool = True,
-    ) -> RoutingDecision:
+    ) -> tuple:
         """Decide for each token.
 
         Args:
@@ -229,7 +222,7 @@ class LearnedRouter(Router):
                 chosen experts alone.
 
         Returns:
-            `RoutingDecision`
+            `tuple`: see `Router`.
         """
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         if frozen_index is not None:
@@ -252,9 +245,9 @@ class LearnedRouter(Router):
             # The same numbers, of which the balance loss reaches the centroids alone.
             scores = score(features.detach(), self.centroids)
         trace = self._trace(hidden_states, token_ids, gate, teacher_index, distilled_logits)
-        return RoutingDecision(scores, expert_index, gate, distilled_logits, trace)
+        return scores, expert_index, gate, distilled_logits, trace
 
-    def _follow(self, hidden_states, token_ids, frozen_index, output_scores) -> RoutingDecision:
+    def _follow(self, hidden_states, token_ids, frozen_index, output_scores) -> tuple:
         """Decide where the experts are frozen, and only the gates are left to decide."""
         scores = None
         if output_scores or not self.gates_by_own_score:
@@ -262,7 +255,7 @@ class LearnedRouter(Router):
         gate = self._weigh(hidden_states, frozen_index, None if self.gates_by_own_score else scores)
         trace = self._trace(hidden_states, token_ids, gate, None, None)
         # Nothing is learned of a fixed routing: a trainer that adds a balance loss of its own (TRL) moves no gate by it.
-        return RoutingDecision(scores.detach() if output_scores else None, frozen_index, gate, None, trace)
+        return scores.detach() if output_scores else None, frozen_index, gate, None, trace
 
     def _weigh(self, hidden_states: Tensor, expert_index: Tensor, scores: Tensor | None) -> Tensor:
         """Weigh the expert of each token, `(T, D), (B, S), (T, E) -> (B, S)`; without scores by that of its expert alone."""
@@ -277,13 +270,11 @@ class LearnedRouter(Router):
         """`bool`: whether the score of its own expert is all that a token's gate depends on, as the sigmoid's is."""
         return type(self).gate is LearnedRouter.gate
 
-    def _trace(self, hidden_states, token_ids, gate, teacher_index, distilled_logits) -> RoutingTrace:
+    def _trace(self, hidden_states, token_ids, gate, teacher_index, distilled_logits) -> tuple:
         distilled_index = None
         if distilled_logits is not None:
             distilled_index = self.distilled_router.choose(token_ids, distilled_logits.detach())
-        return RoutingTrace(
-            hidden_states.detach(), token_ids.flatten(), gate.detach().flatten(), teacher_index, distilled_index
-        )
+        return hidden_states.detach(), token_ids.flatten(), gate.detach().flatten(), teacher_index, distilled_index
 
     def _with_bias(self, router_logits: Tensor, recalled: dict[str, Tensor] | None) -> Tensor:
         """Add what balances the choice of experts, and leaves the gates alone."""
@@ -358,12 +349,12 @@ class HashRouter(Router):
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
         output_scores: bool = True,
-    ) -> RoutingDecision:
+    ) -> tuple:
         """Decide for each token; arguments and result as of `LearnedRouter.forward`."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         gate = torch.ones(frozen_index.shape, dtype=dtype, device=hidden_states.device)
-        trace = RoutingTrace(hidden_states.detach().flatten(0, -2), token_ids.flatten(), gate.flatten(), None, None)
-        return RoutingDecision(None, frozen_index, gate, None, trace)
+        trace = hidden_states.detach().flatten(0, -2), token_ids.flatten(), gate.flatten(), None, None
+        return None, frozen_index, gate, None, trace
 
 
 # The names of `router_type`; the one place where a strategy is chosen.
@@ -420,7 +411,6 @@ __all__ = [
     "HashRouter",
     "LearnedRouter",
     "Router",
-    "RoutingDecision",
     "RoutingTrace",
     "StableRouter",
     "SwitchRouter",

@@ -47,7 +47,7 @@ def score_chosen(features: Tensor, centroids: Tensor, index: Tensor) -> Tensor:
 
 def _finite(scores: Tensor) -> Tensor:
     """Let a non-finite score count as the lowest finite one of its token (as 0 where the token has none)."""
-    if _may_ask(scores):
+    if may_ask(scores):
         if _all_finite(scores):
             return scores
         logger.warning_once(
@@ -60,9 +60,17 @@ def _finite(scores: Tensor) -> Tensor:
     return torch.where(finite, scores, lowest.masked_fill(lowest == torch.inf, 0.0))
 
 
-def _may_ask(values: Tensor) -> bool:
-    """Tell whether to ask for a value, which makes an accelerator wait and compiled code break: on the CPU alone."""
-    return values.device.type == "cpu" and not is_torchdynamo_compiling()
+def may_ask(values: Tensor) -> bool:
+    """Return True where reading a value costs nothing: on the CPU, outside of traces and of `torch.func`'s transforms.
+
+    An accelerator would have to be waited for, compiled code would break, a trace would keep the answer, and `vmap` has none.
+    """
+    return values.device.type == "cpu" and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Return True inside `torch.compile`, `torch.export`, `torch.jit.trace` and the transforms of `torch.func`."""
+    return is_torchdynamo_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 def _all_finite(values: Tensor) -> bool:
@@ -81,7 +89,7 @@ def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
         `torch.BoolTensor` of shape `(T,)`: True on real tokens whose hidden state holds no NaN and no infinity; `None`
         where all tokens are.
     """
-    if _may_ask(hidden_states) and _all_finite(hidden_states):
+    if may_ask(hidden_states) and _all_finite(hidden_states):
         return mask
     finite = torch.isfinite(hidden_states).all(-1)
     return finite if mask is None else finite & mask
@@ -267,7 +275,9 @@ __all__ = [
     "full_tensor",
     "is_at_hand",
     "is_quantized",
+    "is_transformed",
     "local_tensor",
+    "may_ask",
     "pack_ids",
     "resize_rows",
     "restore_integers",

@@ -1,6 +1,7 @@
 """What all tests share: a tiny model with odd sizes, seeds, no network."""
 
 import os
+from typing import NamedTuple
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,7 @@ from modeling_stablemoe import (
     StableMoEForConditionalGeneration,
     StableMoESeq2SeqConfig,
 )
+from modeling_stablemoe.routing_stablemoe import RoutingTrace
 
 
 # Odd and all different, so that swapped axes fail.
@@ -107,6 +109,20 @@ def padded(rows: list[torch.Tensor], value: int, side: str = "right") -> torch.T
 
 def random_ids(batch: int = 3, length: int = 7, seed: int = 0, low: int = 2, high: int = 99) -> torch.Tensor:
     return torch.randint(low, high, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Decision(NamedTuple):
+    """What a router returns, by name: the package passes plain tuples between modules."""
+
+    router_logits: torch.Tensor | None
+    expert_index: torch.Tensor
+    gate: torch.Tensor
+    distilled_logits: torch.Tensor | None
+    trace: RoutingTrace
+
+    @classmethod
+    def of(cls, output: tuple) -> "Decision":
+        return cls(*output[:4], RoutingTrace(*output[4]))
 
 
 @pytest.fixture(autouse=True)

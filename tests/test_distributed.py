@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import COUNTING, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from conftest import COUNTING, Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from many_processes import results, run_scenarios
 from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
@@ -115,7 +115,7 @@ def following(**settings) -> tuple[StableMoEForCausalLM, list]:
     model = tiny_model(moe_layer_positions=POSITIONS, **(COUNTING | settings))
     decisions = []
     for layer in model.moe_layers_by_name.values():
-        layer.router.register_forward_hook(lambda router, args, decision: decisions.append(decision))
+        layer.router.register_forward_hook(lambda router, args, decision: decisions.append(Decision.of(decision)))
     return model, decisions
 
 

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conftest import COUNTING, FOLLOWING, random_ids, tiny_model, tiny_seq2seq_model
+from conftest import COUNTING, FOLLOWING, Decision, random_ids, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 from trainers import make_trainer
 
@@ -204,7 +204,7 @@ def test_a_score_that_overflows_has_no_gradient_and_leaves_that_of_the_others_fi
     hidden.requires_grad_()
     with torch.no_grad():
         layer.router.centroids[1] = 1e12
-    decision = layer.router(hidden, IDS[:1, :6])
+    decision = Decision.of(layer.router(hidden, IDS[:1, :6]))
     (decision.router_logits * torch.arange(5)).sum().backward()
     assert decision.router_logits.isfinite().all()
     assert hidden.grad.isfinite().all()

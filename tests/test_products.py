@@ -74,6 +74,26 @@ def test_the_gradients_of_products_and_norms_are_those_of_finite_differences(ind
     assert torch.autograd.gradcheck(lambda *inputs: grouped_layer_norm(*inputs, tokens, 1e-5), (x, scale, shift))
 
 
+@pytest.mark.parametrize("index", [[1, 0, 3, 1], [2, 2, 2], [E, 1, E, 0], [E, E]], ids=str)
+def test_the_gradients_have_gradients_themselves(index):
+    tokens = order_of(index)
+    x, weight, bias, scale, shift = parameters((len(index), X), (E, Y, X), (E, Y), (E, X), (E, X))
+    operators, frozen_experts = torch.ops.stablemoe, (weight.detach(), bias.detach())
+    for linear in (
+        lambda *inputs: grouped_linear(*inputs, tokens),
+        lambda *inputs: operators.grouped_linear(*inputs, tokens.offsets),
+    ):
+        assert torch.autograd.gradgradcheck(linear, (x, weight, bias), fast_mode=True)
+        assert torch.autograd.gradgradcheck(
+            lambda x, linear=linear: linear(x, *frozen_experts).sin(), (x,), fast_mode=True
+        )
+    for norm in (
+        lambda *inputs: grouped_layer_norm(*inputs, tokens, 1e-5),
+        lambda *inputs: operators.grouped_layer_norm(*inputs, tokens.offsets, 1e-5)[0],
+    ):
+        assert torch.autograd.gradgradcheck(norm, (x, scale, shift), fast_mode=True)
+
+
 def test_sentinels_get_zeros_and_an_idle_expert_a_gradient_of_zeros():
     tokens = order_of([E, 1, 1])
     x, weight, bias = parameters((3, X), (E, Y, X), (E, Y))

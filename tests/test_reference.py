@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import random_ids, tiny_model
+from conftest import Decision, random_ids, tiny_model
 
 from modeling_stablemoe.losses_stablemoe import balance_loss, distillation_loss
 
@@ -87,7 +87,8 @@ def test_router_takes_the_experts_and_scores_of_the_reference(routing):
     _, scores, distilled, assigned = reference_layer(
         arrays(layer), hidden.detach().numpy(), token_ids, mask, routing, table
     )
-    decision = layer.router(hidden, token_ids, layer.frozen_router(token_ids) if routing == "frozen" else None)
+    frozen_index = layer.frozen_router(token_ids) if routing == "frozen" else None
+    decision = Decision.of(layer.router(hidden, token_ids, frozen_index))
     assert decision.expert_index.flatten().tolist() == assigned.tolist()
     assert len(set(assigned.tolist())) > 2
     torch.testing.assert_close(decision.router_logits.detach(), torch.from_numpy(scores), **EXACT)
@@ -125,7 +126,7 @@ def test_layer_gradients_equal_finite_differences_of_the_reference(routing, back
 
 
 def stage_one_losses(layer, hidden, token_ids, mask):
-    decision = layer.router(hidden, token_ids)
+    decision = Decision.of(layer.router(hidden, token_ids))
     index = decision.expert_index.flatten()
     return {
         "balance": balance_loss(router_logits=decision.router_logits, expert_index=index, mask=mask.flatten()),

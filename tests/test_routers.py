@@ -5,7 +5,7 @@ import json
 import pytest
 import reference
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from conftest import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from test_checkpoints_loading import run_without_package
 from test_reference import EXACT, SLOPE, arrays, layer_input, slopes_of
 from torch.testing import assert_close
@@ -187,7 +187,7 @@ def test_base_balances_the_real_tokens_while_training_and_is_greedy_at_inference
     assert sorted(outputs.expert_load[0].tolist()) == sorted(real // 5 + (i < real % 5) for i in range(5))
     layer = model.model.moe_layers[0].eval()
     hidden = torch.randn(4, 10, 32)
-    decision = layer.router(hidden, IDS)
+    decision = Decision.of(layer.router(hidden, IDS))
     if kind == "base":
         assert torch.equal(decision.expert_index.flatten(), decision.router_logits.argmax(-1))
     else:

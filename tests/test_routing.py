@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
+from conftest import Decision, random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -108,7 +108,7 @@ def test_evaluation_of_single_tokens_agrees_with_the_table_where_rounding_decide
 def test_training_in_stage_1_routes_by_the_backbone_and_evaluation_by_the_distilled_router():
     model = tiny_model()
     recorded = []
-    layer_of(model).router.register_forward_hook(lambda _, __, decision: recorded.append(decision))
+    layer_of(model).router.register_forward_hook(lambda _, __, decision: recorded.append(Decision.of(decision)))
     ids = random_ids()
     with torch.no_grad():
         model.train()(ids)
@@ -128,7 +128,7 @@ def test_ties_of_backbone_scores_go_to_the_lowest_expert(score):
         router.distilled_router.embedding.zero_()
         router.distilled_router.centroids.zero_()
         router.centroids.copy_(torch.tensor(score).float().unsqueeze(-1) * torch.eye(4)[0])
-    decision = router(torch.ones(1, 1, 4), torch.zeros(1, 1, dtype=torch.long))
+    decision = Decision.of(router(torch.ones(1, 1, 4), torch.zeros(1, 1, dtype=torch.long)))
     assert int(decision.expert_index) == score.index(max(score))
     torch.testing.assert_close(decision.gate.item(), torch.tensor(float(max(score))).sigmoid().item())
 
@@ -138,7 +138,8 @@ def test_the_gate_is_the_sigmoid_of_the_backbone_score_of_the_chosen_expert_in_e
     hidden, ids = torch.randn(3, 33, 32), ALL_IDS
     router = layer_of(model).router
     table = model.route(ids)[0]
-    for decision in (router.train()(hidden, ids), router.eval()(hidden, ids), router.train()(hidden, ids, table)):
+    decisions = [router.train()(hidden, ids), router.eval()(hidden, ids), router.train()(hidden, ids, table)]
+    for decision in map(Decision.of, decisions):
         chosen = decision.router_logits.gather(-1, decision.expert_index.view(-1, 1)).view(3, 33)
         assert_close(decision.gate, chosen.sigmoid(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(decision.router_logits, hidden.view(-1, 32) @ router.centroids.T)
@@ -152,9 +153,9 @@ def test_router_scores_are_float32_under_autocast_and_take_the_same_expert():
     layer = layer_of(tiny_model()).train()
     hidden, ids = torch.randn(3, 33, 32), ALL_IDS
     with torch.no_grad():
-        expected = layer.router(hidden, ids)
+        expected = Decision.of(layer.router(hidden, ids))
         with torch.autocast("cpu", torch.bfloat16):
-            actual = layer.router(hidden, ids)
+            actual = Decision.of(layer.router(hidden, ids))
             assert (hidden @ hidden.mT).dtype == torch.bfloat16, "autocast is on"
     for name in ("router_logits", "gate", "distilled_logits", "expert_index"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
@@ -182,7 +183,7 @@ def test_a_score_that_is_not_finite_counts_as_the_lowest_finite_score_of_its_tok
         router.centroids[2] = 0.0
         router.centroids[2, 0] = bad  # times a positive number: `bad` for each token
         hidden = torch.rand(1, 9, 32) + 0.1
-        decision = router(hidden, ALL_IDS[:1, :9])
+        decision = Decision.of(router(hidden, ALL_IDS[:1, :9]))
     others = (hidden[0] @ router.centroids.detach().T)[:, [0, 1, 3, 4]]
     torch.testing.assert_close(decision.router_logits[:, [0, 1, 3, 4]], others)
     torch.testing.assert_close(decision.router_logits[:, 2], others.amin(-1))
@@ -193,9 +194,9 @@ def test_a_score_that_is_not_finite_counts_as_the_lowest_finite_score_of_its_tok
 def test_a_token_without_any_finite_score_is_routed_and_leaves_the_others_alone(bad):
     layer = layer_of(tiny_model()).train()
     hidden = torch.randn(1, 9, 32)
-    expected = layer.router(hidden, ALL_IDS[:1, :9])
+    expected = Decision.of(layer.router(hidden, ALL_IDS[:1, :9]))
     hidden[0, 4] = bad
-    decision = layer.router(hidden, ALL_IDS[:1, :9])
+    decision = Decision.of(layer.router(hidden, ALL_IDS[:1, :9]))
     assert torch.isfinite(decision.router_logits).all()
     assert torch.equal(decision.router_logits[4], torch.zeros(5))
     assert decision.gate[0, 4] == 0.5
@@ -233,7 +234,7 @@ def test_scores_whose_sum_alone_overflows_are_finite():
     with torch.no_grad():
         router.centroids.copy_(torch.rand_like(router.centroids) * 1e37)
         with recorded_warnings() as messages:
-            logits = router(hidden, ALL_IDS[:1, :9]).router_logits
+            logits = router(hidden, ALL_IDS[:1, :9])[0]
     assert not logits.sum().isfinite()
     assert torch.equal(logits, hidden[0] @ router.centroids.detach().T)
     assert messages == []

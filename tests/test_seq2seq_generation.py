@@ -123,7 +123,7 @@ class Watch:
         return lambda _m, args: self.passes[name].append({"ids": args[1], "mask": args[2]})
 
     def _decided(self, name):
-        return lambda _m, _a, decision: self.passes[name][-1].update(decided=decision.expert_index)
+        return lambda _m, _a, decision: self.passes[name][-1].update(decided=decision[1])
 
     def _dispatched(self, name):
         return lambda _m, args: self.passes[name][-1].update(experts=args[1])

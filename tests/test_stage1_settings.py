@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from conftest import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 from trainers import assert_same_weights, make_trainer, weights
 
@@ -44,7 +44,7 @@ def traced(model) -> list:
     """Record what the routers of a model return while it trains."""
     decisions = []
     for layer in model.moe_layers_by_name.values():
-        layer.router.register_forward_hook(lambda router, args, decision: decisions.append(decision))
+        layer.router.register_forward_hook(lambda router, args, decision: decisions.append(Decision.of(decision)))
     return decisions
 
 
@@ -160,7 +160,7 @@ def test_the_first_batch_is_averaged_and_later_ones_count_by_their_half_life():
 def test_experts_are_chosen_by_normalised_states_and_weighed_by_raw_ones(normalization):
     model = steps(tiny_model(router_normalization=normalization), 2)
     router, hidden, ids = layer_of(model).router, torch.randn(1, 6, 32) + 3, random_ids(1, 6)
-    decision = router(hidden, ids)
+    decision = Decision.of(router(hidden, ids))
     kept = router.memory()
     features = hidden[0] - kept["feature_mean"]
     if normalization == "standardize":
