@@ -6,20 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
+from .architectures import load_saved, read_saved_class
 from .data import check_encoding
 from .inspection import RoutedText, route_texts
 from .local_files import READABLE, STANDARD_INPUT, find_files, open_text, read_files, read_lines, read_paired_text
-from .recipes import CONFIGS
 from .translation_tokenizer import encode_sources, encode_texts
 
 
@@ -102,18 +94,15 @@ def parse_checkpoint_command(
 
 
 def load_checkpoint(name: str, tokenizer_name: str | None):
-    """Load model and tokenizer.
+    """Load a model of any kind, with the head that it was saved with or without one, and its tokenizer.
 
     Raises:
         OSError: if there is no such checkpoint, or it has no tokenizer.
         ValueError: if it is damaged or not of this package.
     """
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type not in CONFIGS:
-        raise ValueError(f"it is a {config.model_type!r} model; only those of {', '.join(CONFIGS)} have such experts")
+    read_saved_class(name)  # what is no checkpoint of ours has no need of a tokenizer
     tokenizer = load_tokenizer(tokenizer_name or name)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(name, device_map="auto"), tokenizer
+    return load_saved(name, device_map="auto"), tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -14,9 +14,10 @@ from itertools import chain, islice
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import modeling_stablemoe  # noqa: F401 - registers the model with the Auto classes
+from modeling_stablemoe import StableMoEForConditionalGeneration
+from modeling_stablemoe.architectures import load_saved
 from modeling_stablemoe.atomic_files import replace_file
 from modeling_stablemoe.data import check_encoding
 from modeling_stablemoe.local_files import STANDARD_INPUT, read_lines
@@ -62,7 +63,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, or end the script with one line that says why not."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForSeq2SeqLM.from_pretrained(name, device_map="auto").eval(), tokenizer
+        return load_saved(name, StableMoEForConditionalGeneration, device_map="auto"), tokenizer
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())  # transformers tells it in several lines
         raise SystemExit(f"error: cannot load {name!r}: {reason}") from error
