@@ -72,11 +72,11 @@ def route_texts(
 ) -> list[RoutedText]:
     """Let a model route texts, as it does at inference.
 
-    A language model reads a document in windows of `max_position_embeddings` tokens, as in training. A
+    A language model, or classifier, reads a document in windows of `max_position_embeddings` tokens, as in training. A
     sequence-to-sequence model reads sources and, as decoder input, targets shifted to the right.
 
     Args:
-        model (`PreTrainedModel`): language model or sequence-to-sequence model with its head; put into eval mode.
+        model (`PreTrainedModel`): of this package, with any head or none; put into eval mode.
         documents (sequence of sequences of `int`): token ids; the sources of a sequence-to-sequence model. Empty ones
             are left out.
         targets (sequence of sequences of `int`, *optional*): token ids of the target of each source, with the end
@@ -186,7 +186,9 @@ def _route_batch(
         mask = (torch.arange(width) < lengths[kind].unsqueeze(-1)).long()
         prefix = _INPUT_PREFIX[kind]
         inputs |= {f"{prefix}input_ids": ids.to(model.device), f"{prefix}attention_mask": mask.to(model.device)}
-    if "text" in lengths:
+    if model.base_model is model:
+        inputs["output_expert_indices"] = True  # a head asks for them with the scores
+    elif "text" in lengths and model.can_generate():
         inputs["logits_to_keep"] = 1  # nobody reads the predictions
     output = model(**inputs, use_cache=False, output_router_logits=True)
     routed: list[dict[str, list[tuple[Tensor, Tensor | None]]]] = [{} for _ in rows]

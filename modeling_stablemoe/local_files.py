@@ -3,9 +3,11 @@
 
 import codecs
 import gzip
+import io
 import json
 import logging
 import lzma
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ _JSON_SUFFIXES = (".jsonl", ".json")
 _DECOMPRESSORS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 READABLE = f"{', '.join(_TEXT_SUFFIXES + _JSON_SUFFIXES)}, each also with {' or '.join(_DECOMPRESSORS)}"
 _LONG_DOCUMENT = 64_000_000
+# Names the standard input in the place of a path.
+STANDARD_INPUT = "-"
 # Stands for the language in the path of paired text files, one file a language.
 LANGUAGE_PLACEHOLDER = "{lang}"
 
@@ -65,7 +69,7 @@ def read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
     paths = options["paths"]
     num_documents = 0
     for path in map(Path, paths):
-        with _open_text(path, options["encoding"]) as file:
+        with open_text(path, options["encoding"]) as file:
             if _format(path) == "json":
                 documents = _json_documents(file, path, options["text_column"])
             else:
@@ -79,22 +83,58 @@ def read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def _open_text(path: Path, encoding: str, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a file, compressed or not, and name it in the errors of whatever reads it."""
-    # "utf-8-sig" is UTF-8 that also accepts the byte-order mark of Windows editors.
+def open_text(path: str | Path, encoding: str, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a text file, compressed or not, or the standard input; errors of whatever reads it name the file.
+
+    Args:
+        path (`str` or `Path`): the file, or `STANDARD_INPUT`.
+        encoding (`str`): a codec that Python knows. UTF-8 may begin with the byte-order mark of Windows editors.
+        newline (`str`, *optional*): as of `open`.
+
+    Raises:
+        ValueError: if the text is of another encoding, or a compressed file is incomplete.
+    """
+    path = Path(path)
     codec = "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
     open_file = _DECOMPRESSORS.get(path.suffix.lower(), open)
+    if str(path) == STANDARD_INPUT:
+        open_file = _open_standard_input
     try:
         with open_file(path, "rt", encoding=codec, newline=newline) as file:
             yield file
     except UnicodeError as error:
+        name = "The standard input" if str(path) == STANDARD_INPUT else path
         raise ValueError(
-            f"{path} is not {encoding} text ({error}); name its encoding with --encoding, e.g. --encoding latin-1."
+            f"{name} is not {encoding} text ({error}); name its encoding with --encoding, e.g. --encoding latin-1."
         ) from error
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(
             f"{path} is not a complete {path.suffix} file ({error}); compress or copy it again."
         ) from error
+
+
+@contextmanager
+def _open_standard_input(path: Path, mode: str, **options: Any) -> Iterator[TextIO]:
+    file = io.TextIOWrapper(sys.stdin.buffer, **options)
+    try:
+        yield file
+    finally:
+        file.detach()  # `sys.stdin` stays open
+
+
+def read_lines(path: str | Path, encoding: str) -> Iterator[str]:
+    """Yield the lines of a text file, compressed or not, or of the standard input, without their ends.
+
+    Only "\\n" and "\\r\\n" end a line. A stray "\\r" inside one, or a line separator of Unicode, would make two of it and shift
+    all that follow against the lines of another file.
+
+    Args:
+        path (`str` or `Path`): the file, or `STANDARD_INPUT`.
+        encoding (`str`): see `open_text`.
+    """
+    with open_text(path, encoding, newline="\n") as file:
+        for line in file:
+            yield line.removesuffix("\n").removesuffix("\r")
 
 
 def _text_documents(file: TextIO, path: Path, separator: str | None) -> Iterator[str]:
@@ -191,7 +231,7 @@ def read_paired_text(options: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the lines that stand beside each other in files of one sentence a line; `paths`: language -> file."""
     paths = options["paths"]
     # Each is opened by its own generator, so that an error names the file that it is in.
-    files = [_lines(Path(path), options["encoding"]) for path in paths.values()]
+    files = [read_lines(path, options["encoding"]) for path in paths.values()]
     num_lines = 0
     for lines in zip_longest(*files):
         if None in lines:
@@ -206,16 +246,10 @@ def read_paired_text(options: dict[str, Any]) -> Iterator[dict[str, str]]:
         raise ValueError(f"There is no text in {', '.join(paths.values())}; name other files.")
 
 
-def _lines(path: Path, encoding: str) -> Iterator[str]:
-    # Only "\n" ends a sentence: a stray "\r" inside one would shift all that follow.
-    with _open_text(path, encoding, newline="\n") as file:
-        yield from file
-
-
 def read_parallel_json(options: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the languages of every JSON line, which stand in the line or in its "translation"; null becomes ""."""
     path, languages = Path(options["path"]), options["languages"]
-    with _open_text(path, options["encoding"]) as file:
+    with open_text(path, options["encoding"]) as file:
         for where, row in _json_rows(file, path):
             texts = _translations(row)
             missing = [language for language in languages if language not in texts]
@@ -236,7 +270,7 @@ def languages_of_json(path: str, encoding: str) -> list[str]:
             f"{path} holds one language; name paired text files by a path with {LANGUAGE_PLACEHOLDER} in place of the "
             "language."
         )
-    with _open_text(Path(path), encoding) as file:
+    with open_text(path, encoding) as file:
         for _, row in _json_rows(file, Path(path)):
             return list(_translations(row))
     raise ValueError(f"There is no text in {path}; name another file.")
@@ -249,10 +283,13 @@ def _translations(row: dict[str, Any]) -> dict[str, Any]:
 __all__ = [
     "LANGUAGE_PLACEHOLDER",
     "READABLE",
+    "STANDARD_INPUT",
     "find_files",
     "find_parallel_files",
     "languages_of_json",
+    "open_text",
     "read_files",
+    "read_lines",
     "read_paired_text",
     "read_parallel_json",
 ]

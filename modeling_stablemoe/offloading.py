@@ -12,23 +12,13 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 from transformers import AutoConfig
 
+from .architectures import MODELS
 from .callback_base import find_stablemoe
 from .expert_store import CheckpointFile, FileRows, MemoryRows, expert_parameters, find_rows, offloaded_value
 from .experts_stablemoe import ExpertSublayer, StableMoEExperts
 from .layer_stablemoe import StableMoELayer, moe_layers_of
-from .modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
-from .modeling_stablemoe_seq2seq import StableMoEForConditionalGeneration, StableMoESeq2SeqModel
 from .offloaded_experts import OffloadedExperts, OffloadStatistics, Transfers
 from .tensors_stablemoe import is_quantized
-
-
-_CLASSES = (
-    StableMoEModel,
-    StableMoEForCausalLM,
-    StableMoEForSequenceClassification,
-    StableMoESeq2SeqModel,
-    StableMoEForConditionalGeneration,
-)
 
 
 class ExpertOffload:
@@ -160,15 +150,14 @@ def experts_on_disk(name_or_path: str | PathLike, model_class: type | None = Non
         ValueError: if it is not one of a StableMoE model.
     """
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-    known = {each.__name__: each for each in _CLASSES}
     name = model_class.__name__ if model_class is not None else (config.architectures or ["nothing"])[0]
-    if name not in known:
+    if name not in MODELS:
         raise ValueError(
             f"{str(name_or_path)!r} was saved as {name}, or is to be loaded as that. `model_class` must be one of "
-            f"{', '.join(known)}."
+            f"{', '.join(MODELS)}."
         )
     with torch.device("meta"):
-        return dict(_places(known[name](config)))
+        return dict(_places(MODELS[name](config)))
 
 
 def _places(module: nn.Module, name: str = ""):

@@ -16,31 +16,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .architectures import MODELS, read_saved_class
 from .configuration_stablemoe import StableMoEBaseConfig
 from .distillation_stablemoe import sees_context
 from .layer_stablemoe import StableMoELayer
-from .modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
-from .modeling_stablemoe_seq2seq import StableMoEForConditionalGeneration, StableMoESeq2SeqModel
-from .recipes import CONFIGS
 from .routing_stablemoe import ROUTERS, HashRouter, LearnedRouter
 from .stages_stablemoe import TwoStageRoutingMixin, check_fingerprint, fingerprint_of
 from .tensors_stablemoe import is_quantized, pack_ids, unpack_ids
 
 
-MODELS: dict[str, type[PreTrainedModel]] = {
-    model_class.__name__: model_class
-    for model_class in (
-        StableMoEModel,
-        StableMoEForCausalLM,
-        StableMoEForSequenceClassification,
-        StableMoESeq2SeqModel,
-        StableMoEForConditionalGeneration,
-    )
-}
 # What `from_pretrained` takes that says where a checkpoint is.
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "proxies")
 _TABLE = "frozen_router.routing_table"
@@ -414,22 +402,12 @@ def read_configs(
         OSError: if there is no such checkpoint.
         ValueError: if it is not of this package.
     """
-    config = AutoConfig.from_pretrained(checkpoint, **hub)
-    if config.model_type not in CONFIGS:
-        raise ValueError(
-            f"{str(checkpoint)!r} is a {config.model_type!r} model; prunable are those of {', '.join(CONFIGS)}."
-        )
-    saved_from = (config.architectures or [None])[0]
-    if saved_from not in MODELS:
-        raise ValueError(
-            f"`architectures` {config.architectures} of {str(checkpoint)!r} names no model of this package; it must be "
-            f"one of {', '.join(MODELS)}."
-        )
+    model_class, config = read_saved_class(checkpoint, **hub)
     try:
         generation_config = GenerationConfig.from_pretrained(checkpoint, **hub)
     except OSError:
         generation_config = None
-    return MODELS[saved_from], config, generation_config
+    return model_class, config, generation_config
 
 
 @contextmanager

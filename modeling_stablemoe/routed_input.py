@@ -2,24 +2,16 @@
 """A checkpoint and a text to send through it, as command lines name them."""
 
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
+from .architectures import load_saved, read_saved_class
+from .data import check_encoding
 from .inspection import RoutedText, route_texts
-from .local_files import READABLE, find_files, read_files, read_paired_text
-from .recipes import CONFIGS
+from .local_files import READABLE, STANDARD_INPUT, find_files, open_text, read_files, read_lines, read_paired_text
 from .translation_tokenizer import encode_sources, encode_texts
 
 
@@ -50,7 +42,7 @@ class TextArguments:
     target_language: str | None = field(
         default=None, metadata={"help": "Language to translate into, for models that know several, such as 'de'."}
     )
-    encoding: str = field(default="utf-8", metadata={"help": "Encoding of the files."})
+    encoding: str = field(default="utf-8", metadata={"help": "Encoding of the files and of the standard input."})
     text_column: str = field(default="text", metadata={"help": "Key that holds the document in JSON lines."})
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, for a checkpoint that was saved without one."}
@@ -68,6 +60,7 @@ class TextArguments:
             raise ValueError("--target_files must name one file for each of --text_files")
         if self.max_tokens < 1:
             raise ValueError("--max_tokens must be >= 1")
+        check_encoding(self.encoding)
 
 
 def parse_checkpoint_command(
@@ -101,18 +94,15 @@ def parse_checkpoint_command(
 
 
 def load_checkpoint(name: str, tokenizer_name: str | None):
-    """Load model and tokenizer.
+    """Load a model of any kind, with the head that it was saved with or without one, and its tokenizer.
 
     Raises:
         OSError: if there is no such checkpoint, or it has no tokenizer.
         ValueError: if it is damaged or not of this package.
     """
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type not in CONFIGS:
-        raise ValueError(f"it is a {config.model_type!r} model; only those of {', '.join(CONFIGS)} have such experts")
+    read_saved_class(name)  # what is no checkpoint of ours has no need of a tokenizer
     tokenizer = load_tokenizer(tokenizer_name or name)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_pretrained(name, device_map="auto"), tokenizer
+    return load_saved(name, device_map="auto"), tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -135,8 +125,11 @@ def read_documents(args: TextArguments) -> Iterator[str]:
         options = {"encoding": args.encoding, "separator": None, "text_column": args.text_column}
         for row in read_files({"paths": find_files(args.text_files), **options}):
             yield row["text"]
+    elif args.text is None:
+        with open_text(STANDARD_INPUT, args.encoding) as file:
+            yield file.read()
     else:
-        yield sys.stdin.read() if args.text is None else args.text
+        yield args.text
 
 
 def encode_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
@@ -166,7 +159,7 @@ def encode_one_by_one(
 def read_pairs(args: TextArguments) -> Iterator[tuple[str, str]]:
     """Yield sources and targets of a translation model, "" where there are no targets; blank sources are left out."""
     if not args.text_files:
-        lines = sys.stdin if args.text is None else args.text.splitlines()
+        lines = read_lines(STANDARD_INPUT, args.encoding) if args.text is None else args.text.split("\n")
         pairs = ((line, "") for line in lines)
     else:
         sides = [args.text_files, *([args.target_files] if args.target_files else [])]
@@ -179,7 +172,7 @@ def read_pairs(args: TextArguments) -> Iterator[tuple[str, str]]:
         )
     for source, target in pairs:
         if source.strip():
-            yield source.rstrip("\r\n"), target.rstrip("\r\n")
+            yield source, target
 
 
 def encode_pairs(args: TextArguments, tokenizer, longest: int) -> tuple[list[list[int]], list[list[int]]]:

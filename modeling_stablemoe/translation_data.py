@@ -188,7 +188,7 @@ class TranslationDataArguments:
             if match is None:
                 raise ValueError(
                     f"language_pairs must be source-target, such as de-en or zh_Hans-en (letters, digits and _ in a "
-                    f"language); got {name!r}."
+                    f"language, zh_CN for zh-CN); got {name!r}."
                 )
             if match[1] == match[2]:
                 raise ValueError(f"language_pairs: {name!r} has the same source and target; name two languages.")

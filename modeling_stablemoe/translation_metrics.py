@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """How good translations are: sacreBLEU and chrF of every language pair, and their means over pairs."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,22 @@ from .report import format_table
 
 
 _SCORE_HEADINGS = {"pair": "pair", "num_sentences": "sentences", "bleu": "BLEU", "chrf": "chrF"}
+# By ISO 639-1, 639-2 and 639-3. What sacreBLEU's own choice takes are the codes of two letters, and nothing after them.
+_LANGUAGES_OF_TOKENIZER = {
+    "zh": ("zh", "zho", "chi", "cmn", "yue", "wuu", "hak", "nan", "gan", "hsn", "lzh"),
+    "ja-mecab": ("ja", "jpn"),
+    "ko-mecab": ("ko", "kor"),
+}
+_TOKENIZER_OF_LANGUAGE = {code: name for name, codes in _LANGUAGES_OF_TOKENIZER.items() for code in codes}
 
 
 def score_translations(hypotheses: Sequence[str], references: Sequence[str], pairs: Sequence[str]) -> dict[str, Any]:
     """Score translations against one reference each, by language pair.
 
-    Both metrics are sacreBLEU's with its defaults: cased BLEU with its own tokenization, and chrF2. What follows the
-    last "-" of a pair is its target language, by which sacreBLEU chooses the tokenizer: "zh" for Chinese, "ja-mecab"
-    for Japanese, "ko-mecab" for Korean, "13a" for all others.
+    Both metrics are sacreBLEU's with its defaults: cased BLEU with its own tokenization, and chrF2. The target language
+    of a pair decides on the tokenizer: "zh" for Chinese, "ja-mecab" for Japanese, "ko-mecab" for Korean, "13a" for all
+    others and for what is romanised. Its script and region may follow its code: zh, zh_Hans, zh-CN, zho_Hant, ja_XX, kor_Hang. Of other
+    languages that are written without spaces, such as Thai, "13a" counts whole phrases as words: chrF says more of them.
 
     Args:
         hypotheses (sequence of `str`): translations by the model, detokenized.
@@ -62,13 +71,26 @@ def score_translations(hypotheses: Sequence[str], references: Sequence[str], pai
 def _metrics(pair: str) -> dict[str, Any]:
     """Build sacreBLEU's metrics for the target language of a pair."""
     sacrebleu_metrics = _import_sacrebleu_metrics()
-    language = pair.rpartition("-")[2]
+    tokenizer = _tokenizer_for(pair)
     try:
-        return {"bleu": sacrebleu_metrics.BLEU(trg_lang=language), "chrf": sacrebleu_metrics.CHRF()}
+        return {"bleu": sacrebleu_metrics.BLEU(tokenize=tokenizer), "chrf": sacrebleu_metrics.CHRF()}
     except RuntimeError as error:
+        extra = tokenizer.partition("-")[0]
         raise ImportError(
-            f"sacrebleu cannot tokenize the target language of {pair!r}: pip install 'sacrebleu[{language}]'."
+            f"sacrebleu cannot tokenize the target language of {pair!r}: pip install 'sacrebleu[{extra}]'."
         ) from error
+
+
+def _tokenizer_for(pair: str) -> str:
+    """Choose the tokenizer of sacreBLEU for the target language of a pair."""
+    source, *rest = pair.lower().split("-")
+    # "-" may also stand between language and region, of source and target: none of the codes is one of a region.
+    for place, tag in enumerate(rest or [source]):
+        tokenizer = _TOKENIZER_OF_LANGUAGE.get(tag.partition("_")[0])
+        if tokenizer is not None:
+            is_romanised = "latn" in re.split("[-_]", "-".join([tag, *rest[place + 1 :]]))
+            return "13a" if is_romanised else tokenizer
+    return "13a"
 
 
 def _import_sacrebleu_metrics() -> Any:
@@ -130,12 +152,13 @@ class TranslationMetrics:
             pairs (sequence of `str`): language pair of each row.
 
         Raises:
-            ImportError: if sacrebleu is not installed.
+            ImportError: if sacrebleu, or what it needs for Japanese or Korean, is not installed.
             ValueError: if there are not as many references as pairs.
         """
-        _import_sacrebleu_metrics()
         if len(references) != len(pairs):
             raise ValueError(f"references and pairs must be equally many; got {len(references)} and {len(pairs)}.")
+        for pair in set(pairs):
+            _metrics(pair)  # what is not installed is missed now, not after hours of training
         self._tokenizer = tokenizer
         self._references = list(references)
         self._pairs = list(pairs)

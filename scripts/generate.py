@@ -8,9 +8,10 @@ python scripts/generate.py runs/embedded-cpu --prompt "The import statement"
 import argparse
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoTokenizer, set_seed
 
-import modeling_stablemoe  # noqa: F401 - registers the model with the Auto classes
+from modeling_stablemoe import StableMoEForCausalLM
+from modeling_stablemoe.architectures import load_saved
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -36,11 +37,14 @@ def main(argv=None):
     set_seed(arguments.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map="auto")
+        model = load_saved(arguments.model, StableMoEForCausalLM, device_map="auto")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())  # transformers tells it in several lines
         raise SystemExit(f"error: cannot load {arguments.model!r}: {reason}") from error
-    prompt = tokenizer(arguments.prompt or tokenizer.bos_token, return_tensors="pt").to(model.device)
+    prompt = arguments.prompt or tokenizer.bos_token
+    if prompt is None:
+        raise SystemExit("error: the tokenizer has no token for the start of a document: name a --prompt")
+    prompt = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}

@@ -10,14 +10,17 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import modeling_stablemoe  # noqa: F401 - registers the model with the Auto classes
+from modeling_stablemoe import StableMoEForConditionalGeneration
+from modeling_stablemoe.architectures import load_saved
 from modeling_stablemoe.atomic_files import replace_file
+from modeling_stablemoe.data import check_encoding
+from modeling_stablemoe.local_files import STANDARD_INPUT, read_lines
 from modeling_stablemoe.translation_tokenizer import encode_sources
 
 
@@ -31,8 +34,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
-    parser.add_argument("--input", nargs="+", metavar="FILE", help="UTF-8 text, a sentence a line (default: stdin)")
-    parser.add_argument("--output", metavar="FILE", help="where translations go, a line each (default: stdout)")
+    parser.add_argument(
+        "--input", nargs="+", metavar="FILE", help="text, also .gz or .xz, a sentence per line (default: stdin)"
+    )
+    parser.add_argument("--encoding", default="utf-8", help="encoding of the input (default: utf-8)")
+    parser.add_argument(
+        "--output", metavar="FILE", help="where translations go, UTF-8, one per line (default: stdout)"
+    )
     parser.add_argument(
         "--target_language", help="language to translate into, for models that know several, such as 'de'"
     )
@@ -44,6 +52,10 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be >= 1")
+    try:
+        check_encoding(arguments.encoding)
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
 
 
@@ -51,18 +63,10 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model and tokenizer, or end the script with one line that says why not."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForSeq2SeqLM.from_pretrained(name, device_map="auto").eval(), tokenizer
+        return load_saved(name, StableMoEForConditionalGeneration, device_map="auto"), tokenizer
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())  # transformers tells it in several lines
         raise SystemExit(f"error: cannot load {name!r}: {reason}") from error
-
-
-def read_lines(paths: list[str] | None) -> Iterator[str]:
-    """Yield the lines of files, or of the standard input, without their line ends."""
-    for path in paths or ["-"]:
-        with open(0 if path == "-" else path, encoding="utf-8", closefd=path != "-") as file:
-            for line in file:
-                yield line.rstrip("\r\n")
 
 
 def encode(lines: dict[int, str], model, tokenizer, target_language: str | None) -> list[list[int]]:
@@ -115,7 +119,9 @@ def main(argv=None):
     model, tokenizer = load(arguments.model)
     if (arguments.max_length or 0) > model.config.max_position_embeddings:
         raise SystemExit(f"error: --max_length exceeds the model's {model.config.max_position_embeddings} positions")
-    translations = translate_lines(read_lines(arguments.input), arguments, model, tokenizer)
+    paths = arguments.input or [STANDARD_INPUT]
+    lines = chain.from_iterable(read_lines(path, arguments.encoding) for path in paths)
+    translations = translate_lines(lines, arguments, model, tokenizer)
 
     def write(path):
         with open(path, "w", encoding="utf-8") as file:

@@ -80,7 +80,7 @@ def test_script_prints_tables_and_writes_numbers_and_page(script, tmp_path, caps
 def test_text_and_standard_input_are_read_alike(script, monkeypatch, capsys):
     script(["frozen", "--text", TEXT])
     expected = capsys.readouterr().out
-    monkeypatch.setattr(sys, "stdin", io.StringIO(TEXT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     script(["frozen"])
     assert capsys.readouterr().out == expected
 

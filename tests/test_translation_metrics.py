@@ -137,11 +137,39 @@ def test_missing_sacrebleu_names_the_extra(without_sacrebleu, tokenizer):
         TranslationMetrics(tokenizer, REFERENCES, PAIRS)  # before training, not after it
 
 
-@pytest.mark.parametrize("language", ["ja", "ko"])
-def test_missing_word_splitter_names_the_extra_of_sacrebleu(language, monkeypatch):
-    monkeypatch.setattr(f"sacrebleu.tokenizers.tokenizer_{language}_mecab.MeCab", None)
-    with pytest.raises(ImportError, match=rf"'en-{language}': pip install 'sacrebleu\[{language}\]'"):
-        score_translations(["x"], ["x"], [f"en-{language}"])
+CHINESE = ["我今天去学校学习。", "他很喜欢吃苹果和香蕉。"]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    ["en-zh", "en-zh_Hans", "en-zh-CN", "en-zh-Hant-TW", "en-zh-cn", "eng_Latn-zho_Hans", "en_XX-zh_CN", "en-cmn"]
+    + ["en-yue_Hant", "ja-ZH", "pt-BR-zh", "zh_Hant-zh_Hans"],
+)
+def test_chinese_is_told_by_any_of_its_codes(pair):
+    hypotheses = ["我今天去学校上课。", "他喜欢吃苹果和香蕉。"]
+    scores = score_translations(hypotheses, CHINESE, [pair] * 2)
+    assert scores["mean_bleu"] == sacrebleu.corpus_bleu(hypotheses, [CHINESE], tokenize="zh").score > 40
+    assert "|tok:zh|" in scores["bleu_signature"]
+
+
+@pytest.mark.parametrize(
+    "pair", ["zh-en", "zh_Hans-en_XX", "zh-CN-en", "zho_Hans-eng_Latn", "en-zh_Latn", "en-zu", "x-kok"]
+)
+def test_what_is_not_written_in_chinese_is_split_at_spaces(pair):
+    assert "|tok:13a|" in score_translations(["Good day."], ["Good day."], [pair])["bleu_signature"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "extra"),
+    [("en-ja", "ja"), ("en-jpn_Jpan", "ja"), ("en_XX-ja_XX", "ja"), ("en-ja-JP", "ja")]
+    + [("en-ko", "ko"), ("en-kor_Hang", "ko"), ("en-ko_KR", "ko"), ("ja-ko-KR", "ko")],
+)
+def test_missing_word_splitter_names_the_extra_of_sacrebleu(pair, extra, tokenizer, monkeypatch):
+    monkeypatch.setattr(f"sacrebleu.tokenizers.tokenizer_{extra}_mecab.MeCab", None)
+    with pytest.raises(ImportError, match=rf"'{pair}': pip install 'sacrebleu\[{extra}\]'"):
+        score_translations(["x"], ["x"], [pair])
+    with pytest.raises(ImportError, match=rf"'{pair}': pip install"):
+        TranslationMetrics(tokenizer, ["x"], [pair])  # before training, not after it
 
 
 # --- table ---
