@@ -7,6 +7,7 @@ through the package for names that are missing here. Run: `python -m pytest test
 import ast
 import importlib
 import inspect
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -352,8 +353,16 @@ def test_a_method_takes_all_that_the_one_it_stands_before_takes(model_class):
     assert seen
 
 
-def parsed_files() -> list[tuple[Path, ast.Module]]:
-    return [(path, ast.parse(path.read_text())) for path in sorted(PACKAGE.glob("*.py"))]
+@cache
+def nodes(kind: type) -> list[tuple[str, ast.AST]]:
+    """The places of one kind in the source, each with the name of its file."""
+    return [(file, node) for file, node in all_nodes() if isinstance(node, kind)]
+
+
+@cache
+def all_nodes() -> list[tuple[str, ast.AST]]:
+    files = sorted(PACKAGE.glob("*.py"))
+    return [(path.name, node) for path in files for node in ast.walk(ast.parse(path.read_text()))]
 
 
 def named(module: str, name: str) -> bool:
@@ -363,10 +372,9 @@ def named(module: str, name: str) -> bool:
 def test_every_undocumented_import_of_the_package_is_named():
     libraries = {module.partition(".")[0] for module in DOCUMENTED}
     missing = [
-        f"{node.module}:{alias.name} in {path.name}"
-        for path, tree in parsed_files()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and not node.level and node.module.partition(".")[0] in libraries
+        f"{node.module}:{alias.name} in {file}"
+        for file, node in nodes(ast.ImportFrom)
+        if not node.level and node.module.partition(".")[0] in libraries
         for alias in node.names
         if node.module not in DOCUMENTED or alias.name.startswith("_")
         if not named(node.module, alias.name)
@@ -376,36 +384,25 @@ def test_every_undocumented_import_of_the_package_is_named():
     assert not missing, f"name in USES, with what it is for: {missing}"
 
 
-def test_every_underscored_attribute_of_others_is_named():
-    trees = parsed_files()
-    ours = {"_asdict", "_replace"}  # of named tuples
-    for _, tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                ours.add(node.name)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                ours.add(node.attr)
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                ours |= {each.id for each in targets if isinstance(each, ast.Name)}
+def test_every_underscored_name_of_others_is_named():
+    attributes = [(file, node) for file, node in nodes(ast.Attribute) if node.attr.startswith("_")]
+    known = {"_asdict", "_replace"}  # of named tuples
+    known |= {node.name for _, node in nodes(ast.FunctionDef | ast.ClassDef)}
+    known |= {node.attr for _, node in attributes if isinstance(node.ctx, ast.Store)}
+    known |= {node.id for _, node in nodes(ast.Name) if isinstance(node.ctx, ast.Store)}
     names = {part for use in USES for part in use.name.partition(":")[2].split(".")}
     names |= {part for _, read, _ in ATTRIBUTES.values() for name in read for part in name.split(".")}
     missing = {
-        f"{node.attr} in {path.name}"
-        for path, tree in trees
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
-        if node.attr not in ours | names
+        f"{node.attr} in {file}"
+        for file, node in attributes
+        if not node.attr.startswith("__") and node.attr not in known | names
     }
     # What a class of ours sets for its base to read.
     missing |= {
         f"{name} of {each.__name__}"
         for each in (*OURS, StableMoEExpertsInterface)
         for name in dir(each)
-        if name.startswith("_")
-        and not name.startswith("_abc_")
-        and not name.startswith("__")
-        and name not in names
-        and overridden(name, each)
+        if name.startswith("_") and not name.startswith(("__", "_abc_"))
+        if name not in names and overridden(name, each)
     }
     assert not missing, f"name in USES, with what it is for: {missing}"
