@@ -229,6 +229,7 @@ USES = [
     Use("accelerate.hooks:remove_hook_from_submodules", "takes offloaded experts out of accelerate's hands", 1),
     Use("datasets.fingerprint:Hasher", "names what is cached"),
     Use("datasets.fingerprint:Hasher.hash", "names what is cached", 1),
+    Use("torch:Tensor._version", "whether a frozen routing has been written to"),
     # Benchmarks.
     Use("torch:_dynamo.config.recompile_limit", "shapes that a compiled layer is timed at"),
     *(
@@ -289,6 +290,7 @@ ATTRIBUTES = {
         ("state_dict", "index"),
         "the file of a weight",
     ),
+    "a module": (nn.Module, ("_buffers",), "integers that casts of a model have reached"),
     "accelerate's last batch": (GradientState, ("end_of_dataloader", "remainder"), "rows that fill up a last batch"),
 }
 
