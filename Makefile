@@ -10,8 +10,13 @@ SEQ2SEQ_RECIPE ?= configuration/recipes/code-summary-cpu.yaml
 SEQ2SEQ_OUTPUT ?= runs/code-summary
 # Test files side by side.
 WORKERS ?= 2
+FAST_TESTS = -m pytest -m "not slow and not gpu" --durations=10 --numprocesses $(WORKERS) --dist loadfile
+# What the locked, the oldest and the newest set cover.
+EXTRAS := plots tensorboard translation test
+# Both ends take another torch where they are told one, a CPU build for example: `make test-oldest TORCH=torch==2.13.0`.
+TORCH ?=
 
-.PHONY: install train train-seq2seq test test-slow test-gpu quality style lock clean
+.PHONY: install train train-seq2seq test test-oldest test-newest test-slow test-gpu quality style lock clean
 
 install: $(INSTALLED)
 
@@ -34,7 +39,26 @@ train-seq2seq: install
 	echo "def count_lines(path): return sum(1 for line in open(path))" | $(BIN)/python scripts/translate.py $(SEQ2SEQ_OUTPUT)
 
 test: quality
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations=10 --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python $(FAST_TESTS)
+
+# The lower bounds of pyproject.toml.
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python $(FAST_TESTS)
+
+.venv-oldest/.installed: requirements.oldest pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	grep -v '^torch==' requirements.oldest > .venv-oldest/requirements
+	.venv-oldest/bin/python -m pip install --quiet $(or $(TORCH),$(shell grep '^torch==' requirements.oldest)) \
+		--requirement .venv-oldest/requirements
+	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The newest releases that go together, looked up anew each time.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(or $(TORCH),torch) \
+		$(foreach extra,$(EXTRAS),--editable ".[$(extra)]")
+	.venv-newest/bin/python $(FAST_TESTS)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --durations=10
@@ -52,11 +76,13 @@ style: install
 
 # CUDA libraries are left to torch's own requirements: a CPU build has none. The extra `quantization` is not in the set:
 # transformers imports torchao wherever it is installed, which takes every process that a test starts 2 s.
+COMPILE = uv pip compile pyproject.toml $(EXTRAS:%=--extra %) --universal --python-version 3.10 --no-annotate --no-header --quiet
 lock:
-	uv pip compile pyproject.toml --extra plots --extra tensorboard --extra translation --extra test --universal --python-version 3.10 --no-annotate --no-header \
-		--constraint requirements.constraints --quiet --output-file requirements.lock.partial
+	$(COMPILE) --constraint requirements.constraints --output-file requirements.lock.partial
+	$(COMPILE) --resolution lowest-direct --output-file requirements.oldest.partial
 	grep -vE '^(nvidia-|cuda-|triton)' requirements.lock.partial > requirements.lock
-	rm requirements.lock.partial
+	grep -vE '^(nvidia-|cuda-|triton)' requirements.oldest.partial > requirements.oldest
+	rm requirements.lock.partial requirements.oldest.partial
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info .pytest_cache .ruff_cache .hypothesis
