@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 
 from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext, cached_context, whole_context
+from .context_stablemoe import TokenContext, cached_context, new_columns, whole_context
 from .distillation_stablemoe import sees_context
 from .health_stablemoe import RoutingHealth, routing_health
 from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
@@ -175,7 +175,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         Args:
             outputs (`StableMoEModelOutputWithPast`): with `expert_indices`, `routing_traces` and, where there are any,
                 `router_logits` and `distilled_router_logits`.
-            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
+            attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
 
         Returns:
             `RoutingLosses`
@@ -252,7 +252,7 @@ def count_positions(inputs_embeds: Tensor, attention_mask: Tensor | None, cache:
     sequence_length = inputs_embeds.shape[1]
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return counted[:, -sequence_length:]
+        return new_columns(counted, sequence_length, cache)
     past_length = cache.get_seq_length() if cache is not None else 0
     return (torch.arange(sequence_length, device=inputs_embeds.device) + past_length).unsqueeze(0)
 

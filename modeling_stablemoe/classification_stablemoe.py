@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .layer_stablemoe import token_mask
+from .layer_stablemoe import mask_of_pass, token_mask
 from .losses_stablemoe import share_of_targets
 from .outputs_stablemoe import StableMoESequenceClassifierOutputWithPast
 from .versions_stablemoe import takes_cache_by_either_name
@@ -57,6 +57,7 @@ class SequenceClassificationMixin:
             output_router_logits = self.config.output_router_logits
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         with_routing = self.training or output_router_logits
+        mask = mask_of_pass(attention_mask, cache, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -68,7 +69,7 @@ class SequenceClassificationMixin:
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        last = self._last_tokens(input_ids, attention_mask, hidden_states)
+        last = self._last_tokens(input_ids, mask, hidden_states)
         logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
 
         targets = None if labels is None else self.count_targets(labels)
@@ -76,7 +77,7 @@ class SequenceClassificationMixin:
         if labels is not None:
             task_loss = self._task_loss(logits, labels, targets, num_items_in_batch)
         if with_routing:
-            routing = self.model.routing_fields(outputs, attention_mask, targets, num_items_in_batch)
+            routing = self.model.routing_fields(outputs, mask, targets, num_items_in_batch)
         return self.head_output(
             StableMoESequenceClassifierOutputWithPast,
             outputs,

@@ -44,7 +44,7 @@ def cached_context(
         cache (`Cache`): before the blocks have added these tokens to it.
         num_blocks (`int`): blocks that keep keys and values in it.
         token_ids (`torch.LongTensor` of shape `(B, S)`): the new tokens.
-        attention_mask (`torch.Tensor` of shape `(B, past + S)`, *optional*): 0 on padding.
+        attention_mask (`torch.Tensor` of shape `(B, past + S or more)`, *optional*): 0 on padding.
 
     Returns:
         `TokenContext`
@@ -61,13 +61,37 @@ def cached_context(
     ids = layer.update(states, states)[0][:, 0, :, 0]
     if attention_mask is None:
         return ids, None, positions
-    missing = ids.shape[1] - attention_mask.shape[1]
-    if missing < 0 or (missing > 0 and not isinstance(layer, StaticLayer)):
-        raise ValueError(
-            f"`attention_mask` covers {attention_mask.shape[1]} tokens, cache and input together have {ids.shape[1]}: "
-            "pass it for the whole sequence, (batch, past + sequence)."
-        )
-    return ids, F.pad(attention_mask.bool(), (0, missing)), positions
+    # A static cache has room for tokens to come; of a mask that is wider, nothing is read.
+    return ids, F.pad(attention_mask.bool(), (0, ids.shape[1] - attention_mask.shape[1])), positions
+
+
+def new_columns(values: Tensor, length: int, cache: Cache | None) -> Tensor:
+    """Pick those of a pass out of values that begin where the sequences do: attention reads a mask from the left.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, past + S or more)`): such as an attention mask.
+        length (`int`): S, tokens of the pass.
+        cache (`Cache`, *optional*): before the blocks have added these tokens to it.
+
+    Returns:
+        `torch.Tensor` of shape `(B, S)`
+
+    Raises:
+        ValueError: if the values end before the tokens do, where looking costs nothing.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    # A static cache counts on the device, where looking would cost a wait.
+    is_counted_on_device = isinstance(past, Tensor)
+    if not is_torchdynamo_compiling() and not (is_counted_on_device and past.device.type != "cpu"):
+        num_tokens = int(past) + length
+        if values.shape[1] < num_tokens:
+            raise ValueError(
+                f"`attention_mask` covers {values.shape[1]} tokens, cache and input together have {num_tokens}: "
+                "pass it for the whole sequence, (batch, past + sequence)."
+            )
+    if is_counted_on_device:
+        return values.index_select(1, torch.arange(length, device=values.device) + past.to(values.device))
+    return values[:, past : past + length]
 
 
 def _id_layer(cache: Cache, num_blocks: int) -> CacheLayerMixin:
@@ -101,4 +125,4 @@ def _check_lengths(block: CacheLayerMixin, layer: CacheLayerMixin):
         )
 
 
-__all__ = ["TokenContext", "cached_context", "whole_context"]
+__all__ = ["TokenContext", "cached_context", "new_columns", "whole_context"]

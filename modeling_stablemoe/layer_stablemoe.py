@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .blocks_stablemoe import StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext
+from .context_stablemoe import TokenContext, new_columns
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
@@ -229,17 +230,45 @@ def dispatch_ahead(
     return list(zip(chosen, sent, orders, strict=True))
 
 
-def token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
-    """Read from an attention mask which of the last tokens are real.
+def token_mask(attention_mask: Tensor | None, sequence_length: int, cache: Cache | None = None) -> Tensor | None:
+    """Read from an attention mask which of the tokens of a pass are real.
 
     Args:
-        attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding. A mask of any
-            other kind belongs to the attention implementation and tells nothing of padding.
-        sequence_length (`int`): tokens that are not in the cache.
+        attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence or more)`, 0 on padding. A mask of
+            any other kind belongs to the attention implementation and tells nothing of padding.
+        sequence_length (`int`): tokens of the pass.
+        cache (`Cache`, *optional*): of earlier tokens, before the blocks add those of the pass.
 
     Returns:
         `torch.BoolTensor` of shape `(batch, sequence)`, or `None`: every token is real.
+
+    Raises:
+        ValueError: see `new_columns`.
     """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return new_columns(attention_mask, sequence_length, cache).bool()
+
+
+def mask_of_pass(attention_mask: Tensor | None, cache: Cache | None, *inputs: Tensor | None) -> Tensor | None:
+    """Read what `token_mask` does, for use after the pass: by then the blocks have added its tokens to the cache.
+
+    Args:
+        attention_mask (`torch.Tensor`, *optional*): as given to the pass.
+        cache (`Cache`, *optional*): as given to the pass.
+        *inputs (`torch.Tensor`, *optional*): ids or embeddings of the pass, of shape `(batch, sequence, ...)`.
+
+    Returns:
+        `torch.Tensor`, *optional*: without a cache `attention_mask` itself.
+    """
+    given = next((tokens for tokens in inputs if tokens is not None), None)
+    if cache is None or given is None:
+        return attention_mask
+    return token_mask(attention_mask, given.shape[1], cache)
+
+
+def final_token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
+    """Do what `token_mask` does for a batch whose mask ends where it does, as in training: a cache may have moved on."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask[:, -sequence_length:].bool()
@@ -250,12 +279,12 @@ def count_real_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
 
     Args:
         tokens (`torch.Tensor` of shape `(batch, sequence, ...)`): ids or embeddings.
-        attention_mask (`torch.Tensor`, *optional*): see `token_mask`.
+        attention_mask (`torch.Tensor`, *optional*): see `final_token_mask`.
 
     Returns:
         `torch.LongTensor` of shape `()`, on the device of `tokens`.
     """
-    mask = token_mask(attention_mask, tokens.shape[1])
+    mask = final_token_mask(attention_mask, tokens.shape[1])
     if mask is None:
         return torch.full((), tokens.shape[0] * tokens.shape[1], device=tokens.device)
     return mask.sum()
@@ -278,4 +307,12 @@ def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     return found
 
 
-__all__ = ["StableMoELayer", "count_real_tokens", "dispatch_ahead", "moe_layers_of", "token_mask"]
+__all__ = [
+    "StableMoELayer",
+    "count_real_tokens",
+    "dispatch_ahead",
+    "final_token_mask",
+    "mask_of_pass",
+    "moe_layers_of",
+    "token_mask",
+]

@@ -19,7 +19,7 @@ from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig
 from .dense_stablemoe import convert_dense
-from .layer_stablemoe import token_mask
+from .layer_stablemoe import final_token_mask, mask_of_pass, token_mask
 from .losses_stablemoe import count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
@@ -60,7 +60,9 @@ class StableMoEModel(StableMoEBackbone):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): in [0, vocab_size).
             attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding, which is
-                not routed; or a mask that the attention implementation takes as it is, where every token is routed.
+                not routed; of a wider one, such as that of a static cache or of a whole prompt that is read in pieces, the
+                rest is not looked at. Or a mask that the attention implementation takes as it is, where every token is
+                routed.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): default: counted over the
                 tokens that `attention_mask` shows.
             cache (`Cache`, *optional*): keys and values of earlier positions; and their ids, which this model adds, where
@@ -77,7 +79,8 @@ class StableMoEModel(StableMoEBackbone):
         Raises:
             ValueError: without `input_ids` and `inputs_embeds`; for input without any token; for a token id outside
                 the vocabulary or a position past `max_position_embeddings` (on an accelerator the embedding's own
-                device assertion fires); see `context_of` for a distilled router that looks back.
+                device assertion fires); for an `attention_mask` that ends before the input does; see `context_of` for a
+                distilled router that looks back.
         """
         self._warn_of_lost_losses(kwargs.get("output_routing_traces", False))
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
@@ -96,7 +99,7 @@ class StableMoEModel(StableMoEBackbone):
         hidden_states = self.transform(
             self.embed(inputs_embeds, position_ids),
             token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            token_mask=token_mask(attention_mask, inputs_embeds.shape[1], cache),
             context=self.context_of(token_ids, attention_mask, cache, "cu_seq_lens_q" in kwargs),
             attention_mask=causal_mask,
             position_ids=position_ids,
@@ -128,7 +131,7 @@ class StableMoEModel(StableMoEBackbone):
 
         Args:
             outputs (`StableMoEModelOutputWithPast`): of a pass that recorded its routing; see `routing_losses`.
-            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
+            attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
             targets (`torch.LongTensor` of shape `()`, *optional*): see `auxiliary_loss`.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): see `auxiliary_loss`.
 
@@ -153,14 +156,14 @@ class StableMoEModel(StableMoEBackbone):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
+            attention_mask (`torch.Tensor`, *optional*): as given to `forward`; ends where the batch does.
             **kwargs: the other arguments of `forward`, which change nothing here.
 
         Returns:
             `list[tuple]`: one a MoE layer: token ids, `None` where embeddings were given instead, and the mask of real
             tokens, `None` where all are real; of shape `(batch, sequence)` each.
         """
-        mask = None if input_ids is None else token_mask(attention_mask, input_ids.shape[-1])
+        mask = None if input_ids is None else final_token_mask(attention_mask, input_ids.shape[-1])
         return [(input_ids, mask)] * self.config.num_moe_layers
 
 
@@ -254,6 +257,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         with_routing = self.training or output_router_logits
+        mask = mask_of_pass(attention_mask, cache, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -275,7 +279,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
             # A mean over no targets is NaN: 0 / 0.
             task_loss = torch.where(targets.to(task_loss.device) > 0, task_loss, 0.0)
         if with_routing:
-            routing = self.model.routing_fields(outputs, attention_mask, targets, kwargs.get("num_items_in_batch"))
+            routing = self.model.routing_fields(outputs, mask, targets, kwargs.get("num_items_in_batch"))
         return self.head_output(
             StableMoECausalLMOutputWithPast,
             outputs,

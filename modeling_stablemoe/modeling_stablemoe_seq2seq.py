@@ -14,7 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
 from .configuration_stablemoe import StableMoESeq2SeqConfig
-from .layer_stablemoe import count_real_tokens, token_mask
+from .layer_stablemoe import count_real_tokens, final_token_mask, mask_of_pass, token_mask
 from .losses_stablemoe import label_smoothed_loss
 from .outputs_stablemoe import (
     StableMoEDecoderOutput,
@@ -185,7 +185,8 @@ class StableMoEDecoder(StableMoEBackbone):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): in [0, vocab_size).
-            attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding.
+            attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding; of a wider one
+                the rest is not looked at.
             encoder_hidden_states (`torch.FloatTensor` of shape `(batch, source, hidden_size)`): the encoder's output.
             encoder_attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
             cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
@@ -220,7 +221,7 @@ class StableMoEDecoder(StableMoEBackbone):
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
             token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
+            token_mask=token_mask(attention_mask, inputs_embeds.shape[1], self_attention_cache),
             context=self.context_of(token_ids, attention_mask, self_attention_cache),
             attention_mask=create_causal_mask(
                 config=self.config,
@@ -489,6 +490,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
             decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, labels
         )
+        target_mask = mask_of_pass(decoder_attention_mask, cache, decoder_input_ids, decoder_inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -511,7 +513,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             loss = task_loss
         losses = {}
         if with_routing:
-            masks = {"encoder": attention_mask, "decoder": decoder_attention_mask}
+            masks = {"encoder": attention_mask, "decoder": target_mask}
             losses = self._auxiliary_losses(outputs, masks, labels, kwargs.get("num_items_in_batch"))
             if self.training and loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * losses["aux_loss"]
@@ -613,7 +615,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             (self.model.encoder, input_ids, attention_mask),
             (self.model.decoder, decoder_input_ids, decoder_attention_mask),
         ):
-            mask = None if token_ids is None else token_mask(mask, token_ids.shape[-1])
+            mask = None if token_ids is None else final_token_mask(mask, token_ids.shape[-1])
             routed += [(token_ids, mask)] * len(stack.moe_layers)
         return routed
 

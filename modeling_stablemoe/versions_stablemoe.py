@@ -71,6 +71,7 @@ class StableMoEGenerationMixin(GenerationMixin):
         """Generate token ids; see `GenerationMixin.generate`."""
         return super().generate(*args, **name_cache(kwargs))
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks `inputs_embeds` up in its signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
         """Make the inputs of the next step; see `GenerationMixin.prepare_inputs_for_generation`."""
         return super().prepare_inputs_for_generation(*args, **name_cache(kwargs))

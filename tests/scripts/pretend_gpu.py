@@ -103,15 +103,17 @@ def train(
                 drop_idle_gradients(model)
 
 
-def decode(**options: Any):
-    """Decode one token after a prompt, with a static cache."""
+def decode(masked: bool = False, **options: Any):
+    """Decode one token after a prompt, with a static cache, and a mask as long as that if it is masked."""
     model = make(tiny_model, **options).eval()
     with PretendedTensors(), torch.no_grad():
         ids = batch(padded=False)["input_ids"]
         cache = StaticCache(config=on_device(model).config, max_cache_len=16)
+        mask = torch.empty(3, 16, dtype=torch.long, device=DEVICE) if masked else None
+        # Before the cache holds anything, transformers looks at the mask once.
         model(ids, past_key_values=cache, use_cache=True)
         with RefuseCopies():
-            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
 
 
 def look(wait: Callable[[torch.Tensor], Any]):
@@ -137,6 +139,8 @@ def cases() -> dict[str, Callable]:
             found[f"train {stage} {backend}"] = partial(train, **options)
             found[f"train {stage} {backend} padded"] = partial(train, padded=True, **options)
             found[f"decode {stage} {backend}"] = partial(decode, **options)
+        found[f"decode {stage} masked"] = partial(decode, masked=True, frozen=frozen)
+        found[f"decode {stage} cnn masked"] = partial(decode, masked=True, frozen=frozen, distilled_router="cnn")
         found[f"train {stage} watched"] = partial(train, watched=True, frozen=frozen)
         found[f"train {stage} cache"] = partial(train, use_cache=True, frozen=frozen)
         found[f"train {stage} seq2seq"] = partial(train, tiny_seq2seq_model, padded=True, watched=True, frozen=frozen)
