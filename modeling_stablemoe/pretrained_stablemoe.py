@@ -123,6 +123,19 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             recorded["output_router_logits"] = False
         return recorded
 
+    def is_learning(self, last_hidden_state: Tensor, *scores: tuple[Tensor, ...] | None) -> bool:
+        """Return True if a forward pass belongs to a step that learns: in training mode, and with a gradient.
+
+        Only such a step moves counts and running statistics. Programs sample between steps without leaving training mode,
+        and run a second pass under `torch.no_grad()`.
+
+        Args:
+            last_hidden_state (`torch.Tensor`): of the backbone.
+            *scores (`tuple[torch.Tensor]`, *optional*): of the routers, which may learn where the backbone does not.
+        """
+        tensors = [last_hidden_state, *(layer for layers in scores for layer in layers or ())]
+        return self.training and any(tensor.requires_grad for tensor in tensors)
+
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
         """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.
 
