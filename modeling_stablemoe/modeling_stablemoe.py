@@ -147,6 +147,8 @@ class StableMoEModel(StableMoEBackbone):
         fields = self.describe_routing([losses], self.routing_health(outputs, attention_mask))
         if is_learning:
             self.observe_routing(outputs, attention_mask)
+            if targets is None:
+                self.warn_of_missing_labels()
         return {"aux_loss": aux_loss, **fields}
 
     def routed_tokens(

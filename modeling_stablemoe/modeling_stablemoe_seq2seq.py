@@ -665,6 +665,8 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         if is_learning:
             for name, side in recorded.items():
                 stacks[name].observe_routing(side, masks[name])
+            if labels is None:
+                self.warn_of_missing_labels()
         return losses | self.describe_routing(list(sides.values()), health)
 
     def _recorded_routing(

@@ -136,6 +136,18 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         tensors = [last_hidden_state, *(layer for layers in scores for layer in layers or ())]
         return self.training and any(tensor.requires_grad for tensor in tensors)
 
+    def warn_of_missing_labels(self):
+        """Say so, once, if a pass that learns in stage 1 has no labels, so that its loss is made elsewhere.
+
+        Trainer's `compute_loss_func` and its label smoothing take them away.
+        """
+        if self.routing_stage == 1 and not is_torchdynamo_compiling():
+            logger.warning_once(
+                "Stage 1 is trained without `labels`, on a loss that is not the model's: the routing is balanced and distilled "
+                "only if `config.router_aux_loss_coef * outputs.aux_loss` is added to that loss. Where Trainer's "
+                "`compute_loss_func` makes the loss, it is given these outputs."
+            )
+
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
         """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.
 
