@@ -169,13 +169,16 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         return cached_context(cache, len(self.layers), token_ids, whole_mask)
 
-    def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
+    def routing_losses(
+        self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None, is_learning: bool
+    ) -> RoutingLosses:
         """Compute the routing losses of a forward pass that recorded its routing.
 
         Args:
             outputs (`StableMoEModelOutputWithPast`): with `expert_indices`, `routing_traces` and, where there are any,
                 `router_logits` and `distilled_router_logits`.
             attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
+            is_learning (`bool`): whether balance counts run over the tokens of all processes, of `is_learning`.
 
         Returns:
             `RoutingLosses`
@@ -189,14 +192,14 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             expert_indices=[index.flatten() for index in outputs.expert_indices],
             teachers=[trace.teacher_index for trace in traces if trace.teacher_index is not None],
             mask=self._flat_mask(outputs, attention_mask, outputs.expert_indices[0].device),
-            # Evaluation may run on one process alone, where a collective would wait for ever.
-            training=self.training,
+            # Evaluation and sampling may run on one process alone, where a collective would wait for ever.
+            training=is_learning,
         )
 
     def routing_health(
         self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None
     ) -> list[RoutingHealth]:
-        """Measure the health of each MoE layer's routing in a forward pass; arguments as of `routing_losses`."""
+        """Measure the health of each MoE layer's routing in a forward pass; arguments as of `observe_routing`."""
         layers = []
         scores = outputs.router_logits or [None] * len(outputs.routing_traces)  # a hash has none
         for trace, logits in zip(outputs.routing_traces, scores, strict=True):
@@ -208,9 +211,13 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return layers
 
     def observe_routing(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None):
-        """Let the routers follow a training pass of stage 1 with what no gradient brings them.
+        """Let the routers follow a pass of stage 1 that learns with what no gradient brings them.
 
-        Every process must call this; arguments as of `routing_losses`.
+        Every process must call this.
+
+        Args:
+            outputs (`StableMoEModelOutputWithPast`): with `expert_indices` and `routing_traces`.
+            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
         """
         for layer, trace in zip(self.moe_layers, outputs.routing_traces, strict=True):
             if not layer.frozen_router.is_frozen:

@@ -182,6 +182,33 @@ def refuse_label_smoother(args: TrainingArguments):
         )
 
 
+def refuse_lost_losses(stablemoe: TwoStageRoutingMixin):
+    """Refuse a step of stage 1 whose loss is without the routing losses: its gradients reach no distilled router.
+
+    To be called between the backward pass and the optimizer's step. Of an engine that keeps gradients elsewhere, or an
+    optimizer that steps in the backward pass, there are none to look at, and this does nothing.
+
+    Args:
+        stablemoe (`TwoStageRoutingMixin`): the model, in either stage.
+
+    Raises:
+        ValueError: if other parameters have a gradient and none of those that the routing is distilled into has.
+    """
+    if stablemoe.routing_stage == 2:
+        return
+    layers = stablemoe.moe_layers_by_name.values()
+    learned = [p for layer in layers for p in layer.bare_router.stage1_parameters() if p.requires_grad]
+    if not learned or any(p.grad is not None for p in learned):
+        return
+    if any(p.grad is not None for p in stablemoe.parameters()):
+        raise ValueError(
+            "The loss of this step is without the routing losses: no gradient reaches the distilled routers, and stage 1 "
+            "would end in a routing that nothing has trained. Trainer's `compute_loss_func`, and a `compute_loss` of your "
+            "own, take the place of the model's loss: add `outputs.aux_loss` to yours (docs/train.md shows how), or leave "
+            "the loss to the model."
+        )
+
+
 __all__ = [
     "LoggingCallback",
     "TrainingClockCallback",
@@ -189,4 +216,5 @@ __all__ = [
     "find_caller",
     "find_stablemoe",
     "refuse_label_smoother",
+    "refuse_lost_losses",
 ]

@@ -64,7 +64,8 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
             another kind or dense, if it is frozen already, if its routing is not distilled, or if it is to settle and
-            has no table; at the transition, if weights to be frozen as they are hold NaN or infinities.
+            has no table; at a step of stage 1 on a loss that leaves the routing losses out; at the transition, if weights
+            to be frozen as they are hold NaN or infinities.
     """
 
     def __init__(
@@ -180,6 +181,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
         drop_idle_gradients(self._meter.model)
 
     def on_train_end(self, args, state, control, **kwargs):

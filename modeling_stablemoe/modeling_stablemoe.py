@@ -127,7 +127,7 @@ class StableMoEModel(StableMoEBackbone):
         targets: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Any]:
-        """Make what a head's output says of the routing, and let the routers follow a training pass.
+        """Make what a head's output says of the routing, and let the routers follow a pass that learns.
 
         Args:
             outputs (`StableMoEModelOutputWithPast`): of a pass that recorded its routing; see `routing_losses`.
@@ -142,11 +142,16 @@ class StableMoEModel(StableMoEBackbone):
         device = outputs.last_hidden_state.device  # layers may stand on several
         if not self.moe_layers:
             return {"aux_loss": torch.zeros((), device=device)}
-        losses = self.routing_losses(outputs, attention_mask)
+        is_learning = self.is_learning(
+            outputs.last_hidden_state, outputs.router_logits, outputs.distilled_router_logits
+        )
+        losses = self.routing_losses(outputs, attention_mask, is_learning)
         aux_loss = self.auxiliary_loss(losses, targets, num_items_in_batch).to(device)
         fields = self.describe_routing([losses], self.routing_health(outputs, attention_mask))
-        if self.training:
+        if is_learning:
             self.observe_routing(outputs, attention_mask)
+            if targets is None:
+                self.warn_of_missing_labels()
         return {"aux_loss": aux_loss, **fields}
 
     def routed_tokens(

@@ -650,7 +650,10 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         needed = self.training and labels is not None and self.routing_stage == 1
         recorded = self._recorded_routing(outputs, needed)
         stacks = {"encoder": self.model.encoder, "decoder": self.model.decoder}
-        sides = {name: stacks[name].routing_losses(side, masks[name]) for name, side in recorded.items()}
+        # One answer for both sides: a step may train one of them, on outputs of the other that were made before.
+        scores = [s for side in recorded.values() for s in (side.router_logits, side.distilled_router_logits)]
+        is_learning = self.is_learning(outputs.last_hidden_state, *scores)
+        sides = {name: stacks[name].routing_losses(side, masks[name], is_learning) for name, side in recorded.items()}
         targets = None if labels is None else self.count_targets(labels)
         device = outputs.last_hidden_state.device  # layers may stand on several
         losses = {
@@ -661,9 +664,11 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         if not sides:
             return losses
         health = [layer for name, side in recorded.items() for layer in stacks[name].routing_health(side, masks[name])]
-        if self.training:
+        if is_learning:
             for name, side in recorded.items():
                 stacks[name].observe_routing(side, masks[name])
+            if labels is None:
+                self.warn_of_missing_labels()
         return losses | self.describe_routing(list(sides.values()), health)
 
     def _recorded_routing(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
@@ -122,6 +122,31 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         if not output_router_logits and self.routing_stage == 2:
             recorded["output_router_logits"] = False
         return recorded
+
+    def is_learning(self, last_hidden_state: Tensor, *scores: tuple[Tensor, ...] | None) -> bool:
+        """Return True if a forward pass belongs to a step that learns: in training mode, and with a gradient.
+
+        Only such a step moves counts and running statistics. Programs sample between steps without leaving training mode,
+        and run a second pass under `torch.no_grad()`.
+
+        Args:
+            last_hidden_state (`torch.Tensor`): of the backbone.
+            *scores (`tuple[torch.Tensor]`, *optional*): of the routers, which may learn where the backbone does not.
+        """
+        tensors = [last_hidden_state, *(layer for layers in scores for layer in layers or ())]
+        return self.training and any(tensor.requires_grad for tensor in tensors)
+
+    def warn_of_missing_labels(self):
+        """Say so, once, if a pass that learns in stage 1 has no labels, so that its loss is made elsewhere.
+
+        Trainer's `compute_loss_func` and its label smoothing take them away.
+        """
+        if self.routing_stage == 1 and not is_torchdynamo_compiling():
+            logger.warning_once(
+                "Stage 1 is trained without `labels`, on a loss that is not the model's: the routing is balanced and distilled "
+                "only if `config.router_aux_loss_coef * outputs.aux_loss` is added to that loss. Where Trainer's "
+                "`compute_loss_func` makes the loss, it is given these outputs."
+            )
 
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
         """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.

@@ -180,7 +180,7 @@ def imbalance(load: Tensor) -> float:
 
 
 class RoutingMeter:
-    """Watches the training forward passes of a model; nothing here waits for the device until it is asked.
+    """Watches the forward passes by which a model learns; nothing here waits for the device until it is asked.
 
     Args:
         model (`TwoStageRoutingMixin`): the model with its head.
@@ -205,6 +205,8 @@ class RoutingMeter:
     def _observe(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
         if not module.training or not self._is_known(output) or output.expert_load is None:
             return
+        if not output.logits.requires_grad and not output.aux_loss.requires_grad:
+            return  # sampling between the steps, say
         load = output.expert_load.double()
         tokens = load.sum(-1).mean()  # layers of an encoder and a decoder route different numbers
         targets = task = torch.zeros((), device=load.device)

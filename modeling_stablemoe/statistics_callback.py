@@ -18,6 +18,7 @@ from .callback_base import (
     find_caller,
     find_stablemoe,
     refuse_label_smoother,
+    refuse_lost_losses,
 )
 from .card_callback import add_model_card
 from .checkpoints import copy_code_files
@@ -61,7 +62,8 @@ class RoutingStatisticsCallback(LoggingCallback):
             thousands that they would swell `trainer_state.json`.
 
     Raises:
-        ValueError: for another `expert_load`; at the start of training, for a model of another kind or a dense one.
+        ValueError: for another `expert_load`; at the start of training, for a model of another kind or a dense one; at a
+            step of stage 1 on a loss that leaves the routing losses out.
     """
 
     _meter: RoutingMeter | None = None
@@ -116,6 +118,10 @@ class RoutingStatisticsCallback(LoggingCallback):
                 coefficient,
                 self._coefficient,
             )
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Refuse to train stage 1 on a loss without the routing losses."""
+        refuse_lost_losses(self._meter.model)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Close the step in the statistics."""
