@@ -8,10 +8,18 @@ import json
 import logging
 from pathlib import Path
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerState
 
-from .callback_base import TrainingClockCallback, find_stablemoe, refuse_label_smoother
+from .adapters import ROUTING_FILE, has_routing, holds_adapters
+from .callback_base import (
+    TrainingClockCallback,
+    checkpoint_of_step,
+    find_stablemoe,
+    refuse_label_smoother,
+    resumed_checkpoint,
+)
 from .card_callback import ModelCardCallback
 from .distillation_stablemoe import sees_context
 from .fluctuation_callback import RoutingFluctuationCallback
@@ -20,10 +28,8 @@ from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from .stages_stablemoe import TwoStageRoutingMixin
 from .statistics_callback import (
     RoutingStatisticsCallback,
-    checkpoint_of_step,
     find_loaded,
     resume_routing,
-    resumed_checkpoint,
 )
 
 
@@ -105,6 +111,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         resume_routing(model, args, state)
         stablemoe = find_loaded(model)
+        _require_resumed_routing(model, state)
         self.transition_step = self.resolve_transition_step(state.max_steps)
         self.last_step = self.resolve_last_step(state.max_steps)
         stablemoe.require_distillation()
@@ -124,13 +131,16 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         self._watch = SettlingWatch(self._meter)
         if state.global_step > 0:
             checkpoint = resumed_checkpoint(args, state)
-            _check_fingerprint_of_checkpoint(stablemoe, checkpoint)
-            if stablemoe.routing_stage == 1 and not self._watch.load(checkpoint / WATCH_FILE):
+            if checkpoint is not None:
+                _check_fingerprint_of_checkpoint(stablemoe, checkpoint)
+            # All processes ask, also one that sees no checkpoint: the first one reads and tells the others.
+            folder = checkpoint or Path(args.output_dir)
+            if stablemoe.routing_stage == 1 and not self._watch.load(folder / WATCH_FILE):
                 logger.warning(
-                    "There is no %s in %r: what stage 1 has seen is counted anew from step %d. If the checkpoint stands "
+                    "There is no %s in %r: what stage 1 has seen is counted again from step %d. If the checkpoint is "
                     "elsewhere, name it in `TrainingArguments(resume_from_checkpoint=...)`, too.",
                     WATCH_FILE,
-                    str(checkpoint),
+                    str(folder),
                     state.global_step,
                 )
         if self.best_of_stage2 and (
@@ -263,6 +273,17 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         problems = verdict.problems()
         if problems:
             logger.warning("This routing is not worth freezing: %s.", "; ".join(problems))
+
+
+def _require_resumed_routing(model: nn.Module, state: TrainerState):
+    """Refuse adapters that have been resumed without the routing of their run."""
+    if state.global_step == 0 or not holds_adapters(model) or has_routing(model, is_frozen=bool(_frozen_at(state))):
+        return
+    raise ValueError(
+        f"The adapters resumed at step {state.global_step} have come without the routing of their run, which is in "
+        f"{ROUTING_FILE} beside them. Name their checkpoint in `TrainingArguments(resume_from_checkpoint=...)`, too, or give "
+        "the model its routing before training, with `modeling_stablemoe.adapters.load_routing(model, checkpoint)`."
+    )
 
 
 def _warn_of_idle_routers(stablemoe: TwoStageRoutingMixin):

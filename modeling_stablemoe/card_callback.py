@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from .atomic_files import replace_file
-from .callback_base import find_caller
+from .callback_base import checkpoint_of_step, find_caller
 from .fluctuation import FIGURE_FILE
 from .hub import CARD_FILE, CardFacts, build_model_card, is_filled_card
 from .report import last_evaluation, summarize_run
@@ -73,7 +73,7 @@ class ModelCardCallback(TrainerCallback):
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         """Put the card of the checkpoint into the folder that Trainer uploads during training."""
         self._follow(args, state, model)
-        card = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CARD_FILE
+        card = checkpoint_of_step(args, state) / CARD_FILE
         target = Path(args.output_dir) / CARD_FILE
         if state.is_world_process_zero and card.exists() and _may_write(target):
             replace_file(target, partial(shutil.copyfile, card))

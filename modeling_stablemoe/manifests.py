@@ -11,6 +11,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from .atomic_files import replace_file
+from .callback_base import checkpoint_of_step
 
 
 MANIFEST_FILE = "checkpoint_manifest.json"
@@ -97,9 +98,10 @@ class CheckpointManifestCallback(TrainerCallback, ExportableState):
         PartialState().wait_for_everyone()
         if not args.should_save:
             return
-        write_manifest(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        checkpoint = checkpoint_of_step(args, state)
+        write_manifest(checkpoint)
         rotate_checkpoints(
-            output_dir=args.output_dir,
+            output_dir=str(checkpoint.parent),
             save_total_limit=self._save_total_limit,
             best_model_checkpoint=state.best_model_checkpoint,
             use_mtime=True,

@@ -15,10 +15,12 @@ from .adapters import ROUTING_FILE, copy_routing, holds_adapters, load_routing, 
 from .callback_base import (
     LoggingCallback,
     TrainingStopwatch,
+    checkpoint_of_step,
     find_caller,
     find_stablemoe,
     refuse_label_smoother,
     refuse_lost_losses,
+    resumed_checkpoint,
 )
 from .card_callback import add_model_card
 from .checkpoints import copy_code_files
@@ -187,23 +189,11 @@ def find_loaded(model: nn.Module) -> TwoStageRoutingMixin:
     return stablemoe
 
 
-def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    """Find the checkpoint that Trainer has resumed, of which it does not tell callbacks."""
-    named = getattr(args, "resume_from_checkpoint", None)  # a loop of one's own may give less
-    if named is not None and Path(named).is_dir():
-        return Path(named)
-    return checkpoint_of_step(args, state)
-
-
-def checkpoint_of_step(args: TrainingArguments, state: TrainerState) -> Path:
-    """Name the folder of the checkpoint that Trainer saves, or has saved, at this step."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
-
-
 def resume_routing(model: nn.Module, args: TrainingArguments, state: TrainerState):
-    """Take up the routing where adapters have been resumed, which do not hold it."""
-    if state.global_step > 0:
-        _load_routing_beside(model, resumed_checkpoint(args, state))
+    """Take up the routing of adapters that have been resumed by an engine, or by PEFT from before they held it."""
+    checkpoint = resumed_checkpoint(args, state)
+    if checkpoint is not None:
+        _load_routing_beside(model, checkpoint)
 
 
 def _load_routing_beside(model: nn.Module, checkpoint: Path):
@@ -220,4 +210,4 @@ def _is_watchable(model: nn.Module) -> bool:
     return True
 
 
-__all__ = ["RoutingStatisticsCallback", "checkpoint_of_step", "find_loaded", "resume_routing", "resumed_checkpoint"]
+__all__ = ["RoutingStatisticsCallback", "find_loaded", "resume_routing"]

@@ -1,10 +1,12 @@
 """Tests of PEFT adapters on attention, experts and routers. Run: `python -m pytest tests/test_peft.py`."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import random_ids, tiny_model
+from safetensors.torch import load_file, save_file
 from test_checkpoints_loading import EVERY_ID, run_without_package
 from torch.testing import assert_close
 from trainers import Recorder, make_trainer, training_logs
@@ -55,8 +57,11 @@ def adapted(model, initialised=True, **options):
     )
 
 
+TRAINED = {"weight_decay": 0.5}
+
+
 def train(folder, model, *callbacks, **arguments):
-    trainer = make_trainer(folder, *callbacks, model=model, **{"max_steps": 4, "weight_decay": 0.5, **arguments})
+    trainer = make_trainer(folder, *callbacks, model=model, **{"max_steps": 4, **TRAINED, **arguments})
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
     return trainer
 
@@ -199,13 +204,17 @@ STAGED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_st
 CONFIGS = {
     "word_embedding": ({}, STAGE1),
     # Counts live in the base model, which adapters do not hold.
-    "counts": ({"distilled_router": "counts", "max_frozen_load": 1.3, "expert_bias_rate": 0.1}, {}),
+    "counts": (
+        {"distilled_router": "counts", "max_frozen_load": 1.3, "expert_bias_rate": 0.1},
+        {"target_parameters": [*EXPERTS, "router.centroids"]},
+    ),
+    "bigram": ({"distilled_router": "bigram"}, STAGE1),
 }
 
 
 def staged_model(kind):
     config, options = CONFIGS[kind]
-    return adapted(base_model(**config), **WAYS["both"], **options)
+    return adapted(base_model(**config), **{**WAYS["both"], **options})
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -246,12 +255,53 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
     assert last | {"tokens_per_second": 0.0} == expected | {"tokens_per_second": 0.0}
 
 
+@pytest.mark.parametrize("step", [2, 6])
+def test_adapters_resume_with_their_routing_wherever_their_checkpoint_is(staged, tmp_path, step):
+    kind, trainer, _ = staged
+    moved = tmp_path / "last-checkpoint"
+    shutil.copytree(f"{trainer.args.output_dir}/checkpoint-{step}", moved)
+    # The output folder holds another run, of the same steps and another routing.
+    other = staged_model(kind)
+    other.base_model.model.model.embed_tokens.weight.data.mul_(-3)
+    train(tmp_path / "run", other, StageTransitionCallback(4), **STAGED)
+    resumed = make_trainer(tmp_path / "run", StageTransitionCallback(4), model=staged_model(kind), **TRAINED, **STAGED)
+    resumed.train(resume_from_checkpoint=str(moved))
+    expected = trainer.model.state_dict()
+    different = [n for n, values in resumed.model.state_dict().items() if not torch.equal(values, expected[n])]
+    assert not different
+    fingerprints = [each.base_model.model.router_fingerprint() for each in (trainer.model, resumed.model, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_adapters_without_their_routing_are_not_resumed(staged, tmp_path, step):
+    kind, trainer, _ = staged
+    moved = tmp_path / "last-checkpoint"
+    shutil.copytree(f"{trainer.args.output_dir}/checkpoint-{step}", moved)
+    # As saved before adapters held the routing, too: it is beside them alone.
+    tensors = load_file(moved / "adapter_model.safetensors")
+    adapters = {name: values for name, values in tensors.items() if values.is_floating_point()}
+    assert adapters.keys() != tensors.keys()
+    save_file(adapters, moved / "adapter_model.safetensors", {"format": "pt"})
+    resumed = make_trainer(tmp_path / "run", StageTransitionCallback(4), model=staged_model(kind), **TRAINED, **STAGED)
+    if step == 6 or "counts" in kind:
+        with pytest.raises(
+            ValueError, match=r"without the routing of their run.*resume_from_checkpoint=.*load_routing"
+        ):
+            resumed.train(resume_from_checkpoint=str(moved))
+    # Named, it is found.
+    model = staged_model(kind)
+    train(tmp_path / "named", model, StageTransitionCallback(4), resume_from_checkpoint=str(moved), **STAGED)
+    trained = trainer.model.base_model.model
+    assert model.base_model.model.router_fingerprint() == trained.router_fingerprint()
+
+
 def test_adapters_and_their_routing_load_on_the_base_they_were_trained_on(staged, tmp_path):
     kind, trainer, _ = staged
     checkpoint = f"{trainer.args.output_dir}/checkpoint-8"
     model = peft.PeftModel.from_pretrained(base_model(**CONFIGS[kind][0]), checkpoint).eval()
-    assert model.base_model.model.routing_stage == 1  # what PEFT loads lacks the table
-    load_routing(model, checkpoint)
+    assert model.base_model.model.routing_stage == 2  # PEFT has loaded it with the adapters
+    load_routing(model, checkpoint)  # once more: nothing changes
     trained = trainer.model.eval()
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
@@ -265,8 +315,12 @@ def test_adapters_and_their_routing_load_on_the_base_they_were_trained_on(staged
 def test_routing_of_another_base_model_is_refused(staged, tmp_path):
     _, trainer, _ = staged
     checkpoint = f"{trainer.args.output_dir}/checkpoint-8"
-    other = base_model(**CONFIGS[staged[0]][0])
-    other.set_routing_tables(torch.zeros(2, 99, dtype=torch.long))
+    other = base_model(**CONFIGS[staged[0]][0], seed=3)
+    other.freeze_router()
+    with pytest.raises(ValueError, match="is not the routing of this model"):
+        peft.PeftModel.from_pretrained(other, checkpoint)
+    other = base_model(**CONFIGS[staged[0]][0], seed=3)
+    other.freeze_router()
     with pytest.raises(ValueError, match=r"not the one that the adapters in .* were trained with"):
         load_routing(other, checkpoint)
     with pytest.raises(ValueError, match=r"other MoE layers, experts or tokens\. Load the base model"):
