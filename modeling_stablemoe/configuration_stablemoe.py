@@ -1,8 +1,14 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the StableMoE models: names, defaults and validation, nothing else."""
 
+import base64
+import math
+import re
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
+from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.distributed import DistributedConfig
@@ -20,6 +26,101 @@ ROUTER_NORMALIZATIONS = ("center", "standardize")
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
 # Of each sublayer of a stack of experts; the first dimension of every one is `num_experts`.
 EXPERT_PARAMETERS = ("norm_weight", "norm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+# Sizes and numbers of tokens are int64 in tensors, coefficients float32.
+LARGEST_INTEGER = 2**63 - 1
+LARGEST_NUMBER = torch.finfo(torch.float32).max
+
+
+class Rule(NamedTuple):
+    """What one field may hold, whatever the others hold."""
+
+    accepts: Callable[[Any], Any]
+    says: str
+    choices: Collection | None = None
+
+    def check(self, name: str, value: Any):
+        """Refuse a value.
+
+        Raises:
+            ValueError: naming field, value and what it may be.
+        """
+        if self.accepts(value):
+            return
+        if self.choices is None:
+            raise ValueError(f"`{name}` {self.says}, got {value!r}.")
+        raise ValueError(f"`{name}` {value!r} is unknown; choose one of {list(self.choices)}{self.says}.")
+
+
+def _is_integer(value: Any, least: int = -LARGEST_INTEGER) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= LARGEST_INTEGER
+
+
+def _are_integers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_integer, value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= LARGEST_NUMBER
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_base64(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and base64.b64decode(value, validate=True) is not None
+    except ValueError:
+        return False
+
+
+def _is_float_type(value: Any) -> bool:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _is_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+
+
+def _names_labels(value: Any) -> bool:
+    # JSON makes strings of the keys.
+    return (
+        isinstance(value, dict)
+        and _are_strings(list(value.values()))
+        and len(value) > 0
+        and (set(map(str, value)) == set(map(str, range(len(value)))))
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
+def _choice(choices: Collection, says: str = "") -> Rule:
+    return Rule(lambda value: isinstance(value, str | None) and value in choices, says, choices)
+
+
+def _tokens(least: int) -> Rule:
+    return Rule(
+        lambda value: _is_integer(value, least), f"is a number of tokens, an integer >= {least} and below 2**63"
+    )
+
+
+def _optional(rule: Rule) -> Rule:
+    return Rule(lambda value: value is None or rule.accepts(value), f"{rule.says}, or None")
+
+
+_COUNT = Rule(lambda value: _is_integer(value, 1), "must be a positive integer below 2**63")
+_COEFFICIENT = Rule(_is_number, "must be a finite number >= 0 (in float32)")
+_PROBABILITY = Rule(lambda value: _is_number(value) and value < 1, "is a probability in [0, 1)")
+_SWITCH = Rule(lambda value: isinstance(value, bool), "must be True or False")
+_TOKEN_ID = Rule(_is_integer, "must be a token id, an integer")
+_POSITIONS = Rule(_are_integers, "must be a list of integers")
 
 
 def _expert_parallel_plan() -> dict[str, str]:
@@ -167,20 +268,97 @@ class StableMoEBaseConfig(PreTrainedConfig):
     # and the last norm stay with the root.
     base_model_ep_plan = _expert_parallel_plan()
     base_model_fsdp_plan = {"layers.*": "free_full_weight", "moe_layers.*": "free_full_weight"}
-    # Fields in [0, 1):
-    _probabilities = ("dropout", "attention_dropout")
+    # What each field may hold whatever the others hold, checked whenever it is set. Fields of `PreTrainedConfig` are among
+    # them, where a misread value would act: what `@strict` of huggingface_hub says of them is no ValueError.
+    _rules = {
+        "hidden_act": _choice(ACT2FN),
+        "position_embedding_type": _choice(POSITION_EMBEDDING_TYPES),
+        "router_type": _choice(ROUTER_TYPES, ", or import the file that registers it first (`register_router`)"),
+        "distilled_router": _choice((None, *DISTILLED_ROUTERS)),
+        "balance_gradient": _choice(BALANCE_GRADIENTS),
+        "router_normalization": _choice((None, *ROUTER_NORMALIZATIONS)),
+        "problem_type": _choice((None, *PROBLEM_TYPES)),
+        "layer_norm_eps": Rule(
+            lambda value: _is_number(value) and value > 0, "must be a finite number > 0 (in float32)"
+        ),
+        "balance_loss_coef": _optional(_COEFFICIENT),
+        "max_frozen_load": _optional(
+            Rule(
+                lambda value: _is_number(value) and value >= 1, "is a multiple of the mean load, a finite number >= 1"
+            )
+        ),
+        "expert_capacity_factor": Rule(
+            lambda value: value is None or (_is_number(value) and value > 0),
+            "must be None (no token is dropped) or > 0, and finite",
+        ),
+        "balance_loss_warmup_tokens": _tokens(0),
+        "router_half_life": _tokens(1),
+        "counts_half_life": _optional(_tokens(1)),
+        "eos_token_id": Rule(
+            lambda value: value is None or _is_integer(value) or (_are_integers(value) and len(value) > 0),
+            "must be a token id, an integer, several in a list, or None",
+        ),
+        "router_fingerprint": _optional(
+            Rule(
+                lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value),
+                "must be 64 hexadecimal digits, as `freeze_router` writes them",
+            )
+        ),
+        "pruned_tokens": _optional(
+            Rule(
+                lambda value: isinstance(value, list) and all(map(_is_base64, value)),
+                "must be a list of strings, as `prune_experts` writes it",
+            )
+        ),
+        "dtype": _optional(Rule(_is_float_type, 'must be a type of floating-point numbers, "float32" say')),
+        "id2label": _optional(Rule(_names_labels, "must be a dictionary from 0, 1, ... to names")),
+        "label2id": _optional(Rule(_is_by_name, "must be a dictionary from names to numbers")),
+        "architectures": _optional(Rule(_are_strings, "must be a list of names of classes")),
+        "transformers_version": _optional(Rule(lambda value: isinstance(value, str), "must be a string")),
+        **dict.fromkeys(("distillation_loss_coef", "router_aux_loss_coef"), _COEFFICIENT),
+        **dict.fromkeys(("initializer_range", "expert_bias_rate"), _COEFFICIENT),
+        **dict.fromkeys(("dropout", "attention_dropout"), _PROBABILITY),
+        **dict.fromkeys(("bos_token_id", "pad_token_id"), _optional(_TOKEN_ID)),
+        **dict.fromkeys(("return_dict", "output_attentions", "output_hidden_states"), _optional(_SWITCH)),
+        **dict.fromkeys(("scale_embedding", "do_layer_norm_before", "use_cache", "tie_word_embeddings"), _SWITCH),
+        **dict.fromkeys(("share_experts_in_stage1", "reset_gates_at_freeze", "output_router_logits"), _SWITCH),
+        "is_encoder_decoder": _SWITCH,
+        **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), _COUNT),
+        **dict.fromkeys(("max_position_embeddings", "distilled_router_dim", "frozen_load_bands"), _COUNT),
+        **dict.fromkeys(("num_experts", "num_expert_sublayers", "num_labels"), _COUNT),
+        "chunk_size_feed_forward": Rule(lambda value: _is_integer(value, 0), "must be an integer >= 0"),
+    }
     # Fields that place MoE layers, each with the field that counts the blocks they stand between:
     _moe_positions = {}
 
+    def __setattr__(self, name, value):
+        # As transformers' own configs do, a field is checked when it is set, and all of them together when they are needed.
+        name = self.attribute_map.get(name, name)
+        super().__setattr__(name, self._checked(name, value))
+
+    def _checked(self, name: str, value: Any) -> Any:
+        """Return a value as JSON can hold it, numbers of NumPy as Python's, or refuse it."""
+        if name not in self._rules:
+            return value
+        self._rules[name].check(name, value)
+        if isinstance(value, (list, tuple)):
+            return [_plain(item) for item in value]
+        return _plain(value)
+
     def __post_init__(self, **kwargs):
+        if kwargs.get("num_labels") is None:
+            kwargs.pop("num_labels", None)
+        for name in ("num_labels", "output_attentions"):  # transformers reads these before it sets them
+            if name in kwargs:
+                kwargs[name] = self._checked(name, kwargs[name])
+        super().__post_init__(**kwargs)
         for positions, num_blocks in self._moe_positions.items():
-            if getattr(self, positions) is None and isinstance(getattr(self, num_blocks), Integral):
+            if getattr(self, positions) is None:
                 setattr(self, positions, [getattr(self, num_blocks) // 2])
         if self.distilled_router is None and self.router_type == "stable":
             self.distilled_router = "word_embedding"
         if self.balance_loss_coef is None:
-            self.balance_loss_coef = ROUTER_TYPES.get(str(self.router_type), 0.0)
-        super().__post_init__(**kwargs)
+            self.balance_loss_coef = ROUTER_TYPES[self.router_type]
         self.validate_architecture()
         for positions in self._moe_positions:
             setattr(self, positions, sorted(getattr(self, positions)))
@@ -208,123 +386,69 @@ class StableMoEBaseConfig(PreTrainedConfig):
                 f"This is a {model_type!r} checkpoint, not a {cls.model_type!r} one. Load it with the class of its "
                 "own kind: StableMoEForCausalLM is a language model, StableMoEForConditionalGeneration translates."
             )
-        return super().from_dict(config_dict, **kwargs)
+        made = super().from_dict(config_dict, **kwargs)
+        # Some of `kwargs` are set after the config is made.
+        (made[0] if isinstance(made, tuple) else made).validate_architecture()
+        return made
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the config, if it can be loaded again; see `PreTrainedConfig.save_pretrained`.
+
+        Raises:
+            ValueError: if fields have been set to what does not fit the others.
+        """
+        self.validate_architecture()
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def validate_architecture(self):
-        """Check every field of the architecture against its range and against the others."""
+        """Check every field of the architecture against the others."""
         super().validate_architecture()
-        self._validate_numbers()
+        if self.balance_loss_coef is None:
+            _COEFFICIENT.check("balance_loss_coef", None)
+        self._validate_sizes()
+        self._validate_token_ids()
         self._validate_moe()
-        if self.pad_token_id is not None and not (
-            isinstance(self.pad_token_id, Integral) and 0 <= self.pad_token_id < self.vocab_size
-        ):
-            raise ValueError(
-                f"`pad_token_id` {self.pad_token_id!r} lies outside the vocabulary 0..{self.vocab_size - 1}; raise "
-                "`vocab_size` or choose a token that is in it."
-            )
-        if self.position_embedding_type not in POSITION_EMBEDDING_TYPES:
-            raise ValueError(
-                f"`position_embedding_type` {self.position_embedding_type!r} is unknown; choose one of "
-                f"{list(POSITION_EMBEDDING_TYPES)}."
-            )
-        for name in ("scale_embedding", "do_layer_norm_before"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` {self.hidden_act!r} is unknown; transformers has {sorted(ACT2FN)}.")
+
+    def _validate_sizes(self):
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
                 f"({self.num_attention_heads}): the heads share the hidden size evenly."
             )
-
-    def _validate_numbers(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "num_experts",
-            "num_expert_sublayers",
-            "distilled_router_dim",
-            "frozen_load_bands",
-            *self._moe_positions.values(),
+        widths = ("hidden_size", "distilled_router_dim", "num_experts")
+        for names in (
+            *[("vocab_size", width) for width in widths],
+            ("max_position_embeddings", "hidden_size"),
+            ("num_experts", "hidden_size", "intermediate_size"),
         ):
+            if math.prod(getattr(self, name) for name in names) > LARGEST_INTEGER // 8:
+                sizes = " x ".join(f"`{name}` ({getattr(self, name)})" for name in names)
+                raise ValueError(f"{sizes}: no tensor can hold so many numbers; make them smaller.")
+
+    def _validate_token_ids(self):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        for name in ("balance_loss_coef", "distillation_loss_coef", "router_aux_loss_coef", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < float("inf"):
-                raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}.")
-        for name in self._probabilities:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
-                raise ValueError(f"`{name}` is a probability in [0, 1), got {value!r}.")
-        eps = self.layer_norm_eps
-        if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 < eps < float("inf"):
-            raise ValueError(f"`layer_norm_eps` must be a finite number > 0, got {eps!r}.")
+            token_ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(0 <= token_id < self.vocab_size for token_id in token_ids):
+                raise ValueError(
+                    f"`{name}` {value!r} lies outside the vocabulary 0..{self.vocab_size - 1}; raise `vocab_size` or "
+                    "choose a token that is in it."
+                )
 
     def _validate_moe(self):
-        if not isinstance(self.router_type, str) or self.router_type not in ROUTER_TYPES:
-            raise ValueError(
-                f"`router_type` {self.router_type!r} is unknown; choose one of {list(ROUTER_TYPES)}, or import the file "
-                "that registers it first (`register_router`)."
-            )
-        if self.distilled_router not in (None, *DISTILLED_ROUTERS):
-            raise ValueError(
-                f"`distilled_router` {self.distilled_router!r} is unknown; choose one of {list(DISTILLED_ROUTERS)}."
-            )
         if self.router_type == "hash" and self.distilled_router is not None:
             raise ValueError(
                 f"`distilled_router` {self.distilled_router!r} has nothing to learn from a hash, which is fixed from the "
                 "start; leave it at None."
             )
-        self._validate_stage1()
+        self._validate_stage1_of_router()
         pruned, sides = self.pruned_tokens, len(self._moe_positions)
-        if pruned is not None and (not isinstance(pruned, list) or len(pruned) != sides):
+        if pruned is not None and len(pruned) != sides:
             raise ValueError(
-                f"`pruned_tokens` must be None or a list of {sides} strings, as `prune_experts` writes it."
+                f"`pruned_tokens` must be None or a list of {sides} strings, as `prune_experts` writes it; got {pruned!r}."
             )
         for positions, num_blocks in self._moe_positions.items():
             self._validate_positions(positions, num_blocks)
-        factor = self.expert_capacity_factor
-        if factor is not None and (
-            isinstance(factor, bool) or not isinstance(factor, Real) or not 0 < factor < float("inf")
-        ):
-            raise ValueError(f"`expert_capacity_factor` must be None (no token is dropped) or > 0, got {factor!r}.")
-
-    def _validate_stage1(self):
-        for name, choices in (
-            ("balance_gradient", BALANCE_GRADIENTS),
-            ("router_normalization", (None, *ROUTER_NORMALIZATIONS)),
-            ("share_experts_in_stage1", (False, True)),
-            ("reset_gates_at_freeze", (False, True)),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, (str, bool, type(None))) or value not in choices:
-                raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
-        for name, least, optional in (
-            ("balance_loss_warmup_tokens", 0, False),
-            ("router_half_life", 1, False),
-            ("counts_half_life", 1, True),
-        ):
-            value = getattr(self, name)
-            if optional and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-                raise ValueError(f"`{name}` is a number of tokens, an integer >= {least}; got {value!r}.")
-        rate, limit = self.expert_bias_rate, self.max_frozen_load
-        if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= rate < float("inf"):
-            raise ValueError(f"`expert_bias_rate` must be a finite number >= 0, got {rate!r}.")
-        if limit is not None and (
-            isinstance(limit, bool) or not isinstance(limit, Real) or not 1 <= limit < float("inf")
-        ):
-            raise ValueError(
-                f"`max_frozen_load` is a multiple of the mean load, a number >= 1 or None; got {limit!r}."
-            )
-        self._validate_stage1_of_router()
 
     def _validate_stage1_of_router(self):
         """Refuse settings that would do nothing with this router."""
@@ -355,10 +479,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
 
     def _validate_positions(self, name: str, num_blocks_name: str):
         positions, num_blocks = getattr(self, name), getattr(self, num_blocks_name)
-        if not isinstance(positions, (list, tuple)) or any(
-            isinstance(position, bool) or not isinstance(position, Integral) for position in positions
-        ):
-            raise ValueError(f"`{name}` must be a list of integers, got {positions!r}.")
+        if positions is None:
+            _POSITIONS.check(name, None)
         outside = [position for position in positions if not 0 <= position <= num_blocks]
         if outside:
             raise ValueError(
@@ -401,9 +523,21 @@ class StableMoEConfig(StableMoEBaseConfig):
     ]
 
     _moe_positions = {"moe_layer_positions": "num_hidden_layers"}
+    _rules = StableMoEBaseConfig._rules | {
+        "num_hidden_layers": _COUNT,
+        "moe_layer_positions": _optional(_POSITIONS),
+    }
 
     num_hidden_layers: int = 12
     moe_layer_positions: list[int] | None = None
+
+    def validate_architecture(self):
+        """Check every field of the architecture against the others."""
+        super().validate_architecture()
+        if self.is_encoder_decoder:
+            raise ValueError(
+                "`is_encoder_decoder` must be False: for a model with an encoder, use StableMoESeq2SeqConfig."
+            )
 
 
 class StableMoESeq2SeqConfig(StableMoEBaseConfig):
@@ -460,8 +594,13 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
         "routing_health",
     ]
 
-    _probabilities = ("dropout", "attention_dropout", "label_smoothing")
     _moe_positions = {"encoder_moe_layer_positions": "encoder_layers", "decoder_moe_layer_positions": "decoder_layers"}
+    _rules = StableMoEBaseConfig._rules | {
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), _COUNT),
+        **dict.fromkeys(_moe_positions, _optional(_POSITIONS)),
+        "label_smoothing": _PROBABILITY,
+        "decoder_start_token_id": _optional(_TOKEN_ID),
+    }
 
     vocab_size: int = 64000
     hidden_size: int = 512
@@ -484,13 +623,13 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
     is_encoder_decoder: bool = True
 
     def validate_architecture(self):
-        """Check every field of the architecture against its range and against the others."""
+        """Check every field of the architecture against the others."""
         super().validate_architecture()
         if not self.is_encoder_decoder:
             raise ValueError("`is_encoder_decoder` must be True: for a model without encoder, use StableMoEConfig.")
         for name in ("pad_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < self.vocab_size:
+            if value is None or not 0 <= value < self.vocab_size:
                 raise ValueError(
                     f"`{name}` {value!r} lies outside the vocabulary 0..{self.vocab_size - 1}: decoder inputs are made "
                     "of the labels, which needs it."

@@ -49,13 +49,14 @@ class TwoStageRoutingMixin:
 
     @classmethod
     def check_config(cls, config):
-        """Refuse the config of another kind of model.
+        """Refuse the config of another kind of model, and one whose fields have been set to what does not fit.
 
         Raises:
-            ValueError: naming both kinds.
+            ValueError: naming both kinds; or field, value and remedy.
         """
         if getattr(config, "model_type", None) != cls.config_class.model_type:
             raise ValueError(f"{cls.__name__} needs a {cls.config_class.__name__}, got a {type(config).__name__}.")
+        config.validate_architecture()
 
     @property
     def moe_layers_by_name(self) -> dict[str, StableMoELayer]:

@@ -251,7 +251,7 @@ def test_dropouts_that_differ_want_a_choice():
         ({"num_expert": 3}, "num_expert: no options of a conversion.*num_experts"),
         ({"tie_word_embeddings": False, "hidden_act": "relu"}, "hidden_act, tie_word_embeddings: no options"),
         ({"router_fingerprint": "0"}, "router_fingerprint: no options"),
-        ({"num_experts": 0}, "`num_experts` must be a positive integer, got 0"),
+        ({"num_experts": 0}, "`num_experts` must be a positive integer below 2..63, got 0"),
         ({"moe_layer_positions": [4]}, r"`moe_layer_positions` \[4\] lie outside 0..num_hidden_layers \(3\)"),
         ({"revision": "main", "dtype": "float32"}, "revision, dtype: these load a checkpoint"),
         ({"experts_implementation": "sonicmoe"}, "experts_implementation"),

@@ -512,9 +512,9 @@ def test_a_compiled_training_step_follows_the_statistics():
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"balance_gradient": "none"}, "`balance_gradient` must be one of"),
-        ({"router_normalization": "batch"}, "`router_normalization` must be one of"),
-        ({"share_experts_in_stage1": 1.5}, "`share_experts_in_stage1` must be one of"),
+        ({"balance_gradient": "none"}, "`balance_gradient` 'none' is unknown; choose one of"),
+        ({"router_normalization": "batch"}, "`router_normalization` 'batch' is unknown; choose one of"),
+        ({"share_experts_in_stage1": 1.5}, "`share_experts_in_stage1` must be True or False"),
         ({"balance_loss_warmup_tokens": -1}, "`balance_loss_warmup_tokens` is a number of tokens"),
         ({"balance_loss_warmup_tokens": 0.5}, "`balance_loss_warmup_tokens` is a number of tokens"),
         ({"router_half_life": 0}, "`router_half_life` is a number of tokens"),
@@ -530,7 +530,7 @@ def test_a_compiled_training_step_follows_the_statistics():
         ({"router_type": "hash", "router_normalization": "center"}, "a hash is fixed from the start"),
         ({"router_type": "hash", "share_experts_in_stage1": True}, "a hash is fixed from the start"),
         ({"router_type": "hash", "reset_gates_at_freeze": True}, "a hash is fixed from the start"),
-        ({"reset_gates_at_freeze": "yes"}, "`reset_gates_at_freeze` must be one of"),
+        ({"reset_gates_at_freeze": "yes"}, "`reset_gates_at_freeze` must be True or False"),
     ],
 )
 def test_settings_out_of_range_are_refused(fields, complaint):
