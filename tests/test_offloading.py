@@ -65,9 +65,9 @@ def load(folder, place, model_class=StableMoEForCausalLM, **options):
 
 
 def aligned(model):
-    """Move parameters out of the mapped file, where they start anywhere: a product's last bit depends on it."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    """Move tensors out of the mapped file, where they start anywhere: a product's last bit depends on it."""
+    for values in (*model.parameters(), *model.buffers()):
+        values.data = values.data.clone()
     return model
 
 
