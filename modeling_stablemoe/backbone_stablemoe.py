@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 
 from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext, cached_context, new_columns, whole_context
+from .context_stablemoe import TokenContext, cached_context, new_columns, packed_sequences, whole_context
 from .distillation_stablemoe import sees_context
 from .health_stablemoe import RoutingHealth, routing_health
 from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
@@ -139,7 +139,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         token_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: Cache | None = None,
-        is_packed: bool = False,
+        position_ids: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
     ) -> TokenContext | None:
         """Give the sequences so far to routers that look back at earlier tokens, and note new tokens in the cache.
 
@@ -147,26 +148,30 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             token_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): of `routed_by`.
             attention_mask (`torch.Tensor`, *optional*): see `token_mask`.
             cache (`Cache`, *optional*): of the self-attention, before the blocks add these tokens to it.
-            is_packed (`bool`): whether a row holds several sequences.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`, *optional*): where rows may hold several
+                sequences, which is where attention tells them apart: without a mask or earlier tokens in the cache.
+            cu_seq_lens (`torch.IntTensor` of shape `(sequences + 1,)`, *optional*): see `packed_sequences`.
 
         Returns:
             `TokenContext`, or `None` where routers see the token alone.
 
         Raises:
-            ValueError: see `cached_context`; also for packed sequences.
+            ValueError: see `cached_context`; also for packed sequences where `position_ids` are not given.
         """
         if not self.sees_context:
             return None
-        if is_packed:
+        if cu_seq_lens is not None and position_ids is None:
             raise ValueError(
-                f"A {self.config.distilled_router!r} router looks back at earlier tokens and cannot tell apart sequences that "
-                "are packed into one row. Pad them instead, one a row; for continuous batching train a model with "
+                f"A {self.config.distilled_router!r} router looks back at earlier tokens, and tells apart sequences that are "
+                "packed into one row (`cu_seq_lens_q`) in a language model alone, without `attention_mask` and cache. Pad "
+                "them instead, one per row; for continuous batching train a model with "
                 '`distilled_router="word_embedding"`.'
             )
+        sequences = packed_sequences(token_ids.shape, position_ids, cu_seq_lens)
         if cache is None:
-            return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]))
+            return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]), sequences)
         whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        return cached_context(cache, len(self.layers), token_ids, whole_mask)
+        return cached_context(cache, len(self.layers), token_ids, whole_mask)._replace(sequences=sequences)
 
     def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
         """Compute the routing losses of a forward pass that recorded its routing.

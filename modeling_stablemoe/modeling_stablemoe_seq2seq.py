@@ -133,7 +133,7 @@ class StableMoEEncoder(StableMoEBackbone):
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, None)),
             token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
-            context=self.context_of(token_ids, attention_mask),
+            context=self.context_of(token_ids, attention_mask, cu_seq_lens=kwargs.get("cu_seq_lens_q")),
             attention_mask=create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -222,7 +222,9 @@ class StableMoEDecoder(StableMoEBackbone):
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
             token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1], self_attention_cache),
-            context=self.context_of(token_ids, attention_mask, self_attention_cache),
+            context=self.context_of(
+                token_ids, attention_mask, self_attention_cache, cu_seq_lens=kwargs.get("cu_seq_lens_q")
+            ),
             attention_mask=create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
