@@ -45,6 +45,11 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         self.sees_context = bool(moe_layer_positions) and sees_context(config)
         self.gradient_checkpointing = False
 
+    @property
+    def num_blocks(self) -> int:
+        """`int`: blocks that a pass runs: all of them."""
+        return len(self.layers)
+
     def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Give `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
 
@@ -95,7 +100,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         context: TokenContext | None,
         **kwargs,
     ) -> Tensor:
-        """Run the blocks, the MoE layers between them and the final norm.
+        """Run `num_blocks` blocks, the MoE layers between them and the final norm.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `embed`.
@@ -112,10 +117,12 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             if self.training:
                 layer.frozen_router.is_initial = False
         sorts = self.config._experts_implementation == "grouped_mm"
-        ahead = dispatch_ahead(self.moe_layers, token_ids, token_mask, context, sorts)
+        places = zip(self.moe_layer_positions, self.moe_layers, strict=True)
+        reached = {position: layer for position, layer in places if position <= self.num_blocks}
+        ahead = dispatch_ahead(list(reached.values()), token_ids, token_mask, context, sorts)
         output_scores = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
-        moe_layers = dict(zip(self.moe_layer_positions, zip(self.moe_layers, ahead, strict=True), strict=True))
-        for position in range(len(self.layers) + 1):
+        moe_layers = dict(zip(reached, zip(reached.values(), ahead, strict=True), strict=True))
+        for position in range(self.num_blocks + 1):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
@@ -171,7 +178,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         if cache is None:
             return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]), sequences)
         whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        return cached_context(cache, len(self.layers), token_ids, whole_mask)._replace(sequences=sequences)
+        return cached_context(cache, self.num_blocks, token_ids, whole_mask)._replace(sequences=sequences)
 
     def routing_losses(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None) -> RoutingLosses:
         """Compute the routing losses of a forward pass that recorded its routing.

@@ -42,6 +42,11 @@ class StableMoEModel(StableMoEBackbone):
         super().__init__(config, blocks, config.moe_layer_positions)
         self.post_init()
 
+    @property
+    def num_blocks(self) -> int:
+        """`int`: blocks that a pass runs; a draft of `generate(assistant_early_exit=)` sets the config to fewer of them."""
+        return min(self.config.num_hidden_layers, len(self.layers))
+
     @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
@@ -147,10 +152,10 @@ class StableMoEModel(StableMoEBackbone):
 
         Returns:
             `dict`: `aux_loss`, a scalar on the device of the last hidden state, and the fields of `describe_routing`; of
-            a dense model an `aux_loss` of 0 alone.
+            a pass through no MoE layer an `aux_loss` of 0 alone.
         """
         device = outputs.last_hidden_state.device  # layers may stand on several
-        if not self.moe_layers:
+        if not outputs.expert_indices:
             return {"aux_loss": torch.zeros((), device=device)}
         losses = self.routing_losses(outputs, attention_mask)
         aux_loss = self.auxiliary_loss(losses, targets, num_items_in_batch).to(device)
