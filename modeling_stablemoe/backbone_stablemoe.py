@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 
 from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext, cached_context, new_columns, whole_context
+from .context_stablemoe import TokenContext, cached_context, new_columns, packed_sequences, whole_context
 from .distillation_stablemoe import sees_context
 from .health_stablemoe import RoutingHealth, routing_health
 from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
@@ -45,6 +45,11 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
         self.sees_context = bool(moe_layer_positions) and sees_context(config)
         self.gradient_checkpointing = False
+
+    @property
+    def num_blocks(self) -> int:
+        """`int`: blocks that a pass runs: all of them."""
+        return len(self.layers)
 
     def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Give `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
@@ -96,7 +101,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         context: TokenContext | None,
         **kwargs,
     ) -> Tensor:
-        """Run the blocks, the MoE layers between them and the final norm.
+        """Run `num_blocks` blocks, the MoE layers between them and the final norm.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `embed`.
@@ -113,10 +118,12 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             if self.training:
                 layer.frozen_router.is_initial = False
         sorts = self.config._experts_implementation == "grouped_mm"
-        ahead = dispatch_ahead(self.moe_layers, token_ids, token_mask, context, sorts)
+        places = zip(self.moe_layer_positions, self.moe_layers, strict=True)
+        reached = {position: layer for position, layer in places if position <= self.num_blocks}
+        ahead = dispatch_ahead(list(reached.values()), token_ids, token_mask, context, sorts)
         output_scores = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
-        moe_layers = dict(zip(self.moe_layer_positions, zip(self.moe_layers, ahead, strict=True), strict=True))
-        for position in range(len(self.layers) + 1):
+        moe_layers = dict(zip(reached, zip(reached.values(), ahead, strict=True), strict=True))
+        for position in range(self.num_blocks + 1):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
@@ -140,7 +147,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         token_ids: Tensor | None,
         attention_mask: Tensor | None,
         cache: Cache | None = None,
-        is_packed: bool = False,
+        position_ids: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
     ) -> TokenContext | None:
         """Give the sequences so far to routers that look back at earlier tokens, and note new tokens in the cache.
 
@@ -148,26 +156,30 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             token_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): of `routed_by`.
             attention_mask (`torch.Tensor`, *optional*): see `token_mask`.
             cache (`Cache`, *optional*): of the self-attention, before the blocks add these tokens to it.
-            is_packed (`bool`): whether a row holds several sequences.
+            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`, *optional*): where rows may hold several
+                sequences, which is where attention tells them apart: without a mask or earlier tokens in the cache.
+            cu_seq_lens (`torch.IntTensor` of shape `(sequences + 1,)`, *optional*): see `packed_sequences`.
 
         Returns:
             `TokenContext`, or `None` where routers see the token alone.
 
         Raises:
-            ValueError: see `cached_context`; also for packed sequences.
+            ValueError: see `cached_context`; also for packed sequences where `position_ids` are not given.
         """
         if not self.sees_context:
             return None
-        if is_packed:
+        if cu_seq_lens is not None and position_ids is None:
             raise ValueError(
-                f"A {self.config.distilled_router!r} router looks back at earlier tokens and cannot tell apart sequences that "
-                "are packed into one row. Pad them instead, one a row; for continuous batching train a model with "
+                f"A {self.config.distilled_router!r} router looks back at earlier tokens, and tells apart sequences that are "
+                "packed into one row (`cu_seq_lens_q`) in a language model alone, without `attention_mask` and cache. Pad "
+                "them instead, one per row; for continuous batching train a model with "
                 '`distilled_router="word_embedding"`.'
             )
+        sequences = packed_sequences(token_ids.shape, position_ids, cu_seq_lens)
         if cache is None:
-            return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]))
+            return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]), sequences)
         whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        return cached_context(cache, len(self.layers), token_ids, whole_mask)
+        return cached_context(cache, self.num_blocks, token_ids, whole_mask)._replace(sequences=sequences)
 
     def routing_losses(
         self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None, is_learning: bool

@@ -15,21 +15,49 @@ from transformers.utils import is_torchdynamo_compiling
 #   ids, `torch.LongTensor` of shape `(B, C)`: from the start of each sequence; nothing depends on what follows the last
 #     token to be routed;
 #   mask, `torch.BoolTensor` of shape `(B, C)`, or None where every token is real: False on padding;
-#   positions, `torch.LongTensor` of shape `(S,)`: where in the context the tokens to be routed stand.
-TokenContext = tuple[Tensor, Tensor | None, Tensor]
+#   positions, `torch.LongTensor` of shape `(S,)`: where in the context the tokens to be routed stand;
+#   sequences, `torch.LongTensor` of shape `(B, C)`, or None where a row is one sequence: of packed rows the number of each
+#     token's sequence in its row, which does not fall from one token to the next.
+TokenContext = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def whole_context(token_ids: Tensor, mask: Tensor | None = None) -> TokenContext:
+def whole_context(token_ids: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> TokenContext:
     """Make the context of whole sequences, every token of which is to be routed.
 
     Args:
         token_ids (`torch.LongTensor` of shape `(B, S)`): from the start of each sequence.
         mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding.
+        sequences (`torch.LongTensor` of shape `(B, S)`, *optional*): see `TokenContext`.
 
     Returns:
         `TokenContext`
     """
-    return token_ids, mask, torch.arange(token_ids.shape[1], device=token_ids.device)
+    positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return token_ids, mask, positions, sequences
+
+
+def packed_sequences(
+    shape: tuple[int, int], position_ids: Tensor | None, cu_seq_lens: Tensor | None = None
+) -> Tensor | None:
+    """Number the sequences that are packed into each row, as attention tells them apart.
+
+    Args:
+        shape (`tuple[int, int]`): B and S.
+        position_ids (`torch.LongTensor` of shape `(B or 1, S)`, *optional*): a sequence begins wherever one is not the
+            one before it and 1.
+        cu_seq_lens (`torch.IntTensor` of shape `(sequences + 1,)`, *optional*): where sequences begin and end, of all rows
+            in one; goes before `position_ids`.
+
+    Returns:
+        `torch.LongTensor` of shape `(B, S)`, *optional*: see `TokenContext`.
+    """
+    if cu_seq_lens is not None:
+        places = torch.arange(shape[0] * shape[1], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device)
+        return torch.bucketize(places, cu_seq_lens, right=True).view(shape)
+    if position_ids is None:
+        return None
+    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+    return begins.cumsum(-1).expand(shape)
 
 
 def cached_context(
@@ -60,9 +88,9 @@ def cached_context(
     states = token_ids.long()[:, None, :, None]
     ids = layer.update(states, states)[0][:, 0, :, 0]
     if attention_mask is None:
-        return ids, None, positions
+        return ids, None, positions, None
     # A static cache has room for tokens to come; of a mask that is wider, nothing is read.
-    return ids, F.pad(attention_mask.bool(), (0, ids.shape[1] - attention_mask.shape[1])), positions
+    return ids, F.pad(attention_mask.bool(), (0, ids.shape[1] - attention_mask.shape[1])), positions, None
 
 
 def new_columns(values: Tensor, length: int, cache: Cache | None) -> Tensor:
@@ -125,4 +153,4 @@ def _check_lengths(block: CacheLayerMixin, layer: CacheLayerMixin):
         )
 
 
-__all__ = ["TokenContext", "cached_context", "new_columns", "whole_context"]
+__all__ = ["TokenContext", "cached_context", "new_columns", "packed_sequences", "whole_context"]

@@ -242,20 +242,28 @@ class ContextRouter(DistilledRouter):
             return values.float().double() if exact else values.to(torch.promote_types(values.dtype, torch.float32))
 
         others = {name: cast(weight) for name, weight in weights.items() if name != "embedding"}
-        ids, mask, positions = context
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        ids, mask, positions, sequences = context
+        if sequences is None:
+            sequences = torch.zeros_like(ids)
+        if mask is not None:
+            # Padding goes behind the real tokens, so that none of them sees it, wherever it stood.
+            places = torch.where(mask, mask.cumsum(-1), mask.sum(-1, keepdim=True) + (~mask).cumsum(-1)) - 1
+            ids, sequences = (torch.empty_like(values).scatter(-1, places, values) for values in (ids, sequences))
         with maybe_autocast(device_type=ids.device.type, enabled=False):
-            embedded = cast(F.embedding(ids, weights["embedding"]))
-            features = cls.features(embedded.masked_fill(~real.unsqueeze(-1), 0.0), real, others)
-        return score(features[:, positions], others["centroids"])
+            features = cls.features(cast(F.embedding(ids, weights["embedding"])), sequences, others)
+        if mask is None:
+            features = features[:, positions]
+        else:
+            features = features.take_along_dim(places[:, positions].unsqueeze(-1), dim=1)
+        return score(features, others["centroids"])
 
     @staticmethod
-    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Compute f_t of every token of the context from the tokens up to it.
+    def features(embedded: Tensor, sequences: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """Compute f_t of every token of the context from the tokens of its sequence up to it.
 
         Args:
-            embedded (`torch.Tensor` of shape `(B, C, R)`): D(X_t), 0 on padding.
-            real (`torch.BoolTensor` of shape `(B, C)`): False on padding, which no other token sees.
+            embedded (`torch.Tensor` of shape `(B, C, R)`): D(X_t).
+            sequences (`torch.LongTensor` of shape `(B, C)`): the sequence of each token, see `TokenContext`; at least 0.
             weights (`dict[str, torch.Tensor]`): all but the embedding, in the dtype of `embedded`.
 
         Returns:
@@ -283,11 +291,11 @@ class BigramRouter(ContextRouter):
     """f_t = (D(X_t) + D(X_{t-1})) / 2, and D(X_t) where no token precedes."""
 
     @staticmethod
-    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def features(embedded: Tensor, sequences: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Average each embedding with the one before; arguments and result as of `ContextRouter.features`."""
         previous = F.pad(embedded, (0, 0, 1, 0))[:, :-1]
-        has_previous = F.pad(real, (1, 0))[:, :-1].unsqueeze(-1)
-        return torch.where(has_previous, (embedded + previous) / 2, embedded)
+        has_previous = F.pad(sequences, (1, 0), value=-1)[:, :-1] == sequences
+        return torch.where(has_previous.unsqueeze(-1), (embedded + previous) / 2, embedded)
 
 
 class ConvolutionRouter(ContextRouter):
@@ -303,12 +311,15 @@ class ConvolutionRouter(ContextRouter):
         return {**super().shapes(config), "conv_weight": (R, cls.width * R), "conv_bias": (R,)}
 
     @staticmethod
-    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def features(embedded: Tensor, sequences: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Convolve the embeddings; arguments and result as of `ContextRouter.features`."""
-        width = ConvolutionRouter.width
+        C, width = embedded.shape[1], ConvolutionRouter.width
         padded = F.pad(embedded, (0, 0, width - 1, 0))
-        windows = torch.cat([padded[:, k : k + embedded.shape[1]] for k in range(width)], dim=-1)
-        return F.linear(windows, weights["conv_weight"], weights["conv_bias"])
+        of = F.pad(sequences, (width - 1, 0), value=-1)
+        windows = [
+            padded[:, k : k + C].masked_fill((of[:, k : k + C] != sequences).unsqueeze(-1), 0.0) for k in range(width)
+        ]
+        return F.linear(torch.cat(windows, dim=-1), weights["conv_weight"], weights["conv_bias"])
 
 
 class TransformerRouter(ContextRouter):
@@ -340,14 +351,12 @@ class TransformerRouter(ContextRouter):
         }
 
     @staticmethod
-    def features(embedded: Tensor, real: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def features(embedded: Tensor, sequences: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """Run the layers; arguments and result as of `ContextRouter.features`."""
         C, R = embedded.shape[1:]
-        # A token sees earlier real ones and itself, which leaves no row of padding without anything to see.
-        causal = torch.ones(C, C, dtype=torch.bool, device=real.device).tril()
-        itself = torch.eye(C, dtype=torch.bool, device=real.device)
-        visible = (causal & real[:, None, :]) | itself
-        hidden = embedded + _sinusoids(real.long().cumsum(-1) - 1, R).to(embedded.dtype)
+        causal = torch.ones(C, C, dtype=torch.bool, device=sequences.device).tril()
+        visible = causal & (sequences[:, :, None] == sequences[:, None, :])
+        hidden = embedded + _sinusoids(visible.sum(-1) - 1, R).to(embedded.dtype)
 
         def norm(values: Tensor, name: str, layer: int) -> Tensor:
             return F.layer_norm(values, (R,), weights[f"{name}_weight"][layer], weights[f"{name}_bias"][layer])

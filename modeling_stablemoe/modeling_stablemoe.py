@@ -42,6 +42,11 @@ class StableMoEModel(StableMoEBackbone):
         super().__init__(config, blocks, config.moe_layer_positions)
         self.post_init()
 
+    @property
+    def num_blocks(self) -> int:
+        """`int`: blocks that a pass runs; a draft of `generate(assistant_early_exit=)` sets the config to fewer of them."""
+        return min(self.config.num_hidden_layers, len(self.layers))
+
     @takes_cache_by_either_name
     @merge_with_config_defaults
     @capture_outputs
@@ -64,7 +69,8 @@ class StableMoEModel(StableMoEBackbone):
                 rest is not looked at. Or a mask that the attention implementation takes as it is, where every token is
                 routed.
             position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): default: counted over the
-                tokens that `attention_mask` shows.
+                tokens that `attention_mask` shows. Without a mask and a cache, a row whose positions begin again holds
+                several sequences, which do not see each other.
             cache (`Cache`, *optional*): keys and values of earlier positions; and their ids, which this model adds, where
                 the distilled router looks back at them. `past_key_values` is another name of this argument.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): in place of
@@ -84,13 +90,16 @@ class StableMoEModel(StableMoEBackbone):
         """
         self._warn_of_lost_losses(kwargs.get("output_routing_traces", False))
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
+        # Where rows may be packed: transformers tells their sequences apart by positions only if there is no cache, though
+        # one that is made below holds nothing.
+        may_be_packed = attention_mask is None and cache is None
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME: None if may_be_packed else cache},
             position_ids=position_ids,  # those given, which may pack sequences: looking for it waits for the device
         )
         if position_ids is None:
@@ -100,7 +109,13 @@ class StableMoEModel(StableMoEBackbone):
             self.embed(inputs_embeds, position_ids),
             token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1], cache),
-            context=self.context_of(token_ids, attention_mask, cache, "cu_seq_lens_q" in kwargs),
+            context=self.context_of(
+                token_ids,
+                attention_mask,
+                cache,
+                position_ids if may_be_packed else None,
+                kwargs.get("cu_seq_lens_q"),
+            ),
             attention_mask=causal_mask,
             position_ids=position_ids,
             **{CACHE_NAME: cache},
@@ -137,10 +152,10 @@ class StableMoEModel(StableMoEBackbone):
 
         Returns:
             `dict`: `aux_loss`, a scalar on the device of the last hidden state, and the fields of `describe_routing`; of
-            a dense model an `aux_loss` of 0 alone.
+            a pass through no MoE layer an `aux_loss` of 0 alone.
         """
         device = outputs.last_hidden_state.device  # layers may stand on several
-        if not self.moe_layers:
+        if not outputs.expert_indices:
             return {"aux_loss": torch.zeros((), device=device)}
         is_learning = self.is_learning(
             outputs.last_hidden_state, outputs.router_logits, outputs.distilled_router_logits

@@ -133,7 +133,7 @@ class StableMoEEncoder(StableMoEBackbone):
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, None)),
             token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
-            context=self.context_of(token_ids, attention_mask),
+            context=self.context_of(token_ids, attention_mask, cu_seq_lens=kwargs.get("cu_seq_lens_q")),
             attention_mask=create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -222,7 +222,9 @@ class StableMoEDecoder(StableMoEBackbone):
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
             token_ids=token_ids,
             token_mask=token_mask(attention_mask, inputs_embeds.shape[1], self_attention_cache),
-            context=self.context_of(token_ids, attention_mask, self_attention_cache),
+            context=self.context_of(
+                token_ids, attention_mask, self_attention_cache, cu_seq_lens=kwargs.get("cu_seq_lens_q")
+            ),
             attention_mask=create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -423,10 +425,11 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         """Shift labels to the right: the decoder's input at a position is the label of the one before it.
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch, target)`): -100 becomes padding.
+            labels (`torch.LongTensor` of shape `(batch, target)`): -100 becomes padding; a run of it on the left is
+                padding before the target.
 
         Returns:
-            `torch.LongTensor` of shape `(batch, target)`: begins with `decoder_start_token_id`.
+            `torch.LongTensor` of shape `(batch, target)`: each target begins with `decoder_start_token_id`.
 
         Raises:
             ValueError: for labels without any position.
@@ -435,8 +438,9 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             raise ValueError(
                 f"There is no target: `labels` has shape {tuple(labels.shape)}. An empty target is one `eos_token_id`."
             )
-        shifted = labels.roll(1, dims=-1)
-        shifted[:, 0] = self.config.decoder_start_token_id
+        shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
+        start = labels.ne(-100).int().argmax(-1, keepdim=True)  # 0 where a target is empty
+        shifted = shifted.scatter(-1, start, self.config.decoder_start_token_id)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     @takes_cache_by_either_name
@@ -463,14 +467,15 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): default: `labels`, shifted.
             decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): default with
-                `labels`: the run of -100 at the end of each target is padding.
+                `labels`: padding is the run of -100 at the end of each target, and the run of `pad_token_id` that
+                `decoder_input_ids` begin with.
             encoder_outputs (`ModelOutput` or `tuple`, *optional*): see there; while training stage 1 they must hold
                 the routing (`output_router_logits`, `output_expert_indices`, `output_distilled_router_logits`).
             cache (`EncoderDecoderCache`, *optional*): see there.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
             decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
-                not predicted, and padding at the end. Of a target of -100 alone the first position is routed all the
+                not predicted, and padding at either end. Of a target of -100 alone the first position is routed all the
                 same; without anything to predict `task_loss` is 0.
             use_cache (`bool`, *optional*): see there.
             output_router_logits (`bool`, *optional*): return router logits, expert indices and `aux_loss`; default
@@ -488,7 +493,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             output_router_logits = self.config.output_router_logits
         with_routing = self.training or output_router_logits
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
-            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, labels
+            decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, labels, cache
         )
         target_mask = mask_of_pass(decoder_attention_mask, cache, decoder_input_ids, decoder_inputs_embeds)
         outputs = self.model(
@@ -625,17 +630,28 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         decoder_attention_mask: Tensor | None,
         decoder_inputs_embeds: Tensor | None,
         labels: Tensor | None,
+        cache: Cache | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Fill in what labels say of the decoder's input: its ids, and which of them are padding."""
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if labels is not None and decoder_attention_mask is None:
-            # Collators give no mask for the decoder, and attention needs none: nothing looks at what comes after. But
-            # padding must not be routed. The labels tell where a target ends, the inputs do not: their last token, which
-            # predicts nothing, is there only where the row is longer than its target.
+            # Collators give no mask for the decoder, and padding must not be routed, nor seen by what comes after it. The
+            # labels tell where a target ends, the inputs do not: their last token, which predicts nothing, is there only
+            # where the row is longer than its target.
             real = labels.ne(-100).long()
-            real[:, 0] = 1  # a target may be empty
+            is_empty = real.amax(-1, keepdim=True) == 0  # such a target is its first position
+            real[:, 0] = 1
             decoder_attention_mask = real.flip(-1).cummax(-1).values.flip(-1)
+            if decoder_input_ids is not None:
+                # The inputs tell where it begins, the labels do not: a prompt is not predicted.
+                padding = decoder_input_ids.eq(self.config.pad_token_id).long().cumprod(-1)
+                if self.config.decoder_start_token_id == self.config.pad_token_id:
+                    padding = nn.functional.pad(padding[:, 1:], (0, 1))  # the last one of the run is the start
+                decoder_attention_mask = decoder_attention_mask.masked_fill(padding.bool() & ~is_empty, 0)
+            if cache is not None:  # such as a learned prefix, all of which is seen
+                past = int(cache.get_seq_length())
+                decoder_attention_mask = nn.functional.pad(decoder_attention_mask, (past, 0), value=1)
         return decoder_input_ids, decoder_attention_mask
 
     def _auxiliary_losses(

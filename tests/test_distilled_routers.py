@@ -335,10 +335,70 @@ def test_an_offloaded_cache_is_refused():
         build("bigram")(random_ids(), past_key_values=cache, use_cache=True)
 
 
-def test_packed_sequences_are_refused():
-    lengths = torch.tensor([0, 3, 7])
-    with pytest.raises(ValueError, match=r"^A 'cnn' router looks back .* packed into one row\. Pad them instead"):
-        build("cnn")(random_ids(1), cu_seq_lens_q=lengths)
+@every_family
+def test_packed_sequences_that_nothing_tells_apart_are_refused(family):
+    packed = {"cu_seq_lens_q": torch.tensor([0, 3, 7], dtype=torch.int32), "position_ids": torch.arange(7)[None]}
+    model, ids = build("cnn", family=family), random_ids(1)
+    for mask in (torch.ones_like(ids), None):
+        cache = DynamicCache() if mask is None else None
+        cache = EncoderDecoderCache(cache, DynamicCache()) if family == "seq2seq" and cache else cache
+        with pytest.raises(ValueError, match=r"^A 'cnn' router looks back .* in a language model alone.* Pad them"):
+            run(model, ids, mask, cache=cache, **packed)
+
+
+def packed_row() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All rows in one: its ids, positions and where sequences begin and end."""
+    positions = torch.cat([torch.arange(len(row)) for row in ROWS])
+    ends = torch.tensor([0, *map(len, ROWS)]).cumsum(0)
+    return torch.cat(ROWS)[None], positions[None], ends.int()
+
+
+@every_kind
+@both_stages
+@torch.no_grad()
+def test_sequences_packed_into_a_row_are_routed_as_each_alone(kind, stage):
+    model = build(kind, stage)
+    model.set_attn_implementation("eager")
+    ids, positions, ends = packed_row()
+    expected = torch.cat(alone(model), -1)
+    assert not torch.equal(model.route(ids)[:, 0], expected)
+    logits = torch.cat([model(row[None]).logits for row in ROWS], 1)
+    for given in ({}, {"cu_seq_lens_q": ends}):
+        for use_cache in (True, False):
+            outputs = model(ids, position_ids=positions, use_cache=use_cache, output_router_logits=True, **given)
+            assert torch.equal(torch.stack(outputs.expert_indices)[:, 0], expected)
+            assert_close(outputs.logits, logits, rtol=1e-4, atol=1e-5)
+    twice = experts(model, ids.repeat(2, 1), position_ids=positions)
+    assert torch.equal(twice, expected[:, None].expand(-1, 2, -1))
+
+
+@every_class
+def test_packing_teaches_what_rows_of_their_own_do(kind):
+    model = build(kind).train()
+    ids, positions, _ = packed_row()
+    packed = model(ids, position_ids=positions).distillation_loss
+    own, mask = batch_of(ROWS, "right")
+    assert_close(packed, run(model, own, mask).distillation_loss, rtol=1e-4, atol=1e-5)
+
+
+@every_family
+@every_kind
+@both_stages
+@torch.no_grad()
+def test_padding_in_the_middle_of_a_row_moves_no_token_and_no_logit(kind, family, stage):
+    model = build(kind, stage, family)
+    rows = list(random_ids(2, 9, low=3, high=91))
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1], [1] * 2 + [0] * 5 + [1] * 7])
+    ids = torch.full_like(mask, PAD).masked_scatter(mask.bool(), torch.cat(rows))
+    expected = alone(model, rows)
+    assert_all_equal(taken_out(experts(model, ids, mask), mask), expected)
+    assert_all_equal(taken_out(model.route(ids, mask), mask), expected)
+    for cache_kind in ("dynamic", "static"):
+        pieces = in_pieces(model, ids, mask, cache_for(model, cache_kind, 18), [3, 1, 6, 4])
+        assert_all_equal(taken_out(pieces, mask), [of_row[-2:] for of_row in expected])
+    logits = run(model, ids, mask).logits
+    for row, of_row, real in zip(rows, logits, mask.bool(), strict=True):
+        assert_close(of_row[real], run(model, row[None]).logits[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

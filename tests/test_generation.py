@@ -150,6 +150,36 @@ def test_cached_decoding_routes_as_route_says_for_the_whole_sequence(model):
     assert torch.equal(routed, model.route(generated[:, :-1]))
 
 
+@pytest.mark.parametrize("kind", ["word_embedding", "counts", "bigram", "transformer_1"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_drafts_of_an_early_exit_change_no_token(kind, stage):
+    model = tiny_model(
+        moe_layer_positions=[0, 2, 3], num_hidden_layers=3, distilled_router=kind, output_router_logits=True
+    )
+    if stage == 2:
+        model.freeze_router()
+    model.eval()
+    ids, passes = random_ids(1, 5), []
+    expected = by_hand(model, ids)
+    for layer in (*model.model.layers, *model.model.moe_layers):
+        layer.register_forward_pre_hook(lambda _module, _args, layer=layer: passes.append(layer))
+    for blocks in (1, 2):
+        passes.clear()
+        assert torch.equal(continuation(model, ids, assistant_early_exit=blocks), expected)
+        often = {layer: passes.count(layer) for layer in passes}
+        full = often[model.model.layers[-1]]
+        assert [often[layer] > full for layer in model.model.layers] == [True] * blocks + [False] * (3 - blocks)
+        # Before the first block, after the second and after the third.
+        assert [often[layer] > full for layer in model.model.moe_layers] == [True, blocks == 2, False]
+    assert model.config.num_hidden_layers == 3
+
+
+def test_an_early_exit_may_come_before_every_moe_layer():
+    model = tiny_model(moe_layer_positions=[2], output_router_logits=True).eval()
+    ids = random_ids(1, 5)
+    assert torch.equal(continuation(model, ids, assistant_early_exit=1), by_hand(model, ids))
+
+
 def test_generation_stops_at_the_end_of_sequence_token_and_pads(model):
     ids = random_ids(3, 5)
     free = by_hand(model, ids)

@@ -165,9 +165,68 @@ def test_a_batch_routes_as_many_tokens_as_its_rows_alone():
     assert torch.equal(model(**batch_of()).expert_load, sum(alone))
 
 
+def test_labels_padded_on_the_left_are_shifted_behind_their_padding():
+    labels = torch.tensor([[IGNORED, IGNORED, 7, EOS], [7, IGNORED, 9, EOS], [IGNORED] * 4])
+    shifted = tiny_seq2seq_model().prepare_decoder_input_ids_from_labels(labels)
+    assert shifted.tolist() == [[PAD, PAD, START, 7], [START, 7, PAD, 9], [START, PAD, PAD, PAD]]
+
+
+@pytest.mark.parametrize("kind", ["word_embedding", "cnn"])
+@pytest.mark.parametrize("start", [START, PAD], ids=["start token", "start token is the pad token"])
+@pytest.mark.parametrize("collated", [True, False], ids=["inputs of the collator", "labels alone"])
+def test_the_side_of_the_padding_changes_neither_loss_nor_routing(collated, start, kind):
+    model = tiny_seq2seq_model(decoder_start_token_id=start, distilled_router=kind).eval()
+    features = [
+        {"input_ids": source.tolist(), "labels": target.tolist()}
+        for source, target in zip(SOURCES, [*TARGETS[:2], TARGETS[2][:0]], strict=True)
+    ]
+    seen = {}
+    for side in ("right", "left"):
+        tokenizer = tiny_tokenizer()
+        tokenizer.padding_side = side
+        batch = DataCollatorForSeq2Seq(tokenizer, model=model if collated else None)(features)
+        assert (
+            batch["labels"][0].eq(IGNORED).nonzero().flatten().tolist()
+            == {
+                "right": [4, 5, 6],
+                "left": [0, 1, 2],
+            }[side]
+        )
+        seen[side] = model(**batch, output_router_logits=True), batch
+        assert model.count_tokens(**batch) == 14 + 12
+    (right, _), (left, batch) = seen["right"], seen["left"]
+    assert_same_losses(left, right)
+    for row, target in enumerate(TARGETS[:2]):
+        assert_close(left.logits[row, -len(target) :], right.logits[row, : len(target)], rtol=1e-4, atol=1e-5)
+    assert [mask.sum() for _, mask in model.routed_tokens(**batch)] == [14, 12, 12]
+
+
+def test_a_prompt_of_the_decoder_that_is_not_predicted_is_routed():
+    batch = batch_of()
+    ids = tiny_seq2seq_model().prepare_decoder_input_ids_from_labels(batch["labels"])
+    batch["labels"][1, :3] = IGNORED
+    for start in (START, PAD):
+        model = tiny_seq2seq_model(decoder_start_token_id=start).train()
+        outputs = model(**batch, decoder_input_ids=ids.where(ids != START, start))
+        assert outputs.expert_load.sum(-1).tolist() == [14, 13, 13]
+
+
+@pytest.mark.parametrize("kind", ["word_embedding", "cnn"])
+def test_labels_may_go_on_from_a_cache(kind):
+    model, batch = tiny_seq2seq_model(distilled_router=kind).eval(), batch_of()
+    ids = model.prepare_decoder_input_ids_from_labels(batch.pop("labels"))
+    labels = padded([row[2:] for row in TARGETS], IGNORED)
+    expected = model(**batch, decoder_input_ids=ids).logits[:, 2:]
+    cache = model(**batch, decoder_input_ids=ids[:, :2], use_cache=True).cache
+    outputs = model(**batch, decoder_input_ids=ids[:, 2:], labels=labels, cache=cache, output_router_logits=True)
+    real = labels != IGNORED
+    assert_close(outputs.logits[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert outputs.expert_load[1:].sum(-1).tolist() == [8, 8]  # the start of the last target, which is at its end
+
+
 def test_ignored_labels_inside_a_target_are_routed():
     batch = batch_of()
-    batch["labels"][1, :3] = IGNORED
+    batch["labels"][1, 1:4] = IGNORED
     model = tiny_seq2seq_model().train()
     assert model(**batch).expert_load.sum(-1).tolist() == [14, 13, 13]
     assert model.count_targets(batch["labels"]).item() == 10
