@@ -99,6 +99,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         token_ids: Tensor,
         token_mask: Tensor | None,
         context: TokenContext | None,
+        route_by_backbone: bool = False,
         **kwargs,
     ) -> Tensor:
         """Run `num_blocks` blocks, the MoE layers between them and the final norm.
@@ -108,6 +109,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             token_ids (`torch.LongTensor` of shape `(batch, sequence)`): what the tokens are routed by.
             token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
             context (`TokenContext`, *optional*): what came before, of `context_of`.
+            route_by_backbone (`bool`): see `StableMoEModel.forward`.
             **kwargs: for the blocks.
 
         Returns:
@@ -130,7 +132,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
                 moe_layer, dispatch = moe_layers[position]
                 recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.bare_router.recall()
                 hidden_states = moe_layer(
-                    hidden_states, token_ids, token_mask, context, recalled, dispatch, output_scores
+                    hidden_states, token_ids, token_mask, context, recalled, dispatch, output_scores, route_by_backbone
                 )
         return self.norm(hidden_states)
 

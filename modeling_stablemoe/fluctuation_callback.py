@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,17 @@ from .stages_stablemoe import TwoStageRoutingMixin
 class RoutingFluctuationCallback(LoggingCallback):
     """Measures routing fluctuation on fixed validation tokens (StableMoE, figures 2 and 7).
 
-    At every check it notes the expert of each token: the backbone router's greedy choice in stage 1, the table's in
-    stage 2. Logs `routing_fluctuation`, the share of tokens whose expert changed since the last
+    At every check it notes the expert of each token that is not padding: the backbone router's greedy choice in stage 1,
+    the table's in stage 2. Logs `routing_fluctuation`, the share of tokens whose expert changed since the last
     check; at the end of training writes `routing_fluctuation.json` (see `RoutingHistory.summary`) and, where matplotlib
     is installed, `routing_fluctuation.png` to the output folder. A resumed run continues the history.
 
     Args:
         dataset (iterable of `Mapping`): validation examples with `input_ids`, and `labels` for an encoder-decoder; the
-            first ones are used, in order.
+            first ones are used, in order. Where there is an `attention_mask`, its zeros are padding; labels that are no
+            token ids, as a classifier's, are left alone.
         check_steps (`int`): optimizer steps between checks (the paper: 500). The transition is a check of its own.
-        num_tokens (`int`): tokens of `input_ids` to watch, rounded up to whole examples.
+        num_tokens (`int`): tokens of `input_ids` to watch, without padding, rounded up to whole examples.
         batch_size (`int`): examples of one forward pass.
         data_collator (`Callable`, *optional*): makes a padded batch of examples; without one, examples of different
             lengths go one by one.
@@ -93,37 +95,37 @@ class RoutingFluctuationCallback(LoggingCallback):
 
     def _masks(self) -> Iterator[Tensor]:
         """Yield, for each batch and MoE layer, which of the tokens are real: `(batch, sequence)`."""
-        for batch in self._batches:
+        for batch in self._inputs():
             for token_ids, mask in self._model.routed_tokens(**batch):
                 yield torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
 
     @torch.no_grad()
     def _experts(self) -> Tensor:
         """Route the fixed tokens by the backbone, or by what is frozen: one `torch.LongTensor`, layer by layer."""
-        model, modes = self._model, [(module, module.training) for module in self._model.modules()]
-        routers = [layer.router for layer in model.moe_layers_by_name.values()]
-        distilled = [router.distilled_router for router in routers]
+        modes = [(module, module.training) for module in self._model.modules()]
         try:
-            # No dropout, but the backbone's routing in every layer: what a layer sees depends on the routing before it.
-            model.eval()
-            for router in routers:
-                router.distilled_router = None
+            self._model.eval()  # no dropout
             return self._forward()
         finally:
-            for router, distilled_router in zip(routers, distilled, strict=True):
-                router.distilled_router = distilled_router
             for module, mode in modes:
                 module.training = mode
 
     def _forward(self) -> Tensor:
         experts: list[list[Tensor]] = [[] for _ in self._model.moe_layers_by_name]
         masks = self._masks()
-        for batch in self._batches:
+        for batch in self._inputs():
             batch = {name: values.to(self._model.device) for name, values in batch.items()}
-            output = self._model(**batch, use_cache=False, output_router_logits=True)
+            # In every layer: what one sees depends on the routing before it.
+            output = self._model(**batch, use_cache=False, output_router_logits=True, route_by_backbone=True)
             for of_layer, index in zip(experts, output.expert_indices, strict=True):
                 of_layer.append(index.cpu()[next(masks)])
         return torch.cat([index for of_layer in experts for index in of_layer])
+
+    def _inputs(self) -> Iterator[dict[str, Tensor]]:
+        """Yield what the model takes of each batch: the labels of a language model or a classifier route nothing."""
+        has_targets = self._model.config.is_encoder_decoder
+        for batch in self._batches:
+            yield {name: values for name, values in batch.items() if has_targets or name != "labels"}
 
     @staticmethod
     def _history_path(args: TrainingArguments) -> Path:
@@ -131,20 +133,30 @@ class RoutingFluctuationCallback(LoggingCallback):
 
 
 def _first_rows(dataset: Iterable[Mapping], num_tokens: int) -> list[dict]:
-    """Take the first examples of a data set that hold `num_tokens` tokens, with their ids and labels alone."""
+    """Take the first examples of a data set that hold `num_tokens` tokens, with their ids, masks and targets alone."""
     rows, count = [], 0
     for example in dataset:
         if "input_ids" not in example:
             raise ValueError(f"Validation examples need a column `input_ids`; there are {sorted(example)}.")
-        if len(example["input_ids"]) == 0:
+        mask = example.get("attention_mask", [1] * len(example["input_ids"]))
+        if not any(mask):
             continue
-        rows.append({name: example[name] for name in ("input_ids", "labels") if name in example})
-        count += len(example["input_ids"])
+        names = ["input_ids", "attention_mask", *(["labels"] if _are_token_ids(example.get("labels")) else [])]
+        rows.append({name: example[name] for name in names if name in example})
+        count += sum(int(is_real) for is_real in mask)
         if count >= num_tokens:
             return rows
     if not rows:
         raise ValueError("The data set to watch routing fluctuation on holds no tokens.")
     return rows
+
+
+def _are_token_ids(labels: Any) -> bool:
+    """Return True for a row of integers: a classifier's labels are one number, or a row of floats."""
+    if labels is None:
+        return False
+    values = torch.as_tensor(labels)
+    return values.dim() == 1 and (values.numel() == 0 or not values.is_floating_point())
 
 
 def _stack(rows: list[dict]) -> dict[str, Tensor]:

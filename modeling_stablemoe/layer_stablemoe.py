@@ -89,6 +89,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         recalled: dict[str, Tensor] | None = None,
         frozen_dispatch: tuple | None = None,
         output_scores: bool = False,
+        by_backbone: bool = False,
     ) -> Tensor:
         """Send each token through its expert.
 
@@ -101,6 +102,7 @@ class StableMoELayer(GradientCheckpointingLayer):
             recalled (`dict[str, torch.Tensor]`, *optional*): the router's running statistics, see `Router.recall`.
             frozen_dispatch (`tuple`, *optional*): of `dispatch_ahead`; without it the layer finds out itself.
             output_scores (`bool`): whether the router's scores are wanted though it is frozen; see `LearnedRouter.forward`.
+            by_backbone (`bool`): likewise.
 
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
@@ -110,8 +112,10 @@ class StableMoELayer(GradientCheckpointingLayer):
             frozen_index = frozen_dispatch[0]
         elif self.frozen_router.is_frozen:
             frozen_index = self.frozen_router(token_ids, context)
+        # Said only where it is asked for: a router of one's own need not know of it.
+        asked = {"by_backbone": True} if by_backbone and frozen_index is None else {}
         router_logits, expert_index, gate, *_ = self.router(
-            hidden_states, token_ids, frozen_index, token_mask, context, recalled, output_scores
+            hidden_states, token_ids, frozen_index, token_mask, context, recalled, output_scores, **asked
         )
         tokens = hidden_states.flatten(0, -2)
         if frozen_dispatch is None:

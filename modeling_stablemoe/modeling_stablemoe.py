@@ -77,7 +77,9 @@ class StableMoEModel(StableMoEBackbone):
                 token embeddings. Without `input_ids` each vector is routed as the token whose embedding is nearest.
             use_cache (`bool`, *optional*): return the cache.
             **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_indices`,
-                `output_distilled_router_logits`, and what attention implementations take.
+                `output_distilled_router_logits`, and what attention implementations take; `route_by_backbone=True` has a
+                model that is evaluated in stage 1 route by its backbone's scores, as training does, and not by the
+                distilled router.
 
         Returns:
             `StableMoEModelOutputWithPast`

@@ -72,7 +72,7 @@ class Router(nn.Module):
         self.max_frozen_load, self.frozen_load_bands = config.max_frozen_load, config.frozen_load_bands
 
     def index_by_token(
-        self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None
+        self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None, by_backbone: bool = False
     ) -> Tensor | None:
         """Give the experts of tokens where the ids alone decide; `None` where the hidden states do.
 
@@ -80,10 +80,13 @@ class Router(nn.Module):
             token_ids (`torch.LongTensor` of shape `(B, S)`): in [0, V).
             frozen_index (`torch.LongTensor` of shape `(B, S)`, *optional*): the frozen experts; `None` in stage 1.
             context (`TokenContext`, *optional*): see `assign`.
+            by_backbone (`bool`): leave the distilled router out; see `LearnedRouter.forward`.
         """
         if frozen_index is not None:
             return frozen_index
-        return None if self.training or self.distilled_router is None else self.assign(token_ids, context)
+        if self.training or by_backbone or self.distilled_router is None:
+            return None
+        return self.assign(token_ids, context)
 
     def distilled_logits(
         self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None
@@ -206,6 +209,7 @@ class LearnedRouter(Router):
         context: TokenContext | None = None,
         recalled: dict[str, Tensor] | None = None,
         output_scores: bool = True,
+        by_backbone: bool = False,
     ) -> tuple:
         """Decide for each token.
 
@@ -220,6 +224,7 @@ class LearnedRouter(Router):
             recalled (`dict[str, torch.Tensor]`, *optional*): the running statistics; default: as they are now.
             output_scores (`bool`): return `router_logits` of a frozen routing, too, which takes the scores of the
                 chosen experts alone.
+            by_backbone (`bool`): evaluate stage 1 by the scores, which training goes by, and not by the distilled router.
 
         Returns:
             `tuple`: see `Router`.
@@ -234,7 +239,7 @@ class LearnedRouter(Router):
         if self.is_normalized:
             features = self.memory.normalize(hidden_states, recalled)
             scores = score(features, self.centroids)
-        expert_index = self.index_by_token(token_ids, frozen_index, context)
+        expert_index = self.index_by_token(token_ids, frozen_index, context, by_backbone)
         teacher_index = self.assignment(self._with_bias(scores, recalled), token_mask)
         expert_index = teacher_index.view_as(token_ids) if expert_index is None else expert_index
         # Evaluation weighs as a frozen routing does, so that freezing does not change so much as the rounding of a gate.

@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from conftest import padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 from trainers import BLOCKS, assert_same_weights, make_trainer, weights
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
-from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
+from modeling_stablemoe import (
+    RoutingFluctuationCallback,
+    StableMoEForSequenceClassification,
+    StageTransitionCallback,
+)
 from modeling_stablemoe.fluctuation import RoutingHistory
 
 
@@ -117,6 +121,74 @@ def test_fluctuation_compares_the_experts_that_training_would_use(tmp_path):
             assert logged[step] == pytest.approx(share)
     assert logged[3] > 0
     assert logged[9] == logged[12] == 0
+
+
+DISTILLED = ["word_embedding", "counts", "bigram", "cnn", "transformer_1"]
+
+
+def experts_of(model, **inputs):
+    with torch.no_grad():
+        return torch.cat([index.flatten() for index in model(**inputs, output_router_logits=True).expert_indices])
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_model_is_asked_for_its_backbones_choice(kind):
+    ids, mask = random_ids(4, 9), torch.ones(4, 9, dtype=torch.long)
+    mask[1:3, 5:] = 0
+    real = mask.bool().flatten().repeat(2)
+    model = tiny_model(moe_layer_positions=[0, 2], distilled_router=kind)
+    trained = experts_of(model.train(), input_ids=ids, attention_mask=mask)  # the tiny model has no dropout
+    asked = experts_of(model.eval(), input_ids=ids, attention_mask=mask, route_by_backbone=True)
+    assert torch.equal(asked[real], trained[real])
+    evaluated = experts_of(model, input_ids=ids, attention_mask=mask)
+    assert not torch.equal(asked[real], evaluated[real])
+    model.freeze_router()
+    assert torch.equal(experts_of(model, input_ids=ids, attention_mask=mask, route_by_backbone=True), evaluated)
+
+
+def test_a_translation_model_is_asked_for_its_backbones_choice():
+    ids, labels = random_ids(4, 9, high=90), random_ids(4, 6, seed=1, high=90)
+    model = tiny_seq2seq_model()
+    trained = experts_of(model.train(), input_ids=ids, labels=labels)
+    assert torch.equal(experts_of(model.eval(), input_ids=ids, labels=labels, route_by_backbone=True), trained)
+    assert not torch.equal(experts_of(model, input_ids=ids, labels=labels), trained)
+
+
+def test_padding_of_rows_that_come_padded_is_neither_watched_nor_seen(tmp_path):
+    lengths = [3, 7, 5, 6]
+    rows = [row[:length] for row, length in zip(random_ids(4, 7), lengths, strict=True)]
+    bare = [{"input_ids": row} for row in rows]
+    right, left = (
+        [
+            {"input_ids": ids, "attention_mask": mask}
+            for ids, mask in zip(padded(rows, 1, side), padded([torch.ones(n) for n in lengths], 0, side), strict=True)
+        ]
+        for side in ("right", "left")
+    )
+    watched = []
+    for name, dataset in (("bare", bare), ("right", right), ("left", left)):
+        watch = RoutingFluctuationCallback(dataset, num_tokens=20)
+        make_trainer(tmp_path / name, watch, model=tiny_model(moe_layer_positions=[0, 2]), max_steps=1).train()
+        watched.append(watch.history.experts)
+    # 20 tokens are the first four rows, of which padding would have made two.
+    assert [experts[0].numel() for experts in watched] == [2 * sum(lengths)] * 3
+    for other in watched[1:]:
+        assert torch.equal(torch.stack(other), torch.stack(watched[0]))
+
+
+@pytest.mark.parametrize("labels", [1, 0.5, [0.0, 1.0], [0, 1], torch.tensor(1)], ids=str)
+def test_labels_of_a_classifier_are_no_tokens(tmp_path, labels):
+    rows = [{"input_ids": row, "labels": labels, "label": labels, "idx": 7} for row in random_ids(4, 6)]
+    torch.manual_seed(0)
+    model = shaken(StableMoEForSequenceClassification(tiny_config(moe_layer_positions=[0, 2], num_labels=2)))
+    expected = experts_of(model.train(), input_ids=torch.stack([row["input_ids"] for row in rows]))
+    watch = RoutingFluctuationCallback(rows)
+    trained = [{"input_ids": row["input_ids"], "labels": index % 2} for index, row in enumerate(rows)]
+    model.config.problem_type = "single_label_classification"
+    make_trainer(
+        tmp_path, watch, model=model, max_steps=1, train_dataset=trained, collator=default_data_collator
+    ).train()
+    assert torch.equal(watch.history.experts[0].long(), expected)
 
 
 def test_report_is_written_as_json_and_as_a_picture(tmp_path):

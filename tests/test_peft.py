@@ -13,6 +13,7 @@ from trainers import Recorder, make_trainer, training_logs
 from transformers import AutoModelForCausalLM, TrainerCallback, default_data_collator
 
 from modeling_stablemoe import (
+    RoutingFluctuationCallback,
     RoutingStatisticsCallback,
     StableMoEForCausalLM,
     StableMoEForSequenceClassification,
@@ -361,6 +362,21 @@ def test_the_best_adapters_come_with_the_stage_of_their_step(tmp_path, caplog):
     model = trainer.model.base_model.model
     assert (model.routing_stage, model.config.router_fingerprint) == (1, None)
     assert "its routing is not frozen" in caplog.text
+
+
+@pytest.mark.parametrize("way", ["attention", "router", "adapted router", "distilled router"])
+def test_fluctuation_is_that_of_the_backbone_router_whatever_is_adapted(tmp_path, way):
+    with torch.no_grad():
+        indices = base_model().train()(IDS, output_router_logits=True).expert_indices  # the tiny model has no dropout
+    watch = RoutingFluctuationCallback([{"input_ids": row} for row in IDS], check_steps=1)
+    model = adapted(base_model(), **{**WAYS, "distilled router": {**ATTENTION, **STAGE1}}[way])
+    names = model.state_dict().keys()
+    train(tmp_path, model, StageTransitionCallback(2), watch)
+    assert torch.equal(watch.history.experts[0].long(), torch.stack(indices).flatten())
+    assert watch.history.stages == [1, 1, 2, 2, 2]
+    route = model.base_model.model.route(IDS)
+    assert torch.equal(watch.history.experts[-1].long(), route.flatten())
+    assert model.state_dict().keys() == names
 
 
 def test_stage_1_that_distils_nothing_is_warned_of(tmp_path, caplog):
