@@ -70,7 +70,7 @@ class SequenceClassificationMixin:
         )
         hidden_states = outputs.last_hidden_state
         last = self._last_tokens(input_ids, mask, hidden_states)
-        logits = self.score(hidden_states[torch.arange(len(last), device=last.device), last])
+        logits = self.score(hidden_states[torch.arange(last.shape[0], device=last.device), last])
 
         targets = None if labels is None else self.count_targets(labels)
         task_loss, routing = None, {}

@@ -233,8 +233,14 @@ def from_bits(bits: Tensor) -> Tensor:
     """Give the `float32` values that `to_bits` was given.
 
     Raises:
-        ValueError: for other numbers than those, which a cast to another dtype leaves.
+        ValueError: for other numbers than those, which a cast to another dtype leaves; in `torch.jit.trace`, which cannot
+            read bits.
     """
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "`torch.jit.trace` cannot read what this router keeps as bits (running statistics, counts, frozen weights of a router "
+            "that looks back at earlier tokens). Use `torch.export.export`; or trace a model whose frozen routing is a table."
+        )
     if bits.dtype != torch.int32:
         raise ValueError(
             f"Bit patterns of float32 are int32, these are {bits.dtype}: something has cast integers. Load the checkpoint "
