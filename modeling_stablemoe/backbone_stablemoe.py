@@ -181,7 +181,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         if cache is None:
             return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]), sequences)
         whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        return cached_context(cache, self.num_blocks, token_ids, whole_mask)._replace(sequences=sequences)
+        ids, mask, positions, _ = cached_context(cache, self.num_blocks, token_ids, whole_mask)
+        return ids, mask, positions, sequences
 
     def routing_losses(
         self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None, is_learning: bool
