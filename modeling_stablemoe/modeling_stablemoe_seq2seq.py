@@ -521,7 +521,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             masks = {"encoder": attention_mask, "decoder": target_mask}
             losses = self._auxiliary_losses(outputs, masks, labels, kwargs.get("num_items_in_batch"))
             if self.training and loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * losses["aux_loss"]
+                loss = loss + self.config.routing_loss_factor * losses["aux_loss"]
         return StableMoESeq2SeqLMOutput(
             loss=loss,
             logits=logits,

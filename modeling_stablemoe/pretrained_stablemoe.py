@@ -266,7 +266,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         """
         loss = task_loss
         if self.training and loss is not None and self.config.moe_layer_positions:
-            loss = loss + self.config.router_aux_loss_coef * routing["aux_loss"].to(loss.device)
+            loss = loss + self.config.routing_loss_factor * routing["aux_loss"].to(loss.device)
         return output_class(
             loss=loss,
             logits=logits,
