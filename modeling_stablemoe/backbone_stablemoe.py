@@ -11,7 +11,7 @@ from .context_stablemoe import TokenContext, cached_context, new_columns, packed
 from .distillation_stablemoe import sees_context
 from .health_stablemoe import RoutingHealth, routing_health
 from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
-from .losses_stablemoe import RoutingLosses, routing_losses
+from .losses_stablemoe import RoutingLosses, routing_losses, token_weights
 from .outputs_stablemoe import StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel, check_range
 from .routing_stablemoe import RoutingTrace
@@ -185,7 +185,11 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return ids, mask, positions, sequences
 
     def routing_losses(
-        self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None, is_learning: bool
+        self,
+        outputs: StableMoEModelOutputWithPast,
+        attention_mask: Tensor | None,
+        is_learning: bool,
+        is_target: Tensor | None,
     ) -> RoutingLosses:
         """Compute the routing losses of a forward pass that recorded its routing.
 
@@ -194,11 +198,20 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
                 `router_logits` and `distilled_router_logits`.
             attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
             is_learning (`bool`): whether balance counts run over the tokens of all processes, of `is_learning`.
+            is_target (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): what the task loss predicts of each sequence,
+                by which they weigh; `None` weighs all tokens alike.
 
         Returns:
             `RoutingLosses`
         """
         traces = [RoutingTrace(*trace) for trace in outputs.routing_traces]
+        index, token_weight = outputs.expert_indices[0], None
+        if is_target is not None:
+            batch, length = index.shape
+            targets = is_target.to(index.device).reshape(batch, -1).sum(-1)
+            mask = self._flat_mask(outputs, attention_mask, index.device)
+            mask = None if mask is None else mask.view(batch, length)
+            token_weight = token_weights(targets, mask, length, traces[0].gate.dtype)
         return routing_losses(
             balance_loss_function=self.moe_layers[0].bare_router.balance_loss,
             num_experts=self.config.num_experts,
@@ -206,9 +219,10 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             distilled_logits=outputs.distilled_router_logits or (),
             expert_indices=[index.flatten() for index in outputs.expert_indices],
             teachers=[trace.teacher_index for trace in traces if trace.teacher_index is not None],
-            mask=self._flat_mask(outputs, attention_mask, outputs.expert_indices[0].device),
+            mask=self._flat_mask(outputs, attention_mask, index.device),
             # Evaluation and sampling may run on one process alone, where a collective would wait for ever.
             training=is_learning,
+            token_weight=token_weight,
         )
 
     def routing_health(

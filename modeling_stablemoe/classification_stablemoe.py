@@ -77,7 +77,8 @@ class SequenceClassificationMixin:
         if labels is not None:
             task_loss = self._task_loss(logits, labels, targets, num_items_in_batch)
         if with_routing:
-            routing = self.model.routing_fields(outputs, mask, targets, num_items_in_batch)
+            is_target = None if labels is None else labels.ne(-100)
+            routing = self.model.routing_fields(outputs, mask, is_target, num_items_in_batch)
         return self.head_output(
             StableMoESequenceClassifierOutputWithPast,
             outputs,

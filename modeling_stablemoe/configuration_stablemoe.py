@@ -208,7 +208,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
         router_aux_loss_coef (`float`, *optional*, defaults to 1.0): factor on the whole auxiliary loss,
             `loss = task_loss + router_aux_loss_coef * aux_loss` with
             `aux_loss = balance_loss_coef * L_bal + distillation_loss_coef * L_dis`. It is the one name that trainers
-            of the ecosystem know (TRL sets it, to 0.001 unless told otherwise); leave it at 1 for the paper's loss.
+            of the ecosystem know, and TRL multiplies a balance loss of its own by it; so it reads 0 where there is nothing
+            to balance, of a frozen routing and a dense model. Leave it at 1 for the paper's loss.
         expert_capacity_factor (`float`, *optional*): tokens past `factor * tokens / num_experts` on one expert pass the
             layer unchanged while training (the released code has 2). `None` drops no token; inference never does.
         output_router_logits (`bool`, *optional*, defaults to `False`): return router logits and expert indices.
@@ -369,6 +370,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
         return sum(len(getattr(self, positions)) for positions in self._moe_positions)
 
     @property
+    def routing_loss_factor(self) -> float:
+        """`float`: `router_aux_loss_coef` as it was set, by which the routing losses of stage 1 enter the loss."""
+        return self.__dict__["router_aux_loss_coef"]
+
+    @property
     def num_experts_per_tok(self) -> int:
         """`int`: 1: the name that other libraries ask for."""
         return 1
@@ -491,6 +497,21 @@ class StableMoEBaseConfig(PreTrainedConfig):
             raise ValueError(
                 f"`{name}` {positions} names a position twice; for a larger MoE layer raise `num_expert_sublayers`."
             )
+
+
+def _get_router_aux_loss_coef(config: StableMoEBaseConfig) -> float:
+    is_dense = all(config.__dict__.get(name) == [] for name in config._moe_positions)
+    return 0.0 if is_dense or config.__dict__.get("router_fingerprint") else config.routing_loss_factor
+
+
+def _set_router_aux_loss_coef(config: StableMoEBaseConfig, value: float):
+    # A trainer that writes back the 0 that it has read, as SFTTrainer does, changes nothing.
+    if "router_aux_loss_coef" not in config.__dict__ or value != config.router_aux_loss_coef:
+        config.__dict__["router_aux_loss_coef"] = value
+
+
+# After the class is made, so that it stays a field, with a default, to `dataclasses`. What is saved is what was set.
+StableMoEBaseConfig.router_aux_loss_coef = property(_get_router_aux_loss_coef, _set_router_aux_loss_coef)
 
 
 class StableMoEConfig(StableMoEBaseConfig):

@@ -4,9 +4,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import nn
 from transformers import distributed
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import output_capturing
 
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
 from .layer_stablemoe import moe_layers_of
@@ -87,6 +89,19 @@ class IntegrationMixin:
         expanded, parameters = super()._expand_parallel_plan(plan), dict(self.named_parameters())
         return dict(sorted(expanded.items(), key=lambda rule: rule[0] not in parameters))
 
+    def __getstate__(self) -> dict:
+        """Leave out transformers' hooks that record outputs: they are local functions, which cannot be pickled."""
+        return dict(_without_recorders(self, {}).__dict__)
+
+    def __setstate__(self, state: dict):
+        """Install those hooks again; see `__getstate__`."""
+        super().__setstate__(state)
+        # transformers notes what a class records when it builds a model, which unpickling does not do.
+        dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
+        if state.get("_output_capturing_hooks_installed"):
+            self._output_capturing_hooks_installed = False
+            output_capturing.maybe_install_capturing_hooks(self)
+
     def train(self, mode: bool = True):
         """Switch between training and evaluation.
 
@@ -144,6 +159,32 @@ class IntegrationMixin:
                 "learn nothing. Pass `{'use_reentrant': False}` as the checkpointing arguments, or none."
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+
+def _without_recorders(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Copy a module down to those that transformers has hooked to record outputs, without the hooks; share all else.
+
+    Args:
+        module (`torch.nn.Module`): stays as it is. Models inside it are shared: they are pickled by their own rule.
+        twins (`dict`): what stands for each module so far: one that is held twice stays one.
+    """
+    if module not in twins:
+        children = {
+            name: child if child is None or isinstance(child, IntegrationMixin) else _without_recorders(child, twins)
+            for name, child in module._modules.items()
+        }
+        hooks = {
+            key: hook
+            for key, hook in module._forward_hooks.items()
+            if getattr(hook, "__module__", None) != output_capturing.__name__
+        }
+        twins[module] = module
+        if len(hooks) < len(module._forward_hooks) or children != dict(module._modules):
+            twins[module] = twin = object.__new__(type(module))
+            twin.__dict__ |= module.__dict__
+            twin.__dict__["_modules"] = type(module._modules)(children)
+            twin.__dict__["_forward_hooks"] = type(module._forward_hooks)(hooks)
+    return twins[module]
 
 
 def _check_num_experts(num_experts: int, distributed_config: DistributedConfig):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-# What takes the arguments of `balance_loss` by name and gives a scalar.
+# What takes the arguments of `balance_loss` by name, but for `reduction`, and gives one number per token, `(T,)`; or their
+# mean, a scalar, which cannot weigh sequences.
 BalanceLoss = Callable[..., Tensor]
 
 
@@ -92,6 +93,29 @@ def share_of_targets(targets: Tensor, num_items_in_batch: Tensor | int, device: 
     return targets / divisor_of(num_items_in_batch, targets)
 
 
+def token_weights(targets: Tensor, token_mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor:
+    """Weigh the tokens of each sequence so that together they count for its share of the targets of this micro-batch.
+
+    A mean over the tokens of a micro-batch depends on which sequences are in it; sum_r targets_r mean_r over its sequences
+    does not, so k + k sequences give what 2k together give. Where all sequences have the same targets per token, every
+    weight is exactly 1, and the weighted mean is the plain one to the bit.
+
+    Args:
+        targets (`torch.LongTensor` of shape `(B,)`): how many tokens of each sequence the task loss predicts.
+        token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): True on real tokens; `None` means all are real.
+        length (`int`): S.
+        dtype (`torch.dtype`): of the weights.
+
+    Returns:
+        `torch.Tensor` of shape `(B * S,)`: with mean 1 over the real tokens; 0 where there are no targets.
+    """
+    tokens_B = torch.full_like(targets, length) if token_mask is None else token_mask.sum(-1)
+    # Products of integers: those of equal shares are equal, and their quotient is 1.
+    numerator_B, denominator_B = targets * tokens_B.sum(), tokens_B * targets.sum()
+    weight_B = numerator_B.to(dtype) / denominator_B.clamp(min=1).to(dtype)
+    return weight_B.repeat_interleave(length)
+
+
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Average `values` over the real tokens; 0 where no token is real.
 
@@ -109,7 +133,12 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def balance_loss(
-    *, router_logits: Tensor, expert_index: Tensor, mask: Tensor | None = None, expert_load: Tensor | None = None
+    *,
+    router_logits: Tensor,
+    expert_index: Tensor,
+    mask: Tensor | None = None,
+    expert_load: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Balance the experts' loads, in gate mass per token.
 
@@ -125,10 +154,11 @@ def balance_loss(
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         expert_load (`torch.Tensor` of shape `(E,)`, *optional*): |A_i| over more tokens than these, namely those of
             all processes; default: counted here.
+        reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
         `torch.Tensor` of shape `()`: in (-1, N); 0 when every expert has the same load, N - 1 times the mean gate when
-        one expert has all tokens.
+        one expert has all tokens. Of shape `(T,)` with `reduction="none"`.
     """
     num_experts = router_logits.shape[-1]
     if expert_load is None:
@@ -137,11 +167,16 @@ def balance_loss(
     fair_share = (load_E.sum() / num_experts).clamp(min=1 / num_experts)
     overload_E = (load_E - fair_share) / fair_share
     gate_T = torch.sigmoid(router_logits.gather(-1, expert_index.unsqueeze(-1)).squeeze(-1))
-    return masked_mean(overload_E[expert_index] * gate_T, mask)
+    return _reduce(overload_E[expert_index] * gate_T, mask, reduction)
 
 
 def switch_balance_loss(
-    *, router_logits: Tensor, expert_index: Tensor, mask: Tensor | None = None, expert_load: Tensor | None = None
+    *,
+    router_logits: Tensor,
+    expert_index: Tensor,
+    mask: Tensor | None = None,
+    expert_load: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Balance the experts' loads as Switch Transformer does: N sum_i f_i P_i.
 
@@ -154,19 +189,23 @@ def switch_balance_loss(
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         expert_load (`torch.Tensor` of shape `(E,)`, *optional*): tokens sent to each expert, of all processes; default:
             counted here.
+        reduction (`str`): as of `balance_loss`.
 
     Returns:
-        `torch.Tensor` of shape `()`: in [0, N]; 1 when loads or probabilities are even.
+        `torch.Tensor` of shape `()`: in [0, N]; 1 when loads or probabilities are even. Of shape `(T,)` with
+        `reduction="none"`.
     """
     num_experts = router_logits.shape[-1]
     if expert_load is None:
         expert_load = count_expert_load(expert_index=expert_index, mask=mask, num_experts=num_experts)
     share_E = expert_load.to(router_logits.dtype) / expert_load.sum().clamp(min=1)
     # sum_i f_i P_i, the sum over experts first: one number a token, to be averaged.
-    return num_experts * masked_mean(torch.softmax(router_logits, dim=-1) @ share_E, mask)
+    return num_experts * _reduce(torch.softmax(router_logits, dim=-1) @ share_E, mask, reduction)
 
 
-def distillation_loss(*, distilled_logits: Tensor, teacher_index: Tensor, mask: Tensor | None = None) -> Tensor:
+def distillation_loss(
+    *, distilled_logits: Tensor, teacher_index: Tensor, mask: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """Cross-entropy of the distilled router against the backbone router's choice, in nats per token.
 
     Source: StableMoE, eq. 10. The teacher is a constant and the distilled router has its own embedding, so the
@@ -176,11 +215,16 @@ def distillation_loss(*, distilled_logits: Tensor, teacher_index: Tensor, mask: 
         distilled_logits (`torch.Tensor` of shape `(T, E)`): unnormalised scores of the distilled router, eq. 12.
         teacher_index (`torch.LongTensor` of shape `(T,)`): a_t of eq. 6, in [0, E).
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
+        reduction (`str`): as of `balance_loss`.
 
     Returns:
-        `torch.Tensor` of shape `()`, >= 0.
+        `torch.Tensor` of shape `()`, >= 0; of shape `(T,)` with `reduction="none"`.
     """
-    return masked_mean(F.cross_entropy(distilled_logits, teacher_index, reduction="none"), mask)
+    return _reduce(F.cross_entropy(distilled_logits, teacher_index, reduction="none"), mask, reduction)
+
+
+def _reduce(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
+    return values if reduction == "none" else masked_mean(values, mask)
 
 
 class RoutingLosses(NamedTuple):
@@ -191,11 +235,16 @@ class RoutingLosses(NamedTuple):
             L_bal in gate mass a token (StableMoE), or N sum_i f_i P_i (Switch); 0 for the others.
         distillation_loss (`torch.Tensor` of shape `()`): L_dis without its coefficient, summed over layers, nats a token.
         expert_load (`torch.LongTensor` of shape `(moe layers, E)`): tokens of this process sent to each expert.
+        weighted_balance_loss (`torch.Tensor` of shape `()`): `balance_loss` with tokens weighed by `token_weight`, as it
+            enters the loss.
+        weighted_distillation_loss (`torch.Tensor` of shape `()`): `distillation_loss` likewise.
     """
 
     balance_loss: Tensor
     distillation_loss: Tensor
     expert_load: Tensor
+    weighted_balance_loss: Tensor
+    weighted_distillation_loss: Tensor
 
 
 def routing_losses(
@@ -208,6 +257,7 @@ def routing_losses(
     teachers: Sequence[Tensor] = (),
     mask: Tensor | None = None,
     training: bool = False,
+    token_weight: Tensor | None = None,
 ) -> RoutingLosses:
     """Sum the losses of a routing that learns over the MoE layers (StableMoE, eq. 11) and count the loads.
 
@@ -224,6 +274,7 @@ def routing_losses(
             fixed: in stage 2 there is no loss but the task's.
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         training (`bool`): whether balance counts run over the tokens of all processes (a collective).
+        token_weight (`torch.Tensor` of shape `(T,)`, *optional*): of `token_weights`; `None` weighs all tokens alike.
 
     Returns:
         `RoutingLosses`
@@ -234,35 +285,49 @@ def routing_losses(
         [tensor.to(device) for tensor in tensors]
         for tensors in (router_logits, distilled_logits, expert_indices, teachers)
     )
-    mask = None if mask is None else mask.to(device)
+    mask, token_weight = (None if tensor is None else tensor.to(device) for tensor in (mask, token_weight))
     zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros((), device=device)
-    balance, distillation = zero, zero
-    if teachers:
-        balance = _balance_losses(balance_loss_function, router_logits, teachers, mask, training).sum()
+    balance = distillation = (zero, zero)
+    if teachers and balance_loss_function is not None:
+        values = _balance_losses(balance_loss_function, router_logits, teachers, mask, training)
+        balance = _sum_of_means(values, mask, token_weight)
     if teachers and distilled_logits:
         pairs = zip(distilled_logits, teachers, strict=True)
-        distillation = sum(distillation_loss(distilled_logits=d, teacher_index=t, mask=mask) for d, t in pairs)
+        values = [distillation_loss(distilled_logits=d, teacher_index=t, reduction="none") for d, t in pairs]
+        distillation = _sum_of_means(values, mask, token_weight)
     loads = [count_expert_load(expert_index=index, mask=mask, num_experts=num_experts) for index in expert_indices]
-    return RoutingLosses(balance, distillation, torch.stack(loads))
+    return RoutingLosses(balance[0], distillation[0], torch.stack(loads), balance[1], distillation[1])
 
 
 def _balance_losses(
-    balance_loss_function: BalanceLoss | None,
+    balance_loss_function: BalanceLoss,
     router_logits: list[Tensor],
     teachers: list[Tensor],
     mask: Tensor | None,
     training: bool,
-) -> Tensor:
-    """Compute the balance loss of each MoE layer, `(moe layers,)`; 0 where the strategy has none."""
-    if balance_loss_function is None:
-        return torch.zeros((), device=teachers[0].device)
+) -> list[Tensor]:
+    """Compute the balance loss of each MoE layer, each `(T,)`, or `()` of a strategy that gives means."""
     losses = []
     for logits, teacher in zip(router_logits, teachers, strict=True):
         load = count_expert_load(expert_index=teacher, mask=mask, num_experts=logits.shape[-1])
         if training:
             sum_across_processes(load)
         losses.append(balance_loss_function(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load))
-    return torch.stack(losses)
+    return losses
+
+
+def _sum_of_means(layers: list[Tensor], mask: Tensor | None, token_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum the means of the layers, each of shape `(T,)`, or `()` if it is one already: plain ones, and weighted ones."""
+
+    def mean(values: Tensor, weight: Tensor | None) -> Tensor:
+        if values.dim() == 0:
+            return values
+        return masked_mean(values if weight is None else values * weight, mask)
+
+    plain = torch.stack([mean(values, None) for values in layers]).sum()
+    if token_weight is None:
+        return plain, plain
+    return plain, torch.stack([mean(values, token_weight) for values in layers]).sum()
 
 
 def combine_routing_losses(sides: Sequence[RoutingLosses]) -> RoutingLosses:
@@ -275,8 +340,10 @@ def combine_routing_losses(sides: Sequence[RoutingLosses]) -> RoutingLosses:
         `RoutingLosses`: on the device of the last one.
     """
     device = sides[-1].balance_loss.device
-    balance, distillation, loads = zip(*([value.to(device) for value in side] for side in sides), strict=True)
-    return RoutingLosses(torch.stack(balance).sum(), torch.stack(distillation).sum(), torch.cat(loads))
+    fields = dict(zip(RoutingLosses._fields, zip(*sides, strict=True), strict=True))
+    fields = {name: [value.to(device) for value in values] for name, values in fields.items()}
+    loads = torch.cat(fields.pop("expert_load"))
+    return RoutingLosses(expert_load=loads, **{name: torch.stack(values).sum() for name, values in fields.items()})
 
 
 def label_smoothed_loss(
@@ -313,24 +380,35 @@ def label_smoothed_loss(
     return total / divisor_of(num_items_in_batch, targets)
 
 
-def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
-    """Count the tokens that a causal language-modelling loss predicts, as `Trainer` counts them.
+def causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
+    """Mark the tokens that a causal language-modelling loss predicts, as `Trainer` counts them.
 
     Args:
         labels (`torch.LongTensor` of shape `(B, S)`, *optional*): unshifted; -100 is ignored and position 0 is no target.
         shift_labels (`torch.LongTensor`, *optional*): labels that are shifted already; used where given.
 
     Returns:
-        `torch.LongTensor` of shape `()`.
+        `torch.BoolTensor` of shape `(B, S - 1)`, or that of `shift_labels`.
     """
     targets = labels[..., 1:] if shift_labels is None else shift_labels
-    return targets.ne(-100).sum()
+    return targets.ne(-100)
+
+
+def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
+    """Count the tokens that a causal language-modelling loss predicts, `torch.LongTensor` of shape `()`.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(B, S)`, *optional*): as of `causal_targets`.
+        shift_labels (`torch.LongTensor`, *optional*): as of `causal_targets`.
+    """
+    return causal_targets(labels, shift_labels).sum()
 
 
 __all__ = [
     "BalanceLoss",
     "RoutingLosses",
     "balance_loss",
+    "causal_targets",
     "combine_routing_losses",
     "count_causal_targets",
     "count_expert_load",
@@ -344,4 +422,5 @@ __all__ = [
     "share_of_targets",
     "sum_across_processes",
     "switch_balance_loss",
+    "token_weights",
 ]

@@ -20,7 +20,7 @@ from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig
 from .dense_stablemoe import convert_dense
 from .layer_stablemoe import final_token_mask, mask_of_pass, token_mask
-from .losses_stablemoe import count_causal_targets
+from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
 from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cache_by_either_name
@@ -141,7 +141,7 @@ class StableMoEModel(StableMoEBackbone):
         self,
         outputs: StableMoEModelOutputWithPast,
         attention_mask: Tensor | None,
-        targets: Tensor | None = None,
+        is_target: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Any]:
         """Make what a head's output says of the routing, and let the routers follow a pass that learns.
@@ -149,7 +149,8 @@ class StableMoEModel(StableMoEBackbone):
         Args:
             outputs (`StableMoEModelOutputWithPast`): of a pass that recorded its routing; see `routing_losses`.
             attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
-            targets (`torch.LongTensor` of shape `()`, *optional*): see `auxiliary_loss`.
+            is_target (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): what the task loss predicts of each
+                sequence, if there are labels.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): see `auxiliary_loss`.
 
         Returns:
@@ -162,12 +163,13 @@ class StableMoEModel(StableMoEBackbone):
         is_learning = self.is_learning(
             outputs.last_hidden_state, outputs.router_logits, outputs.distilled_router_logits
         )
-        losses = self.routing_losses(outputs, attention_mask, is_learning)
-        aux_loss = self.auxiliary_loss(losses, targets, num_items_in_batch).to(device)
+        weighing = None if num_items_in_batch is None else is_target
+        losses = self.routing_losses(outputs, attention_mask, is_learning, weighing)
+        aux_loss = self.auxiliary_loss(losses, is_target, num_items_in_batch).to(device)
         fields = self.describe_routing([losses], self.routing_health(outputs, attention_mask))
         if is_learning:
             self.observe_routing(outputs, attention_mask)
-            if targets is None:
+            if is_target is None:
                 self.warn_of_missing_labels()
         return {"aux_loss": aux_loss, **fields}
 
@@ -294,14 +296,14 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
 
         shifted = kwargs.get("shift_labels")
-        targets = None if labels is None and shifted is None else self.count_targets(labels, shifted)
+        is_target = None if labels is None and shifted is None else causal_targets(labels, shifted)
         task_loss, routing = None, {}
         if labels is not None:
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             # A mean over no targets is NaN: 0 / 0.
-            task_loss = torch.where(targets.to(task_loss.device) > 0, task_loss, 0.0)
+            task_loss = torch.where(is_target.any().to(task_loss.device), task_loss, 0.0)
         if with_routing:
-            routing = self.model.routing_fields(outputs, mask, targets, kwargs.get("num_items_in_batch"))
+            routing = self.model.routing_fields(outputs, mask, is_target, kwargs.get("num_items_in_batch"))
         return self.head_output(
             StableMoECausalLMOutputWithPast,
             outputs,

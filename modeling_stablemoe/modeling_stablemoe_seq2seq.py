@@ -521,7 +521,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             masks = {"encoder": attention_mask, "decoder": target_mask}
             losses = self._auxiliary_losses(outputs, masks, labels, kwargs.get("num_items_in_batch"))
             if self.training and loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * losses["aux_loss"]
+                loss = loss + self.config.routing_loss_factor * losses["aux_loss"]
         return StableMoESeq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -669,11 +669,15 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         # One answer for both sides: a step may train one of them, on outputs of the other that were made before.
         scores = [s for side in recorded.values() for s in (side.router_logits, side.distilled_router_logits)]
         is_learning = self.is_learning(outputs.last_hidden_state, *scores)
-        sides = {name: stacks[name].routing_losses(side, masks[name], is_learning) for name, side in recorded.items()}
-        targets = None if labels is None else self.count_targets(labels)
+        is_target = None if labels is None else labels.ne(-100)
+        weighing = None if num_items_in_batch is None else is_target
+        sides = {
+            name: stacks[name].routing_losses(side, masks[name], is_learning, weighing)
+            for name, side in recorded.items()
+        }
         device = outputs.last_hidden_state.device  # layers may stand on several
         losses = {
-            f"{name}_aux_loss": self.auxiliary_loss(side, targets, num_items_in_batch).to(device)
+            f"{name}_aux_loss": self.auxiliary_loss(side, is_target, num_items_in_batch).to(device)
             for name, side in sides.items()
         }
         losses["aux_loss"] = sum(losses.values(), start=torch.zeros((), device=device))

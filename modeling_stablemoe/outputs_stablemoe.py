@@ -55,8 +55,8 @@ class StableMoECausalLMOutputWithPast(CausalLMOutputWithPast, CacheByEitherName)
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         aux_loss (`torch.FloatTensor` of shape `()`, *optional*): while training or with `output_router_logits`:
-            `balance_loss_coef * balance_loss + distillation_loss_coef * distillation_loss`, times the share of
-            `num_items_in_batch` that are targets of this batch where that is given. 0 in stage 2.
+            `balance_loss_coef * balance_loss + distillation_loss_coef * distillation_loss`; where `num_items_in_batch` is
+            given, with the losses averaged over each sequence's tokens and weighed by its share of those targets. 0 in stage 2.
         router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
         task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: cross-entropy, nats per target token
@@ -158,8 +158,8 @@ class StableMoESeq2SeqLMOutput(Seq2SeqLMOutput, CacheByEitherName):
         aux_loss (`torch.FloatTensor` of shape `()`, *optional*): while training or with `output_router_logits`: the sum
             of the two that follow.
         encoder_aux_loss (`torch.FloatTensor` of shape `()`, *optional*): `balance_loss_coef * balance_loss +
-            distillation_loss_coef * distillation_loss` of the encoder's layers, times the share of `num_items_in_batch`
-            that are targets of this batch where that is given. 0 in stage 2.
+            distillation_loss_coef * distillation_loss` of the encoder's layers; with `num_items_in_batch` weighed as of
+            `StableMoECausalLMOutputWithPast`. 0 in stage 2.
         decoder_aux_loss (`torch.FloatTensor` of shape `()`, *optional*): the same of the decoder's layers.
         encoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
         decoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.

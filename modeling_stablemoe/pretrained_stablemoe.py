@@ -204,7 +204,9 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         losses = combine_routing_losses(sides)
         mean = mean_health(health, losses.expert_load.sum(-1))
         return {
-            **losses._asdict(),
+            "balance_loss": losses.balance_loss,
+            "distillation_loss": losses.distillation_loss,
+            "expert_load": losses.expert_load,
             "distillation_agreement": mean.distillation_agreement,
             "routing_health": mean,
         }
@@ -217,7 +219,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         return (first.bare_router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
 
     def auxiliary_loss(
-        self, routing: RoutingLosses, targets: Tensor | None, num_items_in_batch: Tensor | int | None
+        self, routing: RoutingLosses, is_target: Tensor | None, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
         """Weigh the routing losses as they enter the loss, up to `router_aux_loss_coef` (eq. 11).
 
@@ -225,21 +227,22 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         for its share of it: else it would grow with the number of micro-batches and processes.
 
         Args:
-            routing (`RoutingLosses`): of this micro-batch.
-            targets (`torch.LongTensor` of shape `()`, *optional*): target tokens of this micro-batch, if it has labels.
+            routing (`RoutingLosses`): of this micro-batch, its sequences weighed by their targets where
+                `num_items_in_batch` is given (see `token_weights`).
+            is_target (`torch.BoolTensor`, *optional*): True on the target tokens of this micro-batch, if it has labels.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): those of the whole batch.
 
         Returns:
             `torch.Tensor` of shape `()`: 0 where there are labels but no target tokens, and `num_items_in_batch` is
                 given.
         """
-        aux_loss = self.config.distillation_loss_coef * routing.distillation_loss
+        aux_loss = self.config.distillation_loss_coef * routing.weighted_distillation_loss
         if self.config.balance_loss_coef:
             weight = self.config.balance_loss_coef * self._balance_weight()
-            aux_loss = aux_loss + weight * routing.balance_loss
-        if num_items_in_batch is None or targets is None:
+            aux_loss = aux_loss + weight * routing.weighted_balance_loss
+        if num_items_in_batch is None or is_target is None:
             return aux_loss
-        return aux_loss * share_of_targets(targets, num_items_in_batch, aux_loss.device)
+        return aux_loss * share_of_targets(is_target.sum(), num_items_in_batch, aux_loss.device)
 
     def head_output(
         self,
@@ -263,7 +266,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         """
         loss = task_loss
         if self.training and loss is not None and self.config.moe_layer_positions:
-            loss = loss + self.config.router_aux_loss_coef * routing["aux_loss"].to(loss.device)
+            loss = loss + self.config.routing_loss_factor * routing["aux_loss"].to(loss.device)
         return output_class(
             loss=loss,
             logits=logits,

@@ -7,6 +7,7 @@ Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class Router(nn.Module):
     it changes nothing. One that is not evaluates greedily, and cannot be frozen.
     """
 
-    # The balance loss of the strategy, a static method that takes what `losses_stablemoe.balance_loss` takes, if it has one.
+    # The balance loss of the strategy, if it has one, a static method: see `losses_stablemoe.BalanceLoss`.
     balance_loss: BalanceLoss | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -307,13 +308,13 @@ class StableRouter(LearnedRouter):
     The gate is of the backbone score in every case, so the centroids E keep learning in stage 2.
     """
 
-    balance_loss = staticmethod(balance_loss)
+    balance_loss = staticmethod(partial(balance_loss, reduction="none"))
 
 
 class SwitchRouter(LearnedRouter):
     """Switch Transformer (Fedus et al., 2022): greedy, softmax gate."""
 
-    balance_loss = staticmethod(switch_balance_loss)
+    balance_loss = staticmethod(partial(switch_balance_loss, reduction="none"))
 
     def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
         """Weigh the expert of each token by its probability; see `LearnedRouter.gate`."""

@@ -21,6 +21,7 @@ from modeling_stablemoe.loops import drop_idle_gradients, freeze_router
 from modeling_stablemoe.processes import check_same_routing
 from modeling_stablemoe.recipes import ModelArguments, check_fit, parse_recipe
 from modeling_stablemoe.runs import build_model
+from modeling_stablemoe.weight_decay import parameter_groups
 
 
 @dataclass
@@ -91,9 +92,8 @@ def backward(accelerator: Accelerator, model, batches: list[dict]) -> torch.Tens
 def train(accelerator: Accelerator, model: PreTrainedModel, blocks, arguments: LoopArguments) -> PreTrainedModel:
     """Train to the end, through the transition; return the model."""
     loader = DataLoader(blocks, arguments.batch_size, shuffle=True, collate_fn=collate_blocks, drop_last=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=arguments.weight_decay
-    )
+    groups = parameter_groups(model, arguments.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.98))
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=arguments.max_steps)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     accelerator.register_for_checkpointing(scheduler)

@@ -1,12 +1,14 @@
 """Tests of StableMoEConfig: the paper's defaults, validation of every field, JSON round trip."""
 
+import copy
 import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
-from conftest import tiny_config, tiny_seq2seq_config
+import torch
+from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from huggingface_hub.dataclasses import type_validator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -316,3 +318,39 @@ def test_positions_follow_the_number_of_blocks_by_either_name():
     assert tiny_seq2seq_config(num_hidden_layers=8, encoder_moe_layer_positions=None).encoder_moe_layer_positions == [
         4
     ]
+
+
+@pytest.mark.parametrize("build", [tiny_model, tiny_seq2seq_model])
+def test_the_coefficient_of_routing_losses_reads_zero_where_there_are_none(build, tmp_path):
+    model = build(router_aux_loss_coef=0.5)
+    config = model.config
+    assert (config.router_aux_loss_coef, config.routing_loss_factor) == (0.5, 0.5)
+    model.freeze_router()
+    assert (config.router_aux_loss_coef, config.routing_loss_factor) == (0.0, 0.5)
+    assert config.to_dict()["router_aux_loss_coef"] == 0.5
+    model.save_pretrained(tmp_path)
+    loaded = type(config).from_pretrained(tmp_path)
+    assert (loaded.router_aux_loss_coef, loaded.routing_loss_factor) == (0.0, 0.5)
+    loaded.router_aux_loss_coef = loaded.router_aux_loss_coef
+    assert loaded.routing_loss_factor == 0.5, "what was read is written back"
+    loaded.router_fingerprint = None
+    assert copy.deepcopy(loaded).router_aux_loss_coef == 0.5
+    loaded.router_aux_loss_coef = 0.25
+    assert (loaded.router_aux_loss_coef, loaded.routing_loss_factor) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="`router_aux_loss_coef` must be a finite number"):
+        loaded.router_aux_loss_coef = -1.0
+
+
+def test_a_dense_model_and_a_hash_have_no_routing_losses_to_count():
+    assert tiny_config(moe_layer_positions=[]).router_aux_loss_coef == 0.0
+    assert tiny_seq2seq_config(encoder_moe_layer_positions=[]).router_aux_loss_coef == 1.0
+    sides = {"encoder_moe_layer_positions": [], "decoder_moe_layer_positions": []}
+    assert tiny_seq2seq_config(**sides).router_aux_loss_coef == 0.0
+    assert tiny_model(router_type="hash").config.router_aux_loss_coef == 0.0
+
+
+def test_a_model_that_learns_takes_its_routing_losses_whatever_fingerprint_its_config_has():
+    model, ids = tiny_model(), random_ids()
+    expected = model.train()(ids, labels=ids).loss
+    model.config.router_fingerprint = "0" * 64
+    assert torch.equal(model(ids, labels=ids).loss, expected)

@@ -1,5 +1,8 @@
 """Tests with TRL's trainers on a tiny model. Run: `python -m pytest tests/test_trl.py`."""
 
+import json
+import math
+
 import pytest
 import torch
 from conftest import random_ids, tiny_model
@@ -111,6 +114,40 @@ def test_a_frozen_model_is_trained_and_keeps_its_routing(checkpoint, tmp_path, k
     loaded = StableMoEForCausalLM.from_pretrained(tmp_path / "saved")
     assert loaded.router_fingerprint() == fingerprint
     assert torch.equal(loaded.route(EVERY_ID), route)
+
+
+def first_loss(kind: str, model: StableMoEForCausalLM, trainer) -> float:
+    """What a model that has just been loaded has to lose."""
+    if kind == "dpo":  # it is its own reference
+        return math.log(2)
+    if kind == "grpo":  # advantages of a group add up to nothing
+        return 0.0
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        return model.eval()(**batch).loss.item()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"distilled_router": "bigram"}, {"router_type": "hash"}, {"moe_layer_positions": []}],
+    ids=["table", "weights", "hash", "dense"],
+)
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_logged_loss_is_trl_s_own(tmp_path, kind, settings):
+    model = tiny_model(**{"moe_layer_positions": [0, 2], "pad_token_id": 2, **settings})
+    if model.routing_stage == 1 and model.config.num_moe_layers:
+        model.freeze_router()
+    model.save_pretrained(tmp_path / "model")
+    loaded, same = (StableMoEForCausalLM.from_pretrained(tmp_path / "model") for _ in range(2))
+    trainer = make(kind, tmp_path / "run", loaded, max_steps=1)
+    expected = first_loss(kind, same, make(kind, tmp_path / "run", same) if kind == "sft" else None)
+    trainer.train()
+    (entry,) = training_logs(trainer.state.log_history)
+    assert entry["loss"] == pytest.approx(expected, abs=2e-4)
+    assert "aux_loss" not in entry
+    # What is saved is what was set, also by a trainer that writes the coefficient it uses into the config.
+    trainer.save_model(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["router_aux_loss_coef"] == 1.0
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])

@@ -1,0 +1,86 @@
+"""Weight decay spares biases and norms: those of stacked experts, too."""
+
+import pytest
+import torch
+from conftest import random_ids, tiny_model, tiny_seq2seq_model
+from trainers import make_trainer
+from transformers import Trainer
+
+from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallback
+from modeling_stablemoe.exact_evaluation import BlockTrainer, TranslationTrainer
+from modeling_stablemoe.weight_decay import WeightDecayMixin, parameter_groups
+
+
+MODELS = {
+    "language model": tiny_model,
+    "transformer router": lambda: tiny_model(distilled_router="transformer_1"),
+    "translation": tiny_seq2seq_model,
+    "post-norm": lambda: tiny_model(do_layer_norm_before=False),
+}
+
+
+class DecayTrainer(WeightDecayMixin, Trainer):
+    pass
+
+
+def names_of(model, groups) -> list[set[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [{names[id(parameter)] for parameter in group["params"]} for group in groups]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_groups_are_those_of_trainer_but_for_the_norms_it_does_not_know(tmp_path, kind):
+    model = MODELS[kind]()
+    decayed, spared = names_of(model, parameter_groups(model, 0.1))
+    assert decayed | spared == {name for name, p in model.named_parameters() if p.requires_grad}
+    plain, mended = (
+        names_of(
+            model,
+            make_trainer(tmp_path, model=model, trainer_class=cls, weight_decay=0.1).create_optimizer().param_groups,
+        )
+        for cls in (Trainer, DecayTrainer)
+    )
+    assert mended == [decayed, spared]
+    norms = plain[0] - decayed
+    assert norms == {name for name in spared if name.endswith("norm_weight")}
+    assert spared - plain[1] == norms
+    # What is decayed multiplies something, and what is spared is a vector, or one per expert or layer.
+    shapes = dict(model.named_parameters())
+    stacked = ("expert_stack", "distilled_router")
+    assert all(shapes[name].dim() >= 2 for name in decayed)
+    assert all(shapes[name].dim() <= 1 + any(part in name for part in stacked) for name in spared)
+
+
+def test_groups_leave_out_what_does_not_learn_and_carry_the_rates():
+    model = tiny_model().requires_grad_(False)
+    model.model.layers[0].requires_grad_(True)
+    decayed, spared = parameter_groups(model, 0.25)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.25, 0.0)
+    learned = {id(p) for p in model.model.layers[0].parameters()}
+    assert {id(p) for group in (decayed, spared) for p in group["params"]} == learned
+
+
+def test_a_norm_without_a_gradient_stands_still():
+    model, ids = tiny_model(), random_ids()
+    optimizer = torch.optim.SGD(parameter_groups(model, 0.5), lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (0.0 * model(ids, labels=ids).loss).backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert "model.moe_layers.0.expert_stack.sublayers.0.up_proj" in moved
+    assert not [name for name in moved if "norm" in name or "bias" in name]
+
+
+@pytest.mark.parametrize("trainer_class", [BlockTrainer, TranslationTrainer])
+def test_the_trainers_of_the_scripts_spare_them(trainer_class):
+    assert issubclass(trainer_class, WeightDecayMixin)
+    assert trainer_class.get_decay_parameter_names is WeightDecayMixin.get_decay_parameter_names
+
+
+@pytest.mark.parametrize("callback", [lambda: StageTransitionCallback(1), RoutingStatisticsCallback])
+def test_the_plain_trainer_is_warned_of(tmp_path, callback, caplog):
+    for trainer_class, rate in ((DecayTrainer, 0.1), (Trainer, 0.0)):
+        make_trainer(tmp_path, callback(), trainer_class=trainer_class, weight_decay=rate, max_steps=1).train()
+    assert "Weight decay pulls" not in caplog.text
+    make_trainer(tmp_path, callback(), weight_decay=0.1, max_steps=1).train()
+    assert "Weight decay pulls the norms of experts towards zero (model.moe_layers.0.expert_stack" in caplog.text
