@@ -8,7 +8,8 @@ import json
 import logging
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import TrainerState
 
@@ -23,7 +24,7 @@ from .callback_base import (
 from .card_callback import ModelCardCallback
 from .distillation_stablemoe import sees_context
 from .fluctuation_callback import RoutingFluctuationCallback
-from .loops import drop_idle_gradients, freeze_router
+from .loops import copy_moe_layers, drop_idle_gradients, freeze_router, restore_moe_layers
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from .stages_stablemoe import TwoStageRoutingMixin
 from .statistics_callback import (
@@ -106,11 +107,14 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         self.last_step: int | None = None
         self._watch: SettlingWatch | None = None
         self._change: float | None = None
+        # From the transition to the end of training, where that may begin again in between.
+        self._before_freezing: dict[str, Tensor] | None = None
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Check that the transition can happen, and catch up where a resumed run is past it."""
         resume_routing(model, args, state)
         stablemoe = find_loaded(model)
+        self._begin_again(stablemoe, state, optimizer)
         _require_resumed_routing(model, state)
         self.transition_step = self.resolve_transition_step(state.max_steps)
         self.last_step = self.resolve_last_step(state.max_steps)
@@ -197,6 +201,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Stop watching, and say so if the model is left in stage 1."""
         super().on_train_end(args, state, control, **kwargs)
+        self._before_freezing = None
         if self._meter.model.routing_stage == 1:
             logger.warning("%s", self._describe_unfrozen_end(state))
 
@@ -250,9 +255,19 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             )
         return last
 
+    def _begin_again(self, stablemoe: TwoStageRoutingMixin, state: TrainerState, optimizer: Optimizer):
+        """Undo the transition of a run that `auto_find_batch_size` has stopped and begins again, with the model as it is."""
+        if self._before_freezing is not None and self._meter.model is stablemoe:
+            if stablemoe.routing_stage == 2 and _frozen_at(state) is None:
+                logger.warning("Training begins again, and with it stage 1: the routing frozen meanwhile is gone.")
+                restore_moe_layers(stablemoe, self._before_freezing, optimizer)
+        self._before_freezing = None
+
     def _freeze(self, args, state, control, verdict: Verdict):
         """Freeze, log what was frozen, and say it."""
         model, counts = self._meter.model, self._meter.counted_tokens()
+        if getattr(args, "auto_find_batch_size", False):  # a loop of one's own may give less
+            self._before_freezing = copy_moe_layers(model)
         balanced = freeze_router(model)
         frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}

@@ -26,7 +26,7 @@ class ModelCardCallback(TrainerCallback):
 
     These are checkpoints, what `save_model` and the model's own `save_pretrained` write, and what `Trainer.push_to_hub`
     and every `hub_strategy` upload, where Trainer's draft of a card would stand else. A README.md that somebody wrote is
-    left alone. Arguments of `Trainer.push_to_hub`, such as `license`, are taken into the card.
+    left alone. A model that is trained further by somebody else is saved without one. Arguments of `Trainer.push_to_hub`, such as `license`, are taken into the card.
 
     `StageTransitionCallback` and `RoutingStatisticsCallback` bring this callback, unless there is one: pass your own to
     say more than a run can know. After `trainer.remove_callback(ModelCardCallback)`, before training, there are no cards but
@@ -61,6 +61,10 @@ class ModelCardCallback(TrainerCallback):
             )
         self._has_ended = False
         self._follow(args, state, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """Stand by the model again, which forgets its run with every step: of another run this one knows nothing."""
+        _stablemoe_in(model).after_saving = self.write
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         """Follow a model that is not trained here, only evaluated."""

@@ -19,7 +19,8 @@ class IntegrationMixin:
 
     # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
     _auto_map: dict[str, str] = {}
-    # Called with the model and the folder it was saved to: a run puts its model card beside it.
+    # Called with the model and the folder it was saved to: a run puts its model card beside it. Training forgets it, as what
+    # it says of the weights is true no longer; a run that goes on sets it again after each step.
     after_saving: Callable[["IntegrationMixin", Path], object] | None = None
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -60,13 +61,18 @@ class IntegrationMixin:
 
     @classmethod
     def _written_class(cls) -> type:
-        """Find the class that stands in a file of ours: FSDP2 gives a model another, which stands in torch's."""
-        return next(each for each in cls.__mro__ if not each.__module__.startswith("torch."))
+        """Find the class that is in a file of ours: a subclass of one's own is in another, what FSDP2 makes in torch's."""
+        ours = set(cls._auto_map.values())
+        return next((c for c in cls.__mro__ if f"{c.__module__.rpartition('.')[2]}.{c.__name__}" in ours), cls)
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        """See `PreTrainedModel.is_remote_code`: whether transformers copies the file that the class stands in."""
-        return super().is_remote_code() and cls._written_class() is cls
+        """See `PreTrainedModel.is_remote_code`: whether transformers copies the file that the class is in.
+
+        That of a subclass only if it was registered itself (`register_for_auto_class`): else its checkpoints are those of
+        the class above it.
+        """
+        return super().is_remote_code() and "_auto_class" in vars(cls)
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
@@ -110,6 +116,7 @@ class IntegrationMixin:
         """
         if mode:
             self._require_gathering("train")
+            self.after_saving = None
         return super().train(mode)
 
     def _require_gathering(self, method: str):

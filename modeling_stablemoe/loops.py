@@ -1,11 +1,14 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What a training loop without `Trainer` calls for the routing; `StageTransitionCallback` calls the same."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .balancing_stablemoe import BalancedTable
 from .callback_base import find_stablemoe
 from .processes import check_same_routing
+from .tensors_stablemoe import copy_into, full_tensor
 
 
 def freeze_router(model: nn.Module) -> list[BalancedTable]:
@@ -42,4 +45,49 @@ def drop_idle_gradients(model: nn.Module):
                 parameter.grad = None
 
 
-__all__ = ["drop_idle_gradients", "freeze_router"]
+def copy_moe_layers(model: nn.Module) -> dict[str, Tensor]:
+    """Copy to the CPU what freezing, and stage 2 after it, makes another of; every process must call this.
+
+    These are frozen routers and routers, and the experts where stage 1 keeps them equal.
+
+    Args:
+        model (`torch.nn.Module`): a StableMoE model, or what wraps it.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name, for `restore_moe_layers`.
+    """
+    return {name: full_tensor(values.detach()).cpu().clone() for name, values in _of_stage1(model).items()}
+
+
+@torch.no_grad()
+def restore_moe_layers(model: nn.Module, copied: dict[str, Tensor], optimizer: Optimizer):
+    """Put back what `copy_moe_layers` copied in stage 1: the model is in that stage again; every process must call this.
+
+    All other weights stay as they are.
+
+    Args:
+        model (`torch.nn.Module`): the same.
+        copied (`dict[str, torch.Tensor]`): what that returned.
+        optimizer (`torch.optim.Optimizer`): forgets its moments of them, which are of stage 2.
+    """
+    stablemoe = find_stablemoe(model)
+    for name, values in _of_stage1(stablemoe).items():
+        copy_into(values, copied[name])
+        optimizer.state.pop(values, None)
+    stablemoe.config.router_fingerprint = None
+    stablemoe.check_routing()
+
+
+def _of_stage1(model: nn.Module) -> dict[str, Tensor]:
+    stablemoe = find_stablemoe(model)
+    parts = ["router", "frozen_router", *(["expert_stack"] if stablemoe.config.share_experts_in_stage1 else [])]
+    return {
+        f"{layer}.{part}.{name}": values
+        for layer, module in stablemoe.moe_layers_by_name.items()
+        for part in parts
+        for tensors in (getattr(module, part).named_parameters(), getattr(module, part).named_buffers())
+        for name, values in tensors
+    }
+
+
+__all__ = ["copy_moe_layers", "drop_idle_gradients", "freeze_router", "restore_moe_layers"]

@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEModel
+from modeling_stablemoe import (
+    StableMoEConfig,
+    StableMoEForCausalLM,
+    StableMoEForConditionalGeneration,
+    StableMoEForSequenceClassification,
+    StableMoEModel,
+)
 
 
 IDS = random_ids(4, 9)
@@ -127,6 +133,49 @@ def test_the_backbone_alone_writes_a_complete_auto_map(source, tmp_path):
 
 
 # Loading with the package
+
+
+SUBCLASSED = {
+    "language model": (StableMoEForCausalLM, tiny_config),
+    "classifier": (StableMoEForSequenceClassification, tiny_config),
+    "backbone": (StableMoEModel, tiny_config),
+    "translation model": (StableMoEForConditionalGeneration, tiny_seq2seq_config),
+}
+
+
+def auto_map_of(folder) -> dict[str, str]:
+    """Read the classes that a checkpoint names, each in a file that is there."""
+    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    for name in auto_map.values():
+        module, _, class_name = name.partition(".")
+        assert f"class {class_name}(" in (folder / f"{module}.py").read_text()
+    return auto_map
+
+
+@pytest.mark.parametrize("kind", SUBCLASSED)
+@pytest.mark.parametrize("module", ["__main__", __name__])
+def test_a_subclass_of_ones_own_is_saved_with_the_code_of_the_class_above_it(tmp_path, kind, module):
+    parent, make_config = SUBCLASSED[kind]
+    mine = type("Mine", (parent,), {"__module__": module})
+    parent(make_config()).save_pretrained(tmp_path / "parent")
+    mine(make_config()).save_pretrained(tmp_path / "mine")
+    assert auto_map_of(tmp_path / "mine") == auto_map_of(tmp_path / "parent")
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {p.name for p in (tmp_path / "parent").iterdir()}
+    assert type(mine.from_pretrained(tmp_path / "mine")) is mine
+
+
+def test_a_subclass_that_registers_itself_is_saved_with_its_file_beside_ours(tmp_path, monkeypatch):
+    (tmp_path / "modeling_mine.py").write_text(
+        "from modeling_stablemoe import StableMoEForCausalLM\n\n\nclass Mine(StableMoEForCausalLM):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from modeling_mine import Mine
+
+    Mine.register_for_auto_class("AutoModelForCausalLM")
+    Mine(tiny_config()).save_pretrained(tmp_path / "mine")
+    auto_map = auto_map_of(tmp_path / "mine")
+    assert auto_map["AutoModelForCausalLM"] == "modeling_mine.Mine"
+    assert auto_map["AutoModel"] == "modeling_stablemoe.StableMoEModel"
 
 
 def test_auto_classes_load_the_classes_of_the_package(checkpoint, source):

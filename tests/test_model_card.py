@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import tiny_config, tiny_model, tiny_seq2seq_model
 from huggingface_hub import ModelCard, metadata_eval_result
 from trainers import BLOCKS, make_seq2seq_trainer, make_trainer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from workplaces import ROOT, load_script
 
 from modeling_stablemoe import (
@@ -364,6 +365,31 @@ def test_a_model_that_is_evaluated_only_is_saved_with_its_card(tmp_path):
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     assert perplexity_of(read(tmp_path)) == round(math.exp(loss), 3)
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_another_run_without_our_callbacks_leaves_no_card_of_an_earlier_one(tmp_path, crashes):
+    class Crash(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if crashes and state.global_step == 3:
+                raise KeyboardInterrupt
+
+    model = tiny_model()
+    first = make_trainer(tmp_path / "first", StageTransitionCallback(2), Crash(), model=model, max_steps=4)
+    with pytest.raises(KeyboardInterrupt) if crashes else nullcontext():
+        first.train()
+    first.save_model()
+    assert (tmp_path / "first" / "README.md").exists()
+    second = make_trainer(tmp_path / "second", model=model, max_steps=2)
+    second.train()
+    second.save_model()
+    model.save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "second").glob("README.md")) + list((tmp_path / "saved").glob("README.md"))
+    # The next run with a callback has a card again, of its own steps.
+    third = make_trainer(tmp_path / "third", RoutingStatisticsCallback(), model=model, max_steps=3)
+    third.train()
+    third.save_model()
+    assert (tmp_path / "third" / "README.md").exists()
 
 
 def test_another_model_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Tests of PEFT adapters on attention, experts and routers. Run: `python -m pytest tests/test_peft.py`."""
 
+import itertools
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints_loading import EVERY_ID, run_without_package
 from torch.testing import assert_close
 from trainers import Recorder, make_trainer, training_logs
-from transformers import AutoModelForCausalLM, TrainerCallback, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from modeling_stablemoe import (
     RoutingFluctuationCallback,
@@ -20,6 +22,8 @@ from modeling_stablemoe import (
     StageTransitionCallback,
 )
 from modeling_stablemoe.adapters import ROUTING_FILE, load_routing, save_routing
+from modeling_stablemoe.checkpoints import what_is_missing
+from modeling_stablemoe.manifests import MANIFEST_FILE, CheckpointManifestCallback
 
 
 peft = pytest.importorskip("peft")
@@ -362,6 +366,68 @@ def test_the_best_adapters_come_with_the_stage_of_their_step(tmp_path, caplog):
     model = trainer.model.base_model.model
     assert (model.routing_stage, model.config.router_fingerprint) == (1, None)
     assert "its routing is not frozen" in caplog.text
+
+
+class Trial(Trainer):
+    """Saves where a trial of `hyperparameter_search` does, without a program to search with."""
+
+    def _get_output_dir(self, trial):
+        return f"{self.args.output_dir}/{self.run_name}"
+
+
+class Searching(TrainerCallback):
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.is_hyper_param_search = True
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_trials_of_a_search_save_in_folders_of_their_own(tmp_path, frozen):
+    routes = {}
+    for run_name in ("run-0", "run-1"):
+        model = adapted(base_model(frozen, seed=len(routes)), **WAYS["both"], **({} if frozen else STAGE1))
+        callback = RoutingStatisticsCallback() if frozen else StageTransitionCallback(3)
+        callbacks = [Searching(), callback, CheckpointManifestCallback()]
+        options = {
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "save_total_limit": 1,
+            "logging_steps": 1,
+        }
+        trainer = make_trainer(tmp_path, *callbacks, model=model, trainer_class=Trial, **options)
+        trainer.run_name = run_name
+        trainer.train()
+        routes[run_name] = model.base_model.model.route(IDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-0", "run-1"]
+    for run_name, route in routes.items():
+        assert [path.name for path in (tmp_path / run_name).iterdir()] == ["checkpoint-4"]  # `save_total_limit`
+        checkpoint = tmp_path / run_name / "checkpoint-4"
+        assert what_is_missing(checkpoint) is None
+        assert MANIFEST_FILE in os.listdir(checkpoint)
+        loaded = base_model(frozen, seed=int(run_name[-1]))
+        load_routing(loaded, checkpoint)
+        assert torch.equal(loaded.route(IDS), route)
+
+
+def test_a_search_with_optuna_runs_through_both_stages(tmp_path):
+    pytest.importorskip("optuna")
+
+    def model_init(trial=None):
+        return adapted(base_model(), **ATTENTION, **STAGE1)
+
+    trainer = make_trainer(
+        tmp_path,
+        StageTransitionCallback(2),
+        model_init=model_init,
+        eval_strategy="steps",
+        eval_steps=2,
+        **{**STAGED, "max_steps": 4},
+    )
+    trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2, backend="optuna"
+    )
+    for number, step in itertools.product((0, 1), (2, 4)):
+        assert (tmp_path / f"run-{number}" / f"checkpoint-{step}" / ROUTING_FILE).is_file()
 
 
 @pytest.mark.parametrize("way", ["attention", "router", "adapted router", "distilled router"])

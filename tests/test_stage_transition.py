@@ -5,10 +5,19 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, tiny_seq2seq_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from trainers import BLOCKS, STATISTICS, Recorder, assert_same_weights, make_trainer, training_logs, weights
+from trainers import (
+    BLOCKS,
+    STATISTICS,
+    Recorder,
+    assert_same_weights,
+    make_seq2seq_trainer,
+    make_trainer,
+    training_logs,
+    weights,
+)
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
 from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
@@ -383,3 +392,78 @@ def test_resuming_from_a_checkpoint_with_an_altered_table_is_an_error(tmp_path):
     resumed = make_trainer(tmp_path, StageTransitionCallback(2), max_steps=6, **saving)
     with pytest.raises(ValueError, match="not those that it was saved with.*earlier checkpoint"):
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# Begun again in the middle
+
+
+class OutOfMemory(TrainerCallback):
+    """Fails once, at a step, as where the batch is too large."""
+
+    def __init__(self, step):
+        self.step, self.begun = step, []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.begun.append((state.global_step, model.routing_stage, model.router_fingerprint()))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if len(self.begun) == 1 and state.global_step == self.step:
+            raise RuntimeError("CUDA out of memory.")
+
+
+RESTARTED = {
+    "word_embedding": {},
+    "balanced counts": {"distilled_router": "counts", "max_frozen_load": 1.3},
+    "transformer_1": {"distilled_router": "transformer_1"},
+    "gates and experts": {"reset_gates_at_freeze": True, "share_experts_in_stage1": True},
+    "translation": None,
+}
+
+
+@pytest.mark.parametrize("kind", RESTARTED)
+def test_a_smaller_batch_found_after_the_transition_begins_in_stage_1(tmp_path, kind, caplog):
+    full, recorder, seen = OutOfMemory(6), Recorder(), []
+
+    class Look(TrainerCallback):
+        """Notes the first MoE layer after each step."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            layer = next(iter(model.moe_layers_by_name.values()))
+            first, *others = layer.expert_stack.sublayers[0].up_proj
+            seen.append((layer.router.centroids.any().item(), all(torch.equal(first, other) for other in others)))
+
+    is_translation = RESTARTED[kind] is None
+    model = tiny_seq2seq_model() if is_translation else tiny_model(**RESTARTED[kind])
+    if kind == "gates and experts":
+        for layer in model.model.moe_layers:
+            for sublayer in layer.expert_stack.sublayers:
+                for values in sublayer.parameters():
+                    values.data[:] = values.data[:1].clone()
+    trainer = (make_seq2seq_trainer if is_translation else make_trainer)(
+        tmp_path,
+        StageTransitionCallback(4),
+        full,
+        recorder,
+        Look(),
+        model=model,
+        max_steps=8,
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+    )
+    trainer.train()
+    assert full.begun == [(0, 1, None), (0, 1, None)]
+    assert recorder.stages == [1, 1, 1, 2, 2, 2] + [1, 1, 1, 2, 2, 2, 2, 2]
+    assert recorder.fingerprints[-1] == model.config.router_fingerprint == model.router_fingerprint()
+    assert "the routing frozen meanwhile is gone" in caplog.text
+    if kind == "gates and experts":
+        # Both go back to before the transition, after which gates are reset and experts part.
+        assert [has_gates for has_gates, _ in seen[6:9]] == [True] * 3
+        assert [are_equal for _, are_equal in seen] == [True] * 4 + [False] * 2 + [True] * 4 + [False] * 4
+
+
+def test_a_frozen_model_is_refused_as_before_where_no_batch_size_is_sought(tmp_path):
+    trainer = make_trainer(tmp_path, StageTransitionCallback(4), OutOfMemory(6), max_steps=8)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    with pytest.raises(ValueError, match="frozen already"):
+        trainer.train()

@@ -59,6 +59,7 @@ def make_trainer(
     trainer_class=Trainer,
     train_dataset=BLOCKS,
     collator=collate_blocks,
+    model_init=None,
     **arguments,
 ):
     options = {
@@ -73,7 +74,8 @@ def make_trainer(
         **arguments,
     }
     return trainer_class(
-        model=tiny_model() if model is None else model,
+        model=tiny_model() if model is None and model_init is None else model,
+        model_init=model_init,
         args=TrainingArguments(output_dir=str(folder), **options),
         train_dataset=train_dataset,
         eval_dataset=BLOCKS[:4],
