@@ -22,7 +22,7 @@ from .outputs_stablemoe import (
     StableMoESeq2SeqLMOutput,
     StableMoESeq2SeqModelOutput,
 )
-from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .pretrained_stablemoe import ROUTING_FIELDS, StableMoEPreTrainedModel
 from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cache_by_either_name
 
 
@@ -537,7 +537,8 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
             encoder_expert_indices=outputs.encoder_expert_indices if output_router_logits else None,
             decoder_expert_indices=outputs.decoder_expert_indices if output_router_logits else None,
             task_loss=task_loss,
-            **losses,
+            # By name: a symbolic trace of the head has a value for `losses` that cannot be unpacked.
+            **{name: losses.get(name) for name in ("encoder_aux_loss", "decoder_aux_loss", *ROUTING_FIELDS)},
         )
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:

@@ -37,6 +37,16 @@ ROUTING_OUTPUTS = (
     "output_routing_traces",
 )
 
+# What a head's output says of its routing.
+ROUTING_FIELDS = (
+    "aux_loss",
+    "balance_loss",
+    "distillation_loss",
+    "expert_load",
+    "distillation_agreement",
+    "routing_health",
+)
+
 
 class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTrainedModel):
     """What all StableMoE models share: initialisation, loading, and the two stages of the routing."""
@@ -276,7 +286,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             router_logits=(outputs.router_logits or None) if output_router_logits else None,
             expert_indices=outputs.expert_indices if output_router_logits else None,
             task_loss=task_loss,
-            **routing,
+            # By name: a symbolic trace of the head has a value for `routing` that cannot be unpacked.
+            **{name: routing.get(name) for name in ROUTING_FIELDS},
         )
 
 
@@ -299,4 +310,4 @@ def check_range(ids: Tensor, limit: int, what: str, remedy: str):
         raise ValueError(f"There is a {what} {low if low < 0 else high}, outside 0..{limit - 1} of {remedy}.")
 
 
-__all__ = ["ROUTING_OUTPUTS", "StableMoEPreTrainedModel", "check_range"]
+__all__ = ["ROUTING_FIELDS", "ROUTING_OUTPUTS", "StableMoEPreTrainedModel", "check_range"]

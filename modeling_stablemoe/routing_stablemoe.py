@@ -138,9 +138,10 @@ class Router(nn.Module):
     def recall(self) -> dict[str, Tensor] | None:
         """Copy what the choice of experts needs of the running statistics.
 
-        For a forward pass of stage 1 whose activations may be recomputed after the statistics have moved on.
+        For a training pass of stage 1 whose activations may be recomputed after the statistics have moved on; `None` in
+        evaluation, where they stand still.
         """
-        if self.memory is None:
+        if self.memory is None or not self.training:
             return None
         return {name: values.clone() for name, values in self.memory().items() if name != "token_counts"}
 

@@ -141,3 +141,31 @@ def test_what_passes_between_modules_is_made_of_plain_tuples():
             if model.routing_stage == 1:
                 model.freeze_router()
     assert kinds <= {tuple, list, dict, torch.Tensor, torch.nn.Parameter, int, float, bool, type(None)}
+
+
+@pytest.mark.parametrize("router", ["stable", "following", "hash", "bigram"])
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_block_wise_quantisers_take_the_model_apart_into_blocks_and_moe_layers(kind, router, stage):
+    """llm-compressor traces the way between them, and calibrates each in turn on what those before it give."""
+    helpers = pytest.importorskip("llmcompressor.pipelines.sequential.helpers")
+    arguments = pytest.importorskip("llmcompressor.args.dataset_arguments")
+    model = BUILDERS[kind](**ROUTERS[router]).eval()
+    if stage == 2 and model.routing_stage == 1:
+        model.freeze_router()
+    values = {"input_ids": random_ids(high=91)}
+    if kind == "translation":
+        values["decoder_input_ids"] = random_ids(high=91, seed=1)
+    scores = []
+    head = model.score if kind == "classifier" else model.lm_head
+    head.register_forward_hook(lambda _, args, output: scores.append(output))
+    with torch.no_grad():
+        model(**values)
+        targets = sorted(model._no_split_modules)
+        parts = helpers.trace_subgraphs(model, values, targets, arguments.DatasetArguments().tracing_ignore)
+        for part in parts:
+            values |= part.forward(model, **{name: values[name] for name in part.input_names})
+    expected, actual = scores
+    assert_close(actual, expected)
+    if kind == "language model":
+        assert len(parts) == 1 + len(model.model.layers) + len(model.model.moe_layers)

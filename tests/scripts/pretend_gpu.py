@@ -57,12 +57,15 @@ class RefuseCopies(TorchDispatchMode):
 
 
 def on_device(model: nn.Module) -> nn.Module:
-    """Put fake parameters in the place of real ones."""
+    """Put fake parameters and buffers in the place of real ones."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype, device=DEVICE)
                 module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
     return model
 
 
