@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """The two stages of a whole model: freezing its routers, asking and checking its routing, saving and loading it."""
 
+import copy
 import hashlib
 from collections.abc import Iterable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from .tensors_stablemoe import is_quantized
 
 logger = logging.get_logger(__name__)
 
+# Whether a model is being built to take the weights of the checkpoint that its config is of.
+_is_loading: ContextVar[bool] = ContextVar("is_loading", default=False)
+
 
 class MismatchedShapesError(ValueError, RuntimeError):
     """Weights of other shapes than the config says: a user's error, and what `PreTrainedModel` raises for them."""
@@ -31,6 +36,8 @@ class TwoStageRoutingMixin:
     The frozen routers (tables, or weights where the distilled router looks back at earlier tokens) are the one truth
     about the stage: they travel with the weights. `config.router_fingerprint` is their checksum, written with them and
     compared when a checkpoint is loaded.
+
+    So a config belongs to one model: a model keeps a copy of what it is built of, the same object in all of its parts.
     """
 
     def __init__(self, config, *args, **kwargs):
@@ -41,11 +48,23 @@ class TwoStageRoutingMixin:
 
     def post_init(self):
         """Initialise the weights; a routing that is fixed from the start is frozen from here on."""
+        self._own_config()
         super().post_init()
-        if self.config.router_type == "hash" and self._read_routing() and not _is_side(self):
-            self.config.router_fingerprint = self.router_fingerprint()
+        if _is_side(self) or not self._read_routing():
+            return
+        if not _is_loading.get():  # new weights: what the config says of a routing is of another model
+            self.config.router_fingerprint, self.config.pruned_tokens = self.router_fingerprint(), None
+        if self.config.router_type == "hash":
             for layer in self.moe_layers_by_name.values():
                 layer.frozen_router.is_initial = True
+
+    def _own_config(self):
+        """Give the model a config of its own: others may be built of the same object, and be frozen or pruned."""
+        given = [module.config for module in self.modules() if isinstance(module, TwoStageRoutingMixin)]
+        own = copy.deepcopy(self.config)
+        for module in self.modules():
+            if any(getattr(module, "config", None) is config for config in given):
+                module.config = own
 
     @classmethod
     def check_config(cls, config):
@@ -295,6 +314,7 @@ class TwoStageRoutingMixin:
                 that have other shapes than the config says (a RuntimeError, too, as transformers'), and for routers that
                 would be quantised, naming the tensors.
         """
+        was_loading = _is_loading.set(True)
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except Exception as error:
@@ -310,6 +330,8 @@ class TwoStageRoutingMixin:
                 f"The weights of {pretrained_model_name_or_path!r} are not a readable safetensors file: {error}. It "
                 "may have been cut off while saving or downloading; fetch it again or use an earlier checkpoint."
             ) from error
+        finally:
+            _is_loading.reset(was_loading)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         _refuse_quantized_routers(model.moe_layers_by_name)
         if is_fsdp_enabled() and not is_local_dist_rank_0():

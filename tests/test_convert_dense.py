@@ -174,7 +174,7 @@ def test_failure_while_saving_leaves_nothing_behind(folder, script, monkeypatch)
     [
         (["gpt2", "gpt2"], "'gpt2' is there already and not empty"),
         (["nothing", "new"], "cannot load 'nothing'"),
-        (["gpt2", "new", "--num_experts", "0"], "`num_experts` must be a positive integer below 2..63, got 0"),
+        (["gpt2", "new", "--num_experts", "0"], "`num_experts` must be a positive integer below 2**63, got 0"),
         (["gpt2", "new", "--config_overrides", '{"hidden_size": 3}'], "hidden_size: no options of a conversion"),
         (["gpt2", "new", "--model_preset", "nothing.json"], "There is no model preset"),
         (
