@@ -203,9 +203,9 @@ def restored_integers(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     exact = (values.double() - whole).abs().le(WHOLE_TOLERANCE) & whole.abs().le(2 / torch.finfo(values.dtype).eps)
     if not exact.all():
         raise ValueError(
-            f"`{name}` holds integers, but what it was given is {values.dtype} with values that are none, such as "
-            f"{float(values[~exact].flatten()[0]):g}. Averages of different routings mean nothing, and a cast loses digits: leave "
-            "integers out of both, or restore the checkpoint from its source."
+            f"`{name}` holds integers, but what it was given is {values.dtype}, in which {float(values[~exact].flatten()[0]):g} "
+            "is no whole number or not told from its neighbours. Averages of different routings mean nothing, and a cast loses "
+            "digits: leave integers out of both, or restore the checkpoint from its source."
         )
     return whole.to(dtype)
 

@@ -56,7 +56,7 @@ def pairs(ignored: bool):
     targets = [torch.cat([target, torch.tensor([EOS])]) for target in targets]
     if ignored:
         targets[1][1:3] = IGNORED
-        targets[2][0] = IGNORED
+        targets[2][2] = IGNORED
     return sources, targets
 
 
