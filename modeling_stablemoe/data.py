@@ -575,6 +575,21 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, nu
     return type(corpus)(packed)
 
 
+def without_end(blocks: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Return what a Trainer is to read of a split: of a stream pass after pass, as if it were one.
+
+    A Trainer that resumes a stream passes over as many batches as were read by then, but in its first pass alone: in a later
+    one it would begin that pass again. The last batch of a pass is filled from the next one.
+
+    Args:
+        blocks (`Dataset` or `IterableDataset`): of `pack`, not empty.
+
+    Returns:
+        `Dataset` or `IterableDataset`, as given.
+    """
+    return blocks if isinstance(blocks, Dataset) else blocks.repeat(None)
+
+
 def _pack_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, Any]:
     ids = _encode(batch["text"], tokenizer)
     return {"input_ids": ids[: len(ids) // block_size * block_size].reshape(-1, block_size)}

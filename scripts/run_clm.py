@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from modeling_stablemoe.card_arguments import CardArguments
-from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
+from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack, without_end
 from modeling_stablemoe.engines import check_engine
 from modeling_stablemoe.exact_evaluation import BlockTrainer
 from modeling_stablemoe.hub import CardFacts
@@ -94,7 +94,7 @@ def prepare(model_args, data_args, routing_args, folder_args, facts, training_ar
     trainer = BlockTrainer(
         model=model,
         args=training_args,
-        train_dataset=blocks["train"],
+        train_dataset=without_end(blocks["train"]),
         eval_dataset=blocks["validation"],
         data_collator=collate_blocks,
         processing_class=tokenizer,

@@ -301,6 +301,18 @@ def test_adapters_without_their_routing_are_not_resumed(staged, tmp_path, step):
     assert model.base_model.model.router_fingerprint() == trained.router_fingerprint()
 
 
+def test_a_router_that_counts_and_remembers_is_trained_as_a_whole(tmp_path):
+    options = {"distilled_router": "counts", "max_frozen_load": 1.3, "expert_bias_rate": 0.1}
+    trained, resumed = (adapted(base_model(**options), **WAYS["router"]) for _ in range(2))
+    train(tmp_path / "whole", trained, StageTransitionCallback(4), **STAGED)
+    trainer = make_trainer(tmp_path / "resumed", StageTransitionCallback(4), model=resumed, **TRAINED, **STAGED)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    loaded = peft.PeftModel.from_pretrained(base_model(**options), tmp_path / "whole" / "checkpoint-8")
+    fingerprints = {each.base_model.model.router_fingerprint() for each in (trained, resumed, loaded)}
+    assert len(fingerprints) == 1
+    assert None not in fingerprints
+
+
 def test_adapters_and_their_routing_load_on_the_base_they_were_trained_on(staged, tmp_path):
     kind, trainer, _ = staged
     checkpoint = f"{trainer.args.output_dir}/checkpoint-8"

@@ -235,6 +235,28 @@ def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
     assert_same_saved_weights(workplace.folder / "long-killed", workplace.folder / "long")
 
 
+def test_a_stream_resumed_in_a_later_pass_goes_on_to_the_same_bits(workplace, script):
+    source = workplace.folder / "source"
+    source.mkdir()
+    documents = (workplace.folder / "corpus.txt").read_text().split("\n\n")
+    for name, few in (("train", documents[:4]), ("validation", documents[-4:])):
+        (source / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
+    arguments = workplace.arguments("whole-stream", "--dataset_name", str(source), "--streaming", "True")
+    for name in ("--train_files", "--validation_share", "--document_separator"):
+        index = arguments.index(name)
+        del arguments[index : index + 2]
+    arguments += ["--ngram_baselines", "False", "--save_total_limit", "9", "--eval_strategy", "no"]
+    script(arguments)
+    resumed = workplace.folder / "resumed-stream"
+    shutil.copytree(workplace.folder / "whole-stream", resumed)
+    shutil.rmtree(resumed / "checkpoint-16")
+    # By step 14 of 4 blocks of 16 tokens, none longer than its characters, all has been read at least once.
+    assert sum(len(text) + 1 for text in documents[:4]) < 14 * 4 * 16
+    arguments[arguments.index("--output_dir") + 1] = str(resumed)
+    script([*arguments, "--resume_from_checkpoint", "latest"])
+    assert_same_saved_weights(workplace.folder / "whole-stream", resumed)
+
+
 def test_generating_from_a_folder_that_is_no_model_is_one_line(workplace):
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nowhere/at-all"]
     options = {"cwd": workplace.folder, "env": workplace.environment, "timeout": 120}
