@@ -36,7 +36,7 @@ def pack_greedily(problem: Problem) -> Tensor:
         load, expert = heap[0]
         heapq.heapreplace(heap, (load + weight, expert))
         table.append(expert)
-    return torch.tensor(table)
+    return torch.tensor(table, dtype=torch.long)
 
 
 def pack_exactly(problem: Problem, node_limit: int) -> Tensor | None:
@@ -362,27 +362,32 @@ class Search:
             self.table_V, self.kept = table_V, kept
 
 
-def solve_or_raise(problem: Problem, node_limit: int) -> tuple[Tensor, float, float]:
+def solve_or_raise(problem: Problem, num_alone: int, node_limit: int) -> tuple[Tensor, float, float]:
     """Find a table within the capacity, or within what the greedy packing needs where none within it is found.
 
     Args:
         problem (`Problem`): the ids.
+        num_alone (`int`): the first so many weigh as much as an expert can take, whatever it can take.
         node_limit (`int`): of each search.
 
     Returns:
         The table, `(V,)`; how much more another one may keep at most; the raised capacity, 0 where it is as it was.
     """
-    packed_V = pack_greedily(problem)
-    needed = problem.load(packed_V).max().item()
-    capacity_E = problem.capacity_E
+    agreement_VE, weight_V, capacity_E = problem
+    others = Problem(agreement_VE[num_alone:, num_alone:], weight_V[num_alone:], capacity_E[num_alone:])
+    packed_V = pack_greedily(others)
+    needed = others.load(packed_V).max().item()
+    packed_V = torch.cat([torch.arange(num_alone), packed_V + num_alone])
     if needed <= capacity_E[0]:
         return *Search(problem, packed_V, node_limit).run(), 0.0
-    total = problem.weight_V.sum().item()
-    if problem.weight_V[0] <= capacity_E[0] and total <= capacity_E.sum():
+    total = weight_V.sum().item()
+    if weight_V[0] <= capacity_E[0] and total <= capacity_E.sum():
         table_V, gap = Search(problem, pack_exactly(problem, node_limit), node_limit).run()
         if table_V is not None:
             return table_V, gap, 0.0
-    problem = problem._replace(capacity_E=torch.full_like(capacity_E, needed * (1 + ROUNDING)))
+    raised = needed * (1 + ROUNDING)
+    weight_V = weight_V.index_fill(0, torch.arange(num_alone), raised)
+    problem = Problem(agreement_VE, weight_V, torch.full_like(capacity_E, raised))
     return *Search(problem, packed_V, node_limit).run(), needed
 
 

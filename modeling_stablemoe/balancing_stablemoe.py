@@ -15,6 +15,9 @@ most tokens stay where they would go, and no expert gets more than its limit of 
 4. Prices cannot tell that an id, if heavy, lies on one expert as a whole. Where a gap is left, the heaviest ids are
    placed in all ways, the most promising first, and 1 to 3 repeated for the others.
 
+An id that alone outweighs the limit cannot keep to it on any expert. It counts as heavy as the limit: so it fills an
+expert of its own, and the others keep to the limit on theirs.
+
 Step 1 stands in `balancing_prices_stablemoe`, the others in `balancing_search_stablemoe`.
 
 Shape suffixes: V token ids, E experts.
@@ -38,8 +41,9 @@ class BalancedTable(NamedTuple):
     agreement: float  # tokens kept on the expert that they prefer (expected number)
     best_agreement: float  # the same for the best table without a limit
     bound: float  # no table within the limit keeps more; equal to `agreement` where the table is proved optimal
-    limit: float  # tokens allowed on one expert
+    limit: float  # tokens allowed on one expert, but for one of `alone`
     load: Tensor  # `torch.DoubleTensor` of shape (E,): tokens of each expert
+    alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has an expert of its own
 
 
 def check(agreement: Tensor, token_counts: Tensor, max_load: float) -> None:
@@ -72,10 +76,11 @@ def check(agreement: Tensor, token_counts: Tensor, max_load: float) -> None:
 def balanced_table(agreement: Tensor, token_counts: Tensor, max_load: float, node_limit: int = 20000) -> BalancedTable:
     """Choose the expert of each token id so that most tokens agree, and no expert gets too many.
 
-    The limit is `max_load` times the mean load. Where one id alone outweighs it, or no table within it was found, it
-    is raised to what the greedy packing needs: heaviest id first, each to the expert with the least load. Ids that
-    weigh nothing go to their best expert, the first among equals. The same numbers give the same table. Sums are
-    compared up to 1e-12 of them.
+    The limit is `max_load` times the mean load. An id that alone outweighs it, of which there are fewer than experts,
+    gets an expert of its own. Where no table is found in which the others keep to the limit, it is raised to what the
+    greedy packing of them needs: heaviest id first, each to the expert with the least load. Ids that weigh nothing go to
+    their best expert, the first among equals. The same numbers give the same table. Sums are compared up to 1e-12 of
+    them.
 
     Args:
         agreement (`torch.Tensor` of shape `(V, E)`): how many tokens of the id agree if it goes to the expert; >= 0.
@@ -96,23 +101,29 @@ def balanced_table(agreement: Tensor, token_counts: Tensor, max_load: float, nod
     limit = max_load * total / num_experts
     capacity = limit * (1 + ROUNDING)
     if torch.equal(count_V, count_V.floor()):
-        capacity = float(math.floor(capacity))
+        capacity = float(math.floor(capacity)) or capacity  # below 1 every id is alone
     table_V = agreement_VE.argmax(-1)
-    best_agreement = agreement_VE.amax(-1).sum().item()
-    load_E, gap = table_load(table_V, count_V, num_experts), 0.0
-    if num_experts > 1 and load_E.max() > capacity:
+    order_V, gap = count_V.argsort(descending=True, stable=True), 0.0
+    alone = order_V[: int((count_V > capacity).sum()) if num_experts > 1 else 0]
+    weight_V = count_V.index_fill(0, alone, capacity)
+    if num_experts > 1 and table_load(table_V, weight_V, num_experts).max() > capacity:
         # The weight of lighter ids is lost in the rounding of the loads.
-        num_heavy = int((count_V > 1e-16 * total / num_ids).sum())
-        heavy_V = count_V.argsort(descending=True, stable=True)[:num_heavy]
-        problem = Problem(agreement_VE[heavy_V], count_V[heavy_V], torch.full_like(load_E, capacity))
-        solved_V, gap, raised = solve_or_raise(problem, node_limit)
-        table_V = table_V.index_copy(0, heavy_V, solved_V)
-        load_E, limit = table_load(table_V, count_V, num_experts), max(limit, raised)
-    kept = agreement_VE.gather(1, table_V.unsqueeze(-1)).sum().item()
-    bound = max(kept, min(kept + gap, best_agreement))
-    # Rounding errors of the loads.
-    limit = max(limit, load_E.max().item())
-    return BalancedTable(table_V, kept, best_agreement, bound, limit, load_E)
+        heavy_V = order_V[: int((count_V > 1e-16 * total / num_ids).sum())]
+        capacity_E = torch.full((num_experts,), capacity, dtype=torch.float64)
+        problem = Problem(agreement_VE[heavy_V], weight_V[heavy_V], capacity_E)
+        solved_V, gap, raised = solve_or_raise(problem, len(alone), node_limit)
+        table_V, limit = table_V.index_copy(0, heavy_V, solved_V), max(limit, raised)
+    return _describe(agreement_VE, count_V, table_V, gap, limit, alone)
+
+
+def _describe(
+    agreement_VE: Tensor, count_V: Tensor, table_V: Tensor, gap: float, limit: float, alone: Tensor
+) -> BalancedTable:
+    kept, best = agreement_VE.gather(1, table_V.unsqueeze(-1)).sum().item(), agreement_VE.amax(-1).sum().item()
+    load_E = table_load(table_V, count_V, agreement_VE.shape[1])
+    # Loads may be above the limit by rounding errors.
+    limit = max(limit, load_E.index_fill(0, table_V[alone], 0.0).max().item())
+    return BalancedTable(table_V, kept, best, max(kept, min(kept + gap, best)), limit, load_E, alone)
 
 
 @torch.no_grad()
@@ -124,8 +135,8 @@ def balanced_table_in_bands(
     A few ids are a large part of any text. A load within its limit says nothing of how they are spread: an expert that
     serves several of them has little left for rare ids. So ids are cut into bands, each with as many tokens, and
     placed band by band, the most frequent first. After every band no expert has more than `max_load` times the mean
-    of the tokens placed so far, but for an id that alone is more: that shares its expert with nothing until the others
-    have caught up. Within a band the table is chosen as in `balanced_table`, given those before.
+    of the tokens placed so far, but for one of an id that alone is more: that shares its expert with nothing until the
+    others have caught up. Within a band the table is chosen as in `balanced_table`, given those before.
 
     Args:
         agreement (`torch.Tensor` of shape `(V, E)`): see `balanced_table`.
@@ -151,20 +162,17 @@ def balanced_table_in_bands(
     share_V = count_V[order_V].cumsum(0) / count_V.sum()
     band_V = (share_V * num_bands).ceil().clamp(1, num_bands).long()
     table_V, load_E = agreement_VE.argmax(-1), torch.zeros(num_experts, dtype=torch.float64)
-    placed, gaps, capacity = 0.0, 0.0, 0.0
+    placed, gaps, limit = 0.0, 0.0, 0.0
     for band in band_V.unique().tolist():
         ids = order_V[(band_V == band) & (count_V[order_V] > 0)]
         placed += count_V[ids].sum().item()
-        band_table, gap, capacity = place_band(
+        band_table, gap, limit = place_band(
             agreement_VE[ids], count_V[ids], load_E, max_load * placed / num_experts, node_limit
         )
         table_V[ids] = band_table
         load_E, gaps = load_E + table_load(band_table, count_V[ids], num_experts), gaps + gap
-    kept = agreement_VE.gather(1, table_V.unsqueeze(-1)).sum().item()
-    best = agreement_VE.amax(-1).sum().item()
-    return BalancedTable(
-        table_V, kept, best, max(kept, min(kept + gaps, best)), max(capacity, load_E.max().item()), load_E
-    )
+    alone = order_V[: int((count_V > max_load * placed / num_experts * (1 + ROUNDING)).sum())]
+    return _describe(agreement_VE, count_V, table_V, gaps, limit, alone)
 
 
 def place_band(
@@ -174,18 +182,24 @@ def place_band(
 
     Returns:
         Their table, `(V,)`; how much more another one may keep at most; the limit, raised to what the greedy packing
-        needs where that is more.
+        needs where that is more, but for ids that alone outweigh it.
     """
     heap = [(tokens, expert) for expert, tokens in enumerate(load_E.tolist())]
     heapq.heapify(heap)
+    num_alone = int((weight_V > limit * (1 + ROUNDING)).sum())
     packed, needed = [], 0.0
-    for weight in weight_V.tolist():
+    for token, weight in enumerate(weight_V.tolist()):
         tokens, expert = heap[0]
-        heapq.heapreplace(heap, (tokens + weight, expert))
         packed.append(expert)
-        needed = max(needed, tokens + weight)
+        if token < num_alone:  # on an empty expert: no heavier id can have shared one
+            heapq.heapreplace(heap, (math.inf, expert))
+        else:
+            heapq.heapreplace(heap, (tokens + weight, expert))
+            needed = max(needed, tokens + weight)
     limit = max(limit, needed)
-    problem = Problem(agreement_VE, weight_V, (limit * (1 + ROUNDING) - load_E).clamp(min=0.0))
+    capacity = limit * (1 + ROUNDING)
+    alone = torch.arange(num_alone)
+    problem = Problem(agreement_VE, weight_V.index_fill(0, alone, capacity), (capacity - load_E).clamp(min=0.0))
     table_V, gap = Search(problem, torch.tensor(packed), node_limit).run()
     return table_V, gap, limit
 

@@ -200,7 +200,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             paper's, keeps the centroids.
         max_frozen_load (`float`, *optional*): when the routing is frozen into a table, no expert gets more than this
             times the mean of the tokens of stage 1; the table keeps as much agreement as that allows (see
-            `balanced_table`). Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1; `None`, the paper's,
+            `balanced_table`). A token id that alone outweighs it gets an expert of its own. Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1; `None`, the paper's,
             freezes the distilled router as it is.
         frozen_load_bands (`int`, *optional*, defaults to 1): with `max_frozen_load`, cut the token ids into so many bands
             from frequent to rare, each with as many tokens, and keep to the limit after every band: frequent ids are

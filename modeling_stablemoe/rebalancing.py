@@ -25,6 +25,7 @@ class LayerBalance:
         best_agreement (`float`): share of the tokens that any table could have kept where they were, in [0, 1].
         agreement (`float`): share that the balanced table keeps there.
         bound (`float`): share that no other table within the limit exceeds, given its more frequent ids.
+        alone (`int`): ids that outweigh the limit by themselves, each with an expert of its own.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerBalance:
     best_agreement: float
     agreement: float
     bound: float
+    alone: int
 
 
 def count_choices(token_ids: Tensor, experts: Tensor, vocab_size: int, num_experts: int) -> Tensor:
@@ -100,7 +102,14 @@ def _balance(
     before, after = ((load.max() / load.mean()).item() for load in loads)
     bound = min(best, kept + balanced.bound - balanced.agreement)
     return balanced.table, LayerBalance(
-        layer.name, int(tokens), before, after, best / tokens, kept / tokens, bound / tokens
+        name=layer.name,
+        tokens=int(tokens),
+        load_before=before,
+        load_after=after,
+        best_agreement=best / tokens,
+        agreement=kept / tokens,
+        bound=bound / tokens,
+        alone=len(balanced.alone),
     )
 
 
@@ -115,6 +124,7 @@ def format_balances(balances: Sequence[LayerBalance]) -> str:
             "agreement": f"{balance.agreement:.1%}",
             "best": f"{balance.best_agreement:.1%}",
             "bound": f"{balance.bound:.2%}",
+            "alone": str(balance.alone),
         }
         for balance in balances
     ]
@@ -126,6 +136,7 @@ def format_balances(balances: Sequence[LayerBalance]) -> str:
         "agreement": "tokens kept",
         "best": "by the best table without a limit",
         "bound": "at most possible",
+        "alone": "ids above the limit, with an expert of their own",
     }
     return format_table(rows, headings)
 

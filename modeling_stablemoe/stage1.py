@@ -233,6 +233,10 @@ class FrozenReport:
                 sum(layer.best_agreement for layer in self.balanced) / tokens - kept
             )
             metrics["transition_agreement_gap"] = sum(layer.bound for layer in self.balanced) / tokens - kept
+            metrics["transition_largest_shared_load"] = max(
+                (layer.limit / layer.load.mean()).item() for layer in self.balanced
+            )
+            metrics["transition_ids_above_limit"] = sum(len(layer.alone) for layer in self.balanced)
         return metrics
 
     def sentences(self) -> list[str]:
@@ -258,10 +262,17 @@ class FrozenReport:
             )
         if self.balanced:
             said.append(
-                f"Balanced from max/mean {metrics['transition_unbalanced_load_max_over_mean']:.2f} at the price of "
+                f"Balanced from max/mean {metrics['transition_unbalanced_load_max_over_mean']:.2f} to at most "
+                f"{metrics['transition_largest_shared_load']:.2f} at the price of "
                 f"{metrics['transition_agreement_given_up']:.1%} of expected agreement, which is now "
                 f"{metrics['transition_expected_agreement']:.1%}, at most {metrics['transition_agreement_gap']:.2%} below the "
                 "best possible."
+            )
+        heavy = sorted({token_id for layer in self.balanced for token_id in layer.alone.tolist()})
+        if heavy:
+            named = ", ".join(map(str, heavy[:5])) + (f" and {len(heavy) - 5} more" if len(heavy) > 5 else "")
+            said.append(
+                f"Token id(s) {named} alone outweigh the limit: each has an expert of its own, and the others keep to it."
             )
         return said
 

@@ -98,7 +98,8 @@ class TwoStageRoutingMixin:
         moment before, unless `config.max_frozen_load` sends some elsewhere to balance the table.
 
         Returns:
-            `list[BalancedTable]`: with `max_frozen_load`, what that came to, one a MoE layer; else empty.
+            `list[BalancedTable]`: with `max_frozen_load`, what that came to, one a MoE layer; else empty. Its
+                `alone` are the token ids that outweigh the limit by themselves.
 
         Raises:
             RuntimeError: if the routing is frozen already.

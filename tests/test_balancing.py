@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -18,8 +18,8 @@ MAX_LOADS = [1.0, 1.05, 1.2, 1.5, 2.0]
 
 
 @st.composite
-def small_problems(draw):
-    num_ids, num_experts = draw(st.integers(1, 8)), draw(st.integers(1, 4))
+def small_problems(draw, most_ids: int = 8, most_experts: int = 4):
+    num_ids, num_experts = draw(st.integers(1, most_ids)), draw(st.integers(1, most_experts))
     rows = st.lists(st.integers(0, 12), min_size=num_experts, max_size=num_experts)
     agreement = draw(st.lists(rows, min_size=num_ids, max_size=num_ids))
     counts = draw(st.lists(st.integers(0, 15), min_size=num_ids, max_size=num_ids))
@@ -61,7 +61,11 @@ def assert_consistent(result: BalancedTable, agreement: torch.Tensor, counts: to
     load = torch.stack([counts.double()[result.table == i].sum() for i in range(num_experts)])
     assert result.table.dtype == torch.long
     torch.testing.assert_close(result.load, load, rtol=1e-12, atol=0)
-    assert (result.load <= result.limit).all()
+    shared = torch.ones(num_experts, dtype=torch.bool).index_fill(0, result.table[result.alone], False)
+    assert (result.load[shared] <= result.limit).all()
+    assert (counts[result.alone] > result.load[shared].max()).all() if len(result.alone) else shared.all()
+    for token in result.alone.tolist():
+        assert result.load[result.table[token]] == pytest.approx(counts[token].item(), rel=1e-12)
     kept = agreement.double().gather(1, result.table.unsqueeze(-1)).sum().item()
     assert result.agreement == pytest.approx(kept, rel=1e-12)
     assert result.best_agreement == pytest.approx(agreement.double().amax(-1).sum().item(), rel=1e-12)
@@ -93,6 +97,7 @@ def greedy_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: float
 @settings(max_examples=150, deadline=None)
 def test_small_problems_reach_the_optimum_of_scipy_and_raise_the_limit_only_where_nothing_fits(problem):
     agreement, counts, max_load = problem
+    assume(int(counts.max()) <= exact_limit(counts, agreement.shape[1], max_load))
     result = balanced_table(agreement, counts, max_load)
     assert_consistent(result, agreement, counts)
     limit, needed = exact_limit(counts, agreement.shape[1], max_load), smallest_load(counts, agreement.shape[1])
@@ -104,11 +109,42 @@ def test_small_problems_reach_the_optimum_of_scipy_and_raise_the_limit_only_wher
     assert result.bound == result.agreement
 
 
+def tables_with_heavy_ids_alone(counts, num_experts: int, limit: Fraction, raised: float) -> list[tuple[int, ...]]:
+    """All tables in which an id above the limit shares its expert with no token, and the others keep to one raised."""
+    fitting = []
+    for table in itertools.product(range(num_experts), repeat=len(counts)):
+        shares = [
+            [int(counts[v]) for v in range(len(counts)) if table[v] == i and counts[v]] for i in range(num_experts)
+        ]
+        if all(len(share) == 1 if max(share, default=0) > limit else sum(share) <= raised for share in shares):
+            fitting.append(table)
+    return fitting
+
+
+@given(problem=small_problems(most_ids=6, most_experts=3), heavy=st.lists(st.integers(16, 99), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_ids_that_outweigh_the_limit_stand_alone_and_all_others_keep_to_it(problem, heavy):
+    agreement, counts, max_load = problem
+    counts = torch.cat([counts, torch.tensor(heavy)])[-len(agreement) :]
+    limit = exact_limit(counts, agreement.shape[1], max_load)
+    result = balanced_table(agreement, counts, max_load)
+    assert_consistent(result, agreement, counts)
+    if agreement.shape[1] > 1:
+        assert sorted(result.alone.tolist()) == [v for v, count in enumerate(counts.tolist()) if count > limit]
+    assert counts[result.alone].tolist() == sorted(counts[result.alone].tolist(), reverse=True)
+    fitting = tables_with_heavy_ids_alone(counts, agreement.shape[1], limit, float(limit) + 1e-9)
+    assert (result.limit > float(limit) + 1e-9) == (not fitting)
+    fitting = tables_with_heavy_ids_alone(counts, agreement.shape[1], limit, result.limit + 1e-9)
+    best = max(sum(int(agreement[v, i]) for v, i in enumerate(table)) for table in fitting)
+    assert result.agreement == result.bound == best
+
+
 @given(seed=st.integers(0, 999), max_load=st.sampled_from(MAX_LOADS[1:]))
 @settings(max_examples=30, deadline=None)
 def test_counts_that_are_not_whole_reach_the_optimum_of_brute_force(seed, max_load):
     generator = torch.Generator().manual_seed(seed)
     counts = torch.rand(6, generator=generator, dtype=torch.float64)
+    assume(counts.max() <= max_load * counts.sum() / 3)
     agreement = torch.rand(6, 3, generator=generator, dtype=torch.float64) * counts.unsqueeze(-1)
     result = balanced_table(agreement, counts, max_load)
     assert_consistent(result, agreement, counts)
@@ -140,9 +176,10 @@ def test_many_ids_come_close_to_the_bound_and_beat_the_greedy_table(heaviest, ma
     agreement, counts = zipf_problem(2000, 16, heaviest)
     result = balanced_table(agreement, counts, max_load)
     assert_consistent(result, agreement, counts)
-    assert result.limit == pytest.approx(max(max_load * counts.sum().item() / 16, counts.max().item()), rel=1e-9)
-    assert result.bound - result.agreement <= 1e-3 * result.bound
-    assert result.agreement > greedy_agreement(agreement, counts, result.limit)
+    assert result.limit == pytest.approx(max_load * counts.sum().item() / 16, rel=1e-9)
+    # An id that stands alone leaves the others less room to fit in.
+    assert result.bound - result.agreement <= (5e-3 if len(result.alone) else 1e-3) * result.bound
+    assert result.agreement > greedy_agreement(agreement, counts.clamp(max=result.limit), result.limit)
     assert result.bound < result.best_agreement
 
 
@@ -226,10 +263,17 @@ def test_degenerate_problems_keep_what_can_be_kept(agreement, counts, max_load):
     assert result.bound == pytest.approx(result.agreement, rel=1e-3)
 
 
-def test_id_heavier_than_the_limit_raises_it_to_its_own_weight():
+@pytest.mark.parametrize("heaviest", [[5000.0], [5000.0, 9000.0], [9000.0] * 7])
+@pytest.mark.parametrize("num_bands", [1, 4])
+def test_heavy_ids_do_not_move_the_limit_of_the_others(heaviest, num_bands):
     agreement, counts = zipf_problem(200, 8, 300.0)
-    counts[7] = 5000.0
-    assert balanced_table(agreement, counts, 1.1).limit == 5000
+    counts[: len(heaviest)] = torch.tensor(heaviest)
+    result = balanced_table_in_bands(agreement, counts, 1.1, num_bands)
+    assert_consistent(result, agreement, counts)
+    assert result.limit == pytest.approx(1.1 * counts.sum().item() / 8, rel=1e-9)
+    heavy = {v for v in range(200) if counts[v] > result.limit}
+    assert set(result.alone.tolist()) == heavy
+    assert len(heavy) == len(set(result.table[result.alone].tolist()))
 
 
 def test_same_numbers_give_the_same_table_draw_no_random_numbers_and_stay_as_they_are():
@@ -311,7 +355,7 @@ def test_every_band_is_spread_as_evenly_as_its_heaviest_ids_allow(max_load):
     ]
     assert loads[1].std() < loads[0].std()
     assert banded.agreement <= plain.agreement
-    assert banded.load.max() <= banded.limit == plain.limit
+    assert banded.limit == plain.limit
 
 
 @settings(max_examples=40, deadline=None)
@@ -330,19 +374,18 @@ def test_small_bands_are_placed_at_the_optimum_beside_those_before(problem, num_
         if not len(ids):
             continue
         placed += counts[ids].sum().item()
-        packed = load.clone()
-        needed = 0.0
-        for count in counts[ids].tolist():
+        limit, packed, needed = max_load * placed / num_experts, load.clone(), 0.0
+        alone = counts[ids] > limit + 1e-9
+        for count, is_alone in zip(counts[ids].tolist(), alone.tolist(), strict=True):
             expert = int(packed.argmin())
-            packed[expert] += count
-            needed = max(needed, packed[expert].item())
-        room = (max(max_load * placed / num_experts, needed) + 1e-9 - load).clamp(min=0)
+            packed[expert] += math.inf if is_alone else count
+            needed = needed if is_alone else max(needed, packed[expert].item())
+        capacity = max(limit, needed) + 1e-9
+        weights = counts[ids].double().masked_fill(alone, capacity)  # so that nothing else fits beside it
         best = 0
         for choice in itertools.product(range(num_experts), repeat=len(ids)):
-            added = torch.zeros(num_experts, dtype=torch.double).index_add(
-                0, torch.tensor(choice), counts[ids].double()
-            )
-            if (added <= room).all():
+            added = torch.zeros(num_experts, dtype=torch.double).index_add(0, torch.tensor(choice), weights)
+            if (added <= (capacity - load).clamp(min=0)).all():
                 best = max(best, int(agreement[ids, list(choice)].sum()))
         assert int(agreement[ids, result.table[ids]].sum()) == best
         load.index_add_(0, result.table[ids], counts[ids].double())

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from workplaces import load_script, refuse
 
 from modeling_stablemoe.inspection import route_texts
-from modeling_stablemoe.rebalancing import rebalance
+from modeling_stablemoe.rebalancing import format_balances, rebalance
 
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 30
@@ -51,6 +51,19 @@ def test_ids_that_are_not_in_the_text_stay_as_far_as_balance_allows():
     before = model.route(torch.arange(99).unsqueeze(0))[0, 0]
     rebalance(model, route_texts(model, DOCUMENTS), 5.0)
     assert torch.equal(model.route(torch.arange(99).unsqueeze(0))[0, 0], before)
+
+
+@pytest.mark.parametrize("num_bands", [1, 4])
+def test_an_id_of_half_the_text_stands_alone_and_the_others_keep_to_the_limit(num_bands):
+    model = frozen_model()
+    (text,) = route_texts(model, [[*document, *[50] * 50] for document in DOCUMENTS])
+    (balance,) = rebalance(model, [text], 1.1, num_bands)
+    table = model.route(torch.arange(99).unsqueeze(0))[0, 0]
+    load = torch.bincount(table[text.token_ids], minlength=5)
+    assert balance.alone == (table == table[50]).sum() == 1
+    assert load[table[50]] == load.max() == 300
+    assert load.sort().values[-2] <= 1.1 * (600 + 99) / 5
+    assert "ids above the limit" in format_balances([balance])
 
 
 def test_a_decoder_that_routed_nothing_is_an_error():

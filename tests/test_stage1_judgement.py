@@ -191,6 +191,20 @@ def test_the_transition_says_what_balance_has_cost(tmp_path, capsys):
     assert f"at the price of {entry['transition_agreement_given_up']:.1%} of expected agreement" in output
 
 
+def test_the_transition_names_the_ids_that_have_an_expert_of_their_own(capsys, tmp_path):
+    model = tiny_model(max_frozen_load=1.1, distilled_router="counts")
+    rows = [{"input_ids": torch.cat([torch.full((8,), 7), row["input_ids"]])} for row in BLOCKS]
+    trainer = make_trainer(tmp_path, StageTransitionCallback(6), model=model, train_dataset=rows)
+    trainer.train()
+    entry, output = transition_of(trainer), capsys.readouterr().out
+    table = model.model.moe_layers[0].frozen_router.values()
+    assert (table == table[7]).sum() == 1
+    assert entry["transition_ids_above_limit"] == 1
+    assert 1 < entry["transition_largest_shared_load"] <= 1.1 + 1e-6 < entry["transition_table_load_max_over_mean"]
+    assert "to at most 1.1" in output
+    assert "Token id(s) 7 alone outweigh the limit: each has an expert of its own" in output
+
+
 def test_a_resumed_run_goes_on_watching(tmp_path):
     def train(**arguments):
         trainer = make_trainer(
