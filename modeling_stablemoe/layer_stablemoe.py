@@ -192,10 +192,12 @@ def _replicate_buffers(layer: StableMoELayer, state_dict: dict[str, Tensor], pre
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh
-    for name, _ in layer.named_buffers(prefix.removesuffix(".")):
-        if name in state_dict and not hasattr(state_dict[name], "device_mesh"):
+    for name, values in layer.named_buffers(prefix.removesuffix(".")):
+        entry = state_dict.get(name, values)
+        # With `keep_vars` the buffer itself is asked for: transformers marks it as initialised.
+        if entry is not values and not hasattr(entry, "device_mesh"):
             placements = [Replicate()] * mesh.ndim
-            state_dict[name] = DTensor.from_local(state_dict[name], mesh, placements, run_check=False)
+            state_dict[name] = DTensor.from_local(entry, mesh, placements, run_check=False)
 
 
 def dispatch_ahead(

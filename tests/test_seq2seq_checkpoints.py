@@ -128,7 +128,7 @@ def test_shards_and_bfloat16_keep_the_routing(source, tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 3
     assert_same_model(StableMoEForConditionalGeneration.from_pretrained(tmp_path), source)
     half = StableMoEForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16, torch.int32}
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert torch.equal(half.route(EVERY_ID), source.route(EVERY_ID))
     assert half.generate(SOURCE, max_new_tokens=3, min_new_tokens=3).shape == (3, 4)
 
