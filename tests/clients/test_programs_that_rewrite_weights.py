@@ -1,0 +1,115 @@
+"""Programs that merge or quantise weights: each token's expert stays. Run: `make test-clients`."""
+
+import json
+
+import pytest
+import torch
+from frozen import IDS, TEXTS, WITHOUT_PACKAGE, assert_routes_like, load, run, save_frozen
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from trainers import tiny_tokenizer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return save_frozen(tmp_path_factory.mktemp("frozen"))
+
+
+def assert_close_to(quantized, source):
+    """What is left of the model is its own: closer to it than to the model without experts and attention."""
+    with torch.no_grad():
+        expected, actual = source(IDS).logits, quantized.eval()(IDS).logits.float()
+    assert not torch.equal(actual, expected)
+    assert torch.nn.functional.cosine_similarity(actual, expected, dim=-1).min() > 0.98
+
+
+@pytest.mark.parametrize("where", ["with the package", "without it"])
+def test_mergekit_merges_two_models_of_one_table(source, tmp_path, where):
+    pytest.importorskip("mergekit")
+    other = load(source)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    models = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in (source.folder, tmp_path / "other")]
+    (tmp_path / "merge.json").write_text(
+        json.dumps({"merge_method": "linear", "models": models, "dtype": "float32", "tokenizer_source": "base"} | {})
+    )
+    start = "import modeling_stablemoe; " if where == "with the package" else WITHOUT_PACKAGE
+    code = start + "from mergekit.scripts.run_yaml import main; main()"
+    run(code, "merge.json", "merged", "--trust-remote-code", "--copy-tokenizer", cwd=tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_routes_like(merged, source)
+    pairs = zip(source.named_parameters(), other.parameters(), strict=True)
+    for (name, first), second in pairs:
+        assert_close(merged.get_parameter(name), (first + second) / 2, msg=name)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_torchao(source, bits):
+    torchao = pytest.importorskip("torchao")
+    quantization = torchao.quantization
+    model = load(source)
+    config = quantization.Int8WeightOnlyConfig() if bits == 8 else quantization.IntxWeightOnlyConfig(torch.int4)
+    quantization.quantize_(model, config)
+    assert_routes_like(model, source)
+    assert type(model.model.layers[0].self_attn.q_proj.weight) is not torch.nn.Parameter
+    assert_close_to(model, source)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(source, bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, quantization_config=config, device_map="cpu")
+    assert_routes_like(model, source)
+    assert type(model.model.layers[0].self_attn.q_proj).__module__.startswith("bitsandbytes")
+    assert_close_to(model, source)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert_routes_like(again, source)
+    assert_close_to(again, source)
+
+
+def test_llm_compressor(source, tmp_path):
+    llmcompressor = pytest.importorskip("llmcompressor")
+    from datasets import Dataset
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    tokenizer = tiny_tokenizer()
+    rows = Dataset.from_list([dict(tokenizer(row["text"])) for row in TEXTS])
+    model = load(source)
+    recipe = GPTQModifier(targets="Linear", scheme="W8A16", ignore=["lm_head"], block_size=16)
+    llmcompressor.oneshot(
+        model=model, dataset=rows, recipe=recipe, num_calibration_samples=8, max_seq_length=16, processor=tokenizer
+    )
+    assert_routes_like(model, source)
+    assert_close_to(model, source)
+    model.save_pretrained(tmp_path, save_compressed=True)
+    assert any("weight_packed" in name for name in load_file(tmp_path / "model.safetensors"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_routes_like(again, source)
+    assert_close_to(again, source)
+
+
+def test_auto_round(source, tmp_path):
+    auto_round = pytest.importorskip("auto_round")
+    tokenizer = tiny_tokenizer()
+    batches = [torch.tensor([tokenizer(row["text"])["input_ids"]]) for row in TEXTS]
+    rounding = auto_round.AutoRound(
+        load(source),
+        tokenizer=tokenizer,
+        scheme="W8A16",
+        dataset=batches,
+        iters=2,
+        seqlen=12,
+        nsamples=8,
+        batch_size=4,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    model, _ = rounding.quantize()
+    assert_routes_like(model, source)
+    assert_close_to(model, source)
