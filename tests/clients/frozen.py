@@ -20,7 +20,7 @@ WITHOUT_PACKAGE = "import sys; sys.modules['modeling_stablemoe'] = None; "
 
 
 def save_frozen(folder: Path, seed: int = 0, **overrides) -> StableMoEForCausalLM:
-    model = tiny_model(seed, moe_layer_positions=[0, 2], pad_token_id=2, dropout=0.0, **overrides)
+    model = tiny_model(seed, **{"moe_layer_positions": [0, 2], "pad_token_id": 2, "dropout": 0.0} | overrides)
     model.freeze_router()
     model.eval().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

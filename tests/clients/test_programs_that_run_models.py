@@ -61,6 +61,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.xfail(strict=True, reason="looks for the class among transformers' own, by its name in the config")
 def test_transformers_serve(source, tmp_path):
     for name in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(name)
@@ -113,6 +114,7 @@ class Experts(torch.nn.Module):
 def test_onnxruntime(source, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    source.set_experts_implementation("batched_mm")  # the default sorts, for which there is no operator in ONNX
     module = Experts(source).eval()
     dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
     torch.onnx.export(module, (IDS,), tmp_path / "model.onnx", dynamo=True, dynamic_shapes=dynamic)
