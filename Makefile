@@ -16,7 +16,7 @@ EXTRAS := plots tensorboard translation test
 # Both ends take another torch where they are told one, a CPU build for example: `make test-oldest TORCH=torch==2.13.0`.
 TORCH ?=
 
-.PHONY: install train train-seq2seq test test-oldest test-newest test-slow test-gpu quality style lock clean
+.PHONY: install train train-seq2seq test test-oldest test-newest test-clients test-slow test-gpu quality style lock clean
 
 install: $(INSTALLED)
 
@@ -45,12 +45,13 @@ test: quality
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python $(FAST_TESTS)
 
-.venv-oldest/.installed: requirements.oldest pyproject.toml
-	$(PYTHON) -m venv .venv-oldest
-	grep -v '^torch==' requirements.oldest > .venv-oldest/requirements
-	.venv-oldest/bin/python -m pip install --quiet $(or $(TORCH),$(shell grep '^torch==' requirements.oldest)) \
-		--requirement .venv-oldest/requirements
-	.venv-oldest/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+# An environment for each requirements.NAME: the oldest set, and those of programs that people use on models.
+.venv-%/.installed: requirements.% pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	grep -v '^torch==' $< > .venv-$*/requirements
+	.venv-$*/bin/python -m pip install --quiet $(or $(TORCH),$(shell grep '^torch==' requirements.$*)) \
+		--requirement .venv-$*/requirements
+	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 # The newest releases that go together, looked up anew each time.
@@ -59,6 +60,11 @@ test-newest:
 	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager $(or $(TORCH),torch) \
 		$(foreach extra,$(EXTRAS),--editable ".[$(extra)]")
 	.venv-newest/bin/python $(FAST_TESTS)
+
+# docs/clients.md: tests skip where their program is not in the environment.
+test-clients: .venv-clients/.installed .venv-clients-llm-compressor/.installed
+	.venv-clients/bin/python -m pytest tests/clients
+	.venv-clients-llm-compressor/bin/python -m pytest tests/clients -k llm_compressor
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --durations=10
@@ -85,4 +91,4 @@ lock:
 	rm requirements.lock.partial requirements.oldest.partial
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-clients* build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -77,6 +77,8 @@ def _is_base64(value: Any) -> bool:
 
 
 def _is_float_type(value: Any) -> bool:
+    if value == "auto":  # what `AutoConfig.from_pretrained(folder, dtype="auto")` sets: that of the weights
+        return True
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
@@ -311,7 +313,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
                 "must be a list of strings, as `prune_experts` writes it",
             )
         ),
-        "dtype": _optional(Rule(_is_float_type, 'must be a type of floating-point numbers, "float32" say')),
+        "dtype": _optional(Rule(_is_float_type, 'must be a type of floating-point numbers, "float32" say, or "auto"')),
         "id2label": _optional(Rule(_names_labels, "must be a dictionary from 0, 1, ... to names")),
         "label2id": _optional(Rule(_is_by_name, "must be a dictionary from names to numbers")),
         "architectures": _optional(Rule(_are_strings, "must be a list of names of classes")),

@@ -65,7 +65,7 @@ def may_ask(values: Tensor) -> bool:
 
     An accelerator would have to be waited for, compiled code would break, a trace would keep the answer, and `vmap` has none.
     """
-    return values.device.type == "cpu" and not is_transformed()
+    return not isinstance(values, torch.fx.Proxy) and values.device.type == "cpu" and not is_transformed()
 
 
 def is_transformed() -> bool:

@@ -306,6 +306,13 @@ def test_what_overrides_a_config_file_is_checked_too(tmp_path):
             AutoConfig.from_pretrained(tmp_path, return_unused_kwargs=True, **fields)
 
 
+@pytest.mark.parametrize("seq2seq", [False, True])
+def test_a_config_is_loaded_for_the_dtype_of_the_weights(seq2seq, tmp_path):
+    config = tiny_seq2seq_config() if seq2seq else tiny_config()
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, dtype="auto").dtype == "auto"
+
+
 def test_numbers_of_numpy_are_saved_as_numbers(tmp_path):
     given_numbers = {"vocab_size": np.int64(99), "dropout": np.float32(0.5), "eos_token_id": [np.int32(3)]}
     config = tiny_config(**given_numbers)
