@@ -165,9 +165,21 @@ class CountRouter(WordEmbeddingRouter):
         self.half_life = config.counts_half_life
         self.register_buffer("expert_counts", torch.zeros((config.vocab_size, config.num_experts), dtype=torch.int32))
 
+    def forward(
+        self, token_ids: Tensor | None = None, context: TokenContext | None = None, counts: bool = False
+    ) -> Tensor:
+        """Score tokens; as `WordEmbeddingRouter.forward` does.
+
+        Args:
+            token_ids (`torch.LongTensor`, *optional*): as there.
+            context (`TokenContext`, *optional*): as there.
+            counts (`bool`): give `counts()` instead, which the hooks of an offloaded model fetch for a forward pass alone.
+        """
+        return from_bits(self.expert_counts) if counts else super().forward(token_ids, context)
+
     def counts(self) -> Tensor:
         """Return the counts, whole: `torch.FloatTensor` of shape `(V, E)`."""
-        return from_bits(self.expert_counts)
+        return self(counts=True)
 
     def table(self) -> Tensor:
         """Evaluate the expert of each id, `torch.LongTensor` of shape `(V,)`."""

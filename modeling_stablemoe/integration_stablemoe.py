@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import distributed
 from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -39,6 +39,8 @@ class IntegrationMixin:
             self._refuse_joining_shards(kwargs.get("push_to_hub", False))
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
+        if len(args) < 2 and kwargs.get("state_dict") is None and (fetched := self._fetch_offloaded()):
+            kwargs["state_dict"] = {name: fetched.get(name, value) for name, value in self.state_dict().items()}
         super().save_pretrained(save_directory, *args, **kwargs)
         if not (args[0] if args else kwargs.get("is_main_process", True)):
             return
@@ -58,6 +60,27 @@ class IntegrationMixin:
             f"{layer}.{name}" for layer, module in moe_layers_of(self).items() for name, _ in module.named_buffers()
         ]
         return [prefix + name for prefix in ("", "base_model.model.") for name in names]
+
+    def _fetch_offloaded(self) -> dict[str, Tensor]:
+        """Read what hooks of accelerate have offloaded where `PreTrainedModel.save_pretrained` does not find it.
+
+        It looks only after `device_map` has made the hooks, and not where a module has several, as one that two sides
+        have in common.
+        """
+        modules: dict[nn.Module, dict[str, Tensor]] = {}
+        fetched = {}
+        for name, module in self.named_modules(remove_duplicate=False):
+            hook = getattr(module, "_hf_hook", None)
+            is_found = hasattr(self, "hf_device_map") and hasattr(hook, "weights_map")
+            if hook is None or is_found or not any(values.is_meta for values in _own_tensors(module).values()):
+                continue
+            if module not in modules:
+                hook.pre_forward(module)
+                modules[module] = {key: values.detach().cpu().clone() for key, values in _own_tensors(module).items()}
+                hook.post_forward(module, None)
+            fetched |= {f"{name}.{key}".lstrip("."): values for key, values in modules[module].items()}
+        tied = {name: fetched[source] for name, source in self.all_tied_weights_keys.items() if source in fetched}
+        return fetched | tied
 
     @classmethod
     def _written_class(cls) -> type:
@@ -192,6 +215,10 @@ def _without_recorders(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> 
             twin.__dict__["_modules"] = type(module._modules)(children)
             twin.__dict__["_forward_hooks"] = type(module._forward_hooks)(hooks)
     return twins[module]
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
 
 
 def _check_num_experts(num_experts: int, distributed_config: DistributedConfig):

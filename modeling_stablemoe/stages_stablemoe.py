@@ -50,6 +50,11 @@ class TwoStageRoutingMixin:
         """Initialise the weights; a routing that is fixed from the start is frozen from here on."""
         self._own_config()
         super().post_init()
+        for layer in self.moe_layers_by_name.values():
+            if next(
+                layer.parameters()
+            ).is_meta:  # the routing comes with the weights; -1 would pass for one of stage 1
+                layer.to("meta")
         if _is_side(self) or not self._read_routing():
             return
         if not _is_loading.get():  # new weights: what the config says of a routing is of another model
@@ -178,6 +183,18 @@ class TwoStageRoutingMixin:
             raise ValueError("There is no router to freeze: `moe_layer_positions` is empty, this is a dense model.")
         if _is_side(self):
             raise ValueError(f"{type(self).__name__} is a part: call `{method}` on the model that holds it.")
+        offloaded = [
+            f"{name}.{part}.{key}"
+            for name, layer in self.moe_layers_by_name.items()
+            for part in ("router", "frozen_router")
+            for key, values in (*getattr(layer, part).named_parameters(), *getattr(layer, part).named_buffers())
+            if values.is_meta
+        ]
+        if offloaded:
+            raise ValueError(
+                f"`{method}`: {', '.join(offloaded)} are offloaded. Load the model without offloading, change its routing, "
+                "save it, and offload what was saved."
+            )
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -136,7 +136,15 @@ def copy_into(target: Tensor, values: Tensor):
     Args:
         target (`torch.Tensor`): a parameter.
         values (`torch.Tensor`): of the whole shape of `target`; the same on every process.
+
+    Raises:
+        ValueError: if `target` is offloaded: hooks bring its values before a forward pass, and would not keep these.
     """
+    if target.is_meta:
+        raise ValueError(
+            "What a router has learned is offloaded, so nothing can be added to it. To train the model or to freeze its "
+            "routing, load it without `device_map` (or hooks of accelerate) that offload it."
+        )
     if hasattr(target, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
