@@ -76,6 +76,30 @@ class StableMoEGenerationMixin(GenerationMixin):
         """Make the inputs of the next step; see `GenerationMixin.prepare_inputs_for_generation`."""
         return super().prepare_inputs_for_generation(*args, **name_cache(kwargs))
 
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        """See `GenerationMixin`: the first that knows inputs and final lengths.
+
+        Raises:
+            ValueError: if generation may pass `max_position_embeddings`, instead of at the step that does.
+        """
+        padding = 0
+        if (positions := model_kwargs.get("position_ids")) is not None:
+            padding = positions.shape[-1] - 1 - int(positions[..., -1].max())
+        elif (mask := model_kwargs.get("decoder_attention_mask")) is not None:
+            padding = int(mask.eq(0).sum(-1).min())
+        excess = max_cache_length - padding - self.config.max_position_embeddings
+        if excess > 0:
+            raise ValueError(
+                f"Generation may go on to position {max_cache_length - padding - 1}, outside 0.."
+                f"{self.config.max_position_embeddings - 1} of `max_position_embeddings`: lower `max_new_tokens` or "
+                f"`max_length` by {excess}, or shorten the prompt."
+            )
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
 
 class CacheByEitherName:
     """Lets the field that holds a cache be read by its new name in outputs of older versions.

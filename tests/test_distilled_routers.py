@@ -760,7 +760,9 @@ def test_state_dicts_bring_their_stage(kind, caplog):
     with pytest.raises(ValueError, match=r"weights\.centroids` is damaged: its number 17 is missing"):
         frozen.load_state_dict(damaged)
     damaged[WEIGHTS.format(1, "centroids")] = damaged[WEIGHTS.format(1, "centroids")].bfloat16()
-    with pytest.raises(ValueError, match=r"weights\.centroids` holds integers, but what it was given is torch\.bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"weights\.centroids` holds integers, but what it was given is torch\.bfloat16"
+    ):
         frozen.load_state_dict(damaged)
     assert_same_model(frozen, learning)
     logging.getLogger("modeling_stablemoe").propagate = True

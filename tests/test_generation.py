@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
+from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, StaticCache, pipeline, set_seed
@@ -178,6 +178,53 @@ def test_an_early_exit_may_come_before_every_moe_layer():
     model = tiny_model(moe_layer_positions=[2], output_router_logits=True).eval()
     ids = random_ids(1, 5)
     assert torch.equal(continuation(model, ids, assistant_early_exit=1), by_hand(model, ids))
+
+
+@pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}])
+def test_a_generation_that_may_pass_the_last_position_fails_before_its_first_step(kind, options):
+    model = tiny_model(position_embedding_type=kind, max_position_embeddings=12).eval()
+    ids, passes = random_ids(1, 5), []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    # The last token that is generated is not read.
+    assert continuation(model, ids, max_new_tokens=8, **options).shape == (1, 8)
+    passes.clear()
+    message = (
+        r"^Generation may go on to position 13, outside 0\.\.11 .* lower `max_new_tokens` or `max_length` by 2, or"
+    )
+    for longer in ({"max_new_tokens": 10}, {"max_new_tokens": None, "max_length": 15}):
+        with pytest.raises(ValueError, match=message):
+            continuation(model, ids, **{**options, **longer})
+    with pytest.raises(ValueError, match=message):
+        model.generate(inputs_embeds=model.get_input_embeddings()(ids), **GREEDY | {"max_new_tokens": 10})
+    assert not passes
+
+
+def test_padding_takes_no_position_of_a_generation():
+    model = tiny_model(max_position_embeddings=12).eval()
+    ids = random_ids(2, 5)
+    padded = torch.cat([torch.full((2, 20), PAD), ids], 1)
+    mask = torch.cat([torch.zeros(2, 20, dtype=torch.long), torch.ones_like(ids)], 1)
+    assert torch.equal(continuation(model, padded, attention_mask=mask, max_new_tokens=8), by_hand(model, ids, 8))
+    with pytest.raises(ValueError, match=r"`max_length` by 1, or shorten"):
+        continuation(model, padded, attention_mask=mask, max_new_tokens=9)
+
+
+def test_a_translation_that_may_pass_the_last_position_fails_before_its_first_step():
+    model = tiny_seq2seq_model(max_position_embeddings=12).eval()
+    source, passes = random_ids(2, 5, high=91), []
+    assert model.generate(source, **GREEDY | {"max_new_tokens": 12}).shape == (2, 13)
+    prompt = {"decoder_input_ids": random_ids(2, 6, low=3, high=91)}
+    prompt["decoder_attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    assert model.generate(source, **prompt, **GREEDY | {"max_new_tokens": 7}).shape == (
+        2,
+        14,
+    )  # it begins with a start
+    model.model.decoder.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    for arguments, tokens in (({}, 13), (prompt, 8)):
+        with pytest.raises(ValueError, match=r"^Generation may go on to position 12, outside 0\.\.11 .* by 1, or"):
+            model.generate(source, **arguments, **GREEDY | {"max_new_tokens": tokens})
+    assert not passes
 
 
 def test_generation_stops_at_the_end_of_sequence_token_and_pads(model):

@@ -54,6 +54,7 @@ DOCUMENTED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.nn.functional",
+    "torch.optim",
     "torch.profiler",
     "torch.utils.flop_counter",
     "transformers",
@@ -93,6 +94,18 @@ class Use(NamedTuple):
 MODEL = "transformers.modeling_utils:PreTrainedModel"
 USES = [
     # Decorators and helpers of transformers' own modeling files.
+    Use("transformers.utils.output_capturing:_CAN_RECORD_REGISTRY", "what is recorded of a model that was pickled"),
+    Use("transformers.trainer:TRAINER_STATE_NAME", "the newest checkpoint of a run, whose adapters are resumed"),
+    Use(
+        "transformers.generation:GenerationMixin._prepare_cache_for_generation",
+        "a generation that is too long fails before its first step",
+        6,
+    ),
+    Use("torch:_C._are_functorch_transforms_active", "values are not asked for under torch.func"),
+    *(
+        Use(f"torch:_C._functorch.{name}", "experts compute with operators that torch.func can take")
+        for name in ("is_functorch_wrapped_tensor", "is_batchedtensor", "get_unwrapped")
+    ),
     Use("transformers.utils.output_capturing:capture_outputs", "collects hidden states and attentions of blocks", 1),
     Use(
         "transformers.utils.output_capturing:OutputRecorder",
@@ -290,7 +303,11 @@ ATTRIBUTES = {
         ("state_dict", "index"),
         "the file of a weight",
     ),
-    "a module": (nn.Module, ("_buffers",), "integers that casts of a model have reached"),
+    "a module": (
+        nn.Module,
+        ("_buffers", "_forward_hooks", "_modules"),
+        "integers that casts of a model have reached; models that are pickled without the hooks of recording",
+    ),
     "accelerate's last batch": (GradientState, ("end_of_dataloader", "remainder"), "rows that fill up a last batch"),
 }
 
@@ -388,7 +405,7 @@ def test_every_undocumented_import_of_the_package_is_named():
 
 def test_every_underscored_name_of_others_is_named():
     attributes = [(file, node) for file, node in nodes(ast.Attribute) if node.attr.startswith("_")]
-    known = {"_asdict", "_replace"}  # of named tuples
+    known = {"_asdict", "_fields", "_replace"}  # of named tuples
     known |= {node.name for _, node in nodes(ast.FunctionDef | ast.ClassDef)}
     known |= {node.attr for _, node in attributes if isinstance(node.ctx, ast.Store)}
     known |= {node.id for _, node in nodes(ast.Name) if isinstance(node.ctx, ast.Store)}

@@ -317,7 +317,5 @@ def test_a_model_in_training_mode_generates():
 
 
 def test_a_cache_for_one_side_only_is_refused():
-    with pytest.raises(
-        ValueError, match=r"^`cache` must be an EncoderDecoderCache, .* got a DynamicCache\.$"
-    ):
+    with pytest.raises(ValueError, match=r"^`cache` must be an EncoderDecoderCache, .* got a DynamicCache\.$"):
         tiny_seq2seq_model()(source_ids(), decoder_input_ids=source_ids(), past_key_values=DynamicCache())
