@@ -257,15 +257,17 @@ def _share_experts(module: SparseStack, owner: SparseStack):
 
 
 def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype):
-    """Give every parameter that is on the meta device values on another one."""
+    """Give every parameter and buffer that is on the meta device values on another one."""
     for path, owner in module.named_modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if not parameter.is_meta:
                 continue
-            kind = dtype if parameter.is_floating_point() else parameter.dtype
-            values = torch.empty(parameter.shape, device=device, dtype=kind)
+            values = torch.empty(parameter.shape, device=device, dtype=dtype)
             randomize(values, is_norm="norm" in f"{path}.{name}" and name.endswith("weight"))
             setattr(owner, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
+        for name, values in list(owner.named_buffers(recurse=False)):
+            if values.is_meta:
+                setattr(owner, name, randomize(torch.empty_like(values, device=device)))
 
 
 @torch.no_grad()
