@@ -47,6 +47,7 @@ class ContextModel:
         is_encoder_decoder=False, max_position_embeddings=4, vocab_size=50, num_experts=3, router_type="made up"
     )
     moe_layers_by_name = {"only": None}
+    base_model = None
     device = torch.device("cpu")
     routing_stage = 1
 
@@ -55,6 +56,9 @@ class ContextModel:
 
     def eval(self):
         return self
+
+    def can_generate(self):
+        return False
 
     def router_fingerprint(self):
         return None
