@@ -225,7 +225,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
             meets one of them says so once.
 
     Raises:
-        ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
+        ValueError: if a field is out of range, also where it is set later, or does not fit another one, also when a model is
+            built of the config or it is saved; the message names field, value and remedy.
     """
 
     vocab_size: int = 50257
