@@ -84,7 +84,10 @@ def _is_float_type(value: Any) -> bool:
 
 
 def _is_by_name(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value)
+    if not isinstance(value, dict) or not _are_strings(list(value)):
+        return False
+    numbers = list(value.values())
+    return _are_integers(numbers) or _are_strings(numbers)
 
 
 def _names_labels(value: Any) -> bool:
@@ -104,7 +107,7 @@ def _plain(value: Any) -> Any:
 
 
 def _choice(choices: Collection, says: str = "") -> Rule:
-    return Rule(lambda value: isinstance(value, str | None) and value in choices, says, choices)
+    return Rule(lambda value: isinstance(value, str) and value in choices, says, choices)
 
 
 def _tokens(least: int) -> Rule:
@@ -114,7 +117,7 @@ def _tokens(least: int) -> Rule:
 
 
 def _optional(rule: Rule) -> Rule:
-    return Rule(lambda value: value is None or rule.accepts(value), f"{rule.says}, or None")
+    return Rule(lambda value: value is None or rule.accepts(value), f"{rule.says}, or None", rule.choices)
 
 
 _COUNT = Rule(lambda value: _is_integer(value, 1), "must be a positive integer below 2**63")
@@ -222,7 +225,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
             meets one of them says so once.
 
     Raises:
-        ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
+        ValueError: if a field is out of range, also where it is set later, or does not fit another one, also when a model is
+            built of the config or it is saved; the message names field, value and remedy.
     """
 
     vocab_size: int = 50257
@@ -277,10 +281,10 @@ class StableMoEBaseConfig(PreTrainedConfig):
         "hidden_act": _choice(ACT2FN),
         "position_embedding_type": _choice(POSITION_EMBEDDING_TYPES),
         "router_type": _choice(ROUTER_TYPES, ", or import the file that registers it first (`register_router`)"),
-        "distilled_router": _choice((None, *DISTILLED_ROUTERS)),
+        "distilled_router": _optional(_choice(DISTILLED_ROUTERS)),
         "balance_gradient": _choice(BALANCE_GRADIENTS),
-        "router_normalization": _choice((None, *ROUTER_NORMALIZATIONS)),
-        "problem_type": _choice((None, *PROBLEM_TYPES)),
+        "router_normalization": _optional(_choice(ROUTER_NORMALIZATIONS)),
+        "problem_type": _optional(_choice(PROBLEM_TYPES)),
         "layer_norm_eps": Rule(
             lambda value: _is_number(value) and value > 0, "must be a finite number > 0 (in float32)"
         ),
