@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
 from modeling_stablemoe import StableMoEForSequenceClassification
+from modeling_stablemoe.pretrained_stablemoe import check_range
 
 
 def classifier(**overrides):
@@ -169,3 +170,12 @@ def test_block_wise_quantisers_take_the_model_apart_into_blocks_and_moe_layers(k
     assert_close(actual, expected)
     if kind == "language model":
         assert len(parts) == 1 + len(model.model.layers) + len(model.model.moe_layers)
+
+
+def test_a_symbolic_trace_is_not_asked_for_values():
+    class Checked(torch.nn.Module):
+        def forward(self, ids):
+            check_range(ids, 5, "id", "")
+            return ids + 1
+
+    assert torch.fx.symbolic_trace(Checked())(torch.tensor([3])).item() == 4
