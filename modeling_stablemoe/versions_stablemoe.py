@@ -85,7 +85,8 @@ class StableMoEGenerationMixin(GenerationMixin):
             ValueError: if generation may pass `max_position_embeddings`, instead of at the step that does.
         """
         padding = 0
-        if (positions := model_kwargs.get("position_ids")) is not None:
+        positions = model_kwargs.get("position_ids")
+        if positions is not None and positions.numel():  # without any token the forward pass says so
             padding = positions.shape[-1] - 1 - int(positions[..., -1].max())
         elif (mask := model_kwargs.get("decoder_attention_mask")) is not None:
             padding = int(mask.eq(0).sum(-1).min())

@@ -577,7 +577,7 @@ def test_tables_of_ones_own_are_refused():
 
 def test_names_are_checked():
     with pytest.raises(
-        ValueError, match=r"'trigram' is unknown; choose one of \[None, 'word_embedding', 'counts', 'bigram', 'cnn'"
+        ValueError, match=r"'trigram' is unknown; choose one of \['word_embedding', 'counts', 'bigram', 'cnn'"
     ):
         StableMoEConfig(distilled_router="trigram")
     with pytest.raises(ValueError, match=r"'bigram' has nothing to learn from a hash"):
