@@ -183,7 +183,8 @@ def test_disk_that_is_really_full(workplace, whole, tmp_path):
         (tmp_path / "ballast").write_bytes(bytes(700_000))
         run = fork_script(workplace, str(tmp_path / "run"))
         assert run.wait() == [1]
-        assert "No space left" in run.output or "unexpected pos" in run.output
+        # Which of them depends on what is being written: a file of safetensors, or one of torch's own streams.
+        assert any(text in run.output for text in ("No space left", "unexpected pos", "iostream error"))
         assert run.output.strip().splitlines()[-1].startswith("error: Saving to")
         (tmp_path / "ballast").unlink()
         finish(workplace, str(tmp_path / "run"), *LATEST)
