@@ -290,7 +290,7 @@ def test_positions_past_the_maximum_are_refused():
     model = tiny_seq2seq_model(max_position_embeddings=10).eval()
     message = r"^There is a position 10, outside 0\.\.9 of `max_position_embeddings`; shorten .*\(`max_new_tokens`\)"
     for use_cache in (True, False):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"^Generation may go on to position 10, outside 0\.\.9 of"):
             translate(model, source_ids(1), max_new_tokens=11, use_cache=use_cache)
     with pytest.raises(ValueError, match=message):
         translate(model, source_ids(1, 11))
