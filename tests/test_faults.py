@@ -174,13 +174,12 @@ def test_full_disk_at_any_point_of_a_save_is_one_line_and_costs_nothing(workplac
 
 
 def test_disk_that_is_really_full(workplace, whole, tmp_path):
-    if (
-        os.geteuid()
-        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path], check=False).returncode
-    ):
+    checkpoint = sum(path.stat().st_size for path in (whole / "checkpoint-10").iterdir())
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={5 * checkpoint}", "none", tmp_path]
+    if os.geteuid() or subprocess.run(mount, check=False).returncode:
         pytest.skip("mounting a file system of its own needs privileges")
     try:
-        (tmp_path / "ballast").write_bytes(bytes(700_000))
+        (tmp_path / "ballast").write_bytes(bytes(3 * checkpoint))
         run = fork_script(workplace, str(tmp_path / "run"))
         assert run.wait() == [1]
         # Which of them depends on what is being written: a file of safetensors, or one of torch's own streams.
