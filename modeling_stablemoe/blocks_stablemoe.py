@@ -56,6 +56,9 @@ class StableMoEAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # Initialisation asks for it, which is shown one matrix at a time.
+        self.q_proj.part_of_block = self.k_proj.part_of_block = self.v_proj.part_of_block = "qkv"
+        self.o_proj.part_of_block = "attention_output"
 
     def forward(
         self,
@@ -110,6 +113,7 @@ class StableMoEMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj.part_of_block = self.down_proj.part_of_block = "ffn"
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ TABLE_ROUTERS = ("word_embedding", "counts")
 BALANCE_GRADIENTS = ("all", "centroids")
 ROUTER_NORMALIZATIONS = ("center", "standardize")
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
+INITIALIZATIONS = ("normal", "fairseq")
 # Of each sublayer of a stack of experts; the first dimension of every one is `num_experts`.
 EXPERT_PARAMETERS = ("norm_weight", "norm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 
@@ -156,7 +157,14 @@ class StableMoEBaseConfig(PreTrainedConfig):
             after the last block (pre-norm); else after each residual sum (post-norm), as in the original Transformer.
             Experts are pre-norm in either case.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5): epsilon of every LayerNorm.
-        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of the initial weights.
+        initialization (`str`, *optional*, defaults to `"normal"`): what weights start from. `"normal"`: from
+            N(0, `initializer_range`^2), biases from 0. `"fairseq"`, as the released code does: token and position embeddings
+            from N(0, 1/d); q, k and v from Xavier's uniform distribution at a gain of 1/sqrt(2), the attention's output at 1
+            and its bias at 0; all other matrices and biases of blocks and experts from U(-1/sqrt(n), 1/sqrt(n)), n the width
+            of what they multiply; all experts of a layer equal. It belongs with `scale_embedding=True`. In either, the last
+            matrix of an expert sublayer starts at 0, so that a new expert changes nothing.
+        initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of `"normal"` weights, and of a
+            classifier's head.
         dropout (`float`, *optional*, defaults to 0.0): dropout on embeddings, attention and FFN outputs of the blocks.
         attention_dropout (`float`, *optional*, defaults to 0.0): dropout on attention probabilities.
         use_cache (`bool`, *optional*, defaults to `True`): return key/value caches by default.
@@ -178,6 +186,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
             of N sum_i f_i P_i (default 0.01) for `"switch"`; `"base"` and `"hash"` have no balance loss.
         distillation_loss_coef (`float`, *optional*, defaults to 1.0): weight of L_dis (1 in eq. 11; the released
             training command has 0.3).
+        center_balance_loss (`bool`, *optional*, defaults to `False`): subtract from the factors of eq. 8 their mean over
+            tokens, so that they sum to 0 over a batch and the loss moves gates apart, not all of them down. `False` is the
+            paper's, which does the same where loads are even: with half a million tokens in a batch.
         balance_gradient (`str`, *optional*, defaults to `"all"`): what learns from the balance loss: `"all"` is the
             paper's, centroids and hidden states; `"centroids"` keeps it out of the hidden states, which else can shut
             every gate at once by moving along the centroids' negative sum.
@@ -239,6 +250,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     scale_embedding: bool = False
     do_layer_norm_before: bool = True
     layer_norm_eps: float = 1e-5
+    initialization: str = "normal"
     initializer_range: float = 0.02
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -254,6 +266,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     distilled_router_dim: int = 50
     balance_loss_coef: float | None = None
     distillation_loss_coef: float = 1.0
+    center_balance_loss: bool = False
     balance_gradient: str = "all"
     balance_loss_warmup_tokens: int = 0
     router_normalization: str | None = None
@@ -280,6 +293,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     _rules = {
         "hidden_act": _choice(ACT2FN),
         "position_embedding_type": _choice(POSITION_EMBEDDING_TYPES),
+        "initialization": _choice(INITIALIZATIONS),
         "router_type": _choice(ROUTER_TYPES, ", or import the file that registers it first (`register_router`)"),
         "distilled_router": _optional(_choice(DISTILLED_ROUTERS)),
         "balance_gradient": _choice(BALANCE_GRADIENTS),
@@ -329,6 +343,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         **dict.fromkeys(("return_dict", "output_attentions", "output_hidden_states"), _optional(_SWITCH)),
         **dict.fromkeys(("scale_embedding", "do_layer_norm_before", "use_cache", "tie_word_embeddings"), _SWITCH),
         **dict.fromkeys(("share_experts_in_stage1", "reset_gates_at_freeze", "output_router_logits"), _SWITCH),
+        "center_balance_loss": _SWITCH,
         "is_encoder_decoder": _SWITCH,
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), _COUNT),
         **dict.fromkeys(("max_position_embeddings", "distilled_router_dim", "frozen_load_bands"), _COUNT),
@@ -477,6 +492,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
         if self.frozen_load_bands > 1 and self.max_frozen_load is None:
             raise ValueError(
                 f"`frozen_load_bands` ({self.frozen_load_bands}) belongs to `max_frozen_load`; set that too, to 1.05 say."
+            )
+        if self.center_balance_loss and self.router_type in ("switch", "base", "hash"):
+            raise ValueError(
+                f"`center_balance_loss` centres the balance loss of StableMoE, which {self.router_type!r} has not; leave it "
+                "at False."
             )
         if self.expert_bias_rate and self.router_type == "base":
             raise ValueError(
@@ -667,6 +687,7 @@ __all__ = [
     "BALANCE_GRADIENTS",
     "DISTILLED_ROUTERS",
     "EXPERT_PARAMETERS",
+    "INITIALIZATIONS",
     "POSITION_EMBEDDING_TYPES",
     "ROUTER_NORMALIZATIONS",
     "ROUTER_TYPES",

@@ -139,14 +139,20 @@ def balance_loss(
     mask: Tensor | None = None,
     expert_load: Tensor | None = None,
     reduction: str = "mean",
+    centered: bool = False,
 ) -> Tensor:
     """Balance the experts' loads, in gate mass per token.
 
-    L_bal / alpha / T = 1/T sum_i (|A_i| - n) / n * sum_{t in A_i} sigmoid(s_{t,i}) with n = T / N.
+    L_bal / alpha / T = 1/T sum_i c_i sum_{t in A_i} sigmoid(s_{t,i}) with c_i = (|A_i| - n) / n and n = T / N.
 
     Source: StableMoE, eq. 8. The count factor is a number: the gradient flows through the sigmoid only, into the
     centroids and the hidden states. Deviations: a mean over tokens (the head restores the paper's sum over target
     tokens) and padding takes no part.
+
+    The factors sum to 0 over experts, not over tokens: more tokens are where there are too many. Over tokens their mean is
+    m = sum_i |A_i| / T c_i = 1/N sum_i c_i^2, the variance of the loads in units of n, so that besides balancing
+    the loss pushes every gate down by m. `centered` takes c_i - m for c_i, which leaves the push of one expert against
+    another as it is, and equals the paper's as loads become even.
 
     Args:
         router_logits (`torch.Tensor` of shape `(T, E)`): backbone scores s, eq. 5.
@@ -155,10 +161,12 @@ def balance_loss(
         expert_load (`torch.Tensor` of shape `(E,)`, *optional*): |A_i| over more tokens than these, namely those of
             all processes; default: counted here.
         reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
+        centered (`bool`): subtract from the factors their mean over the tokens that `expert_load` counts.
 
     Returns:
         `torch.Tensor` of shape `()`: in (-1, N); 0 when every expert has the same load, N - 1 times the mean gate when
-        one expert has all tokens. Of shape `(T,)` with `reduction="none"`.
+        one expert has all tokens. If `centered`, the covariance of factor and gate over tokens: 0 in either case, and in
+        any where all gates are equal. Of shape `(T,)` with `reduction="none"`.
     """
     num_experts = router_logits.shape[-1]
     if expert_load is None:
@@ -166,6 +174,8 @@ def balance_loss(
     load_E = expert_load.to(router_logits.dtype)
     fair_share = (load_E.sum() / num_experts).clamp(min=1 / num_experts)
     overload_E = (load_E - fair_share) / fair_share
+    if centered:
+        overload_E = overload_E - overload_E.square().mean()
     gate_T = torch.sigmoid(router_logits.gather(-1, expert_index.unsqueeze(-1)).squeeze(-1))
     return _reduce(overload_E[expert_index] * gate_T, mask, reduction)
 

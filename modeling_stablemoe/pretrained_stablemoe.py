@@ -12,7 +12,7 @@ from transformers.utils import is_torchdynamo_compiling, logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEConfig
 from .distillation_stablemoe import CountRouter, DistilledRouter, sees_context
 from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
@@ -48,6 +48,12 @@ ROUTING_FIELDS = (
 )
 
 
+def init_as_linear(parameter: Tensor, in_features: int):
+    """Draw a weight or bias of `in_features` inputs from U(-1/sqrt(n), 1/sqrt(n)), as `torch.nn.Linear` does."""
+    bound = in_features**-0.5
+    init.uniform_(parameter, -bound, bound)
+
+
 class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTrainedModel):
     """What all StableMoE models share: initialisation, loading, and the two stages of the routing."""
 
@@ -80,16 +86,10 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
+        if self.config.initialization == "fairseq":
+            self._init_as_fairseq(module)
         if isinstance(module, ExpertSublayer):
-            # W2 and its bias at zero: a new expert changes nothing (released code).
-            init.ones_(module.norm_weight)
-            init.zeros_(module.norm_bias)
-            init.normal_(module.up_proj, mean=0.0, std=self.config.initializer_range)
-            if self.config.share_experts_in_stage1:
-                init.copy_(module.up_proj, module.up_proj[:1].expand_as(module.up_proj).clone())
-            init.zeros_(module.up_proj_bias)
-            init.zeros_(module.down_proj)
-            init.zeros_(module.down_proj_bias)
+            self._init_experts(module)
         elif isinstance(module, LearnedRouter):
             init.orthogonal_(module.centroids, gain=0.1)
         elif isinstance(module, RouterMemory):
@@ -102,6 +102,43 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         elif isinstance(module, FrozenWeights):
             for bits in module.buffers():
                 init.copy_(bits, torch.full_like(bits, -1))
+
+    def _init_as_fairseq(self, module: nn.Module):
+        """Initialise an embedding or a matrix of a block as the released code does."""
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=module.embedding_dim**-0.5)
+            if module.padding_idx is not None and not getattr(module.weight, "_is_hf_initialized", False):
+                init.zeros_(module.weight[module.padding_idx])
+        elif module is self.get_output_embeddings():  # one that is not tied
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Linear) and hasattr(module, "part_of_block"):
+            if module.part_of_block == "ffn":
+                init_as_linear(module.weight, module.in_features)
+            else:
+                init.xavier_uniform_(module.weight, gain=2**-0.5 if module.part_of_block == "qkv" else 1.0)
+            if module.part_of_block == "attention_output":
+                init.zeros_(module.bias)
+            else:
+                init_as_linear(module.bias, module.in_features)
+
+    def _init_experts(self, module: ExpertSublayer):
+        is_fairseq = self.config.initialization == "fairseq"
+        init.ones_(module.norm_weight)
+        init.zeros_(module.norm_bias)
+        # W2 at zero: a new expert changes nothing (released code).
+        init.zeros_(module.down_proj)
+        if is_fairseq:
+            init_as_linear(module.up_proj, module.up_proj.shape[-1])
+            init_as_linear(module.up_proj_bias, module.up_proj.shape[-1])
+            init_as_linear(module.down_proj_bias, module.down_proj.shape[-1])
+        else:
+            init.normal_(module.up_proj, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj_bias)
+        if is_fairseq or self.config.share_experts_in_stage1:
+            for name in EXPERT_PARAMETERS:
+                parameter = getattr(module, name)
+                init.copy_(parameter, parameter[:1].expand_as(parameter).clone())
 
     def _init_distilled_router(self, module: DistilledRouter):
         init.normal_(module.embedding, mean=0.0, std=1.0)

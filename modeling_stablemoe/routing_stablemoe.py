@@ -309,7 +309,13 @@ class StableRouter(LearnedRouter):
     The gate is of the backbone score in every case, so the centroids E keep learning in stage 2.
     """
 
-    balance_loss = staticmethod(partial(balance_loss, reduction="none"))
+    def __init__(self, config: StableMoEBaseConfig):
+        super().__init__(config)
+        self.centers_balance_loss = config.center_balance_loss
+
+    def balance_loss(self, **tokens: Tensor) -> Tensor:
+        """Balance the loads (eq. 8); arguments and result as of `losses_stablemoe.balance_loss`, per token."""
+        return balance_loss(**tokens, reduction="none", centered=self.centers_balance_loss)
 
 
 class SwitchRouter(LearnedRouter):

@@ -91,15 +91,14 @@ def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=No
     return np.array(outputs), scores, distilled_scores, assigned
 
 
-def balance_loss(scores, assigned):
-    """Eq. 8 without alpha, per token."""
+def balance_loss(scores, assigned, centered=False):
+    """Eq. 8 without alpha, per token; centred, without the mean of its factors over tokens."""
     T, N = scores.shape
     n = T / N
-    total = 0.0
-    for i in range(N):
-        A_i = [t for t in range(T) if assigned[t] == i]
-        total += (len(A_i) - n) / n * sum(sigmoid(scores[t, i]) for t in A_i)
-    return total / T
+    A = [[t for t in range(T) if assigned[t] == i] for i in range(N)]
+    factors = [(len(A_i) - n) / n for A_i in A]
+    mean = sum(factors[assigned[t]] for t in range(T)) / T if centered else 0.0
+    return sum((factors[i] - mean) * sigmoid(scores[t, i]) for i in range(N) for t in A[i]) / T
 
 
 def switch_balance_loss(scores, assigned):

@@ -86,6 +86,49 @@ def test_balance_loss_pushes_down_the_gates_of_crowded_experts_and_up_those_of_i
     assert router_logits.grad[4, 1] < 0
 
 
+def test_centered_balance_loss_by_hand_is_the_covariance_of_factor_and_gate():
+    # Loads 3 and 1: factors +1/2 and -1/2, of mean 1/4 over tokens. (1/4 (0.5 + 0.8 + 0.6) - 3/4 * 0.9) / 4 = -0.05
+    router_logits = torch.full((4, 2), -5.0)
+    for token, (expert, gate) in enumerate([(0, 0.5), (0, 0.8), (0, 0.6), (1, 0.9)]):
+        router_logits[token, expert] = logit(gate)
+    loss = balance_loss(router_logits=router_logits, expert_index=torch.tensor([0, 0, 0, 1]), centered=True)
+    torch.testing.assert_close(loss, torch.tensor(-0.05), **CLOSE)
+
+
+@given(seed=st.integers(0, 999), num_tokens=st.integers(1, 20), num_experts=st.integers(1, 7), masked=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_centered_factors_sum_to_zero_and_keep_the_push_of_expert_against_expert(
+    seed, num_tokens, num_experts, masked
+):
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(num_experts, (num_tokens,), generator=generator)
+    mask = torch.rand(num_tokens, generator=generator) < 0.7 if masked else torch.ones(num_tokens, dtype=torch.bool)
+    # With all gates at 1/2 the loss of a token is half its factor.
+    even = {"router_logits": torch.zeros(num_tokens, num_experts).double(), "expert_index": index, "mask": mask}
+    plain = balance_loss(**even, reduction="none")[mask]
+    centered = balance_loss(**even, reduction="none", centered=True)[mask]
+    assert float(centered.sum()) == pytest.approx(0, abs=1e-12)
+    if len(plain):
+        torch.testing.assert_close(centered, plain - plain.mean(), **CLOSE)
+        load = torch.bincount(index[mask], minlength=num_experts).double()
+        variance = (load * num_experts / len(plain)).var(correction=0)
+        torch.testing.assert_close(plain.mean() * 2, variance, **CLOSE)
+
+
+def test_the_centered_balance_loss_leaves_the_mean_gate_where_the_papers_closes_it():
+    router_logits = torch.zeros(5, 2, dtype=torch.float64)
+    index = torch.tensor([0, 0, 0, 0, 1])
+    pushes = []
+    for centered in (False, True):
+        logits = router_logits.clone().requires_grad_()
+        balance_loss(router_logits=logits, expert_index=index, centered=centered).backward()
+        pushes.append(logits.grad)
+        assert (logits.grad[:4, 0] > 0).all()
+        assert logits.grad[4, 1] < 0
+    assert pushes[0].sum() > 0.05
+    assert float(pushes[1].sum()) == pytest.approx(0, abs=1e-15)
+
+
 def test_balance_loss_takes_loads_of_all_processes_where_given():
     router_logits = torch.zeros(4, 2, dtype=torch.float64)
     index = torch.tensor([0, 0, 0, 1])
@@ -94,15 +137,16 @@ def test_balance_loss_takes_loads_of_all_processes_where_given():
     torch.testing.assert_close(loss, double(0.5 * (3 * (6 - 8) / 8 + (10 - 8) / 8) / 4), **CLOSE)
 
 
-def test_losses_with_loads_of_two_halves_average_to_the_loss_of_the_whole():
+@pytest.mark.parametrize("centered", [False, True])
+def test_losses_with_loads_of_two_halves_average_to_the_loss_of_the_whole(centered):
     router_logits = torch.randn(12, 3, dtype=torch.float64)
     index = router_logits.argmax(-1)
     load = count_expert_load(expert_index=index, mask=None, num_experts=3)
     halves = [
-        balance_loss(router_logits=half, expert_index=half.argmax(-1), expert_load=load)
+        balance_loss(router_logits=half, expert_index=half.argmax(-1), expert_load=load, centered=centered)
         for half in router_logits.chunk(2)
     ]
-    whole = balance_loss(router_logits=router_logits, expert_index=index)
+    whole = balance_loss(router_logits=router_logits, expert_index=index, centered=centered)
     torch.testing.assert_close(torch.stack(halves).mean(), whole, **CLOSE)
 
 

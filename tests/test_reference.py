@@ -128,8 +128,10 @@ def test_layer_gradients_equal_finite_differences_of_the_reference(routing, back
 def stage_one_losses(layer, hidden, token_ids, mask):
     decision = Decision.of(layer.router(hidden, token_ids))
     index = decision.expert_index.flatten()
+    scores = {"router_logits": decision.router_logits, "expert_index": index, "mask": mask.flatten()}
     return {
-        "balance": balance_loss(router_logits=decision.router_logits, expert_index=index, mask=mask.flatten()),
+        "balance": balance_loss(**scores),
+        "centered balance": balance_loss(**scores, centered=True),
         "distillation": distillation_loss(
             distilled_logits=decision.distilled_logits, teacher_index=index, mask=mask.flatten()
         ),
@@ -148,11 +150,12 @@ def reference_losses(params, token_ids, mask):
     )
     return {
         "balance": reference.balance_loss(scores, assigned),
+        "centered balance": reference.balance_loss(scores, assigned, centered=True),
         "distillation": reference.distillation_loss(distilled, assigned),
     }
 
 
-@pytest.mark.parametrize("loss", ["balance", "distillation"])
+@pytest.mark.parametrize("loss", ["balance", "centered balance", "distillation"])
 def test_each_routing_loss_equals_the_reference(loss):
     layer = double_model("greedy").model.moe_layers[0]
     hidden, token_ids, mask, _ = layer_input()
@@ -167,6 +170,7 @@ def test_each_routing_loss_equals_the_reference(loss):
     ("loss", "learners"),
     [
         ("balance", {"hidden", "router.centroids"}),
+        ("centered balance", {"hidden", "router.centroids"}),
         ("distillation", {"router.distilled_router.embedding", "router.distilled_router.centroids"}),
     ],
 )

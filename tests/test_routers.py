@@ -141,6 +141,18 @@ def test_switch_balance_loss_is_one_for_even_loads_and_grows_with_their_spread()
     assert_close(switch_balance_loss(router_logits=skewed, expert_index=skewed.argmax(-1)), torch.tensor(4.0))
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_model_takes_the_form_of_the_balance_loss_that_its_config_names(centered):
+    model = model_of("stable", center_balance_loss=centered).train()
+    mask = torch.ones_like(IDS)
+    mask[0, -3:] = 0
+    outputs = model(IDS, attention_mask=mask, output_router_logits=True)
+    scores = {"router_logits": outputs.router_logits[0], "expert_index": outputs.expert_indices[0].flatten()}
+    expected = [balance_loss(**scores, mask=mask.flatten().bool(), centered=form) for form in (centered, not centered)]
+    assert_close(outputs.balance_loss, expected[0])
+    assert (expected[0] - expected[1]).abs() > 1e-3
+
+
 @every_kind
 def test_each_router_has_the_losses_of_its_row_of_table_1(kind):
     model = model_of(kind, moe_layer_positions=[0, 2]).train()
