@@ -9,6 +9,7 @@ import copy
 import gc
 import json
 import logging
+import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -57,6 +58,7 @@ class System:
         hash_table (`str`, *optional*): see `RoutingArguments`.
         settled_change (`float`, *optional*): see `RoutingArguments`.
         hold_until_ready (`str`, *optional*): see `RoutingArguments`.
+        learning_rate (`float`, *optional*): its own, where each system was tuned; default: that of all.
         family (`str`, *optional*): what it has in common with others that differ in size, which figures join by a
             line; default: its name.
     """
@@ -67,6 +69,7 @@ class System:
     hash_table: str | None = None
     settled_change: float | None = None
     hold_until_ready: str | None = None
+    learning_rate: float | None = None
     family: str | None = None
 
     def __post_init__(self):
@@ -79,6 +82,8 @@ class System:
             raise ValueError(f"The system {self.name!r} cannot be the name of a folder; choose another name.")
         if not isinstance(self.config, dict):
             raise ValueError(f"`config` of the system {self.name!r} must be a mapping of config fields.")
+        if self.learning_rate is not None:
+            self.learning_rate = _learning_rate(self.name, self.learning_rate)
         self.routing(0, 0)
 
     def routing(self, fluctuation_check_steps: int, fluctuation_tokens: int) -> RoutingArguments:
@@ -100,6 +105,16 @@ class System:
         except ValueError as error:
             raise ValueError(f"System {self.name!r}: {error}") from error
         return arguments
+
+
+def _learning_rate(name: str, value: Any) -> float:
+    try:
+        rate = float(value)  # YAML reads 2e-3 as a string
+    except (TypeError, ValueError):
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ValueError(f"`learning_rate` of the system {name!r} must be a number > 0, got {value!r}.")
+    return rate
 
 
 def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
@@ -219,6 +234,8 @@ class Comparison:
         """
         path = self.results_of(system.name, seed)
         args = self.arguments_of(system.name, seed)
+        if system.learning_rate is not None:
+            args.learning_rate = system.learning_rate
         routing_args = system.routing(self.fluctuation_check_steps, self.fluctuation_tokens)
         folder = RunFolder(args, False, self.model_args, self.data_args, routing_args, system)
         if path.is_file():

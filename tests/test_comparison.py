@@ -60,6 +60,8 @@ def test_systems_are_read_in_order_with_their_families(tmp_path):
         ("a: {stage1_steps: ten}", "System 'a': `--stage1_steps`"),
         ("a: {hash_table: even}", "System 'a': `--hash_table` must be one of"),
         ("a/b: {}", "name of a folder"),
+        ("a: {learning_rate: 0}", "`learning_rate` of the system 'a' must be a number > 0, got 0"),
+        ("a: {learning_rate: fast}", "`learning_rate` of the system 'a' must be a number > 0, got 'fast'"),
         ("a: {}", "no system .'z'. in"),
     ],
 )
