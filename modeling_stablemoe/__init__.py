@@ -19,6 +19,7 @@ from .callbacks import (
     StageTransitionCallback,
 )
 from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
+from .earlier_checkpoints import register_earlier_names
 from .hub import CardFacts
 from .modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
 from .modeling_stablemoe_seq2seq import (
@@ -40,6 +41,8 @@ AutoModelForSequenceClassification.register(StableMoEConfig, StableMoEForSequenc
 AutoConfig.register(StableMoESeq2SeqConfig.model_type, StableMoESeq2SeqConfig, exist_ok=True)
 AutoModel.register(StableMoESeq2SeqConfig, StableMoESeq2SeqModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(StableMoESeq2SeqConfig, StableMoEForConditionalGeneration, exist_ok=True)
+
+register_earlier_names()
 
 __all__ = [
     "CardFacts",

@@ -130,7 +130,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
                 f"this is step {state.global_step}. To train a frozen model further, or one with a hash, leave "
                 "StageTransitionCallback out; to resume a run, give the `stage1_steps` it was started with."
             )
-        self._watch_model(args, stablemoe, optimizer)
+        self._watch_model(args, stablemoe)
         _warn_of_idle_routers(stablemoe)
         self._watch = SettlingWatch(self._meter)
         if state.global_step > 0:

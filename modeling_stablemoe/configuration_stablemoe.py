@@ -26,7 +26,7 @@ ROUTER_NORMALIZATIONS = ("center", "standardize")
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
 INITIALIZATIONS = ("normal", "fairseq")
 # Of each sublayer of a stack of experts; the first dimension of every one is `num_experts`.
-EXPERT_PARAMETERS = ("norm_weight", "norm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+EXPERT_PARAMETERS = ("layernorm_weight", "layernorm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Sizes and numbers of tokens are int64 in tensors, coefficients float32.

@@ -5,7 +5,6 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Trainer
 
 from .token_batches import row_lengths
-from .weight_decay import WeightDecayMixin
 
 
 class ExactEvaluationMixin:
@@ -58,7 +57,7 @@ class ExactEvaluationMixin:
         return min(max(state.remainder - self.args.process_index * batch_size, 0), batch_size)
 
 
-class BlockTrainer(ExactEvaluationMixin, WeightDecayMixin, Trainer):
+class BlockTrainer(ExactEvaluationMixin, Trainer):
     """A `Trainer` of a language model on blocks of one length."""
 
     def mean_targets(self, dataset) -> float:
@@ -70,7 +69,7 @@ class BlockTrainer(ExactEvaluationMixin, WeightDecayMixin, Trainer):
         return labels[:, 1:].ne(-100).sum()
 
 
-class TranslationTrainer(ExactEvaluationMixin, WeightDecayMixin, Seq2SeqTrainer):
+class TranslationTrainer(ExactEvaluationMixin, Seq2SeqTrainer):
     """A `Seq2SeqTrainer` on pairs of any length."""
 
     def mean_targets(self, dataset) -> float:

@@ -8,6 +8,7 @@ transformers' `experts_implementation`; `eager` is the one to read, the others a
 Shape suffixes: T tokens, R routed tokens (no sentinels), D hidden size, E experts, F expert hidden size, X and Y any.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,11 @@ from .products_stablemoe import ExpertOrder, grouped_layer_norm, grouped_linear,
 from .tensors_stablemoe import dequantized, is_transformed, local_tensor
 
 
+def current_name(key: str) -> str:
+    """Give the name that a tensor of an earlier checkpoint has now: norms of experts are called as Trainer knows norms."""
+    return re.sub(r"(^|\.)sublayers\.(\d+)\.norm_(weight|bias)$", r"\1sublayers.\2.layernorm_\3", key)
+
+
 class ExpertSublayer(nn.Module):
     """One FFN sublayer of every expert.
 
@@ -33,14 +39,15 @@ class ExpertSublayer(nn.Module):
         super().__init__()
         num_experts, hidden_size, intermediate_size = config.num_experts, config.hidden_size, config.intermediate_size
         self.num_experts = num_experts
-        self.norm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.norm_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.layernorm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.layernorm_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
         self.up_proj_bias = nn.Parameter(torch.empty(num_experts, intermediate_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
         self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.act_fn = ACT2FN[config.hidden_act]
         self.eps = config.layer_norm_eps
+        self.register_load_state_dict_pre_hook(_rename_earlier_keys)
 
     def forward(
         self, hidden_TD: Tensor, norm: Callable, linear: Callable, groups: list[tuple[int, slice]] | None = None
@@ -72,7 +79,7 @@ class ExpertSublayer(nn.Module):
         return changes[0] if len(changes) == 1 else torch.cat(changes)
 
     def _change(self, x: Tensor, parameters: dict[str, Tensor], norm: Callable, linear: Callable) -> Tensor:
-        normed = norm(x, parameters["norm_weight"], parameters["norm_bias"], self.eps)
+        normed = norm(x, parameters["layernorm_weight"], parameters["layernorm_bias"], self.eps)
         inner = self.act_fn(linear(normed, parameters["up_proj"], parameters["up_proj_bias"]))
         return linear(inner, parameters["down_proj"], parameters["down_proj_bias"])
 
@@ -85,6 +92,12 @@ class ExpertSublayer(nn.Module):
                 "expert-parallel plan must deal out every parameter of the experts: leave `ep_plan` at None."
             )
         return held
+
+
+def _rename_earlier_keys(module: ExpertSublayer, state_dict: dict[str, Tensor], prefix: str, *_):
+    for name in ("weight", "bias"):
+        if f"{prefix}norm_{name}" in state_dict:
+            state_dict.setdefault(f"{prefix}layernorm_{name}", state_dict.pop(f"{prefix}norm_{name}"))
 
 
 def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, *how) -> Tensor:
@@ -397,6 +410,7 @@ __all__ = [
     "ExpertSublayer",
     "StableMoEExperts",
     "count_overflow",
+    "current_name",
     "drop_overflow",
     "expert_capacity",
     "spread_sentinels",

@@ -30,8 +30,8 @@ _BLOCK = {
     "final_layer_norm": "post_attention_layernorm",
 }
 _SUBLAYER = {
-    "norm.weight": "norm_weight",
-    "norm.bias": "norm_bias",
+    "norm.weight": "layernorm_weight",
+    "norm.bias": "layernorm_bias",
     "ff1.weight": "up_proj",
     "ff1.bias": "up_proj_bias",
     "ff2.weight": "down_proj",

@@ -145,7 +145,9 @@ class IntegrationMixin:
     def _require_gathering(self, method: str):
         for layer in moe_layers_of(self).values():
             stack = layer.expert_stack
-            if stack.num_experts < layer.num_experts and not hasattr(stack.sublayers[0].norm_weight, "device_mesh"):
+            if stack.num_experts < layer.num_experts and not hasattr(
+                stack.sublayers[0].layernorm_weight, "device_mesh"
+            ):
                 raise ValueError(
                     f"`{method}`: under expert parallelism this version of transformers cannot gather the experts of all "
                     "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.21, or load the "

@@ -123,8 +123,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
 
     def _init_experts(self, module: ExpertSublayer):
         is_fairseq = self.config.initialization == "fairseq"
-        init.ones_(module.norm_weight)
-        init.zeros_(module.norm_bias)
+        init.ones_(module.layernorm_weight)
+        init.zeros_(module.layernorm_bias)
         # W2 at zero: a new expert changes nothing (released code).
         init.zeros_(module.down_proj)
         if is_fairseq:

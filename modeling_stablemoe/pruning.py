@@ -23,6 +23,7 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .architectures import MODELS, read_saved_class
 from .configuration_stablemoe import StableMoEBaseConfig
 from .distillation_stablemoe import sees_context
+from .experts_stablemoe import current_name
 from .layer_stablemoe import StableMoELayer
 from .routing_stablemoe import ROUTERS, HashRouter, LearnedRouter
 from .stages_stablemoe import TwoStageRoutingMixin, check_fingerprint, fingerprint_of
@@ -436,7 +437,7 @@ def open_weights(checkpoint: str | PathLike, **hub: Any) -> Iterator[dict[str, A
     with ExitStack() as stack:
         try:
             opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-            yield {name: file.get_slice(name) for file in opened for name in file.keys()}
+            yield {current_name(name): file.get_slice(name) for file in opened for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(
                 f"The weights of {str(checkpoint)!r} are not a readable safetensors file: {error}. It may have been cut off "

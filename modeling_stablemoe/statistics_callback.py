@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -29,7 +28,6 @@ from .losses_stablemoe import is_distributed
 from .processes import check_same_routing
 from .stages_stablemoe import TwoStageRoutingMixin
 from .statistics import LayerLoads, RoutingMeter, RoutingTotals, layer_names
-from .weight_decay import warn_of_decayed_norms
 
 
 logger = logging.getLogger(__name__)
@@ -91,11 +89,10 @@ class RoutingStatisticsCallback(LoggingCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Begin to watch the model."""
         resume_routing(model, args, state)
-        self._watch_model(args, find_loaded(model), kwargs.get("optimizer"))
+        self._watch_model(args, find_loaded(model))
 
-    def _watch_model(self, args: TrainingArguments, stablemoe: TwoStageRoutingMixin, optimizer: Optimizer | None):
+    def _watch_model(self, args: TrainingArguments, stablemoe: TwoStageRoutingMixin):
         refuse_label_smoother(args)
-        warn_of_decayed_norms(stablemoe, optimizer)
         self._check_coefficient(stablemoe)
         check_same_routing(stablemoe, "at the start of training")
         self._find_handler()

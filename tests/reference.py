@@ -28,7 +28,7 @@ def sublayers_of(params, prefix, expert):
     sublayers = []
     while f"{prefix}sublayers.{len(sublayers)}.up_proj" in params:
         name = f"{prefix}sublayers.{len(sublayers)}."
-        kinds = ("norm_weight", "norm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+        kinds = ("layernorm_weight", "layernorm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
         sublayers.append([params[name + kind][expert] for kind in kinds])
     return sublayers
 
@@ -36,8 +36,8 @@ def sublayers_of(params, prefix, expert):
 def expert_stack(h, sublayers):
     """S_i(h): pre-norm residual sublayers x + W2 relu(W1 LayerNorm(x) + b1) + b2."""
     x = h
-    for norm_weight, norm_bias, W1, b1, W2, b2 in sublayers:
-        x = x + W2 @ np.maximum(W1 @ layer_norm(x, norm_weight, norm_bias) + b1, 0.0) + b2
+    for layernorm_weight, layernorm_bias, W1, b1, W2, b2 in sublayers:
+        x = x + W2 @ np.maximum(W1 @ layer_norm(x, layernorm_weight, layernorm_bias) + b1, 0.0) + b2
     return x
 
 

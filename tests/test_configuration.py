@@ -219,7 +219,10 @@ MISREAD = [
     ({"expert_capacity_factor": 1e300}, "must be None (no token is dropped) or > 0, and finite, got 1e+300"),
     ({"balance_loss_warmup_tokens": 2**63}, "is a number of tokens, an integer >= 0 and below 2**63"),
     ({"center_balance_loss": "no"}, "must be True or False, got 'no'"),
-    ({"center_balance_loss": True, "router_type": "switch"}, "centres the balance loss of StableMoE, which 'switch' has"),
+    (
+        {"center_balance_loss": True, "router_type": "switch"},
+        "centres the balance loss of StableMoE, which 'switch' has",
+    ),
     ({"vocab_size": 2**62, "hidden_size": 4}, "x `hidden_size` (4): no tensor can hold so many numbers"),
 ]
 

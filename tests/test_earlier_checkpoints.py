@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import modeling_stablemoe
+from modeling_stablemoe.experts_stablemoe import current_name
+from modeling_stablemoe.pruning import load_pruned
 
 
 EARLIER = sorted(path.parent for path in Path(__file__).parent.glob("data/*/config.json"))
@@ -48,10 +50,31 @@ def test_an_earlier_checkpoint_computes_what_it_did_and_so_it_does_saved_again(f
     model.save_pretrained(tmp_path)
     assert_as_saved(load(tmp_path), folder)
     kept, written = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert any(".norm_weight" in name for name in kept)
+    kept = {current_name(name): values for name, values in kept.items()}
     assert {name: (values.dtype, values.shape) for name, values in written.items()} == {
         name: (values.dtype, values.shape) for name, values in kept.items()
     }
     assert all(torch.equal(values.nan_to_num(), kept[name].nan_to_num()) for name, values in written.items())
+
+
+@pytest.mark.parametrize("folder", EARLIER, ids=lambda folder: folder.name)
+def test_the_state_dict_of_an_earlier_checkpoint_loads(folder):
+    model = load(folder)
+    fresh = type(model)(model.config).eval()
+    state_dict = load_file(folder / "model.safetensors")
+    unchanged = set(state_dict)
+    fresh.load_state_dict(state_dict, strict=False)  # a head may be the embedding
+    assert set(state_dict) == unchanged
+    assert_as_saved(fresh, folder)
+
+
+def test_an_earlier_checkpoint_is_pruned(tmp_path):
+    folder = Path(__file__).parent / "data" / "frozen"
+    model = load(folder)
+    ids = torch.arange(7).unsqueeze(0)
+    pruned = load_pruned(folder, token_ids=ids.flatten())
+    assert_close(pruned(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["stage-1", "counts-stage-1", "translation-stage-1"])

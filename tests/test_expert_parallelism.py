@@ -438,11 +438,11 @@ def test_experts_that_are_run_as_one_are_refused(ran):
 def test_a_plan_that_leaves_out_a_norm_is_refused():
     stack = tiny_model(num_experts=EXPERTS).model.moe_layers[0].expert_stack
     sublayer = stack.sublayers[1]
-    for name in ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias", "norm_bias"):
+    for name in ("up_proj", "up_proj_bias", "down_proj", "down_proj_bias", "layernorm_bias"):
         setattr(sublayer, name, torch.nn.Parameter(getattr(sublayer, name)[:2].detach()))
     sublayer.num_experts = 2
     index = torch.zeros(3, 1, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"`norm_weight` holds the rows of 4 experts, but this process has 2\."):
+    with pytest.raises(ValueError, match=r"`layernorm_weight` holds the rows of 4 experts, but this process has 2\."):
         stack(torch.randn(3, 32), index, torch.ones(3, 1))
 
 

@@ -43,7 +43,7 @@ def experts_of(backend: str, dtype: torch.dtype = torch.float32, seed: int = 0, 
     with torch.no_grad():
         for name, parameter in experts.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * (0.5 if "norm" in name else 0.15)
-            parameter.copy_(noise + (1.0 if "norm_weight" in name else 0.0))
+            parameter.copy_(noise + (1.0 if "layernorm_weight" in name else 0.0))
     return experts.to(dtype)
 
 
@@ -108,7 +108,7 @@ def test_each_token_goes_through_its_own_expert_alone(backend):
         x = hidden[token]
         for sublayer in experts.sublayers:
             p = {name: parameter[expert].detach() for name, parameter in sublayer.named_parameters()}
-            normed = torch.nn.functional.layer_norm(x, (32,), p["norm_weight"], p["norm_bias"], eps=1e-5)
+            normed = torch.nn.functional.layer_norm(x, (32,), p["layernorm_weight"], p["layernorm_bias"], eps=1e-5)
             x = x + p["down_proj"] @ (p["up_proj"] @ normed + p["up_proj_bias"]).relu() + p["down_proj_bias"]
         torch.testing.assert_close(output[token], gate[token] * (x - hidden[token]), rtol=1e-10, atol=1e-10)
 

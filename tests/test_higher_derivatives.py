@@ -96,7 +96,7 @@ class OfExperts:
         self.model = smooth(tiny_model).eval()
         self.model.set_experts_implementation(backend)
         prefix = "model.moe_layers.0.expert_stack.sublayers.0."
-        self.names = [prefix + name for name in ("norm_weight", "up_proj_bias", "down_proj_bias")]
+        self.names = [prefix + name for name in ("layernorm_weight", "up_proj_bias", "down_proj_bias")]
         self.point = tuple(self.model.get_parameter(name).detach().clone() for name in self.names)
         generator = torch.Generator().manual_seed(0)
         self.direction = tuple(torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in self.point)

@@ -95,6 +95,15 @@ MODEL = "transformers.modeling_utils:PreTrainedModel"
 USES = [
     # Decorators and helpers of transformers' own modeling files.
     Use("transformers.utils.output_capturing:_CAN_RECORD_REGISTRY", "what is recorded of a model that was pickled"),
+    Use(
+        "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
+        "`from_pretrained` reads tensors of earlier checkpoints by their earlier names",
+        2,
+        ("overwrite",),
+    ),
+    Use(
+        "transformers.core_model_loading:WeightRenaming.reverse_transform", "the same; saves keep the names of now", 1
+    ),
     Use("transformers.trainer:TRAINER_STATE_NAME", "the newest checkpoint of a run, whose adapters are resumed"),
     Use(
         "transformers.generation:GenerationMixin._prepare_cache_for_generation",

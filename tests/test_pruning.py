@@ -539,6 +539,9 @@ def test_the_script_saves_a_pruned_checkpoint_with_tokenizer_and_card(script, te
     whole, pruned = (AutoModelForCausalLM.from_pretrained(path) for path in (text_checkpoint, out))
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer(TEXT * 3, return_tensors="pt").input_ids
+    for parameter in (*whole.parameters(), *pruned.parameters()):
+        # A product's last digit depends on where in memory a matrix begins, and files are mapped as they are.
+        parameter.data = parameter.data.clone()
     assert torch.equal(pruned(ids).logits, whole(ids).logits)
     assert f"{pruned.config.num_experts} of 60 experts of each layer are kept" in printed
     assert f"{whole.num_parameters():,} parameters -> {pruned.num_parameters():,}" in printed

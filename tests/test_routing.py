@@ -470,9 +470,9 @@ def test_a_new_layer_is_the_identity(fresh, training):
 
 def test_new_experts_start_with_a_zero_output_a_unit_norm_and_small_distinct_inner_weights(fresh):
     for sublayer in layer_of(fresh).expert_stack.sublayers:
-        for name in ("down_proj", "down_proj_bias", "up_proj_bias", "norm_bias"):
+        for name in ("down_proj", "down_proj_bias", "up_proj_bias", "layernorm_bias"):
             assert not sublayer.get_parameter(name).any(), name
-        assert (sublayer.norm_weight == 1).all()
+        assert (sublayer.layernorm_weight == 1).all()
         torch.testing.assert_close(sublayer.up_proj.detach().std(), torch.tensor(0.02), rtol=0.03, atol=0)
         assert not torch.equal(sublayer.up_proj[0], sublayer.up_proj[1])
 
