@@ -223,6 +223,9 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             # Evaluation and sampling may run on one process alone, where a collective would wait for ever.
             training=is_learning,
             token_weight=token_weight,
+            windows=[layer.bare_router.memory.load_of_window for layer in self.moe_layers]
+            if self.config.balance_window_tokens
+            else (),
         )
 
     def routing_health(

@@ -189,6 +189,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         center_balance_loss (`bool`, *optional*, defaults to `False`): subtract from the factors of eq. 8 their mean over
             tokens, so that they sum to 0 over a batch and the loss moves gates apart, not all of them down. `False` is the
             paper's, which does the same where loads are even: with half a million tokens in a batch.
+        balance_window_tokens (`int`, *optional*, defaults to 0): count the loads of the balance loss over about so many of the
+            last tokens of stage 1, of all processes, by an exponential average; half a million is the paper's batch. 0 is the
+            paper's form, which counts over the tokens of a forward pass.
         balance_gradient (`str`, *optional*, defaults to `"all"`): what learns from the balance loss: `"all"` is the
             paper's, centroids and hidden states; `"centroids"` keeps it out of the hidden states, which else can shut
             every gate at once by moving along the centroids' negative sum.
@@ -267,6 +270,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     balance_loss_coef: float | None = None
     distillation_loss_coef: float = 1.0
     center_balance_loss: bool = False
+    balance_window_tokens: int = 0
     balance_gradient: str = "all"
     balance_loss_warmup_tokens: int = 0
     router_normalization: str | None = None
@@ -313,6 +317,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             "must be None (no token is dropped) or > 0, and finite",
         ),
         "balance_loss_warmup_tokens": _tokens(0),
+        "balance_window_tokens": _tokens(0),
         "router_half_life": _tokens(1),
         "counts_half_life": _optional(_tokens(1)),
         "eos_token_id": Rule(
@@ -492,6 +497,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
         if self.frozen_load_bands > 1 and self.max_frozen_load is None:
             raise ValueError(
                 f"`frozen_load_bands` ({self.frozen_load_bands}) belongs to `max_frozen_load`; set that too, to 1.05 say."
+            )
+        if self.balance_window_tokens and self.router_type in ("base", "hash"):
+            raise ValueError(
+                f"`balance_window_tokens` ({self.balance_window_tokens}) belongs to a balance loss, which {self.router_type!r} "
+                "has not; leave it at 0."
             )
         if self.center_balance_loss and self.router_type in ("switch", "base", "hash"):
             raise ValueError(

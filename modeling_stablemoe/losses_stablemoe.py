@@ -268,6 +268,7 @@ def routing_losses(
     mask: Tensor | None = None,
     training: bool = False,
     token_weight: Tensor | None = None,
+    windows: Sequence[Callable[[Tensor], Tensor]] = (),
 ) -> RoutingLosses:
     """Sum the losses of a routing that learns over the MoE layers (StableMoE, eq. 11) and count the loads.
 
@@ -285,6 +286,8 @@ def routing_losses(
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         training (`bool`): whether balance counts run over the tokens of all processes (a collective).
         token_weight (`torch.Tensor` of shape `(T,)`, *optional*): of `token_weights`; `None` weighs all tokens alike.
+        windows (sequence of `Callable`): one per layer that in training adds earlier loads to those of this pass, `(E,)`
+            each; empty where there are none to add.
 
     Returns:
         `RoutingLosses`
@@ -299,7 +302,7 @@ def routing_losses(
     zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros((), device=device)
     balance = distillation = (zero, zero)
     if teachers and balance_loss_function is not None:
-        values = _balance_losses(balance_loss_function, router_logits, teachers, mask, training)
+        values = _balance_losses(balance_loss_function, router_logits, teachers, mask, training, windows)
         balance = _sum_of_means(values, mask, token_weight)
     if teachers and distilled_logits:
         pairs = zip(distilled_logits, teachers, strict=True)
@@ -315,13 +318,16 @@ def _balance_losses(
     teachers: list[Tensor],
     mask: Tensor | None,
     training: bool,
+    windows: Sequence[Callable[[Tensor], Tensor]],
 ) -> list[Tensor]:
     """Compute the balance loss of each MoE layer, each `(T,)`, or `()` of a strategy that gives means."""
     losses = []
-    for logits, teacher in zip(router_logits, teachers, strict=True):
+    for layer, (logits, teacher) in enumerate(zip(router_logits, teachers, strict=True)):
         load = count_expert_load(expert_index=teacher, mask=mask, num_experts=logits.shape[-1])
         if training:
             sum_across_processes(load)
+            if windows:
+                load = windows[layer](load)
         losses.append(balance_loss_function(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load))
     return losses
 

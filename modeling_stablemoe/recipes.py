@@ -234,6 +234,8 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
 STAGE1_FIELDS = (
     "balance_loss_coef",
     "balance_loss_warmup_tokens",
+    "balance_window_tokens",
+    "center_balance_loss",
     "balance_gradient",
     "distillation_loss_coef",
     "distilled_router",

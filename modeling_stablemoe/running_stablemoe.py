@@ -24,8 +24,9 @@ class RouterMemory(nn.Module):
     """The running statistics that a config asks for.
 
     Persistent buffers, all integers: `tokens` `(1,)`, routed so far; `feature_mean` and `feature_variance`,
-    `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `token_counts`, `(V,)`, how often
-    each id was routed, with `max_frozen_load`.
+    `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `recent_load`, `(E,)`, tokens sent to
+    each expert of late, with `balance_window_tokens`; `token_counts`, `(V,)`, how often each id was routed, with
+    `max_frozen_load`.
 
     They stay finite whatever they see. The bias moves by `expert_bias_rate` a pass at most, and stands still where
     loads are even or there are no tokens: an expert without tokens rises until a token prefers it, whatever the gap of
@@ -34,9 +35,11 @@ class RouterMemory(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
+        self.num_experts = config.num_experts
         self.half_life = config.router_half_life
         self.normalization = config.router_normalization
         self.bias_rate = config.expert_bias_rate
+        self.window = config.balance_window_tokens
         self.integer_dtypes: dict[str, torch.dtype] = {}
         self._register("tokens", 1, torch.int64)
         if config.router_normalization is not None:
@@ -44,6 +47,8 @@ class RouterMemory(nn.Module):
             self._register("feature_variance", config.hidden_size, torch.int32)
         if config.expert_bias_rate:
             self._register("expert_bias", config.num_experts, torch.int32)
+        if config.balance_window_tokens:
+            self._register("recent_load", config.num_experts, torch.int32)
         if config.max_frozen_load is not None:
             self._register("token_counts", config.vocab_size, torch.int64)
 
@@ -79,6 +84,23 @@ class RouterMemory(nn.Module):
         return features / torch.where(recalled["tokens"] > 0, deviation, 1.0)
 
     @torch.no_grad()
+    def load_of_window(self, expert_load: Tensor, recent_load: Tensor | None = None) -> Tensor:
+        """Add the loads of a pass to those of the last `balance_window_tokens` tokens, of which as many are forgotten.
+
+        Args:
+            expert_load (`torch.Tensor` of shape `(E,)`): tokens of the pass sent to each expert, of all processes.
+            recent_load (`torch.Tensor` of shape `(E,)`, *optional*): before it; default: as it is kept.
+
+        Returns:
+            `torch.Tensor` of shape `(E,)`: `expert_load` itself where there is no window.
+        """
+        if not self.window:
+            return expert_load
+        if recent_load is None:
+            recent_load = self()["recent_load"]
+        return recent_load * (1 - expert_load.sum() / self.window).clamp(min=0.0) + expert_load
+
+    @torch.no_grad()
     def observe(self, hidden_states: Tensor, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
         """Follow the tokens of a training pass of stage 1; every process must call this.
 
@@ -92,8 +114,8 @@ class RouterMemory(nn.Module):
         sums = {"tokens": self._count(token_ids, mask)}
         if self.normalization is not None:
             sums |= self._feature_sums(hidden_states, mask, kept["feature_mean"])
-        if "expert_bias" in kept:
-            sums["load"] = histogram(expert_index, mask, len(kept["expert_bias"]), torch.double)
+        if "expert_bias" in kept or "recent_load" in kept:
+            sums["load"] = histogram(expert_index, mask, self.num_experts, torch.double)
         if "token_counts" in kept:
             sums["ids"] = histogram(token_ids, mask, len(kept["token_counts"]), torch.double)
         sums = sum_all_across_processes(sums)
@@ -102,6 +124,8 @@ class RouterMemory(nn.Module):
         if "expert_bias" in kept:
             behind = torch.sign(sums["load"].mean() - sums["load"])
             copy_into(self.expert_bias, to_bits(kept["expert_bias"] + self.bias_rate * behind.float()))
+        if "recent_load" in kept:
+            copy_into(self.recent_load, to_bits(self.load_of_window(sums["load"], kept["recent_load"]).float()))
         if "token_counts" in kept:
             copy_into(self.token_counts, kept["token_counts"] + sums["ids"].long())
         copy_into(self.tokens, kept["tokens"] + sums["tokens"].long())
@@ -152,6 +176,7 @@ def needs_memory(config: StableMoEBaseConfig) -> bool:
         config.router_normalization is not None
         or config.expert_bias_rate > 0
         or config.balance_loss_warmup_tokens > 0
+        or config.balance_window_tokens > 0
         or config.max_frozen_load is not None
     )
 

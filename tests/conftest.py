@@ -65,6 +65,7 @@ FOLLOWING = {
     "router_normalization": "standardize",
     "expert_bias_rate": 0.1,
     "balance_loss_warmup_tokens": 50,
+    "balance_window_tokens": 100,
     "max_frozen_load": 1.3,
 }
 COUNTING = {"distilled_router": "counts", **FOLLOWING}

@@ -18,6 +18,8 @@ EVERY_ID = torch.arange(99).unsqueeze(0)
 EVERYTHING = {
     "balance_gradient": "centroids",
     "balance_loss_warmup_tokens": 64,
+    "balance_window_tokens": 50,
+    "center_balance_loss": True,
     "router_normalization": "standardize",
     "expert_bias_rate": 0.01,
     "distilled_router": "counts",
@@ -82,7 +84,14 @@ def test_settings_that_cannot_bind_leave_every_bit_as_it_was(settings):
 def test_each_setting_changes_what_is_trained():
     """Else the test above could not fail."""
     plain = weights(steps(tiny_model(), 4))
-    for name in ("balance_gradient", "balance_loss_warmup_tokens", "router_normalization", "share_experts_in_stage1"):
+    unneeded = (
+        "max_frozen_load",
+        "frozen_load_bands",
+        "expert_bias_rate",
+        "reset_gates_at_freeze",
+        "distilled_router",
+    )
+    for name in EVERYTHING.keys() - set(unneeded):
         other = weights(steps(tiny_model(**{name: EVERYTHING[name]}), 4))
         assert any(not torch.equal(plain[key], other[key]) for key in plain), name
     biased = weights(steps(tiny_model(expert_bias_rate=1.0), 4))
@@ -130,6 +139,46 @@ def test_padding_does_not_warm_it_up():
     mask[:, 5:] = 0
     model = steps(tiny_model(balance_loss_warmup_tokens=42), 1, mask=mask)
     assert int(layer_of(model).router.memory.tokens) == 15
+
+
+@torch.no_grad()
+def recorded_passes(model, number: int, mask=None) -> list:
+    """Scores, experts and balance loss of training passes."""
+    passes = []
+    for step in range(number):
+        ids = random_ids(seed=step)
+        with torch.enable_grad():
+            output = model.train()(ids, labels=ids, attention_mask=mask, output_router_logits=True)
+        passes.append((output.router_logits[0], output.expert_indices[0].flatten(), output.balance_loss))
+    return passes
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("window", [50, 10])
+def test_the_balance_loss_counts_over_a_window(centered, window):
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[:, 5:] = 0  # 15 tokens a pass
+    model = tiny_model(balance_window_tokens=window, center_balance_loss=centered)
+    load = torch.zeros(5, dtype=torch.double)
+    for logits, index, loss in recorded_passes(model, 4, mask):
+        new = torch.bincount(index[mask.flatten().bool()], minlength=5)
+        load = load * max(0.0, 1 - 15 / window) + new
+        expected = balance_loss(
+            router_logits=logits, expert_index=index, mask=mask.flatten().bool(), expert_load=load, centered=centered
+        )
+        assert_close(loss, expected)
+    memory = layer_of(model).router.memory
+    assert_close(memory()["recent_load"].double(), load, rtol=1e-6, atol=1e-6)
+    kept = memory.recent_load.clone()
+    model.eval()(random_ids(), attention_mask=mask)
+    assert torch.equal(memory.recent_load, kept)
+
+
+def test_a_window_as_short_as_a_pass_is_the_papers_form():
+    for (_, _, loss), (_, _, plain) in zip(
+        recorded_passes(tiny_model(balance_window_tokens=1), 3), recorded_passes(tiny_model(), 3), strict=True
+    ):
+        assert torch.equal(loss, plain)
 
 
 # Normalised features
@@ -517,6 +566,8 @@ def test_a_compiled_training_step_follows_the_statistics():
         ({"share_experts_in_stage1": 1.5}, "`share_experts_in_stage1` must be True or False"),
         ({"balance_loss_warmup_tokens": -1}, "`balance_loss_warmup_tokens` is a number of tokens"),
         ({"balance_loss_warmup_tokens": 0.5}, "`balance_loss_warmup_tokens` is a number of tokens"),
+        ({"balance_window_tokens": -1}, "`balance_window_tokens` is a number of tokens"),
+        ({"balance_window_tokens": 9, "router_type": "base"}, "belongs to a balance loss, which 'base' has not"),
         ({"router_half_life": 0}, "`router_half_life` is a number of tokens"),
         ({"counts_half_life": 10}, 'belongs to `distilled_router="counts"`'),
         ({"distilled_router": "counts", "counts_half_life": 0}, "`counts_half_life` is a number of tokens"),
