@@ -129,7 +129,7 @@ def read_config(file: FairseqFile, layout: Layout) -> StableMoEConfig:
         dropout=_number(file, "dropout"),
         attention_dropout=_number(file, "attention_dropout"),
         tie_word_embeddings=bool(options.get("share_decoder_input_output_embed", False)),
-        initializer_range=hidden_size**-0.5,
+        initialization="fairseq",
         bos_token_id=BOS if options.get("add_bos_token") else EOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
