@@ -64,7 +64,15 @@ def test_a_pass_without_gradients_leaves_a_model_in_training_mode_as_it_is(famil
     moved = {
         name.rsplit(".", 1)[-1] for name, values in weights(model).items() if not torch.equal(values, before[name])
     }
-    assert moved == {"expert_counts", "tokens", "feature_mean", "feature_variance", "expert_bias", "token_counts"}
+    assert moved == {
+        "expert_counts",
+        "tokens",
+        "feature_mean",
+        "feature_variance",
+        "expert_bias",
+        "recent_load",
+        "token_counts",
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
