@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .atomic_files import replace_file
-from .callback_base import find_stablemoe
+from .finding import find_stablemoe
 from .losses_stablemoe import is_distributed
 from .tensors_stablemoe import copy_into, full_tensor
 

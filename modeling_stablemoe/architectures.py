@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from .configuration_stablemoe import StableMoEBaseConfig
+from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig, StableMoESeq2SeqConfig
 from .modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
 from .modeling_stablemoe_seq2seq import StableMoEForConditionalGeneration, StableMoESeq2SeqModel
-from .recipes import CONFIGS
 
 
+CONFIGS = {config.model_type: config for config in (StableMoEConfig, StableMoESeq2SeqConfig)}
 MODELS: dict[str, type[PreTrainedModel]] = {
     model_class.__name__: model_class
     for model_class in (

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .atomic_files import replace_file
-from .comparison import environment
+from .machine import environment
 
 
 JSON_FILE, TABLE_FILE = "benchmark.json", "benchmark.md"

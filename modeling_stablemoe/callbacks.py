@@ -14,15 +14,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from .adapters import ROUTING_FILE, has_routing, holds_adapters
-from .callback_base import (
-    TrainingClockCallback,
-    checkpoint_of_step,
-    find_stablemoe,
-    refuse_label_smoother,
-    resumed_checkpoint,
-)
+from .callback_base import TrainingClockCallback, refuse_label_smoother
 from .card_callback import ModelCardCallback
 from .distillation_stablemoe import sees_context
+from .finding import checkpoint_of_step, find_stablemoe, resumed_checkpoint
 from .fluctuation_callback import RoutingFluctuationCallback
 from .loops import copy_moe_layers, drop_idle_gradients, freeze_router, restore_moe_layers
 from .stage1 import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen

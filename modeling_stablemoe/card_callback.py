@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import CallbackHandler
 
 from .atomic_files import replace_file
-from .callback_base import checkpoint_of_step, find_caller
+from .callback_base import find_caller
+from .finding import checkpoint_of_step
 from .fluctuation import FIGURE_FILE
 from .hub import CARD_FILE, CardFacts, build_model_card, is_filled_card
 from .report import last_evaluation, summarize_run

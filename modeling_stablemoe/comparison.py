@@ -10,14 +10,12 @@ import gc
 import json
 import logging
 import math
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from datasets import DatasetDict
 from transformers import (
@@ -379,27 +377,6 @@ def finish(trainer: Trainer, results: dict, path: Path):
         torch.cuda.empty_cache()
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Describe hardware by type, and versions."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "hardware": hardware,
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__.split("+")[0],
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        if names:
-            return f"CPU, {names[0]}"
-    return f"CPU, {platform.processor() or platform.machine()}"
-
-
 def settings_of(comparison: Comparison) -> dict:
     """List what all runs shared, JSON-ready."""
     args = comparison.training_args
@@ -422,7 +399,6 @@ __all__ = [
     "Comparison",
     "System",
     "check_comparable",
-    "environment",
     "finish",
     "measure_routing",
     "read_systems",

@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from .atomic_files import replace_file
-from .comparison import RESULTS_FILE, Comparison, environment, settings_of
+from .comparison import RESULTS_FILE, Comparison, settings_of
 from .figures import save_figure
 from .fluctuation import draw_settled
+from .machine import environment
 from .report import format_table
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from .callback_base import LoggingCallback, find_stablemoe
+from .callback_base import LoggingCallback
+from .finding import find_stablemoe
 from .fluctuation import RoutingHistory
 from .stages_stablemoe import TwoStageRoutingMixin
 

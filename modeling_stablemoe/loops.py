@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .balancing_stablemoe import BalancedTable
-from .callback_base import find_stablemoe
+from .finding import find_stablemoe
 from .processes import check_same_routing
 from .tensors_stablemoe import copy_into, full_tensor
 

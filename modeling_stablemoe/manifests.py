@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from .atomic_files import replace_file
-from .callback_base import checkpoint_of_step
+from .finding import checkpoint_of_step
 
 
 MANIFEST_FILE = "checkpoint_manifest.json"

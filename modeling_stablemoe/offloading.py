@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoConfig
 
 from .architectures import MODELS
-from .callback_base import find_stablemoe
 from .expert_store import CheckpointFile, FileRows, MemoryRows, expert_parameters, find_rows, offloaded_value
 from .experts_stablemoe import ExpertSublayer, StableMoEExperts
+from .finding import find_stablemoe
 from .layer_stablemoe import StableMoELayer, moe_layers_of
 from .offloaded_experts import OffloadedExperts, OffloadStatistics, Transfers
 from .tensors_stablemoe import is_quantized

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
 
-from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig, StableMoESeq2SeqConfig
+from .architectures import CONFIGS
+from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 
 
 HASH_TABLES = ("random", "balanced")
-CONFIGS = {config.model_type: config for config in (StableMoEConfig, StableMoESeq2SeqConfig)}
 
 
 @dataclass
@@ -365,7 +365,6 @@ def _recipe_to_argv(path: Path) -> list[str]:
 
 
 __all__ = [
-    "CONFIGS",
     "ModelArguments",
     "RoutingArguments",
     "change_checkpoint",

@@ -12,18 +12,10 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from .adapters import ROUTING_FILE, copy_routing, holds_adapters, load_routing, save_routing
-from .callback_base import (
-    LoggingCallback,
-    TrainingStopwatch,
-    checkpoint_of_step,
-    find_caller,
-    find_stablemoe,
-    refuse_label_smoother,
-    refuse_lost_losses,
-    resumed_checkpoint,
-)
+from .callback_base import LoggingCallback, TrainingStopwatch, find_caller, refuse_label_smoother, refuse_lost_losses
 from .card_callback import add_model_card
 from .checkpoints import copy_code_files
+from .finding import checkpoint_of_step, find_stablemoe, resumed_checkpoint
 from .losses_stablemoe import is_distributed
 from .processes import check_same_routing
 from .stages_stablemoe import TwoStageRoutingMixin

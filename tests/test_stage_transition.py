@@ -21,7 +21,7 @@ from trainers import (
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
 from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
-from modeling_stablemoe.callbacks import find_stablemoe
+from modeling_stablemoe.finding import find_stablemoe
 
 
 # The transition
