@@ -12,24 +12,24 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from .callbacks import (
+from .checkpoints.earlier_checkpoints import register_earlier_names
+from .hub.cards import CardFacts
+from .model.configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
+from .model.modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
+from .model.modeling_stablemoe_seq2seq import (
+    StableMoEForConditionalGeneration,
+    StableMoESeq2SeqModel,
+    StableMoESeq2SeqPreTrainedModel,
+)
+from .model.pretrained_stablemoe import StableMoEPreTrainedModel
+from .model.routing_stablemoe import register_router
+from .offload.offloading import experts_on_disk, offload_experts
+from .training.transition import (
     ModelCardCallback,
     RoutingFluctuationCallback,
     RoutingStatisticsCallback,
     StageTransitionCallback,
 )
-from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
-from .earlier_checkpoints import register_earlier_names
-from .hub import CardFacts
-from .modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
-from .modeling_stablemoe_seq2seq import (
-    StableMoEForConditionalGeneration,
-    StableMoESeq2SeqModel,
-    StableMoESeq2SeqPreTrainedModel,
-)
-from .offloading import experts_on_disk, offload_experts
-from .pretrained_stablemoe import StableMoEPreTrainedModel
-from .routing_stablemoe import register_router
 from .version import __version__
 
 

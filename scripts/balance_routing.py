@@ -12,8 +12,8 @@ from pathlib import Path
 
 import transformers
 
-from modeling_stablemoe.rebalancing import format_balances, rebalance
-from modeling_stablemoe.routed_input import parse_checkpoint_command, route_through_checkpoint
+from modeling_stablemoe.convert import format_balances, rebalance
+from modeling_stablemoe.runs import parse_checkpoint_command, route_through_checkpoint
 
 
 @dataclass

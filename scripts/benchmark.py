@@ -13,8 +13,7 @@ import logging
 import transformers
 from transformers import HfArgumentParser
 
-from modeling_stablemoe.benchmark import run_benchmark
-from modeling_stablemoe.benchmark_arguments import BenchmarkArguments
+from modeling_stablemoe.benchmark import BenchmarkArguments, run_benchmark
 
 
 def main(argv=None):

@@ -14,10 +14,9 @@ import transformers
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
-from modeling_stablemoe.comparison import Comparison, check_comparable, read_systems
-from modeling_stablemoe.comparison_report import write_report
+from modeling_stablemoe.compare import Comparison, check_comparable, read_systems, write_report
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
-from modeling_stablemoe.recipes import ModelArguments, check_fit, parse_recipe, read_preset
+from modeling_stablemoe.runs import ModelArguments, check_fit, parse_recipe, read_preset
 
 
 @dataclass

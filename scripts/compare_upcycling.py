@@ -12,11 +12,16 @@ from dataclasses import dataclass, field
 import transformers
 from transformers import TrainingArguments
 
-from modeling_stablemoe.comparison import check_comparable, read_systems
-from modeling_stablemoe.comparison_report import write_report
+from modeling_stablemoe.compare import (
+    DenseArguments,
+    UpcyclingComparison,
+    check_comparable,
+    check_names,
+    read_systems,
+    write_report,
+)
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
-from modeling_stablemoe.recipes import check_fit, parse_recipe
-from modeling_stablemoe.upcycling import DenseArguments, UpcyclingComparison, check_names
+from modeling_stablemoe.runs import check_fit, parse_recipe
 
 
 @dataclass

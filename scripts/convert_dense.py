@@ -14,9 +14,9 @@ import transformers
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.atomic_files import require_new_folder
-from modeling_stablemoe.dense_conversion import compare_logits, ids_to_compare, routing_of_preset, save_converted
-from modeling_stablemoe.dense_stablemoe import check_overrides, load_dense
+from modeling_stablemoe.checkpoints import require_new_folder
+from modeling_stablemoe.convert import compare_logits, ids_to_compare, routing_of_preset, save_converted
+from modeling_stablemoe.model import check_overrides, load_dense
 
 
 @dataclass

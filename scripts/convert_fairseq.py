@@ -13,8 +13,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
-from modeling_stablemoe.fairseq_checkpoints import Conversion, convert_fairseq_checkpoint
-from modeling_stablemoe.fairseq_dictionary import build_tokenizer, read_dictionary
+from modeling_stablemoe.convert import Conversion, build_tokenizer, convert_fairseq_checkpoint, read_dictionary
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.architectures import load_saved
+from modeling_stablemoe.checkpoints import load_saved
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

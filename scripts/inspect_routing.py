@@ -15,10 +15,9 @@ from pathlib import Path
 
 import transformers
 
-from modeling_stablemoe.atomic_files import replace_file
-from modeling_stablemoe.inspection import format_report, inspect_routing
-from modeling_stablemoe.inspection_page import build_page
-from modeling_stablemoe.routed_input import parse_checkpoint_command, route_through_checkpoint
+from modeling_stablemoe.checkpoints import replace_file
+from modeling_stablemoe.measure import build_page, format_report, inspect_routing
+from modeling_stablemoe.runs import parse_checkpoint_command, route_through_checkpoint
 
 
 @dataclass

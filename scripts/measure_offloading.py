@@ -25,10 +25,10 @@ import transformers
 from transformers import AutoConfig, HfArgumentParser, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.atomic_files import replace_file
-from modeling_stablemoe.layer_stablemoe import moe_layers_of
-from modeling_stablemoe.offloading_report import ARMS, combine_rounds, files_of, measure_arm, to_markdown
-from modeling_stablemoe.recipes import load_preset
+from modeling_stablemoe.checkpoints import replace_file
+from modeling_stablemoe.model import moe_layers_of
+from modeling_stablemoe.offload import ARMS, combine_rounds, files_of, measure_arm, to_markdown
+from modeling_stablemoe.runs import load_preset
 
 
 # Half a gigabyte of experts.

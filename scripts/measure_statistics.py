@@ -17,8 +17,8 @@ import transformers
 from transformers import HfArgumentParser, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
-from modeling_stablemoe.health_stablemoe import RoutingHealth
-from modeling_stablemoe.recipes import load_preset
+from modeling_stablemoe.model import RoutingHealth
+from modeling_stablemoe.runs import load_preset
 
 
 # Steps that are not counted.

@@ -9,7 +9,7 @@ python scripts/plot_run.py runs/first runs/second --labels paper balanced --outp
 import argparse
 from pathlib import Path
 
-from modeling_stablemoe.run_figures import read_run, write_run_figures
+from modeling_stablemoe.measure import read_run, write_run_figures
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

@@ -13,14 +13,28 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedModel, TrainerState
 
-from modeling_stablemoe.atomic_files import require_new_folder
-from modeling_stablemoe.dense_conversion import save_converted
+from modeling_stablemoe.checkpoints import require_new_folder
+from modeling_stablemoe.convert import (
+    Pruning,
+    compare_on_text,
+    format_pruning,
+    format_random_tables,
+    load_pruned,
+    open_weights,
+    plan_pruning,
+    read_configs,
+    read_tables,
+    save_converted,
+)
 from modeling_stablemoe.hub import CardFacts, build_model_card
-from modeling_stablemoe.pruning import Pruning, load_pruned, open_weights, plan_pruning, read_configs, read_tables
-from modeling_stablemoe.pruning_report import compare_on_text, format_pruning, format_random_tables
-from modeling_stablemoe.report import summarize_run
-from modeling_stablemoe.routed_input import load_tokenizer, parse_checkpoint_command
-from modeling_stablemoe.vocabularies import TextVocabulary, VocabularyArguments, read_vocabularies
+from modeling_stablemoe.measure import summarize_run
+from modeling_stablemoe.runs import (
+    TextVocabulary,
+    VocabularyArguments,
+    load_tokenizer,
+    parse_checkpoint_command,
+    read_vocabularies,
+)
 
 
 @dataclass

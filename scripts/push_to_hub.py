@@ -11,8 +11,7 @@ import logging
 
 import transformers
 
-from modeling_stablemoe.publishing import NETWORK_ERROR, check_name, explain, format_shipment, require_login, send
-from modeling_stablemoe.release_checks import prepare
+from modeling_stablemoe.hub import NETWORK_ERROR, check_name, explain, format_shipment, prepare, require_login, send
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:

@@ -12,26 +12,28 @@ from dataclasses import dataclass, field
 import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
-from modeling_stablemoe.card_arguments import CardArguments
+from modeling_stablemoe.checkpoints import check_engine
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack, without_end
-from modeling_stablemoe.engines import check_engine
-from modeling_stablemoe.exact_evaluation import BlockTrainer
 from modeling_stablemoe.hub import CardFacts
-from modeling_stablemoe.ngram import ngram_perplexities
-from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
-from modeling_stablemoe.report import format_results
+from modeling_stablemoe.measure import format_results, ngram_perplexities
 from modeling_stablemoe.runs import (
+    CardArguments,
     FolderArguments,
+    ModelArguments,
+    RoutingArguments,
     RunFolder,
     build_callbacks,
     build_model,
+    check_fit,
     evaluate_saved_model,
+    parse_recipe,
     push,
     set_hash_tables,
     summarize_run,
     train,
     write_results,
 )
+from modeling_stablemoe.training import BlockTrainer
 
 
 @dataclass

@@ -15,34 +15,43 @@ import transformers
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 
-from modeling_stablemoe.atomic_files import replace_file
-from modeling_stablemoe.callback_base import refuse_label_smoother
-from modeling_stablemoe.card_arguments import CardArguments
-from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR
-from modeling_stablemoe.engines import check_engine
-from modeling_stablemoe.exact_evaluation import TranslationTrainer
+from modeling_stablemoe.checkpoints import check_engine, replace_file
+from modeling_stablemoe.data import (
+    EMBEDDED_PAIR,
+    TokenBatchCollator,
+    TokenBatches,
+    TranslationDataArguments,
+    encode_pairs,
+    load_parallel_corpus,
+    load_translation_tokenizer,
+    sort_by_length,
+)
 from modeling_stablemoe.hub import CardFacts, languages_of_pairs
-from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, check_fit, parse_recipe
-from modeling_stablemoe.report import STAGE_HEADINGS, describe_saved_model, format_table, perplexity_of
+from modeling_stablemoe.measure import (
+    STAGE_HEADINGS,
+    TranslationMetrics,
+    describe_saved_model,
+    format_scores,
+    format_table,
+    perplexity_of,
+)
 from modeling_stablemoe.runs import (
+    CardArguments,
     FolderArguments,
+    ModelArguments,
+    RoutingArguments,
     RunFolder,
     build_callbacks,
     build_model,
+    check_fit,
+    parse_recipe,
     push,
     set_hash_tables,
     summarize_run,
     train,
     write_results,
 )
-from modeling_stablemoe.token_batches import TokenBatchCollator, TokenBatches, sort_by_length
-from modeling_stablemoe.translation_data import (
-    TranslationDataArguments,
-    encode_pairs,
-    load_parallel_corpus,
-    load_translation_tokenizer,
-)
-from modeling_stablemoe.translation_metrics import TranslationMetrics, format_scores
+from modeling_stablemoe.training import TranslationTrainer, refuse_label_smoother
 
 
 logger = logging.getLogger(__name__)

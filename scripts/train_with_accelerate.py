@@ -17,11 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler, set_seed
 
 from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
-from modeling_stablemoe.loops import drop_idle_gradients, freeze_router
-from modeling_stablemoe.processes import check_same_routing
-from modeling_stablemoe.recipes import ModelArguments, check_fit, parse_recipe
-from modeling_stablemoe.runs import build_model
-from modeling_stablemoe.weight_decay import parameter_groups
+from modeling_stablemoe.runs import ModelArguments, build_model, check_fit, parse_recipe
+from modeling_stablemoe.training import check_same_routing, drop_idle_gradients, freeze_router, parameter_groups
 
 
 @dataclass

@@ -17,11 +17,8 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stablemoe import StableMoEForConditionalGeneration
-from modeling_stablemoe.architectures import load_saved
-from modeling_stablemoe.atomic_files import replace_file
-from modeling_stablemoe.data import check_encoding
-from modeling_stablemoe.local_files import STANDARD_INPUT, read_lines
-from modeling_stablemoe.translation_tokenizer import encode_sources
+from modeling_stablemoe.checkpoints import load_saved, replace_file
+from modeling_stablemoe.data import STANDARD_INPUT, check_encoding, encode_sources, read_lines
 
 
 logger = logging.getLogger("translate")

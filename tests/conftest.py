@@ -19,7 +19,7 @@ from modeling_stablemoe import (
     StableMoEForConditionalGeneration,
     StableMoESeq2SeqConfig,
 )
-from modeling_stablemoe.routing_stablemoe import RoutingTrace
+from modeling_stablemoe.model.routing_stablemoe import RoutingTrace
 
 
 # Odd and all different, so that swapped axes fail.

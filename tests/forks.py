@@ -21,10 +21,10 @@ from transformers import Trainer
 from transformers.trainer_callback import DefaultFlowCallback, TrainerState
 from workplaces import ROOT, free_port, load_script
 
-from modeling_stablemoe import manifests
-from modeling_stablemoe.callbacks import StageTransitionCallback
-from modeling_stablemoe.checkpoints import last_complete_checkpoint
-from modeling_stablemoe.stages_stablemoe import TwoStageRoutingMixin
+from modeling_stablemoe.checkpoints import manifests
+from modeling_stablemoe.checkpoints.folders import last_complete_checkpoint
+from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
+from modeling_stablemoe.training.transition import StageTransitionCallback
 
 
 LATEST = ("--resume_from_checkpoint", "latest")

@@ -12,7 +12,7 @@ from conftest import random_ids, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workplaces import free_port
 
-from modeling_stablemoe.data import collate_blocks
+from modeling_stablemoe.data.text import collate_blocks
 
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_two_stages.py"

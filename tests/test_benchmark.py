@@ -8,9 +8,10 @@ import pytest
 import torch
 from workplaces import ROOT, load_script, refuse
 
-from modeling_stablemoe import benchmark_layer_parts, benchmark_model_parts
-from modeling_stablemoe.benchmark_aims import AIMS, check_all
-from modeling_stablemoe.benchmark_layers import (
+from modeling_stablemoe.benchmark import layer_parts as benchmark_layer_parts
+from modeling_stablemoe.benchmark import model_parts as benchmark_model_parts
+from modeling_stablemoe.benchmark.aims import AIMS, check_all
+from modeling_stablemoe.benchmark.layers import (
     BUILDERS,
     LayerShape,
     build_contenders,
@@ -19,11 +20,11 @@ from modeling_stablemoe.benchmark_layers import (
     flops_per_token,
     run_training,
 )
-from modeling_stablemoe.benchmark_memory import ChildError, MemoryTask, available_memory, run_alone, too_large
-from modeling_stablemoe.benchmark_models import EQUAL_DENSE, STEP_ARMS, Preset, build_model, describe
-from modeling_stablemoe.benchmark_report import Report
-from modeling_stablemoe.benchmark_shares import group_of
-from modeling_stablemoe.benchmark_timing import Arm, Pace, compare, spread, take_turns
+from modeling_stablemoe.benchmark.memory import ChildError, MemoryTask, available_memory, run_alone, too_large
+from modeling_stablemoe.benchmark.models import EQUAL_DENSE, STEP_ARMS, Preset, build_model, describe
+from modeling_stablemoe.benchmark.report import Report
+from modeling_stablemoe.benchmark.shares import group_of
+from modeling_stablemoe.benchmark.timing import Arm, Pace, compare, spread, take_turns
 
 
 CPU = torch.device("cpu")

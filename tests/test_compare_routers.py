@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from test_run_clm import CausalWorkplace
 from workplaces import load_script, refuse
 
-from modeling_stablemoe import comparison
-from modeling_stablemoe.data import collate_blocks
+from modeling_stablemoe.compare import comparison
+from modeling_stablemoe.data.text import collate_blocks
 
 
 SYSTEMS = """

@@ -13,13 +13,13 @@ from trainers import BLOCKS, make_trainer, training_logs
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
-from modeling_stablemoe.callbacks import TrainingClockCallback
-from modeling_stablemoe.comparison import measure_routing, read_systems
-from modeling_stablemoe.comparison_report import format_comparison, summarize_systems, write_figures
-from modeling_stablemoe.flops import count_parameters, forward_flops
-from modeling_stablemoe.hash_tables import balanced_hash_table, count_tokens
-from modeling_stablemoe.recipes import RoutingArguments, load_preset
-from modeling_stablemoe.runs import set_hash_tables
+from modeling_stablemoe.compare.comparison import measure_routing, read_systems
+from modeling_stablemoe.compare.comparison_report import format_comparison, summarize_systems, write_figures
+from modeling_stablemoe.measure.flops import count_parameters, forward_flops
+from modeling_stablemoe.runs.recipes import RoutingArguments, load_preset
+from modeling_stablemoe.runs.run import set_hash_tables
+from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
+from modeling_stablemoe.training.transition import TrainingClockCallback
 
 
 ROOT = Path(__file__).parents[1]

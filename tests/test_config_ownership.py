@@ -17,8 +17,8 @@ from modeling_stablemoe import (
     StableMoEModel,
     StableMoESeq2SeqModel,
 )
-from modeling_stablemoe.pretrained_stablemoe import StableMoEPreTrainedModel
-from modeling_stablemoe.pruning import prune_experts
+from modeling_stablemoe.convert.pruning import prune_experts
+from modeling_stablemoe.model.pretrained_stablemoe import StableMoEPreTrainedModel
 
 
 KINDS = [

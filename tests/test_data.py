@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
-from modeling_stablemoe import data, local_files
-from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
-from modeling_stablemoe.embedded_corpus import embedded_documents, split_of
+from modeling_stablemoe.data import local_files
+from modeling_stablemoe.data import text as data
+from modeling_stablemoe.data.embedded_corpus import embedded_documents, split_of
+from modeling_stablemoe.data.text import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
 
 
 DOCUMENTS = [f"Document {i}: the {'quick brown fox ' * (i % 5)}jumps over {i * 37} lazy dogs.\n" for i in range(60)]
@@ -392,7 +393,7 @@ def test_broken_modules_are_skipped_counted_and_source_is_optional(tmp_path, cap
     (stdlib / "bad_syntax.py").write_text("def (")
     (stdlib / "bad_bytes.py").write_bytes(b'"""\xff"""')
     (stdlib / "null.py").write_bytes(b"a\x00b")
-    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.embedded_corpus"):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.data.embedded_corpus"):
         documents = [d for d in embedded_documents("docs+source", stdlib) if d.source != "topic"]
     assert "skipped 3 unreadable modules" in caplog.text
     assert [(d.name, d.source) for d in documents] == [("pkg", "docstrings"), ("pkg", "code")]

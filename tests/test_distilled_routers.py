@@ -22,9 +22,9 @@ from modeling_stablemoe import (
     StableMoEForConditionalGeneration,
     StageTransitionCallback,
 )
-from modeling_stablemoe.configuration_stablemoe import DISTILLED_ROUTERS, TABLE_ROUTERS
-from modeling_stablemoe.context_stablemoe import whole_context
-from modeling_stablemoe.distillation_stablemoe import ContextRouter, sees_context
+from modeling_stablemoe.model.configuration_stablemoe import DISTILLED_ROUTERS, TABLE_ROUTERS
+from modeling_stablemoe.model.context_stablemoe import whole_context
+from modeling_stablemoe.model.distillation_stablemoe import ContextRouter, sees_context
 
 
 KINDS = [kind for kind in DISTILLED_ROUTERS if kind not in TABLE_ROUTERS]

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
 
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
-from modeling_stablemoe.stage1 import SettlingWatch
-from modeling_stablemoe.statistics import RoutingMeter
+from modeling_stablemoe.measure.meter import RoutingMeter
+from modeling_stablemoe.measure.verdict import SettlingWatch
 
 
 WORLD = 2

@@ -5,8 +5,8 @@ import textwrap
 
 import pytest
 
-from modeling_stablemoe.embedded_corpus import split_of
-from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR, EmbeddedPair, embedded_pairs, pair_split_of
+from modeling_stablemoe.data.embedded_corpus import split_of
+from modeling_stablemoe.data.embedded_pairs import EMBEDDED_PAIR, EmbeddedPair, embedded_pairs, pair_split_of
 
 
 # Packages by the split that their names hash to.

@@ -19,9 +19,9 @@ from modeling_stablemoe import (
     StableMoEForConditionalGeneration,
     StageTransitionCallback,
 )
-from modeling_stablemoe.flops import count_parameters
-from modeling_stablemoe.layer_stablemoe import moe_layers_of
-from modeling_stablemoe.recipes import load_preset
+from modeling_stablemoe.measure.flops import count_parameters
+from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
+from modeling_stablemoe.runs.recipes import load_preset
 
 
 # Before, every process has all tokens (`tp_size`); from here on it may have tokens of its own (`fsdp_size`).

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.experts_stablemoe import (
+from modeling_stablemoe.model.experts_stablemoe import (
     ALL_STABLEMOE_EXPERTS_FUNCTIONS,
     StableMoEExperts,
     drop_overflow,

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from workplaces import load_script, refuse
 
-from modeling_stablemoe.fairseq_checkpoints import convert_fairseq_checkpoint
+from modeling_stablemoe.convert.fairseq_checkpoints import convert_fairseq_checkpoint
 
 
 convert_fairseq = load_script("convert_fairseq")

@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 from trainers import make_trainer
 from workplaces import ROOT, assert_same_saved_weights, children_of, content, free_port, load_script, refuse
 
-from modeling_stablemoe.callbacks import StageTransitionCallback
-from modeling_stablemoe.checkpoints import last_complete_checkpoint, what_is_missing
-from modeling_stablemoe.engines import check_engine
-from modeling_stablemoe.manifests import MANIFEST_FILE, CheckpointManifestCallback
+from modeling_stablemoe.checkpoints.engines import check_engine
+from modeling_stablemoe.checkpoints.folders import last_complete_checkpoint, what_is_missing
+from modeling_stablemoe.checkpoints.manifests import MANIFEST_FILE, CheckpointManifestCallback
+from modeling_stablemoe.training.transition import StageTransitionCallback
 
 
 class SteadyWorkplace(ShortWorkplace):
@@ -232,7 +232,7 @@ def test_damaged_file_is_named_and_its_checkpoint_passed_over(run_of_stage1, tmp
     run = shutil.copytree(run_of_stage1, tmp_path / "run")
     assert last_complete_checkpoint(run) == run / "checkpoint-8"
     damage(run / "checkpoint-8" / name)
-    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.checkpoints"):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.checkpoints.folders"):
         assert last_complete_checkpoint(run) == run / "checkpoint-4"
     assert f"Passing over {run / 'checkpoint-8'}: {name} " in caplog.text
 

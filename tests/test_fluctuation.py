@@ -13,7 +13,7 @@ from modeling_stablemoe import (
     StableMoEForSequenceClassification,
     StageTransitionCallback,
 )
-from modeling_stablemoe.fluctuation import RoutingHistory
+from modeling_stablemoe.measure.fluctuation import RoutingHistory
 
 
 # Routing fluctuation

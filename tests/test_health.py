@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model
 
-from modeling_stablemoe.health_stablemoe import (
+from modeling_stablemoe.model.health_stablemoe import (
     common_direction,
     mean_by_id,
     mean_health,

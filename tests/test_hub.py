@@ -5,7 +5,7 @@ from pathlib import Path
 from conftest import tiny_config
 from huggingface_hub import ModelCard
 
-from modeling_stablemoe.hub import build_model_card
+from modeling_stablemoe.hub.cards import build_model_card
 
 
 TEMPLATE = Path(__file__).parents[1] / "hub_card.md"

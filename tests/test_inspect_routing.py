@@ -13,7 +13,7 @@ from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer, parse_page
 from transformers import GPT2Config
 from workplaces import load_script, refuse
 
-from modeling_stablemoe.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
 
 
 TEXT = "the cat and the dog and the script\n" * 8

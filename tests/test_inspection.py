@@ -12,8 +12,9 @@ from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from modeling_stablemoe.data import train_bpe
-from modeling_stablemoe.inspection import (
+from modeling_stablemoe.data.text import train_bpe
+from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.measure.inspection import (
     count_token_experts,
     format_report,
     inspect_routing,
@@ -23,8 +24,7 @@ from modeling_stablemoe.inspection import (
     route_texts,
     token_bytes,
 )
-from modeling_stablemoe.inspection_page import build_page
-from modeling_stablemoe.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.measure.inspection_page import build_page
 
 
 HOSTILE = "a </script><b>bold</b> <!-- & `|` \"'\u2028 {{data}} {{title}}\n\tnaïve 日本 😀"

@@ -9,7 +9,7 @@ from conftest import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_stablemoe.losses_stablemoe import (
+from modeling_stablemoe.model.losses_stablemoe import (
     balance_loss,
     count_causal_targets,
     count_expert_load,

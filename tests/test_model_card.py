@@ -26,8 +26,8 @@ from modeling_stablemoe import (
     StableMoESeq2SeqConfig,
     StageTransitionCallback,
 )
-from modeling_stablemoe.card_arguments import CardArguments
-from modeling_stablemoe.hub import OLDEST_TRANSFORMERS, build_model_card, languages_of_pairs
+from modeling_stablemoe.hub.cards import OLDEST_TRANSFORMERS, build_model_card, languages_of_pairs
+from modeling_stablemoe.runs.card_arguments import CardArguments
 
 
 RESULTS = {
@@ -416,7 +416,7 @@ def test_an_installed_package_has_the_template(tmp_path):
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=300)
     [wheel] = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    code = "from modeling_stablemoe.hub import card_template; print(card_template())"
+    code = "from modeling_stablemoe.hub.cards import card_template; print(card_template())"
     found = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(tmp_path / "installed"), "OMP_NUM_THREADS": "1"},

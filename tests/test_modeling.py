@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEModel
-from modeling_stablemoe.recipes import load_preset
+from modeling_stablemoe.runs.recipes import load_preset
 
 
 IDS = random_ids()

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from trainers import make_trainer
 
 from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallback
-from modeling_stablemoe.statistics import RoutingMeter
+from modeling_stablemoe.measure.meter import RoutingMeter
 
 
 KINDS = {

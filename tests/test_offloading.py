@@ -22,8 +22,8 @@ from modeling_stablemoe import (
     experts_on_disk,
     offload_experts,
 )
-from modeling_stablemoe.expert_store import MemoryRows
-from modeling_stablemoe.layer_stablemoe import moe_layers_of
+from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
+from modeling_stablemoe.offload.expert_store import MemoryRows
 
 
 IDS = random_ids(4, 20)

@@ -21,9 +21,9 @@ from modeling_stablemoe import (
     StableMoEForSequenceClassification,
     StageTransitionCallback,
 )
-from modeling_stablemoe.adapters import ROUTING_FILE, load_routing, save_routing
-from modeling_stablemoe.checkpoints import what_is_missing
-from modeling_stablemoe.manifests import MANIFEST_FILE, CheckpointManifestCallback
+from modeling_stablemoe.checkpoints.adapters import ROUTING_FILE, load_routing, save_routing
+from modeling_stablemoe.checkpoints.folders import what_is_missing
+from modeling_stablemoe.checkpoints.manifests import MANIFEST_FILE, CheckpointManifestCallback
 
 
 peft = pytest.importorskip("peft")

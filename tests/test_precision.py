@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from modeling_stablemoe import StageTransitionCallback
-from modeling_stablemoe.recipes import parse_recipe
+from modeling_stablemoe.runs.recipes import parse_recipe
 
 
 HALF = [torch.float16, torch.bfloat16]

@@ -31,8 +31,8 @@ from modeling_stablemoe import (
     StableMoESeq2SeqConfig,
     StableMoESeq2SeqModel,
 )
-from modeling_stablemoe.experts_stablemoe import StableMoEExpertsInterface
-from modeling_stablemoe.versions_stablemoe import CACHE_NAME
+from modeling_stablemoe.model.experts_stablemoe import StableMoEExpertsInterface
+from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 
 
 PACKAGE = Path(modeling_stablemoe.__file__).parent
@@ -389,7 +389,7 @@ def nodes(kind: type) -> list[tuple[str, ast.AST]]:
 
 @cache
 def all_nodes() -> list[tuple[str, ast.AST]]:
-    files = sorted(PACKAGE.glob("*.py"))
+    files = sorted(PACKAGE.glob("*/*.py"))
     return [(path.name, node) for path in files for node in ast.walk(ast.parse(path.read_text()))]
 
 

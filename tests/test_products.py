@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.products_stablemoe import grouped_layer_norm, grouped_linear, permute, sort_by_expert
+from modeling_stablemoe.model.products_stablemoe import grouped_layer_norm, grouped_linear, permute, sort_by_expert
 
 
 E, X, Y = 4, 5, 3

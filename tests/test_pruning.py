@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from workplaces import ROOT, content, load_script, refuse
 
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
-from modeling_stablemoe.pruning import load_pruned, prune_experts
-from modeling_stablemoe.pruning_report import expected_reach
+from modeling_stablemoe.convert.pruning import load_pruned, prune_experts
+from modeling_stablemoe.convert.pruning_report import expected_reach
 
 
 EVERY_ID = torch.arange(99).unsqueeze(0)
@@ -233,7 +233,7 @@ def test_a_forward_pass_says_so_once_when_it_meets_an_id_without_its_expert():
     pruned = prune_experts(whole, SUBSET)
     inside = sorted(set(range(99)) - lost_ids(whole, pruned))
     lost = min(lost_ids(whole, pruned))
-    with recorded_warnings("modeling_stablemoe.pretrained_stablemoe") as messages:
+    with recorded_warnings("modeling_stablemoe.model.pretrained_stablemoe") as messages:
         pruned(torch.tensor([inside[:60]]))
         assert messages == []
         pruned(torch.tensor([[SUBSET[0], lost]]))
@@ -327,7 +327,7 @@ def test_rows_of_other_experts_are_never_read(checkpoint, monkeypatch):
         with safe_open(path, framework=framework) as file:
             yield CountingFile(file)
 
-    monkeypatch.setattr("modeling_stablemoe.pruning.safe_open", open_counting)
+    monkeypatch.setattr("modeling_stablemoe.convert.pruning.safe_open", open_counting)
     pruned = load_pruned(checkpoint, SUBSET)
     sizes = {name: values.numel() for name, values in (*pruned.named_parameters(), *pruned.named_buffers())}
     assert read == sizes
@@ -371,7 +371,7 @@ def test_a_checkpoint_of_the_hub_is_pruned_by_name(checkpoint, tmp_path):
         import sys
         from transformers import AutoModelForCausalLM
         import modeling_stablemoe
-        from modeling_stablemoe.pruning import load_pruned
+        from modeling_stablemoe.convert.pruning import load_pruned
         AutoModelForCausalLM.from_pretrained(sys.argv[1]).push_to_hub("user/whole", max_shard_size="30KB")
         load_pruned("user/whole", [5, 17, 31, 64, 90], revision="main").save_pretrained(sys.argv[2])
     """

@@ -19,11 +19,11 @@ from trainers import BLOCKS, make_trainer, tiny_tokenizer
 from workplaces import ROOT, content, load_script, refuse
 
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
-from modeling_stablemoe.hub import CardFacts
-from modeling_stablemoe.publishing import rename, select_files
-from modeling_stablemoe.release_checks import check_card, check_weight_files, check_without_package, prepare
-from modeling_stablemoe.reload_probe import compute
-from modeling_stablemoe.runs import evaluate_saved_model, summarize_run, write_results
+from modeling_stablemoe.hub.cards import CardFacts
+from modeling_stablemoe.hub.publishing import rename, select_files
+from modeling_stablemoe.hub.release_checks import check_card, check_weight_files, check_without_package, prepare
+from modeling_stablemoe.hub.reload_probe import compute
+from modeling_stablemoe.runs.run import evaluate_saved_model, summarize_run, write_results
 
 
 TABLE = "model.moe_layers.0.frozen_router.routing_table"
@@ -235,7 +235,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 import modeling_stablemoe
-from modeling_stablemoe.publishing import NETWORK_ERROR, Shipment, explain, select_files, send
+from modeling_stablemoe.hub.publishing import NETWORK_ERROR, Shipment, explain, select_files, send
 from workplaces import load_script
 
 folder = sys.argv[1]

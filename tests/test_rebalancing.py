@@ -7,8 +7,8 @@ from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer
 from transformers import AutoModelForCausalLM
 from workplaces import load_script, refuse
 
-from modeling_stablemoe.inspection import route_texts
-from modeling_stablemoe.rebalancing import format_balances, rebalance
+from modeling_stablemoe.convert.rebalancing import format_balances, rebalance
+from modeling_stablemoe.measure.inspection import route_texts
 
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 30

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
 from modeling_stablemoe import StableMoEForSequenceClassification
-from modeling_stablemoe.pretrained_stablemoe import check_range
+from modeling_stablemoe.model.pretrained_stablemoe import check_range
 
 
 def classifier(**overrides):

@@ -9,10 +9,10 @@ from transformers import GPT2Config, TrainingArguments
 from workplaces import load_script
 
 from modeling_stablemoe import StableMoEConfig
-from modeling_stablemoe.comparison import read_systems
-from modeling_stablemoe.data import DataArguments
-from modeling_stablemoe.dense_stablemoe import config_of_dense
-from modeling_stablemoe.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
+from modeling_stablemoe.compare.comparison import read_systems
+from modeling_stablemoe.data.text import DataArguments
+from modeling_stablemoe.model.dense_stablemoe import config_of_dense
+from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
 
 
 ROOT = Path(__file__).parents[1]

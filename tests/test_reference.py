@@ -6,7 +6,7 @@ import reference
 import torch
 from conftest import Decision, random_ids, tiny_model
 
-from modeling_stablemoe.losses_stablemoe import balance_loss, distillation_loss
+from modeling_stablemoe.model.losses_stablemoe import balance_loss, distillation_loss
 
 
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]

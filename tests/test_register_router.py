@@ -11,9 +11,9 @@ from torch import nn
 from trainers import make_trainer
 
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback, register_router
-from modeling_stablemoe.configuration_stablemoe import ROUTER_TYPES
-from modeling_stablemoe.losses_stablemoe import switch_balance_loss
-from modeling_stablemoe.routing_stablemoe import ROUTERS, LearnedRouter
+from modeling_stablemoe.model.configuration_stablemoe import ROUTER_TYPES
+from modeling_stablemoe.model.losses_stablemoe import switch_balance_loss
+from modeling_stablemoe.model.routing_stablemoe import ROUTERS, LearnedRouter
 
 
 IDS = random_ids(4, 8)

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from modeling_stablemoe.ngram import ngram_perplexities
-from modeling_stablemoe.report import format_results, format_table, stage_rows, summarize
+from modeling_stablemoe.measure.ngram import ngram_perplexities
+from modeling_stablemoe.measure.report import format_results, format_table, stage_rows, summarize
 
 
 HISTORY = [

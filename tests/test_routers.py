@@ -19,7 +19,7 @@ from modeling_stablemoe import (
     StableMoESeq2SeqConfig,
     StageTransitionCallback,
 )
-from modeling_stablemoe.losses_stablemoe import balance_loss, routing_losses, switch_balance_loss
+from modeling_stablemoe.model.losses_stablemoe import balance_loss, routing_losses, switch_balance_loss
 
 
 DISTILLED = {"distilled_router": "word_embedding"}

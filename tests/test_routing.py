@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.distillation_stablemoe import WordEmbeddingRouter
-from modeling_stablemoe.frozen_stablemoe import FrozenRouter
-from modeling_stablemoe.layer_stablemoe import StableMoELayer
-from modeling_stablemoe.routing_stablemoe import StableRouter
+from modeling_stablemoe.model.distillation_stablemoe import WordEmbeddingRouter
+from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
+from modeling_stablemoe.model.layer_stablemoe import StableMoELayer
+from modeling_stablemoe.model.routing_stablemoe import StableRouter
 
 
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
@@ -37,7 +37,7 @@ def gradients_of(model, loss) -> set[str]:
 
 
 @contextlib.contextmanager
-def recorded_warnings(name: str = "modeling_stablemoe.tensors_stablemoe"):
+def recorded_warnings(name: str = "modeling_stablemoe.model.tensors_stablemoe"):
     """Messages of one logger, which transformers keeps from propagating; what `warning_once` has said is forgotten."""
     from transformers.utils import logging as transformers_logging
 

@@ -10,7 +10,7 @@ from trainers import BLOCKS, make_trainer, training_logs
 from workplaces import load_script, refuse
 
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
-from modeling_stablemoe.run_figures import read_run
+from modeling_stablemoe.measure.run_figures import read_run
 
 
 plot_run = load_script("plot_run").main

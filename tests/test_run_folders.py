@@ -8,7 +8,7 @@ from conftest import tiny_model
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from modeling_stablemoe.checkpoints import (
+from modeling_stablemoe.checkpoints.folders import (
     check_run_folder,
     checkpoints_in,
     claim_run_folder,
@@ -104,7 +104,7 @@ def identity_of(per_device, accumulation=1):
 def test_same_batch_divided_otherwise_is_the_same_run_with_a_warning(tmp_path, caplog):
     claim(tmp_path, identity_of(4))
     folder = save_checkpoint(tmp_path, 3)
-    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.checkpoints"):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.checkpoints.folders"):
         assert claim(tmp_path, identity_of(4), resume=True) == folder
         assert not caplog.records
         assert claim(tmp_path, identity_of(2, accumulation=2), resume=True) == folder
@@ -188,7 +188,7 @@ def test_checkpoint_that_was_cut_off_is_passed_over_and_removed(tmp_path, caplog
     whole, damaged = save_checkpoint(tmp_path, 8), save_checkpoint(tmp_path, 10)
     assert last_complete_checkpoint(tmp_path) == damaged
     damage(damaged)
-    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.checkpoints"):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.checkpoints.folders"):
         assert last_complete_checkpoint(tmp_path) == whole
     assert f"Passing over {damaged}" in caplog.text
     before = content(whole)

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer
 from workplaces import load_script, refuse
 
-from modeling_stablemoe.architectures import MODELS, load_saved
-from modeling_stablemoe.inspection import route_texts
-from modeling_stablemoe.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.checkpoints.architectures import MODELS, load_saved
+from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.measure.inspection import route_texts
 
 
 TEXT = "the cat and the dog and the script\n" * 4

@@ -25,7 +25,7 @@ from modeling_stablemoe import (
     StableMoESeq2SeqConfig,
     StableMoESeq2SeqModel,
 )
-from modeling_stablemoe.modeling_stablemoe_seq2seq import StableMoEDecoder, StableMoEEncoder
+from modeling_stablemoe.model.modeling_stablemoe_seq2seq import StableMoEDecoder, StableMoEEncoder
 
 
 PRESETS = Path(__file__).parent.parent / "configuration" / "models"
@@ -442,7 +442,7 @@ def test_eager_and_sdpa_attention_agree_in_loss_and_gradients(stage):
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_switching_the_experts_implementation_reaches_both_sides(implementation, monkeypatch):
-    from modeling_stablemoe.experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
+    from modeling_stablemoe.model.experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
 
     used, function = [], ALL_STABLEMOE_EXPERTS_FUNCTIONS[implementation]
     eager, other = (tiny_seq2seq_model().eval() for _ in range(2))

@@ -18,7 +18,7 @@ from trainers import (
 from transformers import DataCollatorForSeq2Seq, TrainerCallback
 
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
-from modeling_stablemoe.statistics import RoutingMeter
+from modeling_stablemoe.measure.meter import RoutingMeter
 
 
 START, PAD = 1, 2

@@ -15,8 +15,8 @@ from forks import LATEST, ShortWorkplace, finish, fork_script, last_step
 from transformers import Trainer
 from workplaces import assert_same_saved_weights
 
-from modeling_stablemoe.callbacks import StageTransitionCallback
-from modeling_stablemoe.manifests import CheckpointManifestCallback
+from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
+from modeling_stablemoe.training.transition import StageTransitionCallback
 
 
 CYCLES = int(os.environ.get("SOAK_CYCLES", "200"))

@@ -8,8 +8,8 @@ from conftest import tiny_model
 from trainers import BLOCKS, assert_same_weights, make_trainer, weights
 
 from modeling_stablemoe import StageTransitionCallback
-from modeling_stablemoe.stage1 import Verdict, load_of
-from modeling_stablemoe.statistics import RoutingMeter
+from modeling_stablemoe.measure.meter import RoutingMeter
+from modeling_stablemoe.measure.verdict import Verdict, load_of
 
 
 HEALTHY = {
@@ -100,7 +100,7 @@ def test_a_routing_that_stands_still_is_frozen_early(tmp_path):
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
     trainer = make_trainer(tmp_path, settled, model=model, learning_rate=0.0)
-    logger = logging.getLogger("modeling_stablemoe.callbacks")
+    logger = logging.getLogger("modeling_stablemoe.training.transition")
     logger.disabled = True
     trainer.train()
     logger.disabled = False
@@ -112,9 +112,9 @@ def test_a_routing_that_stands_still_is_frozen_early(tmp_path):
 @pytest.mark.parametrize("worth_it", [True, False])
 def test_settling_counts_only_if_the_routing_is_worth_freezing(tmp_path, monkeypatch, worth_it):
     metrics = HEALTHY | ({} if worth_it else {"closed_gates": 0.9})
-    monkeypatch.setattr("modeling_stablemoe.callbacks.judge", lambda meter: Verdict(metrics, 1.0, False))
+    monkeypatch.setattr("modeling_stablemoe.training.transition.judge", lambda meter: Verdict(metrics, 1.0, False))
     monkeypatch.setattr(
-        "modeling_stablemoe.callbacks.SettlingWatch.check", lambda watch: watch.changes.append(0.01) or 0.01
+        "modeling_stablemoe.training.transition.SettlingWatch.check", lambda watch: watch.changes.append(0.01) or 0.01
     )
     trainer = make_trainer(tmp_path, StageTransitionCallback(10, settled_change=0.02, check_steps=2))
     trainer.train()
@@ -123,9 +123,10 @@ def test_settling_counts_only_if_the_routing_is_worth_freezing(tmp_path, monkeyp
 
 @pytest.mark.parametrize(("change", "expected"), [(0.02, 4), (0.03, 10)])
 def test_settled_means_twice_at_most_the_given_change(tmp_path, monkeypatch, change, expected):
-    monkeypatch.setattr("modeling_stablemoe.callbacks.judge", lambda meter: Verdict(HEALTHY, 1.0, False))
+    monkeypatch.setattr("modeling_stablemoe.training.transition.judge", lambda meter: Verdict(HEALTHY, 1.0, False))
     monkeypatch.setattr(
-        "modeling_stablemoe.callbacks.SettlingWatch.check", lambda watch: watch.changes.append(change) or change
+        "modeling_stablemoe.training.transition.SettlingWatch.check",
+        lambda watch: watch.changes.append(change) or change,
     )
     trainer = make_trainer(tmp_path, StageTransitionCallback(10, settled_change=0.02, check_steps=2))
     trainer.train()
@@ -142,8 +143,8 @@ def test_the_transition_is_held_until_the_routing_is_ready_or_the_bound(
         sick = {} if trainer.state.global_step >= ready_at else {"closed_gates": 0.9}
         return Verdict(HEALTHY | sick, 1.0, False)
 
-    monkeypatch.setattr("modeling_stablemoe.callbacks.judge", judge)
-    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.callbacks"):
+    monkeypatch.setattr("modeling_stablemoe.training.transition.judge", judge)
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.training.transition"):
         trainer.train()
     assert transition_of(trainer)["step"] == expected
     warnings = [record.getMessage() for record in caplog.records if "not worth freezing" in record.getMessage()]
@@ -156,7 +157,7 @@ def test_a_sick_routing_is_frozen_with_a_warning_that_names_the_remedies(tmp_pat
     layer.router.distilled_router.centroids.data.zero_()  # every id to expert 0
     layer.router.centroids.data.zero_()
     layer.router.centroids.data[1] = 1e-3
-    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.callbacks"):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.training.transition"):
         make_trainer(tmp_path, StageTransitionCallback(2), model=model, learning_rate=0.0).train()
     (warning,) = [record.getMessage() for record in caplog.records if "not worth freezing" in record.getMessage()]
     assert "the table's load max/mean is 5.00 (wanted: 2)" in warning

@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from trainers import assert_same_weights, make_trainer, weights
 
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
-from modeling_stablemoe.losses_stablemoe import balance_loss
-from modeling_stablemoe.running_stablemoe import VARIANCE_EPSILON
+from modeling_stablemoe.model.losses_stablemoe import balance_loss
+from modeling_stablemoe.model.running_stablemoe import VARIANCE_EPSILON
 
 
 EVERY_ID = torch.arange(99).unsqueeze(0)

@@ -21,7 +21,7 @@ from trainers import (
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
 from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
-from modeling_stablemoe.finding import find_stablemoe
+from modeling_stablemoe.checkpoints.finding import find_stablemoe
 
 
 # The transition
@@ -345,7 +345,7 @@ def test_training_that_ends_in_stage_1_is_warned_about(tmp_path, caplog):
             control.should_training_stop = state.global_step == 3
 
     trainer = make_trainer(tmp_path, StageTransitionCallback(5), Stop())
-    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.callbacks"):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.training.transition"):
         trainer.train()
     assert "ended at step 3, before the transition at step 5: the routing is not frozen" in caplog.text
     assert trainer.model.routing_stage == 1

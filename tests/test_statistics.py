@@ -20,8 +20,8 @@ from trainers import (
 from transformers import TrainerCallback
 
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
-from modeling_stablemoe.callback_base import TrainingStopwatch
-from modeling_stablemoe.statistics import LayerLoads
+from modeling_stablemoe.measure.meter import LayerLoads
+from modeling_stablemoe.training.logging_callback import TrainingStopwatch
 
 
 # What is logged
@@ -256,7 +256,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr("modeling_stablemoe.callback_base.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("modeling_stablemoe.training.logging_callback.time.perf_counter", lambda: self.now)
 
     def watch(self, model):
         """A training pass takes a second, another one a hundred."""

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from modeling_stablemoe.token_batches import TokenBatchCollator, TokenBatches, sort_by_length
+from modeling_stablemoe.data.token_batches import TokenBatchCollator, TokenBatches, sort_by_length
 
 
 PAD = 1

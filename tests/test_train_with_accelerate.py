@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from workplaces import ROOT, Workplace, assert_same_saved_weights, free_port, load_script, refuse
 
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
-from modeling_stablemoe.data import DataArguments, collate_blocks, load_corpus, pack
-from modeling_stablemoe.recipes import load_preset
+from modeling_stablemoe.data.text import DataArguments, collate_blocks, load_corpus, pack
+from modeling_stablemoe.runs.recipes import load_preset
 
 
 PRESET = {

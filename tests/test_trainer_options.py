@@ -19,8 +19,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from workplaces import ROOT
 
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForConditionalGeneration, StageTransitionCallback
-from modeling_stablemoe.checkpoints import require_optimizer, what_is_missing
-from modeling_stablemoe.runs import evaluate_saved_model, summarize_run, write_results
+from modeling_stablemoe.checkpoints.folders import require_optimizer, what_is_missing
+from modeling_stablemoe.runs.run import evaluate_saved_model, summarize_run, write_results
 
 
 TRANSITION = 5
@@ -162,9 +162,9 @@ def test_a_run_resumed_with_best_of_stage2_keeps_the_best_of_stage_2(tmp_path):
 
 
 def test_the_message_names_the_real_transition_where_the_routing_settled_early(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("modeling_stablemoe.stage1.LEAST_AGREEMENT", 0.0)
-    monkeypatch.setattr("modeling_stablemoe.stage1.LARGEST_TABLE_LOAD", 99.0)
-    monkeypatch.setattr("modeling_stablemoe.stage1.MOST_CLOSED_GATES", 1.0)
+    monkeypatch.setattr("modeling_stablemoe.measure.verdict.LEAST_AGREEMENT", 0.0)
+    monkeypatch.setattr("modeling_stablemoe.measure.verdict.LARGEST_TABLE_LOAD", 99.0)
+    monkeypatch.setattr("modeling_stablemoe.measure.verdict.MOST_CLOSED_GATES", 1.0)
     transition = StageTransitionCallback(8, settled_change=0.99, check_steps=1)
     trainer = train(tmp_path, EarlyStoppingCallback(4), losses={2: 1.0}, transition=transition)
     assert trainer.state.global_step == 6
@@ -193,7 +193,7 @@ def test_early_stopping_in_stage_1_leaves_a_model_that_is_not_frozen_and_says_so
 
 
 def test_early_stopping_while_the_transition_is_held_says_that(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("modeling_stablemoe.stage1.LEAST_AGREEMENT", 1.1)  # never worth it
+    monkeypatch.setattr("modeling_stablemoe.measure.verdict.LEAST_AGREEMENT", 1.1)  # never worth it
     transition = StageTransitionCallback(3, hold_until_ready=8, check_steps=1)
     trainer = train(tmp_path, EarlyStoppingCallback(4), losses={1: 1.0}, transition=transition)
     assert trainer.state.global_step == 5

@@ -8,9 +8,9 @@ import pytest
 from conftest import tiny_seq2seq_model
 from workplaces import load_script
 
-from modeling_stablemoe.local_files import STANDARD_INPUT, read_lines, read_paired_text
-from modeling_stablemoe.routed_input import TextArguments, read_documents, read_pairs
-from modeling_stablemoe.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.data.local_files import STANDARD_INPUT, read_lines, read_paired_text
+from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.runs.routed_input import TextArguments, read_documents, read_pairs
 
 
 # Everything that `str.splitlines` and universal newlines take for the end of a line, but "\n".

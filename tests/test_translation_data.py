@@ -16,9 +16,10 @@ from test_data import own_cache, write_jsonl  # noqa: F401
 from tokenizers import processors
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser
 
-from modeling_stablemoe import data, translation_data
-from modeling_stablemoe.embedded_pairs import EMBEDDED_PAIR, embedded_pairs
-from modeling_stablemoe.translation_data import (
+from modeling_stablemoe.data import text as data
+from modeling_stablemoe.data import translation as translation_data
+from modeling_stablemoe.data.embedded_pairs import EMBEDDED_PAIR, embedded_pairs
+from modeling_stablemoe.data.translation import (
     TranslationDataArguments,
     add_target_language,
     encode_pairs,

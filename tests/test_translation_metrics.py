@@ -8,7 +8,7 @@ import sacrebleu
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
-from modeling_stablemoe.translation_metrics import TranslationMetrics, format_scores, score_translations
+from modeling_stablemoe.measure.translation_metrics import TranslationMetrics, format_scores, score_translations
 
 
 # Pairs take turns, so that rows and pairs are told apart.

@@ -6,7 +6,7 @@ from conftest import padded, random_ids, shaken, tiny_config, tiny_model, tiny_s
 from torch.testing import assert_close
 
 from modeling_stablemoe import StableMoEForSequenceClassification
-from modeling_stablemoe.losses_stablemoe import token_weights
+from modeling_stablemoe.model.losses_stablemoe import token_weights
 
 
 LENGTHS = (12, 11, 3, 2)
@@ -81,7 +81,9 @@ def test_processes_that_count_loads_together_add_up_with_the_balance_loss_too(fa
     model, batch, items = family(**ROUTERS[router])
     model.double().train()
     loads = []  # of all processes, layer by layer
-    monkeypatch.setattr("modeling_stablemoe.losses_stablemoe.sum_across_processes", lambda load: loads.append(load))
+    monkeypatch.setattr(
+        "modeling_stablemoe.model.losses_stablemoe.sum_across_processes", lambda load: loads.append(load)
+    )
     whole, aux_loss = gradients(model, batch, items, 4)
     of_layers = [load.clone() for load in loads]
 
@@ -90,7 +92,7 @@ def test_processes_that_count_loads_together_add_up_with_the_balance_loss_too(fa
         loads.append(load)
 
     loads.clear()
-    monkeypatch.setattr("modeling_stablemoe.losses_stablemoe.sum_across_processes", of_all_processes)
+    monkeypatch.setattr("modeling_stablemoe.model.losses_stablemoe.sum_across_processes", of_all_processes)
     halves, aux_losses = gradients(model, batch, items, 2)
     assert len(loads) == 2 * len(of_layers)
     assert_close(halves, whole, rtol=1e-4, atol=1e-6)

@@ -6,7 +6,7 @@ from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from trainers import make_trainer
 from transformers import Trainer
 
-from modeling_stablemoe.weight_decay import parameter_groups
+from modeling_stablemoe.training.weight_decay import parameter_groups
 
 
 MODELS = {

@@ -13,8 +13,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from modeling_stablemoe.data import collate_blocks
-from modeling_stablemoe.finding import find_stablemoe
+from modeling_stablemoe.checkpoints.finding import find_stablemoe
+from modeling_stablemoe.data.text import collate_blocks
 
 
 BLOCKS = [{"input_ids": row} for row in random_ids(24, 16, seed=1)]

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from trainers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from modeling_stablemoe.versions_stablemoe import CACHE_NAME
+from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 
 
 # Cosines of logits, by bits a weight.

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conftest import COUNTING, FOLLOWING, tiny_model, tiny_seq2seq_model
 
-from modeling_stablemoe.loops import drop_idle_gradients
-from modeling_stablemoe.statistics import RoutingMeter
+from modeling_stablemoe.measure.meter import RoutingMeter
+from modeling_stablemoe.training.loops import drop_idle_gradients
 
 
 DEVICE = "pretended_gpu"

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import random_ids, tiny_model  # noqa: E402
 
 from modeling_stablemoe import StageTransitionCallback  # noqa: E402
-from modeling_stablemoe.data import collate_blocks  # noqa: E402
+from modeling_stablemoe.data.text import collate_blocks  # noqa: E402
 
 
 STEPS, STAGE1_STEPS = 6, 3

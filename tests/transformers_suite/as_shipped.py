@@ -8,8 +8,8 @@ import torch
 from transformers.models.auto import modeling_auto
 from transformers.utils import is_torchvision_available, is_vision_available
 
-from modeling_stablemoe import experts_stablemoe
-from modeling_stablemoe.layer_stablemoe import moe_layers_of
+from modeling_stablemoe.model import experts_stablemoe
+from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
 
 
 # The suite asks these mappings by class name which labels a class takes, and whether it has a head.

@@ -8,8 +8,8 @@ from tokenizers import decoders as tokenizer_decoders
 from transformers import PreTrainedTokenizerFast, set_seed
 
 import modeling_stablemoe
-from modeling_stablemoe.configuration_stablemoe import EXPERT_PARAMETERS
-from modeling_stablemoe.layer_stablemoe import moe_layers_of
+from modeling_stablemoe.model.configuration_stablemoe import EXPERT_PARAMETERS
+from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
 
 
 _SIZES = {

@@ -1,0 +1,18 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Several systems trained on the same data, and what came out."""
+
+from .comparison import Comparison, System, check_comparable, read_systems
+from .comparison_report import write_report
+from .upcycling import DenseArguments, UpcyclingComparison, check_names
+
+
+__all__ = [
+    "Comparison",
+    "DenseArguments",
+    "System",
+    "UpcyclingComparison",
+    "check_comparable",
+    "check_names",
+    "read_systems",
+    "write_report",
+]

@@ -1,0 +1,508 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Frozen models without the experts that a part of the vocabulary never reaches: the same logits on that part.
+
+Only a routing that is frozen into tables allows this: from the token ids alone it is known which experts are used.
+`prune_experts` makes a smaller model of one in memory, `load_pruned` reads nothing but what is kept from a checkpoint.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from modeling_stablemoe.checkpoints.architectures import MODELS, read_saved_class
+from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
+from modeling_stablemoe.model.distillation_stablemoe import sees_context
+from modeling_stablemoe.model.experts_stablemoe import current_name
+from modeling_stablemoe.model.layer_stablemoe import StableMoELayer
+from modeling_stablemoe.model.routing_stablemoe import ROUTERS, HashRouter, LearnedRouter
+from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin, check_fingerprint, fingerprint_of
+from modeling_stablemoe.model.tensors_stablemoe import is_quantized, pack_ids, unpack_ids
+
+
+# What `from_pretrained` takes that says where a checkpoint is.
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "proxies")
+_TABLE = "frozen_router.routing_table"
+# What stands in a text whatever it says, by its name in a config or generation config.
+_SPECIAL_IDS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
+
+
+@dataclass(frozen=True)
+class LayerPruning:
+    """What pruning does to one MoE layer.
+
+    Attributes:
+        name (`str`): qualified name of the layer.
+        side (`int`): 0 in a language model or an encoder, 1 in a decoder.
+        table (`torch.LongTensor` of shape `(V,)`): expert of each token id in the whole model.
+        reached (`torch.LongTensor`): the experts of the ids that count, sorted.
+        kept (`torch.LongTensor` of shape `(N',)`): those and what fills up to N', the same in all layers: lowest first.
+        num_experts (`int`): N, of the whole model.
+    """
+
+    name: str
+    side: int
+    table: Tensor
+    reached: Tensor
+    kept: Tensor
+    num_experts: int
+
+    @cached_property
+    def has_expert(self) -> Tensor:
+        """`torch.BoolTensor` of shape `(V,)`: the ids whose expert is kept."""
+        return torch.isin(self.table, self.kept)
+
+    @cached_property
+    def new_table(self) -> Tensor:
+        """`torch.LongTensor` of shape `(V,)`: the same experts by their new numbers; id v without one goes to v mod N'."""
+        numbers = torch.zeros(self.num_experts, dtype=torch.long)
+        numbers[self.kept] = torch.arange(len(self.kept))
+        others = torch.arange(len(self.table)) % len(self.kept)
+        return torch.where(self.has_expert, numbers[self.table], others)
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which experts of a model are kept for a part of its vocabulary.
+
+    Attributes:
+        model_class (`type[PreTrainedModel]`): of the model.
+        config (`StableMoEBaseConfig`): of the whole model.
+        vocabularies (`list[torch.LongTensor]`): the ids that count, sorted: of the language model, or of encoder and decoder.
+        layers (`list[LayerPruning]`): one a MoE layer, in order.
+    """
+
+    model_class: type[PreTrainedModel]
+    config: StableMoEBaseConfig
+    vocabularies: list[Tensor]
+    layers: list[LayerPruning]
+
+    @property
+    def num_experts(self) -> int:
+        """`int`: N', experts of each layer of the pruned model."""
+        return len(self.layers[0].kept)
+
+    def lost(self, side: int) -> Tensor:
+        """Tell the ids that have no expert of their own in some layer, now or since an earlier pruning.
+
+        Args:
+            side (`int`): 0 for a language model or an encoder, 1 for a decoder.
+
+        Returns:
+            `torch.BoolTensor` of shape `(V,)`
+        """
+        lost = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        if self.config.pruned_tokens is not None:
+            before = unpack_ids(self.config.pruned_tokens[side])[: len(lost)]
+            lost[: len(before)] = before
+        for layer in self.layers:
+            if layer.side == side:
+                lost |= ~layer.has_expert
+        return lost
+
+    @cached_property
+    def new_config(self) -> StableMoEBaseConfig:
+        """`StableMoEBaseConfig`: of the pruned model."""
+        config = copy.deepcopy(self.config)
+        config.num_experts = self.num_experts
+        skeleton = build_skeleton(self.model_class, config).moe_layers_by_name
+        config.router_fingerprint = fingerprint_of(
+            skeleton[layer.name].frozen_router.encode({"routing_table": layer.new_table.int()})
+            for layer in self.layers
+        )
+        lost = [self.lost(side) for side in range(len(self.vocabularies))]
+        config.pruned_tokens = [pack_ids(ids) for ids in lost] if any(ids.any() for ids in lost) else None
+        return config
+
+    def take(self, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Take from the weights of the whole model those of the pruned one, and read no other rows.
+
+        Args:
+            weights (`Mapping[str, Any]`): tensors, or slices of safetensors files, by name.
+
+        Returns:
+            `dict[str, torch.Tensor]`: a state dict, none of whose tensors shares memory with `weights`.
+
+        Raises:
+            ValueError: if what has rows of experts is missing, or of another shape than the config says.
+        """
+        whole, pruned = (
+            {name: values.shape for name, values in build_skeleton(self.model_class, config).state_dict().items()}
+            for config in (self.config, self.new_config)
+        )
+        kept = {layer.name: layer.kept.tolist() for layer in self.layers}
+        resized = {name for name, shape in whole.items() if shape != pruned[name]}
+        wrong = [name for name in sorted(resized) if name not in weights or _shape(weights[name]) != whole[name]]
+        if wrong:
+            raise ValueError(
+                f"The weights do not fit their config: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of "
+                "another shape. Restore the config.json and the weights that were saved together."
+            )
+        state = {f"{layer.name}.{_TABLE}": layer.new_table.int() for layer in self.layers}
+        for name in sorted(weights.keys() - state.keys()):
+            values, index = weights[name], ...
+            if name in resized:
+                dim = next(dim for dim, size in enumerate(whole[name]) if size != pruned[name][dim])
+                layer = next(layer for layer in kept if name.startswith(f"{layer}."))
+                index = (slice(None),) * dim + (kept[layer],)
+            # Indexing by a list copies, and so does reading a file.
+            shares_memory = index is ... and isinstance(values, Tensor)
+            state[name] = values.detach().clone() if shares_memory else values[index].detach()
+        return state
+
+
+def _shape(values: Any) -> torch.Size:
+    return torch.Size(values.get_shape()) if hasattr(values, "get_shape") else values.shape
+
+
+def build_skeleton(model_class: type[PreTrainedModel], config: StableMoEBaseConfig) -> PreTrainedModel:
+    """Build a model without memory for its weights, which lie on the meta device."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def plan_pruning(
+    model_class: type[PreTrainedModel],
+    config: StableMoEBaseConfig,
+    tables: Mapping[str, Tensor],
+    token_ids: Iterable[int] | Tensor,
+    target_ids: Iterable[int] | Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+) -> Pruning:
+    """Find out which experts a part of the vocabulary reaches.
+
+    The ids that the configs give special tokens (begin, end, padding, start of a decoder) always count.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): of the model.
+        config (`StableMoEBaseConfig`): of the whole model, in stage 2.
+        tables (`Mapping[str, torch.Tensor]`): by the name of the MoE layer, the expert of each token id, `(V,)`.
+        token_ids (iterable of `int`): the part; of an encoder-decoder, of its sources.
+        target_ids (iterable of `int`, *optional*): of its targets. Default: as of its sources.
+        generation_config (`GenerationConfig`, *optional*): of the model, if it has one.
+
+    Returns:
+        `Pruning`
+
+    Raises:
+        ValueError: for no ids, ids outside the vocabulary, `target_ids` of a model without decoder, and for a model that
+            cannot be pruned: see `require_prunable`.
+    """
+    require_prunable(config)
+    if target_ids is not None and not config.is_encoder_decoder:
+        raise ValueError("`target_ids` are for encoder-decoders; give a language model `token_ids` alone.")
+    special = _special_ids(config, generation_config)
+    vocabularies = [_check_ids(token_ids, "token_ids", config.vocab_size, special)]
+    if config.is_encoder_decoder:
+        targets = token_ids if target_ids is None else target_ids
+        vocabularies.append(_check_ids(targets, "target_ids", config.vocab_size, special))
+    num_first = len(tables)
+    if config.is_encoder_decoder:
+        num_first = len(config.encoder_moe_layer_positions)
+    sides = [int(number >= num_first) for number in range(len(tables))]
+    tables = {name: table.long().cpu() for name, table in tables.items()}
+    reached = [table[vocabularies[side]].unique() for side, table in zip(sides, tables.values(), strict=True)]
+    num_kept = max(len(experts) for experts in reached)
+    layers = [
+        LayerPruning(name, side, table, experts, _fill(experts, num_kept, config.num_experts), config.num_experts)
+        for side, (name, table), experts in zip(sides, tables.items(), reached, strict=True)
+    ]
+    return Pruning(model_class, config, vocabularies, layers)
+
+
+def require_prunable(config: StableMoEBaseConfig):
+    """Refuse a model whose logits depend on experts that no table shows.
+
+    Raises:
+        ValueError: naming the remedy, for a dense model, one of stage 1, one that routes by earlier tokens, a gate that
+            depends on the scores of all experts, and quantised weights.
+    """
+    if not config.num_moe_layers:
+        raise ValueError(
+            "This is a dense model (its list of MoE layer positions is empty): it has no experts to prune."
+        )
+    if config.router_fingerprint is None:
+        raise ValueError(
+            "The routing is not frozen (stage 1): any token may go to any expert. Freeze it with `freeze_router()`, or "
+            "balance it into a table with scripts/balance_routing.py, then prune."
+        )
+    if sees_context(config):
+        raise ValueError(
+            f"A {config.distilled_router!r} router looks back at earlier tokens, so a token id alone does not tell its "
+            'expert. Only tables can be pruned by vocabulary: those of `distilled_router` "word_embedding" and "counts", '
+            'and of `router_type="hash"`.'
+        )
+    router = ROUTERS.get(config.router_type)
+    is_own = (router.gate, router.forward) == (LearnedRouter.gate, LearnedRouter.forward) if _learns(router) else False
+    if router is not HashRouter and not is_own:
+        raise ValueError(
+            f"`router_type` {config.router_type!r} weighs an expert by the scores of all of them, as a softmax does, so "
+            'logits would change with every one that is left out. Prune models of "stable", "base" or "hash".'
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError("The weights are quantised. Prune the checkpoint that they were made of, then quantise that.")
+
+
+def _learns(router: type | None) -> bool:
+    return router is not None and issubclass(router, LearnedRouter)
+
+
+def _special_ids(config: StableMoEBaseConfig, generation_config: GenerationConfig | None) -> list[int]:
+    named = [getattr(settings, name, None) for settings in (config, generation_config) for name in _SPECIAL_IDS]
+    flat = [i for ids in named if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+    return [i for i in flat if 0 <= i < config.vocab_size]
+
+
+def _check_ids(ids: Iterable[int] | Tensor, name: str, vocab_size: int, special: list[int]) -> Tensor:
+    values = ids if isinstance(ids, Tensor) else torch.tensor(list(ids))
+    if values.numel() == 0:
+        raise ValueError(f"`{name}` holds no token id: name those that the pruned model is to read and write.")
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(f"`{name}` must hold token ids, integers; got {values.dtype} (of a mask take `nonzero()`).")
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"`{name}` holds the id {low if low < 0 else high}, outside the vocabulary 0..{vocab_size - 1}; use the "
+            "model's own tokenizer."
+        )
+    return torch.cat([values.flatten().long().cpu(), torch.tensor(special, dtype=torch.long)]).unique()
+
+
+def _fill(experts: Tensor, num_kept: int, num_experts: int) -> Tensor:
+    """Add the lowest of the other experts, so that every layer keeps as many; sorted."""
+    others = torch.arange(num_experts)
+    others = others[~torch.isin(others, experts)]
+    return torch.cat([experts, others[: num_kept - len(experts)]]).sort().values
+
+
+def prune_experts(
+    model: PreTrainedModel,
+    token_ids: Iterable[int] | Tensor,
+    target_ids: Iterable[int] | Tensor | None = None,
+    *,
+    confine_generation: bool = True,
+) -> PreTrainedModel:
+    """Make a model without the experts that a part of the vocabulary never reaches.
+
+    On sequences of that part its logits are those of the whole model. Each layer keeps as many experts as the layer that
+    needs most. Any other id keeps its expert where that is kept, and else goes to expert `id mod N'`: a forward pass that
+    meets one says so once, and generation avoids it.
+
+    Args:
+        model (`PreTrainedModel`): of this package, frozen; stays as it is. Its weights are copied but for the experts that
+            are left out, so drop it, or let `load_pruned` read what is kept from a checkpoint.
+        token_ids (iterable of `int`): the part of the vocabulary; of an encoder-decoder, of its sources. Special tokens of
+            the config always count.
+        target_ids (iterable of `int`, *optional*): of the targets of an encoder-decoder. Default: as of the sources.
+        confine_generation (`bool`): add the ids without an expert to `generation_config.suppress_tokens`.
+
+    Returns:
+        `PreTrainedModel`: of the same class, dtype, device and mode; it trains, saves and loads as any frozen model.
+
+    Raises:
+        ValueError: see `plan_pruning`; also for weights that are sharded, offloaded, quantised or adapted.
+    """
+    _require_plain(model)
+    require_prunable(model.config)
+    model.check_routing()
+    tables = {name: layer.frozen_router.values() for name, layer in model.moe_layers_by_name.items()}
+    generation_config = copy.deepcopy(model.generation_config) if model.can_generate() else None
+    pruning = plan_pruning(type(model), model.config, tables, token_ids, target_ids, generation_config)
+    state = pruning.take(model.state_dict())
+    pruned = _build(pruning, state, {"dtype": model.dtype, "device_map": {"": model.device}})
+    _finish(pruned, pruning, generation_config, confine_generation)
+    pruned.config.name_or_path = model.config.name_or_path
+    return pruned.train(model.training)
+
+
+def _require_plain(model: PreTrainedModel):
+    """Refuse a model whose parameters are not simply all there."""
+    if type(model) not in MODELS.values():
+        raise ValueError(
+            f"A {type(model).__name__} cannot be pruned: give one of {', '.join(MODELS)} (adapters merged into it), loaded "
+            "with this package imported."
+        )
+    names = set(dict(build_skeleton(type(model), model.config).named_parameters()))
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id"):
+            raise ValueError(f"`{name}` is not in this process as a whole: prune the checkpoint with `load_pruned`.")
+        if is_quantized(parameter):
+            raise ValueError(f"`{name}` is quantised: prune the model that it was made of, then quantise that.")
+        if name not in names:
+            raise ValueError(f"`{name}` is not of this model alone: merge or unload adapters first.")
+
+
+def load_pruned(
+    checkpoint: str | PathLike,
+    token_ids: Iterable[int] | Tensor,
+    target_ids: Iterable[int] | Tensor | None = None,
+    *,
+    confine_generation: bool = True,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a checkpoint without the experts that a part of the vocabulary never reaches, and never read those.
+
+    See `prune_experts`. The memory that it takes is that of the pruned model.
+
+    Args:
+        checkpoint (`str` or `PathLike`): Hub name or folder, with weights as safetensors, in one file or several.
+        token_ids (iterable of `int`): see `prune_experts`.
+        target_ids (iterable of `int`, *optional*): see `prune_experts`.
+        confine_generation (`bool`): see `prune_experts`.
+        **kwargs: as of `from_pretrained`: `revision`, `token`, `cache_dir`, `dtype`, `device_map` and the like.
+
+    Returns:
+        `PreTrainedModel`: of the class that the checkpoint was saved from, in evaluation mode.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: see `plan_pruning`; also for a damaged checkpoint, and for one that is not of this package.
+    """
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    model_class, config, generation_config = read_configs(checkpoint, **hub)
+    with open_weights(checkpoint, **hub) as weights:
+        tables = read_tables(model_class, config, weights)
+        pruning = plan_pruning(model_class, config, tables, token_ids, target_ids, generation_config)
+        state = pruning.take(weights)
+    model = _build(pruning, state, kwargs)
+    _finish(model, pruning, generation_config, confine_generation)
+    model.config.name_or_path = str(checkpoint)
+    return model
+
+
+def read_configs(
+    checkpoint: str | PathLike, **hub: Any
+) -> tuple[type[PreTrainedModel], StableMoEBaseConfig, GenerationConfig | None]:
+    """Read what a checkpoint says besides its weights.
+
+    Args:
+        checkpoint (`str` or `PathLike`): Hub name or folder.
+        **hub: as of `from_pretrained`: where the checkpoint is.
+
+    Returns:
+        `tuple`: the class that it was saved from, its config and, if it has any, its generation config.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if it is not of this package.
+    """
+    model_class, config = read_saved_class(checkpoint, **hub)
+    try:
+        generation_config = GenerationConfig.from_pretrained(checkpoint, **hub)
+    except OSError:
+        generation_config = None
+    return model_class, config, generation_config
+
+
+@contextmanager
+def open_weights(checkpoint: str | PathLike, **hub: Any) -> Iterator[dict[str, Any]]:
+    """Open the safetensors files of a checkpoint, of the Hub or in a folder.
+
+    Args:
+        checkpoint (`str` or `PathLike`): Hub name or folder.
+        **hub: as of `from_pretrained`.
+
+    Yields:
+        `dict`: slices by the name of the tensor, which read what they are indexed by.
+
+    Raises:
+        ValueError: if there are none, or they cannot be read.
+    """
+    single, index = (
+        cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub)
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    )
+    if single is None and index is None:
+        raise ValueError(
+            f"{str(checkpoint)!r} has no weights as safetensors ({SAFE_WEIGHTS_NAME}); save it with `save_pretrained`."
+        )
+    files = [single] if single is not None else get_checkpoint_shard_files(checkpoint, index, **hub)[0]
+    with ExitStack() as stack:
+        try:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            yield {current_name(name): file.get_slice(name) for file in opened for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {str(checkpoint)!r} are not a readable safetensors file: {error}. It may have been cut off "
+                "while saving or downloading; fetch it again or use an earlier checkpoint."
+            ) from error
+
+
+def read_tables(
+    model_class: type[PreTrainedModel], config: StableMoEBaseConfig, weights: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Read the frozen tables of a checkpoint, and check them against the fingerprint in its config.
+
+    Returns:
+        `dict[str, torch.IntTensor]`: by the name of the MoE layer, `(V,)`.
+
+    Raises:
+        ValueError: naming the layer, if a table is missing, damaged, or not the one that was saved; see also
+            `require_prunable`.
+    """
+    require_prunable(config)
+    layers: dict[str, StableMoELayer] = build_skeleton(model_class, config).moe_layers_by_name
+    names = {layer: f"{layer}.{_TABLE}" for layer in layers}
+    wrong = [name for name in names.values() if name not in weights or _shape(weights[name]) != (config.vocab_size,)]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)}: missing from the weights, or not a row a token id. Restore the checkpoint."
+        )
+    tables = {layer: weights[name][...] for layer, name in names.items()}
+    for name, table in tables.items():
+        if not layers[name].frozen_router.check({"routing_table": table}, f"{name}.frozen_router"):
+            raise ValueError(f"The routing table of {name} is not frozen, as the config says. Restore the checkpoint.")
+    encoded = (layers[name].frozen_router.encode({"routing_table": table}) for name, table in tables.items())
+    check_fingerprint(fingerprint_of(encoded), config.router_fingerprint, layers)
+    return tables
+
+
+def _build(pruning: Pruning, state: dict[str, Tensor], kwargs: dict[str, Any]) -> TwoStageRoutingMixin:
+    """Build the pruned model of its weights; the routing is checked as after any loading."""
+    return pruning.model_class.from_pretrained(None, config=pruning.new_config, state_dict=state, **kwargs)
+
+
+def _finish(
+    model: PreTrainedModel, pruning: Pruning, generation_config: GenerationConfig | None, confine_generation: bool
+):
+    """Let a model generate as the whole one does, but for the ids that have lost their expert."""
+    if not model.can_generate():
+        return
+    if generation_config is not None:
+        model.generation_config = generation_config
+    if confine_generation:
+        # What is generated is read by the decoder, or by the language model.
+        lost = pruning.lost(len(pruning.vocabularies) - 1).nonzero().flatten().tolist()
+        suppressed = sorted({*(model.generation_config.suppress_tokens or []), *lost})
+        model.generation_config.suppress_tokens = suppressed or None
+
+
+__all__ = [
+    "LayerPruning",
+    "Pruning",
+    "build_skeleton",
+    "load_pruned",
+    "open_weights",
+    "plan_pruning",
+    "prune_experts",
+    "read_configs",
+    "read_tables",
+    "require_prunable",
+]

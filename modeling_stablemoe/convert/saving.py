@@ -1,0 +1,148 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Converting a checkpoint into a folder, and making sure that the result computes the same."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modeling_stablemoe.checkpoints.atomic_files import new_folder
+from modeling_stablemoe.hub.cards import CARD_FILE
+from modeling_stablemoe.model.dense_stablemoe import routing_fields
+from modeling_stablemoe.runs.recipes import read_preset
+
+
+# Rounding of a matrix product that another kernel makes, in units of the largest logit's last place.
+_ROUNDING_UNITS = 64
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """What comparing two models came to.
+
+    Attributes:
+        tokens (`int`): compared.
+        largest_difference (`float`): of two logits; 0.0 where all are equal to the bit.
+        allowed (`float`): what other kernels of the same products may round otherwise.
+    """
+
+    tokens: int
+    largest_difference: float
+    allowed: float
+
+    def __str__(self):
+        if self.largest_difference == 0:
+            return f"the logits of {self.tokens} tokens are the same to the bit (max difference 0)"
+        return (
+            f"the logits of {self.tokens} tokens are the same up to rounding (max difference "
+            f"{self.largest_difference:.1e})"
+        )
+
+
+@torch.no_grad()
+def compare_logits(
+    dense: PreTrainedModel, converted: PreTrainedModel, input_ids: Tensor, **inputs: Tensor
+) -> LogitComparison:
+    """Compare the logits of two models in evaluation (of a backbone, the last hidden states).
+
+    Args:
+        dense (`PreTrainedModel`): in evaluation mode.
+        converted (`PreTrainedModel`): in evaluation mode, of the same dtype.
+        input_ids (`torch.LongTensor` of shape `(batch, sequence)`): what both read.
+        **inputs (`torch.Tensor`): what else, such as `decoder_input_ids`.
+
+    Returns:
+        `LogitComparison`
+
+    Raises:
+        ValueError: if they differ by more than rounding.
+    """
+    inputs["input_ids"] = input_ids
+    expected, actual = (
+        model(**{name: ids.to(model.device) for name, ids in inputs.items()})[0].float()
+        for model in (dense, converted)
+    )
+    difference = (expected - actual).abs().max().item()
+    allowed = _ROUNDING_UNITS * torch.finfo(dense.dtype).eps * expected.abs().max().item()
+    if not difference <= allowed:  # NaN, too
+        raise ValueError(
+            f"The converted model computes something else: logits differ by {difference:.3g}, rounding explains "
+            f"{allowed:.1g}. Nothing is saved."
+        )
+    return LogitComparison(input_ids.numel(), difference, allowed)
+
+
+def ids_to_compare(
+    config, tokenizer: PreTrainedTokenizerBase | None, text: str | None, num_tokens: int = 128
+) -> Tensor:
+    """Choose what two models are compared on: a text, or random ids.
+
+    Args:
+        config (`PreTrainedConfig`): gives the vocabulary and the longest sequence.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text.
+        text (`str`, *optional*): default: ids drawn from the vocabulary, the same each time.
+        num_tokens (`int`): how many ids are drawn.
+
+    Returns:
+        `torch.LongTensor` of shape `(1, sequence)`.
+
+    Raises:
+        ValueError: for a text without tokenizer or without tokens.
+    """
+    longest = config.max_position_embeddings
+    if text is None:
+        length = min(num_tokens, longest)
+        return torch.randint(config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    if tokenizer is None:
+        raise ValueError("A text needs a tokenizer; leave `--text` out to compare on random ids.")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:longest]
+    if not ids:
+        raise ValueError("The text to compare on is empty.")
+    return torch.tensor([ids])
+
+
+def routing_of_preset(path: str | Path) -> dict:
+    """Read from a model preset what concerns experts, routing and stage 1; the shape is the dense model's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no preset of a language model.
+    """
+    config_class, values = read_preset(path)
+    if config_class.model_type != "stablemoe":
+        raise ValueError(
+            f"The preset {str(path)!r} is of a {config_class.model_type!r} model, not of a language model."
+        )
+    return {name: value for name, value in values.items() if name in routing_fields()}
+
+
+def save_converted(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    card: ModelCard | None = None,
+):
+    """Save a model with its code files, a tokenizer and a card, all or nothing.
+
+    Args:
+        model (`PreTrainedModel`): what was converted.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the model that it was made of.
+        folder (`str` or `Path`): new, or empty.
+        card (`ModelCard`, *optional*): its card.
+
+    Raises:
+        OSError: if it cannot be written.
+        ValueError: if the folder holds anything.
+    """
+    with new_folder(folder) as partial:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        model.save_pretrained(partial)
+        if card is not None:
+            card.save(partial / CARD_FILE)
+
+
+__all__ = ["LogitComparison", "compare_logits", "ids_to_compare", "routing_of_preset", "save_converted"]

@@ -1,0 +1,33 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Corpora and pairs into blocks and batches."""
+
+from .embedded_corpus import embedded_documents
+from .embedded_pairs import EMBEDDED_PAIR
+from .local_files import STANDARD_INPUT, read_lines
+from .text import DataArguments, check_encoding, collate_blocks, load_corpus, load_tokenizer, pack, without_end
+from .token_batches import TokenBatchCollator, TokenBatches, sort_by_length
+from .translation import TranslationDataArguments, encode_pairs, load_parallel_corpus, load_translation_tokenizer
+from .translation_tokenizer import encode_sources
+
+
+__all__ = [
+    "EMBEDDED_PAIR",
+    "STANDARD_INPUT",
+    "DataArguments",
+    "TokenBatchCollator",
+    "TokenBatches",
+    "TranslationDataArguments",
+    "check_encoding",
+    "collate_blocks",
+    "embedded_documents",
+    "encode_pairs",
+    "encode_sources",
+    "load_corpus",
+    "load_parallel_corpus",
+    "load_tokenizer",
+    "load_translation_tokenizer",
+    "pack",
+    "read_lines",
+    "sort_by_length",
+    "without_end",
+]

@@ -1,0 +1,670 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""From parallel corpora to token ids, in three steps.
+
+`load_parallel_corpus` -> `load_translation_tokenizer` -> `encode_pairs`. A corpus is Hub data sets, local files, or, if
+neither is named, `embedded_pairs`. One model may learn several language pairs; a token in front of the source, such as
+">>de<<", then names the language to translate into, as in the OPUS models.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import compress
+from operator import not_
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .embedded_pairs import EMBEDDED_PAIR, embedded_pairs
+from .local_files import (
+    LANGUAGE_PLACEHOLDER,
+    find_files,
+    find_parallel_files,
+    languages_of_json,
+    read_paired_text,
+    read_parallel_json,
+)
+from .text import (
+    INTERPRETER,
+    cached_dataset,
+    check_counts,
+    check_encoding,
+    check_share,
+    choose_held_out,
+    file_stamps,
+    first_rows,
+    load_hub_splits,
+    load_named_tokenizer,
+)
+from .translation_tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZER_MODELS,
+    add_target_language,
+    add_target_language_tokens,
+    encode_sources,
+    encode_texts,
+    target_language_token,
+    target_languages,
+    train_translation_tokenizer,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# More text hardly changes a vocabulary, but costs memory in proportion.
+TOKENIZER_PAIRS = 500_000
+
+_LANGUAGE_PAIR = re.compile(r"(\w+)-(\w+)")
+_PAIR_FEATURES = Features({name: Value("large_string") for name in ("pair", "source", "target")})
+
+
+class LanguagePair(NamedTuple):
+    """What is translated into what; its `str` is the name in `language_pairs`.
+
+    Args:
+        source (`str`): language code.
+        target (`str`): language code.
+    """
+
+    source: str
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.source}-{self.target}"
+
+    def is_among(self, languages: Iterable[str]) -> bool:
+        """Say whether both languages are there."""
+        return {self.source, self.target} <= set(languages)
+
+
+@dataclass
+class TranslationDataArguments:
+    """Where the sentence pairs come from and how they become token ids; made for `HfArgumentParser`.
+
+    Without `parallel_datasets` and `train_files` the corpus is `embedded_pairs`. Each field is explained by its `help`.
+
+    Raises:
+        ValueError: if a value is out of range or two fields contradict each other.
+    """
+
+    language_pairs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What to translate into what, source-target, e.g. de-en fr-en zh_Hans-en. Default: the embedded "
+            f"corpus, {EMBEDDED_PAIR}."
+        },
+    )
+    parallel_datasets: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Data sets on the Hugging Face Hub, or local folders that load_dataset can read, each as name or "
+            "name:configuration, e.g. wmt/wmt16:ro-en bentrevett/multi30k. Their rows hold a column per language, or "
+            "the column translation with a text per language. Each serves every pair that it has both languages of."
+        },
+    )
+    train_split: str = field(default="train", metadata={"help": "Split of --parallel_datasets to train on."})
+    validation_split: str = field(
+        default="validation",
+        metadata={
+            "help": "Split of --parallel_datasets to evaluate on. Of pairs without a split called 'validation', "
+            "--validation_share of the training pairs is held out."
+        },
+    )
+    test_split: str = field(
+        default="test", metadata={"help": "Split of --parallel_datasets to score at the end, if there is one."}
+    )
+    train_files: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Files to train on: JSON lines with a key per language (or an object translation that has them), "
+            "or text, a sentence a line, as a path with {lang} for the language, e.g. data/train.{lang}. All also "
+            "with .gz or .xz."
+        },
+    )
+    validation_files: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Files to evaluate on. Without them --validation_share is held out."},
+    )
+    test_files: list[str] = field(default_factory=list, metadata={"help": "Files to score at the end."})
+    encoding: str = field(default="utf-8", metadata={"help": "Encoding of the local files, e.g. utf-8 or latin-1."})
+    validation_share: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of the training pairs, in (0, 1), held out for evaluation where there is no validation part. "
+            "Chosen by a hash of the source, so equal sources stay together."
+        },
+    )
+    max_train_pairs: int | None = field(
+        default=None, metadata={"help": "Use only the first sentence pairs of each language pair to train on."}
+    )
+    max_validation_pairs: int | None = field(
+        default=None, metadata={"help": "Use only the first sentence pairs of each language pair to evaluate on."}
+    )
+    max_test_pairs: int | None = field(
+        default=None, metadata={"help": "Use only the first sentence pairs of each language pair to score."}
+    )
+    max_source_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per source, its end and language tokens included. Default: the model's positions."},
+    )
+    max_target_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens per target, its end token included. Default: the model's positions."},
+    )
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer on the Hub or in a folder. Default: train one on the training pairs."},
+    )
+    tokenizer_model: Literal["unigram", "bpe"] = field(
+        default="unigram", metadata={"help": "What to train: a unigram model of words, or a byte-level BPE."}
+    )
+    vocab_size: int = field(
+        default=8000,
+        metadata={"help": "Size of the trained vocabulary, which all languages share, special tokens included."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that filter and tokenize. Default: the main process only."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field that can be checked without reading the corpus."""
+        self._check_language_pairs()
+        self._check_ranges()
+        self._check_combinations()
+
+    @property
+    def pairs(self) -> list[LanguagePair]:
+        """`list[LanguagePair]`: `language_pairs`, parsed; the embedded one if none is named."""
+        return [LanguagePair(*name.split("-")) for name in self.language_pairs or [EMBEDDED_PAIR]]
+
+    def _check_language_pairs(self) -> None:
+        for name in self.language_pairs:
+            match = _LANGUAGE_PAIR.fullmatch(name)
+            if match is None:
+                raise ValueError(
+                    f"language_pairs must be source-target, such as de-en or zh_Hans-en (letters, digits and _ in a "
+                    f"language, zh_CN for zh-CN); got {name!r}."
+                )
+            if match[1] == match[2]:
+                raise ValueError(f"language_pairs: {name!r} has the same source and target; name two languages.")
+            if self.language_pairs.count(name) > 1:
+                raise ValueError(f"language_pairs: {name!r} is named twice; name it only once.")
+
+    def _check_ranges(self) -> None:
+        check_share(self.validation_share)
+        check_encoding(self.encoding)
+        counts = ("max_train_pairs", "max_validation_pairs", "max_test_pairs", "preprocessing_num_workers")
+        check_counts({name: getattr(self, name) for name in counts})
+        lengths = ("max_source_length", "max_target_length")
+        check_counts({name: getattr(self, name) for name in lengths}, at_least=2)
+        if self.tokenizer_model not in TOKENIZER_MODELS:
+            raise ValueError(f"tokenizer_model must be one of {TOKENIZER_MODELS}; got {self.tokenizer_model!r}.")
+        num_special = len(SPECIAL_TOKENS) + len(_languages_to_name(self.pairs))
+        num_bytes = 256 if self.tokenizer_model == "bpe" else 1
+        if self.vocab_size < num_special + num_bytes:
+            raise ValueError(
+                f"vocab_size must be at least {num_special + num_bytes} ({num_special} special tokens and {num_bytes} "
+                f"more for {self.tokenizer_model}); got {self.vocab_size}."
+            )
+
+    def _check_combinations(self) -> None:
+        files = self.train_files or self.validation_files or self.test_files
+        if self.parallel_datasets and files:
+            raise ValueError("Name either parallel_datasets or train_files/validation_files/test_files, not both.")
+        for name in ("validation_files", "test_files"):
+            if getattr(self, name) and not self.train_files:
+                raise ValueError(f"{name} needs train_files.")
+        has_source = bool(self.parallel_datasets or files)
+        if has_source and not self.language_pairs:
+            raise ValueError("parallel_datasets and train_files need language_pairs, e.g. --language_pairs de-en.")
+        if not has_source and self.language_pairs not in ([], [EMBEDDED_PAIR]):
+            raise ValueError(
+                f"language_pairs {' '.join(self.language_pairs)} needs parallel_datasets or train_files; without them "
+                f"there is only {EMBEDDED_PAIR}."
+            )
+        for name in self.parallel_datasets:
+            if self.parallel_datasets.count(name) > 1:
+                raise ValueError(f"parallel_datasets: {name!r} is named twice; name it only once.")
+
+
+class _Part(NamedTuple):
+    """Rows of one split from one source, with a column per language.
+
+    Args:
+        origin (`str`): what to call the source in messages.
+        languages (`list[str]`): all that the source has.
+        rows (`Dataset`): strings or nulls, at least in the languages that are read.
+    """
+
+    origin: str
+    languages: list[str]
+    rows: Dataset
+
+
+def load_parallel_corpus(args: TranslationDataArguments) -> DatasetDict:
+    """Load the sentence pairs of the data sets, the files or the embedded corpus.
+
+    Pairs with an empty or blank side are left out; how many, is logged.
+
+    Args:
+        args (`TranslationDataArguments`): names the sources; at most one of `parallel_datasets` and `train_files`.
+
+    Returns:
+        `DatasetDict`: splits "train", "validation" and, where there is one, "test", with the string columns "pair"
+        ("de-en"), "source" and "target" (stripped). Rows are in the order of `language_pairs`, then of the corpus.
+
+    Raises:
+        FileNotFoundError: if a path does not exist, or the interpreter carries no embedded corpus.
+        ValueError: if a source cannot be loaded or decoded, serves no language pair or has sides that do not match, or
+            if a language pair has no source or no text.
+    """
+    if args.parallel_datasets:
+        parts = _load_hub_parts(args)
+    elif args.train_files:
+        parts = _load_file_parts(args)
+    else:
+        parts = _load_embedded_parts()
+    splits = {name: _rows_by_pair(parts[name], name, args) for name in ("train", "validation", "test")}
+    _hold_out_pairs(splits["train"], splits["validation"], args)
+    limits = {"train": args.max_train_pairs, "validation": args.max_validation_pairs, "test": args.max_test_pairs}
+    return DatasetDict(
+        {
+            name: concatenate_datasets(
+                [first_rows(by_pair[pair], limits[name]) for pair in args.pairs if pair in by_pair]
+            )
+            for name, by_pair in splits.items()
+            if by_pair
+        }
+    )
+
+
+def _load_hub_parts(args: TranslationDataArguments) -> dict[str, list[_Part]]:
+    """Load the splits of the data sets; only the training split must be there under its default name."""
+    parts: dict[str, list[_Part]] = {"train": [], "validation": [], "test": []}
+    names = {"train": args.train_split, "validation": args.validation_split, "test": args.test_split}
+    for name in args.parallel_datasets:
+        # A folder may have a colon in its path.
+        name, _, configuration = (name, "", "") if Path(name).is_dir() else name.partition(":")
+        loaded, source = load_hub_splits(name, configuration or None, names, "use local files with --train_files")
+        for role, split in loaded.items():
+            rows = _language_columns(split)
+            part = _Part(f"{source}, split {names[role]!r}", rows.column_names, rows)
+            if not any(pair.is_among(part.languages) for pair in args.pairs):
+                raise ValueError(
+                    f"{part.origin} has no language pair of {' '.join(args.language_pairs)}; its text columns: "
+                    f"{', '.join(part.languages) or 'none'} (all columns: {', '.join(split.column_names)})."
+                )
+            parts[role].append(part)
+    _require_all_pairs(parts["train"], "train", args)
+    return parts
+
+
+def _language_columns(split: Dataset) -> Dataset:
+    """Reduce a split to its text columns: those of the column "translation", if it has one, else all of strings."""
+    prefix = "translation."
+    if "translation" in split.column_names:
+        split = split.select_columns(["translation"]).flatten()
+        split = split.rename_columns({name: name.removeprefix(prefix) for name in split.column_names})
+    return split.select_columns(
+        [
+            name
+            for name, feature in split.features.items()
+            if isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+        ]
+    )
+
+
+def _load_file_parts(args: TranslationDataArguments) -> dict[str, list[_Part]]:
+    """Read the local files through the datasets cache."""
+    parts: dict[str, list[_Part]] = {"train": [], "validation": [], "test": []}
+    names = {"train": args.train_files, "validation": args.validation_files, "test": args.test_files}
+    role_of_path: dict[str, str] = {}
+    for role, files in names.items():
+        for path in dict.fromkeys(path for name in files for path in _expand(name)):
+            if role_of_path.setdefault(path, role) != role:
+                raise ValueError(f"{path} is both a {role_of_path[path]} and a {role} file; name it only once.")
+            parts[role].append(_load_file_part(path, role, args))
+        if files:
+            _require_all_pairs(parts[role], role, args)
+    return parts
+
+
+def _expand(name: str) -> list[str]:
+    """List the files that a path stands for; paths with "{lang}" stay as they are."""
+    return [name] if LANGUAGE_PLACEHOLDER in name else find_files([name])
+
+
+def _load_file_part(name: str, role: str, args: TranslationDataArguments) -> _Part:
+    """Read the languages of one file, or set of paired files, that are asked for and have a partner in it."""
+    paths = {}
+    if LANGUAGE_PLACEHOLDER in name:
+        asked = dict.fromkeys(language for pair in args.pairs for language in pair)
+        paths = find_parallel_files(name, asked)
+        languages = list(paths)
+    else:
+        languages = languages_of_json(name, args.encoding)
+    served = [pair for pair in args.pairs if pair.is_among(languages)]
+    if not served:
+        raise ValueError(
+            f"{name} has no language pair of {' '.join(args.language_pairs)}; its languages: {', '.join(languages)}."
+        )
+    read = tuple(dict.fromkeys(language for pair in served for language in pair))
+    if paths:
+        reader, options = read_paired_text, {"paths": {language: paths[language] for language in read}}
+    else:
+        reader, options = read_parallel_json, {"path": name, "languages": read}
+    options["encoding"] = args.encoding
+    stamps = file_stamps(options["paths"].values() if paths else [name])
+    return _Part(name, languages, cached_dataset(reader, options, read, role, stamps))
+
+
+def _require_all_pairs(parts: list[_Part], role: str, args: TranslationDataArguments) -> None:
+    languages = sorted({language for part in parts for language in part.languages})
+    for pair in args.pairs:
+        if not any(pair.is_among(part.languages) for part in parts):
+            raise ValueError(
+                f"There is no {role} corpus with both languages of {pair}; the languages found are "
+                f"{', '.join(languages)}. Check --language_pairs or name more corpora."
+            )
+
+
+def _load_embedded_parts() -> dict[str, list[_Part]]:
+    """Load the embedded corpus with its own split by package."""
+    languages = EMBEDDED_PAIR.split("-")
+    rows = cached_dataset(_read_embedded_pairs, {}, ("split", *languages), "train", INTERPRETER)
+    roles = np.array(rows["split"])
+    rows = rows.select_columns(languages)
+    return {
+        role: [_Part("The embedded corpus", languages, rows.select(np.flatnonzero(roles == role)))]
+        for role in ("train", "validation", "test")
+    }
+
+
+def _read_embedded_pairs(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    source, target = EMBEDDED_PAIR.split("-")
+    for pair in embedded_pairs(**options):
+        yield {"split": pair.split, source: pair.source, target: pair.target}
+
+
+def _rows_by_pair(parts: list[_Part], role: str, args: TranslationDataArguments) -> dict[LanguagePair, Dataset]:
+    """Make the rows of each language pair that a split has; pairs with an empty side are dropped and counted."""
+    rows_by_pair = {}
+    for pair in args.pairs:
+        serving = [part.rows for part in parts if pair.is_among(part.languages)]
+        if not serving:
+            continue
+        num_rows = sum(len(rows) for rows in serving)
+        rows = concatenate_datasets([_to_pair(rows, pair, args.preprocessing_num_workers) for rows in serving])
+        if len(rows) == 0:
+            raise ValueError(
+                f"The {role} corpus of {pair} holds no text: all its {num_rows} sentence pairs have an empty side."
+            )
+        if len(rows) < num_rows:
+            logger.warning(
+                "%s corpus, %s: dropped %d of %d sentence pairs with an empty side.",
+                role.capitalize(),
+                pair,
+                num_rows - len(rows),
+                num_rows,
+            )
+        rows_by_pair[pair] = rows
+    missing = [str(pair) for pair in args.pairs if pair not in rows_by_pair]
+    if missing and rows_by_pair and role == "test":
+        logger.warning("There is no test corpus for %s; only the other pairs are scored.", ", ".join(missing))
+    return rows_by_pair
+
+
+def _to_pair(rows: Dataset, pair: LanguagePair, num_proc: int | None) -> Dataset:
+    return rows.map(
+        _pair_batch,
+        batched=True,
+        remove_columns=rows.column_names,
+        features=_PAIR_FEATURES,
+        fn_kwargs={"pair": pair},
+        num_proc=num_proc,
+        desc=f"Reading {pair}",
+    )
+
+
+def _pair_batch(batch: dict[str, list[str | None]], pair: LanguagePair) -> dict[str, list[str]]:
+    """Strip both sides of a batch of rows and leave out those with an empty side."""
+    sides = [
+        ((source or "").strip(), (target or "").strip())
+        for source, target in zip(*(batch[language] for language in pair), strict=True)
+    ]
+    sides = [(source, target) for source, target in sides if source and target]
+    return {
+        "pair": [str(pair)] * len(sides),
+        "source": [source for source, _ in sides],
+        "target": [target for _, target in sides],
+    }
+
+
+def _hold_out_pairs(
+    train: dict[LanguagePair, Dataset], validation: dict[LanguagePair, Dataset], args: TranslationDataArguments
+) -> None:
+    """Move rows from training to validation, in place, for the language pairs that have no validation rows.
+
+    The share is taken of all these pairs together, so that equal sources stay together across them.
+    """
+    lacking = [pair for pair in train if pair not in validation]
+    if not lacking:
+        return
+    joined = concatenate_datasets([train[pair] for pair in lacking])
+    held_out = choose_held_out(joined, "source", args.validation_share, args.preprocessing_num_workers)
+    ends = np.cumsum([len(train[pair]) for pair in lacking])
+    for pair, chosen in zip(lacking, np.split(held_out, ends[:-1]), strict=True):
+        if chosen.all() or not chosen.any():
+            raise ValueError(
+                f"{args.validation_share:.0%} of the {len(chosen)} training pair(s) of {pair} cannot be held out for "
+                "validation: it would be none or all of them. Name --validation_files or change --validation_share."
+            )
+        train[pair], validation[pair] = (
+            train[pair].select(np.flatnonzero(~chosen)),
+            train[pair].select(np.flatnonzero(chosen)),
+        )
+
+
+def load_translation_tokenizer(args: TranslationDataArguments, corpus: DatasetDict) -> PreTrainedTokenizerFast:
+    """Load the named tokenizer, or train one on both sides of the training split.
+
+    Args:
+        args (`TranslationDataArguments`): `tokenizer_name`, or `tokenizer_model` and `vocab_size`, and the language
+            pairs: for several target languages the tokenizer has, or is given, their tokens.
+        corpus (`DatasetDict`): 500,000 pairs, spread evenly over its training split, train the tokenizer.
+
+    Returns:
+        `PreTrainedTokenizerFast`: ends every text with its end token, so that `tokenizer(text)` is what a model takes.
+        Little text gives fewer than `vocab_size` tokens, so use `len(tokenizer)`.
+
+    Raises:
+        ValueError: if the tokenizer cannot be loaded, has no end or padding token or does not add the former, or
+            if there is no text to train on or too small a `vocab_size` for its characters.
+    """
+    languages = _languages_to_name(args.pairs)
+    if not args.tokenizer_name:
+        if len(corpus["train"]) == 0:
+            raise ValueError("The training split is empty: a tokenizer needs text. Add text or name --tokenizer_name.")
+        texts = partial(_training_texts, corpus["train"])
+        return train_translation_tokenizer(texts, args.tokenizer_model, args.vocab_size, languages)
+    tokenizer = load_named_tokenizer(args.tokenizer_name)
+    _require_end_and_padding(tokenizer)
+    # A tokenizer that names target languages at all must be able to name each.
+    add_target_language_tokens(
+        tokenizer, [pair.target for pair in args.pairs] if target_languages(tokenizer) else languages
+    )
+    return tokenizer
+
+
+def _languages_to_name(pairs: list[LanguagePair]) -> list[str]:
+    """List the target languages, if there are several; a single one need not be named."""
+    languages = list(dict.fromkeys(pair.target for pair in pairs))
+    return languages if len(languages) > 1 else []
+
+
+def _training_texts(split: Dataset) -> Iterator[list[str]]:
+    if len(split) > TOKENIZER_PAIRS:
+        # Spread evenly, as the rows are sorted by language pair.
+        split = split.select(np.linspace(0, len(split) - 1, TOKENIZER_PAIRS).astype(int))
+    for batch in split.iter(batch_size=1000):
+        yield batch["source"]
+        yield batch["target"]
+
+
+def _require_end_and_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    for kind, token_id in (("end-of-text", tokenizer.eos_token_id), ("padding", tokenizer.pad_token_id)):
+        if token_id is None:
+            raise ValueError(
+                f"Tokenizer {tokenizer.name_or_path!r} has no {kind} token, which translation needs; set its "
+                f"{'eos' if kind == 'end-of-text' else 'pad'}_token and save it, or name another tokenizer with "
+                "--tokenizer_name."
+            )
+    if tokenizer("")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise ValueError(
+            f"Tokenizer {tokenizer.name_or_path!r} does not put its end-of-text token {tokenizer.eos_token!r} after a "
+            "text; name another tokenizer with --tokenizer_name, or leave it out to train one."
+        )
+
+
+def encode_pairs(
+    corpus: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    max_source_length: int,
+    max_target_length: int,
+    num_proc: int | None = None,
+) -> DatasetDict:
+    """Add the token ids of both sides to sentence pairs.
+
+    With a tokenizer that has target-language tokens every source begins with the token of its pair. Text that spells a
+    special token is encoded as ordinary text. Training pairs that are too long are left out; in the other splits the
+    long side is cut, as a score over a part of a test set would be none. How many, is logged.
+
+    Args:
+        corpus (`DatasetDict`): splits with the columns "pair", "source" and "target".
+        tokenizer (`PreTrainedTokenizerBase`): ends every text with its end token.
+        max_source_length (`int`): tokens per source, its end and language tokens included.
+        max_target_length (`int`): tokens per target, its end token included.
+        num_proc (`int`, *optional*): processes; default: the main process.
+
+    Returns:
+        `DatasetDict`: the same splits and columns with `input_ids` and `labels`, int32 lists that close with the end
+        token.
+
+    Raises:
+        ValueError: if the tokenizer lacks a token that is needed, a length leaves no room for text, or every training
+            pair is too long.
+    """
+    _require_end_and_padding(tokenizer)
+    names_language = _names_language(corpus, tokenizer)
+    check_counts({"max_source_length": max_source_length}, at_least=3 if names_language else 2)
+    check_counts({"max_target_length": max_target_length}, at_least=2)
+    options = {
+        "tokenizer": tokenizer,
+        "names_language": names_language,
+        "max_source_length": max_source_length,
+        "max_target_length": max_target_length,
+    }
+    encoded = {}
+    for name, split in corpus.items():
+        rows = split.map(
+            _encode_batch,
+            batched=True,
+            remove_columns=split.column_names,
+            features=Features(
+                {
+                    **_PAIR_FEATURES,
+                    "input_ids": List(Value("int32")),
+                    "labels": List(Value("int32")),
+                    "is_cut": Value("bool"),
+                }
+            ),
+            fn_kwargs={**options, "drops_long": name == "train"},
+            num_proc=num_proc,
+            desc=f"Encoding the {name} split",
+        )
+        num_long = len(split) - len(rows) if name == "train" else int(np.sum(rows["is_cut"]))
+        if num_long:
+            _report_long_pairs(name, num_long, len(split), max_source_length, max_target_length)
+        encoded[name] = rows.remove_columns("is_cut")
+    return DatasetDict(encoded)
+
+
+def _report_long_pairs(
+    name: str, num_long: int, num_pairs: int, max_source_length: int, max_target_length: int
+) -> None:
+    limits = f"more than {max_source_length} source or {max_target_length} target tokens"
+    if name == "train" and num_long == num_pairs:
+        raise ValueError(
+            f"All {num_pairs} training pairs have {limits}; raise --max_source_length and --max_target_length, or the "
+            "model's positions."
+        )
+    logger.warning(
+        "%s split: %s %d of %d pairs with %s.",
+        name.capitalize(),
+        "dropped" if name == "train" else "cut",
+        num_long,
+        num_pairs,
+        limits,
+    )
+
+
+def _names_language(corpus: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Say whether sources begin with the token of a target language, for which the tokenizer must have them all."""
+    known = target_languages(tokenizer)
+    pairs = dict.fromkeys(pair for split in corpus.values() for pair in split.unique("pair"))
+    needed = dict.fromkeys(pair.rpartition("-")[2] for pair in pairs)
+    missing = [language for language in needed if language not in known]
+    if missing and (known or len(needed) > 1):
+        raise ValueError(
+            f"The tokenizer has no token {target_language_token(missing[0])!r} for one of the target languages "
+            f"{', '.join(needed)}; get it from load_translation_tokenizer with all language pairs."
+        )
+    return bool(known)
+
+
+def _encode_batch(
+    batch: dict[str, list[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    names_language: bool,
+    max_source_length: int,
+    max_target_length: int,
+    drops_long: bool,
+) -> dict[str, list]:
+    languages = [pair.rpartition("-")[2] if names_language else None for pair in batch["pair"]]
+    sources = encode_sources(batch["source"], languages, tokenizer)
+    labels = encode_texts(batch["target"], tokenizer)
+    is_long = [
+        len(source) > max_source_length or len(target) > max_target_length
+        for source, target in zip(sources, labels, strict=True)
+    ]
+    columns = {
+        **batch,
+        "input_ids": [_cut(ids, max_source_length) for ids in sources],
+        "labels": [_cut(ids, max_target_length) for ids in labels],
+        "is_cut": is_long,
+    }
+    if drops_long:
+        columns = {name: list(compress(values, map(not_, is_long))) for name, values in columns.items()}
+    return columns
+
+
+def _cut(ids: list[int], length: int) -> list[int]:
+    """Cut ids to a length, keeping the end token."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+__all__ = [
+    "LanguagePair",
+    "TranslationDataArguments",
+    "add_target_language",
+    "encode_pairs",
+    "load_parallel_corpus",
+    "load_translation_tokenizer",
+    "target_language_token",
+    "target_languages",
+]

@@ -1,0 +1,299 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The model card of a run, filled from what was measured."""
+
+import math
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from yaml import YAMLError
+
+from modeling_stablemoe.measure.report import STAGE_HEADINGS, describe_saved_model, format_table
+from modeling_stablemoe.measure.translation_metrics import format_scores
+from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
+from modeling_stablemoe.model.tensors_stablemoe import unpack_ids
+
+
+CARD_FILE = "README.md"
+TEMPLATE_FILE = "hub_card.md"
+# The oldest version that the tests pass with.
+OLDEST_TRANSFORMERS = "5.15"
+# What the Hub calls data that it does not have.
+UNKNOWN = "unknown"
+
+_METRIC_NAMES = {"perplexity": "Perplexity", "bleu": "BLEU", "chrf": "chrF"}
+_DIGITS = {"perplexity": 3, "bleu": 2, "chrf": 2}
+_TAGS = ("stablemoe", "mixture-of-experts", "custom_code")
+# By these tags a card shows that a program wrote it.
+_FILLED = {_TAGS[0], "generated_from_trainer"}
+# ISO 639, and the two values that the Hub has besides.
+_LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says besides what was measured. The card leaves out what is not known.
+
+    Args:
+        license (`str`, *optional*): as the Hub writes it, e.g. "apache-2.0".
+        language (`list[str]`): ISO 639 codes, "code" or "multilingual".
+        datasets (`list[str]`): Hub names of the data sets that the model was trained on.
+        base_model (`str`, *optional*): Hub name or folder of the model that training started from.
+        dataset_name (`str`, *optional*): what was measured on, a Hub name if it has one. Default: the data sets.
+        dataset_config (`str`, *optional*): configuration of the data set that was measured on.
+        dataset_split (`str`, *optional*): its split.
+        task (`str`, *optional*): as the Hub calls it. Default: "text-generation" or "translation".
+        tags (`list[str]`): more tags.
+
+    Raises:
+        ValueError: for a data set that cannot be the name of one on the Hub, a license or language that is none.
+    """
+
+    license: str | None = None
+    language: list[str] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    base_model: str | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    task: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        for name in self.datasets:
+            if not is_hub_name(name):
+                raise ValueError(f"`datasets`: {name!r} is no name of a data set on the Hub, such as 'user/name'.")
+        for code in self.language:
+            if not _LANGUAGE.fullmatch(code):
+                raise ValueError(
+                    f"`language`: {code!r} is no ISO 639 code such as 'en', nor 'code' or 'multilingual'."
+                )
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(f"`license`: {self.license!r} is no identifier of a license, such as 'apache-2.0'.")
+
+    def updated(self, **known: Any) -> "CardFacts":
+        """Give these facts with those of `known` that are not `None` in their place."""
+        return replace(self, **{name: value for name, value in known.items() if value is not None})
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether `name` can be a repository of the Hub; a folder of this machine is none."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def languages_of_pairs(pairs: list[str]) -> list[str]:
+    """List the languages in names such as "de-en" that have an ISO 639 code, sorted."""
+    parts = {part.split("_")[0] for pair in pairs for part in pair.split("-")}
+    return sorted(part for part in parts if _LANGUAGE.fullmatch(part))
+
+
+def card_template() -> Path:
+    """Find `hub_card.md`: in an installed package it stands in a folder of the package, in a clone beside it."""
+    package = Path(__file__).parents[1]
+    installed = package / "card" / TEMPLATE_FILE
+    return installed if installed.exists() else package.parent / TEMPLATE_FILE
+
+
+def is_filled_card(path: Path) -> bool:
+    """Tell a card that may be filled anew, ours or Trainer's draft, from a page that somebody wrote."""
+    try:
+        tags = (metadata_load(path) or {}).get("tags") or []
+    except (ValueError, YAMLError):
+        return False
+    return not _FILLED.isdisjoint(tags)
+
+
+def running_versions() -> dict[str, str]:
+    """Give the versions of transformers and torch in this process."""
+    return {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
+
+
+def measured_metrics(results: dict) -> dict[str, float]:
+    """Give what `results` hold that a model index can: perplexity, and BLEU and chrF of translations; no NaN.
+
+    Args:
+        results (`dict`): see `build_model_card`.
+    """
+    scores = results.get("scores") or {}
+    found = {
+        "perplexity": results.get("perplexity"),
+        "bleu": scores.get("mean_bleu", results.get("bleu")),
+        "chrf": scores.get("mean_chrf", results.get("chrf")),
+    }
+    return {
+        name: round(value, _DIGITS[name])
+        for name, value in found.items()
+        if value is not None and math.isfinite(value)
+    }
+
+
+def build_model_card(
+    template: str | Path | None = None,
+    *,
+    model_name: str,
+    config: StableMoEBaseConfig,
+    results: dict,
+    dataset_name: str | None = None,
+    facts: CardFacts | None = None,
+    title: str | None = None,
+    figure: str | None = None,
+    versions: dict[str, str] | None = None,
+) -> ModelCard:
+    """Fill a model card.
+
+    Args:
+        template (`str` or `Path`, *optional*): a card with the fields of `hub_card.md`. Default: that.
+        model_name (`str`): Hub name or folder name of the model.
+        config (`StableMoEBaseConfig`): of the trained model.
+        results (`dict`): `parameters`, `stages` and `distillation_agreement_at_transition` of the run; `perplexity`,
+            unless nothing was evaluated; for a translation model `scores` (of `score_translations`), or `bleu` and `chrf`;
+            `split` says what was measured on, unless it was the validation split, and `evaluated_step` when, unless at
+            the end; `step` and `routing_stage` say which model of the run it is, unless the last.
+        dataset_name (`str`, *optional*): what was measured on. Default: that of `facts`.
+        facts (`CardFacts`, *optional*): what else is known.
+        title (`str`, *optional*): heading of the card. Default: the model's name.
+        figure (`str`, *optional*): file beside the card that shows the routing fluctuation.
+        versions (`dict[str, str]`, *optional*): what the model was trained with. Default: what runs now.
+
+    Returns:
+        `ModelCard`: with metadata that the Hub understands.
+    """
+    facts = (facts or CardFacts()).updated(dataset_name=dataset_name)
+    fingerprint, scores = config.router_fingerprint, results.get("scores")
+    data = _metadata(model_name, config.is_encoder_decoder, measured_metrics(results), facts)
+    return ModelCard.from_template(
+        data,
+        template_path=str(template or card_template()),
+        title=title or model_name,
+        model_name=model_name,
+        translates=config.is_encoder_decoder,
+        is_frozen=fingerprint is not None,
+        can_freeze=fingerprint is None and bool(config.num_moe_layers) and config.distilled_router is not None,
+        base_model=_describe_base(facts.base_model),
+        pruned=_describe_pruning(config),
+        saved_model=describe_saved_model(results),
+        routing=_describe_routing(config),
+        fingerprint=f"`{fingerprint}`" if fingerprint else "none yet",
+        experts=_describe_experts(config),
+        load=_describe_load(results),
+        parameters=f"{results['parameters']:,}",
+        step=results.get("step"),
+        measured=_describe_measured(results),
+        agreement=_describe_agreement(results, fingerprint is not None),
+        stages_table=format_table(results["stages"], STAGE_HEADINGS),
+        scores_table=None if scores is None else format_scores(scores),
+        figure=figure,
+        oldest_transformers=OLDEST_TRANSFORMERS,
+        versions=running_versions() if versions is None else versions,
+    )
+
+
+def _metadata(model_name: str, translates: bool, metrics: dict[str, float], facts: CardFacts) -> ModelCardData:
+    task = facts.task or ("translation" if translates else "text-generation")
+    measured_on = facts.dataset_name or ", ".join(facts.datasets) or UNKNOWN
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        license=facts.license,
+        language=facts.language or None,
+        datasets=facts.datasets or None,
+        base_model=facts.base_model if facts.base_model and is_hub_name(facts.base_model) else None,
+        tags=list(dict.fromkeys([*_TAGS, *facts.tags])),
+        model_name=model_name,
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=measured_on,
+                dataset_name=measured_on,
+                dataset_config=facts.dataset_config,
+                dataset_split=facts.dataset_split,
+                metric_type=metric,
+                metric_name=_METRIC_NAMES[metric],
+                metric_value=value,
+            )
+            for metric, value in metrics.items()
+        ]
+        or None,
+    )
+
+
+def _describe_base(base_model: str | None) -> str | None:
+    if base_model is None:
+        return None
+    if is_hub_name(base_model):
+        return f"[{base_model}](https://huggingface.co/{base_model})"
+    return f"`{Path(base_model).name}`, a local checkpoint"
+
+
+def _describe_routing(config: StableMoEBaseConfig) -> str:
+    if not config.num_moe_layers:
+        return "none: a dense model"
+    return "frozen (stage 2)" if config.router_fingerprint else "still learned (stage 1)"
+
+
+def _describe_pruning(config: StableMoEBaseConfig) -> str | None:
+    """Say for how much of the vocabulary a pruned model has the experts."""
+    if config.pruned_tokens is None:
+        return None
+    kept = [config.vocab_size - int(unpack_ids(packed)[: config.vocab_size].sum()) for packed in config.pruned_tokens]
+    sides = [
+        f"{number:,}" + f" ({side})" * (len(kept) > 1)
+        for number, side in zip(kept, ("sources", "targets"), strict=False)
+    ]
+    return (
+        f"It is **pruned for a part of its vocabulary**: of {config.vocab_size:,} token ids {' and '.join(sides)} have the "
+        "expert of the whole model in every layer. Text of these alone gets the logits of the whole model; other text does not."
+    )
+
+
+def _describe_experts(config: StableMoEBaseConfig) -> str | None:
+    if not config.num_moe_layers:
+        return None
+    layers = "1 MoE layer" if config.num_moe_layers == 1 else f"each of {config.num_moe_layers} MoE layers"
+    return f"{config.num_experts} of {config.num_expert_sublayers} sublayers in {layers}"
+
+
+def _describe_load(results: dict) -> str:
+    """Say how even the experts were used when the training logs last told, in the stage of the model."""
+    loads = {row["stage"]: row["load_max_over_mean"] for row in results["stages"]}
+    load = loads.get(results.get("routing_stage") or results["stages"][-1]["stage"])
+    return "not measured" if load is None else f"{load:.2f}"
+
+
+def _describe_agreement(results: dict, is_frozen: bool) -> str:
+    agreement = results["distillation_agreement_at_transition"]
+    if agreement is None:
+        return "not measured"
+    return f"{agreement:.1%}" if is_frozen else "not frozen"  # a model of before the transition
+
+
+def _describe_measured(results: dict) -> dict[str, str]:
+    split, step = results.get("split", "validation"), results.get("evaluated_step")
+    when = "" if step is None or step == results.get("step") else f", at step {step}"
+    texts = {
+        f"{split} {_METRIC_NAMES[name] if name != 'perplexity' else name}{when}": f"{value:.2f}"
+        for name, value in measured_metrics(results).items()
+    }
+    return texts or {f"{split} perplexity": "not measured"}
+
+
+__all__ = [
+    "CARD_FILE",
+    "CardFacts",
+    "build_model_card",
+    "card_template",
+    "is_filled_card",
+    "is_hub_name",
+    "languages_of_pairs",
+    "measured_metrics",
+    "running_versions",
+]

@@ -1,0 +1,209 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Publishing a checkpoint on the Hub: what is sent of a folder, what is checked before, and one commit."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+
+from .cards import CARD_FILE
+
+
+# Of a folder, no subfolders: checkpoints and logs stay at home.
+_SENT = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "*.json",
+    "*.jsonl",
+    "*.jinja",
+    "*.md",
+    "*.model",
+    "*.png",
+    "*.py",
+    "*.txt",
+)
+# Settings and states of one training on one machine.
+_LEFT_OUT = ("run.json", "trainer_state.json", "checkpoint_manifest.json")
+
+# Of whichever HTTP client `huggingface_hub` uses: what it raises where there is no network.
+NETWORK_ERROR = HfHubHTTPError.__bases__[0]
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What would be sent.
+
+    Args:
+        files (`list[Path]`): as they are, to the top of the repository.
+        card (`ModelCard`): in the place of the folder's README.md.
+        left_out (`list[str]`): what else the folder holds; subfolders end in "/".
+    """
+
+    files: list[Path]
+    card: ModelCard
+    left_out: list[str]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """`dict[str, int]`: bytes by file name, sorted by name."""
+        sizes = {path.name: path.stat().st_size for path in self.files}
+        return dict(sorted({**sizes, CARD_FILE: len(str(self.card).encode())}.items()))
+
+    def operations(self) -> list[CommitOperationAdd]:
+        """Give the changes that make up the commit."""
+        files = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in self.files]
+        return [*files, CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=str(self.card).encode())]
+
+
+def select_files(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Tell what of a folder is sent: weights as safetensors, config, code, tokenizer, results, figures; never a pickle.
+
+    Args:
+        folder (`str` or `Path`): a checkpoint, or the output folder of a run.
+
+    Returns:
+        `tuple`: the files to send, without the card, and the names of all else, subfolders with a "/" at the end.
+    """
+    files, left_out = [], []
+    for path in sorted(Path(folder).iterdir()):
+        wanted = path.is_file() and path.name not in _LEFT_OUT and any(fnmatch(path.name, name) for name in _SENT)
+        if wanted and not path.name.startswith(("_", ".")):
+            files.append(path)
+        else:
+            left_out.append(path.name + "/" * path.is_dir())
+    return [path for path in files if path.name != CARD_FILE], left_out
+
+
+def check_name(name: str):
+    """Refuse a name that no repository can have.
+
+    Raises:
+        ValueError: naming the rule.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is no name of a repository: {error}") from error
+    if "/" not in name:
+        raise ValueError(f"{name!r} is no name of a repository: say whose it is, as in 'user/{name}'.")
+
+
+def rename(card: ModelCard, name: str) -> ModelCard:
+    """Let a card that was filled before there was a repository name it.
+
+    Args:
+        card (`ModelCard`): of `build_model_card`.
+        name (`str`): of the repository.
+
+    Returns:
+        `ModelCard`: another one; title, code to load the model and model index say `name`.
+    """
+    renamed = ModelCard(str(card))
+    former = re.search(r'from_pretrained\("([^"]+)"', renamed.text)
+    if former is not None:
+        renamed.text = renamed.text.replace(f'from_pretrained("{former[1]}"', f'from_pretrained("{name}"')
+        renamed.text = re.sub(rf"^# {re.escape(former[1])}$", f"# {name}", renamed.text, count=1, flags=re.MULTILINE)
+    if renamed.data.eval_results:
+        renamed.data.model_name = name
+    return renamed
+
+
+def send(
+    shipment: Shipment,
+    name: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    commit_message: str = "Upload model",
+) -> CommitInfo:
+    """Send everything in one commit, to a repository that is made if there is none.
+
+    Args:
+        shipment (`Shipment`): of `prepare`.
+        name (`str`): of the repository, "user/name".
+        revision (`str`, *optional*): branch, made from the main one if there is none. Default: the main branch.
+        private (`bool`): only the owner shall see the repository.
+        commit_message (`str`): title of the commit.
+
+    Returns:
+        `CommitInfo`
+
+    Raises:
+        ValueError: if `private` is asked for and the repository is public.
+        OSError or `NETWORK_ERROR`: what the client raises: see `explain`.
+    """
+    api = HfApi()
+    api.create_repo(name, private=private or None, exist_ok=True)
+    if private and not api.model_info(name).private:
+        raise ValueError(f"{name!r} exists and is public: leave `--private` out, or make it private on the Hub first.")
+    if revision is not None:
+        api.create_branch(name, branch=revision, exist_ok=True)
+    return api.create_commit(name, shipment.operations(), commit_message=commit_message, revision=revision)
+
+
+def require_login() -> str:
+    """Ask the Hub who the user is; return the name.
+
+    Raises:
+        OSError or `NETWORK_ERROR`: see `explain`.
+    """
+    return HfApi().whoami()["name"]
+
+
+def explain(error: Exception, name: str) -> str:
+    """Say in one line why the Hub could not be used.
+
+    Args:
+        error (`Exception`): of `require_login` or `send`.
+        name (`str`): of the repository.
+
+    Returns:
+        `str`: reason and remedy, without "error:".
+    """
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    details = _one_line(str(error))
+    if type(error).__name__ == "LocalTokenNotFoundError" or status == 401:
+        what = "no token" if status is None else "a token that it does not accept"
+        return f"the Hub got {what}: run `hf auth login`, or set HF_TOKEN to a token that may write. ({details})"
+    if status == 403:
+        return f"you may not write to {name!r}: it is not yours, or your token may only read. ({details})"
+    if status is None and isinstance(error, (NETWORK_ERROR, ConnectionError)):
+        return f"the Hub cannot be reached: {details or type(error).__name__}. Nothing was published."
+    return details
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def format_shipment(shipment: Shipment, name: str, revision: str | None) -> str:
+    """Lay out what would be sent for people: a line a file with its size."""
+    rows = [f"  {_format_size(size):>9}  {file}" for file, size in shipment.sizes.items()]
+    lines = [f"To {name}, branch {revision or 'main'}, in one commit:", *rows]
+    lines.append(f"  {_format_size(sum(shipment.sizes.values())):>9}  in all")
+    if shipment.left_out:
+        lines.append(f"Left out: {', '.join(shipment.left_out)}")
+    return "\n".join(lines)
+
+
+def _format_size(size: float, units: Sequence[str] = ("B", "kB", "MB", "GB")) -> str:
+    if size < 1000 or len(units) == 1:
+        return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    return _format_size(size / 1000, units[1:])
+
+
+__all__ = [
+    "NETWORK_ERROR",
+    "Shipment",
+    "check_name",
+    "explain",
+    "format_shipment",
+    "rename",
+    "require_login",
+    "select_files",
+    "send",
+]

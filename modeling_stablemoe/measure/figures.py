@@ -1,0 +1,96 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What all figures share: colours, the boundary between the stages, files that are written whole."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from modeling_stablemoe.checkpoints.atomic_files import replace_file
+
+
+# Told apart by all kinds of colour vision (Okabe and Ito, 2008), in the order of most contrast.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def require_matplotlib() -> type:
+    """Give matplotlib's class of figures, which needs no display.
+
+    Returns:
+        `type`: `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: where matplotlib is not installed, naming the extra.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            'Figures need matplotlib, which is not installed: `pip install "modeling_stablemoe[plots]"`, or '
+            "`pip install matplotlib`."
+        ) from error
+    return Figure
+
+
+def save_figure(figure, path: str | Path, dpi: int = 150) -> Path:
+    """Write a figure, whole or not at all.
+
+    Args:
+        figure (`matplotlib.figure.Figure`): to write.
+        path (`str` or `Path`): file; its ending says the format.
+        dpi (`int`): dots per inch, of formats that have dots.
+
+    Returns:
+        `Path`: of the file.
+    """
+    path = Path(path)
+    replace_file(path, lambda partial: figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=dpi))
+    return path
+
+
+def line_style(index: int) -> dict[str, str]:
+    """Give the n-th line of a figure a colour and a dash of its own."""
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "linestyle": LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)],
+    }
+
+
+def mark_transitions(axes, steps: Mapping[str, int | None]):
+    """Draw where the routing was frozen: one line for all runs where they agree, one a run in its colour else.
+
+    Args:
+        axes (`matplotlib.axes.Axes`): whose horizontal axis is the step.
+        steps (`Mapping[str, int]`): step of the transition by run, in the order of their colours; `None`: there was none.
+    """
+    known = {step for step in steps.values() if step is not None}
+    if len(known) == 1:
+        (step,) = known
+        axes.axvline(step, color="0.35", linestyle=(0, (5, 2)), linewidth=1.2, label="routing frozen")
+        return
+    for index, (name, step) in enumerate(steps.items()):
+        if step is not None:
+            axes.axvline(
+                step, color=line_style(index)["color"], linestyle=(0, (5, 2)), linewidth=1.2, label=f"{name}: frozen"
+            )
+
+
+def add_legend(figure, panels: Sequence):
+    """Put one legend for all panels under them, where it hides nothing; none for a single nameless line."""
+    entries = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        columns = min(len(entries), 4)
+        figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+__all__ = [
+    "LINE_STYLES",
+    "PALETTE",
+    "add_legend",
+    "line_style",
+    "mark_transitions",
+    "require_matplotlib",
+    "save_figure",
+]

@@ -1,0 +1,52 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""The size of a model in parameters and floating-point operations."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
+
+
+def forward_flops(model: PreTrainedModel, sequence_length: int) -> int:
+    """Count the floating-point operations of a forward pass over one sequence, as inference makes it.
+
+    Matrix products only, two operations a multiply-accumulate; the paper counts multiply-accumulates (table 2), so its
+    figures are half of these. Attention is counted over all pairs of positions, as there.
+
+    Args:
+        model (`PreTrainedModel`): a StableMoE language model.
+        sequence_length (`int`): tokens.
+
+    Returns:
+        `int`
+    """
+    # Fused kernels are not all known to the counter.
+    implementations = model.config._attn_implementation, model.config._experts_implementation
+    training = model.training
+    input_ids = torch.zeros((1, sequence_length), dtype=torch.long, device=model.device)
+    counter = FlopCounterMode(display=False)
+    try:
+        model.eval().set_attn_implementation("eager")
+        model.set_experts_implementation("eager")
+        with torch.no_grad(), counter:
+            model(input_ids, use_cache=False)
+    finally:
+        model.train(training).set_attn_implementation(implementations[0])
+        model.set_experts_implementation(implementations[1])
+    return counter.get_total_flops()
+
+
+def count_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Count parameters as table 2 does.
+
+    Returns:
+        `dict[str, int]`: `shared`, by all tokens, routers included; `experts`, of all experts of all MoE layers. Tables
+        are no parameters in this sense.
+    """
+    experts = sum(p.numel() for layer in moe_layers_of(model).values() for p in layer.expert_stack.parameters())
+    learned = sum(p.numel() for p in model.parameters())
+    return {"shared": learned - experts, "experts": experts}
+
+
+__all__ = ["count_parameters", "forward_flops"]

@@ -1,0 +1,193 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Routing fluctuation: how the experts of fixed tokens change while training goes on (StableMoE, figures 2 and 7)."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modeling_stablemoe.checkpoints.atomic_files import replace_file
+
+from .figures import save_figure
+
+
+# What a run leaves in its folder.
+REPORT_FILE = "routing_fluctuation.json"
+FIGURE_FILE = "routing_fluctuation.png"
+
+
+class RoutingHistory:
+    """The experts of the same tokens at several steps of a training run.
+
+    Args:
+        steps (`list[int]`): optimizer steps of the checks, ascending.
+        stages (`list[int]`): routing stage at each check, 1 or 2.
+        experts (`list[torch.Tensor]`): one `torch.ShortTensor` of shape `(tokens,)` a check; the tokens of several MoE
+            layers stand one after the other.
+    """
+
+    def __init__(self):
+        self.steps: list[int] = []
+        self.stages: list[int] = []
+        self.experts: list[Tensor] = []
+
+    def record(self, step: int, stage: int, experts: Tensor) -> float | None:
+        """Add a check.
+
+        Args:
+            step (`int`): optimizer step.
+            stage (`int`): routing stage, 1 or 2.
+            experts (`torch.LongTensor` of any shape, the same for every check): the expert of each token.
+
+        Returns:
+            `float`, *optional*: share of tokens whose expert changed since the last check; `None` at the first one.
+        """
+        self.steps.append(step)
+        self.stages.append(stage)
+        self.experts.append(experts.flatten().to(torch.int16).cpu())
+        return self.changes()[-1]
+
+    def changes(self) -> list[float | None]:
+        """Give for each check the share of tokens whose expert changed since the one before; `None` for the first."""
+        pairs = zip(self.experts, self.experts[1:], strict=False)
+        return [None, *((before != after).float().mean().item() for before, after in pairs)][: len(self.steps)]
+
+    def stage2_change(self) -> float | None:
+        """Give the largest share of tokens that changed between two checks of stage 2; `None` with fewer than two."""
+        within = [
+            change
+            for change, before, after in zip(self.changes()[1:], self.stages, self.stages[1:], strict=False)
+            if before == after == 2
+        ]
+        return max(within, default=None)
+
+    def last_fluctuation_steps(self) -> Tensor:
+        """Find for each token the last step at which its expert differed from its final one.
+
+        Returns:
+            `torch.LongTensor` of shape `(tokens,)`: a step of `steps`; 0 for tokens that never differed.
+        """
+        differs = torch.stack(self.experts) != self.experts[-1]
+        steps = torch.tensor(self.steps).unsqueeze(-1)
+        return torch.where(differs, steps, 0).amax(0)
+
+    def summary(self) -> dict:
+        """Gather what figures 2 and 7 show.
+
+        Returns:
+            `dict`: `steps`, `stages`, `change_since_last_check`; `largest_change_in_stage2`; `last_fluctuation` with
+            `steps` and `cumulative_share`, the share of tokens that have settled for good by each step; and
+            `share_still_changing_after`, the share of tokens not settled by 20, 50 and 80 % of the last step.
+        """
+        last = self.last_fluctuation_steps()
+        total = self.steps[-1]
+        return {
+            "tokens": int(last.numel()),
+            "steps": self.steps,
+            "stages": self.stages,
+            "change_since_last_check": self.changes(),
+            "largest_change_in_stage2": self.stage2_change(),
+            "last_fluctuation": {
+                "steps": self.steps,
+                "cumulative_share": [(last <= step).float().mean().item() for step in self.steps],
+            },
+            "share_still_changing_after": {
+                str(share): (last > share * total).float().mean().item() for share in (0.2, 0.5, 0.8)
+            },
+        }
+
+    def save(self, path: str | os.PathLike):
+        """Write the history to a safetensors file, whole or not at all."""
+        path = Path(path)
+        tensors = {
+            "steps": torch.tensor(self.steps),
+            "stages": torch.tensor(self.stages),
+            "experts": torch.stack(self.experts),
+        }
+        replace_file(path, lambda partial: save_file(tensors, partial))
+
+    def load(self, path: str | os.PathLike, last_step: int):
+        """Read the checks up to `last_step` that `save` wrote; later ones belong to steps that will be run again."""
+        with safe_open(path, framework="pt") as file:
+            steps = file.get_tensor("steps")
+            kept = int((steps <= last_step).sum())
+            self.steps = steps[:kept].tolist()
+            self.stages = file.get_tensor("stages")[:kept].tolist()
+            self.experts = list(file.get_tensor("experts")[:kept])
+
+    def write_report(self, folder: str | os.PathLike) -> list[Path]:
+        """Write `routing_fluctuation.json` and, where matplotlib is installed, `routing_fluctuation.png`.
+
+        Returns:
+            `list[Path]`: the files written.
+        """
+        summary = self.summary()
+        path = Path(folder) / REPORT_FILE
+        replace_file(path, lambda partial: Path(partial).write_text(json.dumps(summary, indent=2) + "\n"))
+        figure = plot_fluctuation(summary)
+        if figure is None:
+            return [path]
+        return [path, save_figure(figure, path.with_name(FIGURE_FILE))]
+
+
+def plot_fluctuation(summary: dict):
+    """Draw figures 2 and 7 for one run.
+
+    Args:
+        summary (`dict`): of `RoutingHistory.summary`.
+
+    Returns:
+        `matplotlib.figure.Figure`, or `None` where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    steps = summary["steps"]
+    draw_changes(panels[0], steps, summary["change_since_last_check"])
+    draw_settled(panels[1], summary, marker=".")
+    panels[1].set_title("Expert settled for good")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        if 2 in summary["stages"]:
+            boundary = steps[summary["stages"].index(2)]
+            axes.axvline(boundary, color="tab:red", linestyle="--", label="routing frozen")
+            axes.legend(loc="center right")
+    return figure
+
+
+def draw_changes(axes, steps: Sequence[int], changes: Sequence[float | None], **style):
+    """Draw the share of tokens whose expert changed between checks (figure 2).
+
+    Args:
+        axes (`matplotlib.axes.Axes`): to draw on.
+        steps (sequence of `int`): of the checks.
+        changes (sequence of `float`): share at each, in [0, 1]; `None` where there was no check before.
+        **style: of the line, its label included.
+    """
+    points = [(step, 100 * change) for step, change in zip(steps, changes, strict=True) if change is not None]
+    axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", **style)
+    axes.set(xlabel="step", ylabel="tokens (%)", title="Expert changed since the last check", ylim=(-2, 102))
+
+
+def draw_settled(axes, summary: dict, **style):
+    """Draw the share of tokens whose expert has settled for good, by step (figure 7).
+
+    Args:
+        axes (`matplotlib.axes.Axes`): to draw on.
+        summary (`dict`): of `RoutingHistory.summary`.
+        **style: of the line, its label included.
+    """
+    curve = summary["last_fluctuation"]
+    axes.plot(curve["steps"], [100 * share for share in curve["cumulative_share"]], **style)
+    axes.set(xlabel="last fluctuation step", ylabel="tokens (%), cumulative", ylim=(-2, 102))
+
+
+__all__ = ["FIGURE_FILE", "REPORT_FILE", "RoutingHistory", "draw_changes", "draw_settled", "plot_fluctuation"]

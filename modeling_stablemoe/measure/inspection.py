@@ -1,0 +1,512 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What the experts of a checkpoint hold: where it sends the tokens of a text, measured (StableMoE, table 9).
+
+`route_texts` asks the model, `inspect_routing` measures, `format_report` lays the numbers out for people. Any router will do:
+experts and backbone scores are read off forward passes, so routing may depend on the context of a token.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .meter import imbalance
+from .report import format_table
+
+
+# What each text is called in the arguments of `forward`, and in its output.
+_INPUT_PREFIX = {"text": "", "sources": "", "targets": "decoder_"}
+_OUTPUT_PREFIX = {"text": "", "sources": "encoder_", "targets": "decoder_"}
+# White space that would not be seen in a table.
+_VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"})
+# How tokenizers with byte fallback write a byte that is no character.
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+@dataclass(frozen=True)
+class LayerRouting:
+    """Where one MoE layer sends the T tokens of a text.
+
+    Attributes:
+        name (`str`): qualified name of the layer.
+        experts (`torch.LongTensor` of shape `(T,)`): that inference uses, in [0, num_experts).
+        backbone_experts (`torch.LongTensor` of shape `(T,)`, *optional*): argmax of the backbone scores (eqs. 5 and
+            6); `None` where the router has no scores.
+    """
+
+    name: str
+    experts: Tensor
+    backbone_experts: Tensor | None
+
+
+@dataclass(frozen=True)
+class RoutedText:
+    """A text as the model read it, and where the MoE layers that saw it sent its T tokens.
+
+    Attributes:
+        kind (`str`): "text" (language models), "sources" (of an encoder) or "targets" (of a decoder).
+        token_ids (`torch.LongTensor` of shape `(T,)`): all documents, one after the other.
+        starts (`list[int]`): where each document, or sentence, begins in it.
+        layers (`list[LayerRouting]`): in the order in which tokens pass them; at least one.
+    """
+
+    kind: str
+    token_ids: Tensor
+    starts: list[int]
+    layers: list[LayerRouting]
+
+
+def route_texts(
+    model: PreTrainedModel,
+    documents: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]] | None = None,
+    *,
+    batch_tokens: int = 2048,
+    show_progress: bool = False,
+) -> list[RoutedText]:
+    """Let a model route texts, as it does at inference.
+
+    A language model, or classifier, reads a document in windows of `max_position_embeddings` tokens, as in training. A
+    sequence-to-sequence model reads sources and, as decoder input, targets shifted to the right.
+
+    Args:
+        model (`PreTrainedModel`): of this package, with any head or none; put into eval mode.
+        documents (sequence of sequences of `int`): token ids; the sources of a sequence-to-sequence model. Empty ones
+            are left out.
+        targets (sequence of sequences of `int`, *optional*): token ids of the target of each source, with the end
+            token; without them the decoder's layers are left out.
+        batch_tokens (`int`): tokens of a forward pass, padding included; a longer sequence passes alone.
+        show_progress (`bool`): show a bar.
+
+    Returns:
+        `list[RoutedText]`: of the texts that an MoE layer saw: the text, or sources and targets; on the CPU.
+
+    Raises:
+        ValueError: if the model has no MoE layer that sees these texts, there is no token, an id is outside the
+            vocabulary, or a source or target is longer than the model's positions.
+    """
+    if not model.moe_layers_by_name:
+        raise ValueError(
+            "This is a dense model (its list of MoE layer positions is empty): there is no routing to see."
+        )
+    rows, starts = _rows(model.config, documents, targets)
+    if not rows:
+        raise ValueError("There is no token in the text: nothing to route.")
+    _check_rows(rows, model.config)
+    routed: list[dict[str, list[tuple[Tensor, Tensor | None]]]] = [{} for _ in rows]
+    model.eval()
+    with tqdm(total=len(rows), desc="Routing", unit=" sequences", disable=not show_progress) as progress:
+        for batch in _batches(rows, batch_tokens):
+            for row, layers in zip(batch, _route_batch(model, [rows[row] for row in batch]), strict=True):
+                routed[row] = layers
+            progress.update(len(batch))
+    kinds = [kind for kind in routed[0] if kind != "targets" or targets is not None]
+    texts = []
+    names = iter(model.moe_layers_by_name)
+    for kind in kinds:
+        layers = [
+            _join(next(names), [layers[kind][layer] for layers in routed]) for layer in range(len(routed[0][kind]))
+        ]
+        if layers:
+            token_ids = torch.tensor([token_id for row in rows for token_id in row[kind]])
+            texts.append(RoutedText(kind, token_ids, starts[kind], layers))
+    if not texts:
+        raise ValueError("Only the decoder of this model has MoE layers: give targets for them to route.")
+    return texts
+
+
+def _rows(
+    config, documents: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None
+) -> tuple[list[dict[str, list[int]]], dict[str, list[int]]]:
+    """Lay out what the model reads at once, by kind of text, and the starts of documents among all tokens of a kind."""
+    if config.is_encoder_decoder:
+        begin = config.decoder_start_token_id
+        pairs = zip(documents, targets if targets is not None else [[]] * len(documents), strict=True)
+        rows = [
+            {"sources": list(source), "targets": [begin, *list(target)[:-1]]} for source, target in pairs if source
+        ]
+        lengths = {kind: [len(row[kind]) for row in rows] for kind in ("sources", "targets")}
+    else:
+        window = config.max_position_embeddings
+        documents = [list(document) for document in documents if document]
+        rows = [
+            {"text": document[first : first + window]}
+            for document in documents
+            for first in range(0, len(document), window)
+        ]
+        lengths = {"text": [len(document) for document in documents]}
+    return rows, {kind: list(accumulate(of_kind, initial=0))[:-1] for kind, of_kind in lengths.items()}
+
+
+def _check_rows(rows: list[dict[str, list[int]]], config):
+    """Look before the model does: an accelerator would answer with a device assertion."""
+    for row in rows:
+        for kind, ids in row.items():
+            wrong = next((token_id for token_id in ids if not 0 <= token_id < config.vocab_size), None)
+            if wrong is not None:
+                raise ValueError(
+                    f"There is a token id {wrong} in the {kind}, outside the model's vocabulary of {config.vocab_size}. "
+                    "Use the tokenizer that the model was trained with, or call `resize_token_embeddings` on the model."
+                )
+            if len(ids) > config.max_position_embeddings:
+                raise ValueError(
+                    f"A sequence in the {kind} has {len(ids)} tokens, more than the model's "
+                    f"{config.max_position_embeddings} positions: cut it."
+                )
+
+
+def _batches(rows: list[dict[str, list[int]]], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the rows of each forward pass, those of similar length together, the longest first."""
+    lengths = [max(map(len, row.values())) for row in rows]
+    batch: list[int] = []
+    for row in sorted(range(len(rows)), key=lambda row: -lengths[row]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+@torch.inference_mode()
+def _route_batch(
+    model: PreTrainedModel, rows: list[dict[str, list[int]]]
+) -> list[dict[str, list[tuple[Tensor, Tensor | None]]]]:
+    """Run the model; give of each row and kind of text what `LayerRouting` holds of each layer."""
+    inputs, lengths = {}, {}
+    for kind in rows[0]:
+        lengths[kind] = torch.tensor([len(row[kind]) for row in rows])
+        width = int(lengths[kind].max())
+        ids = torch.tensor([row[kind] + [0] * (width - len(row[kind])) for row in rows])
+        mask = (torch.arange(width) < lengths[kind].unsqueeze(-1)).long()
+        prefix = _INPUT_PREFIX[kind]
+        inputs |= {f"{prefix}input_ids": ids.to(model.device), f"{prefix}attention_mask": mask.to(model.device)}
+    if model.base_model is model:
+        inputs["output_expert_indices"] = True  # a head asks for them with the scores
+    elif "text" in lengths and model.can_generate():
+        inputs["logits_to_keep"] = 1  # nobody reads the predictions
+    output = model(**inputs, use_cache=False, output_router_logits=True)
+    routed: list[dict[str, list[tuple[Tensor, Tensor | None]]]] = [{} for _ in rows]
+    for kind, of_rows in lengths.items():
+        experts = output.get(f"{_OUTPUT_PREFIX[kind]}expert_indices") or ()
+        scores = output.get(f"{_OUTPUT_PREFIX[kind]}router_logits") or [None] * len(experts)
+        backbone = [None if s is None else s.argmax(-1).view_as(e).cpu() for e, s in zip(experts, scores, strict=True)]
+        experts = [index.cpu() for index in experts]
+        for row, length in enumerate(of_rows.tolist()):
+            routed[row][kind] = [
+                (e[row, :length], None if b is None else b[row, :length])
+                for e, b in zip(experts, backbone, strict=True)
+            ]
+    return routed
+
+
+def _join(name: str, rows: list[tuple[Tensor, Tensor | None]]) -> LayerRouting:
+    backbone = [experts for _, experts in rows if experts is not None]
+    return LayerRouting(name, torch.cat([experts for experts, _ in rows]), torch.cat(backbone) if backbone else None)
+
+
+def measure_load(experts: Tensor, num_experts: int) -> dict:
+    """Measure how evenly tokens are spread over experts.
+
+    Args:
+        experts (`torch.LongTensor` of shape `(T,)`): in [0, num_experts), T > 0.
+        num_experts (`int`): N.
+
+    Returns:
+        `dict`: `tokens` and `share`, lists of N; `max_over_mean`, in [1, N]; `entropy` of the shares, nats;
+        `entropy_share`, of log N (`None` for one expert); `idle_experts`, the experts without a token.
+    """
+    load = torch.bincount(experts, minlength=num_experts)
+    share = load.double() / load.sum()
+    # + 0.0: the sum of nothing but zeros is -0.0.
+    entropy = -torch.special.xlogy(share, share).sum().item() + 0.0
+    return {
+        "tokens": load.tolist(),
+        "share": share.tolist(),
+        "max_over_mean": imbalance(load.double().unsqueeze(0)),
+        "entropy": entropy,
+        "entropy_share": entropy / math.log(num_experts) if num_experts > 1 else None,
+        "idle_experts": (load == 0).nonzero().flatten().tolist(),
+    }
+
+
+def count_token_experts(token_ids: Tensor, experts: Tensor) -> list[tuple[int, int, int]]:
+    """Count how often each token id went to each expert.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(T,)`): any ids.
+        experts (`torch.LongTensor` of shape `(T,)`): the expert of each token.
+
+    Returns:
+        `list[tuple[int, int, int]]`: token id, expert, tokens; the most frequent first, then by id and expert.
+    """
+    pairs, counts = torch.stack([token_ids, experts]).unique(dim=1, return_counts=True)
+    found = zip(*pairs.tolist(), counts.tolist(), strict=True)
+    return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
+
+
+def measure_agreement(token_ids: Tensor, experts: Tensor, backbone_experts: Tensor) -> dict:
+    """Measure how often the routing of inference is what the backbone router would choose, by token frequency.
+
+    Args:
+        token_ids (`torch.LongTensor` of shape `(T,)`): T > 0.
+        experts (`torch.LongTensor` of shape `(T,)`): that inference uses (eq. 13 for the distilled router).
+        backbone_experts (`torch.LongTensor` of shape `(T,)`): argmax of the backbone scores (eqs. 5 and 6).
+
+    Returns:
+        `dict`: `overall`, share of tokens; `by_frequency`, a `dict` for each range of frequencies that occurs, from
+        one power of two up to the next: `at_least` and `at_most` (how often a token id occurs in the text),
+        `distinct_tokens`, `tokens` and `agreement`, the share of those tokens.
+    """
+    agrees = (experts == backbone_experts).double()
+    _, inverse, counts = token_ids.unique(return_inverse=True, return_counts=True)
+    powers = 2 ** torch.arange(63)
+    bin_of_id = torch.bucketize(counts, powers, right=True) - 1
+    bin_of_token = bin_of_id[inverse]
+    by_frequency = []
+    for index in bin_of_id.unique().tolist():
+        inside = bin_of_token == index
+        by_frequency.append(
+            {
+                "at_least": 2**index,
+                "at_most": 2 ** (index + 1) - 1,
+                "distinct_tokens": int((bin_of_id == index).sum()),
+                "tokens": int(inside.sum()),
+                "agreement": agrees[inside].mean().item(),
+            }
+        )
+    return {"overall": agrees.mean().item(), "by_frequency": by_frequency}
+
+
+def inspect_routing(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[RoutedText], name: str, top_k: int = 20
+) -> dict:
+    """Measure what each expert of each MoE layer got of a text (StableMoE, table 9).
+
+    Args:
+        model (`PreTrainedModel`): that routed the texts.
+        tokenizer (`PreTrainedTokenizerBase`): turns ids into tokens that can be read.
+        texts (sequence of `RoutedText`): of `route_texts`.
+        name (`str`): how to call the checkpoint.
+        top_k (`int`): tokens to list, of each expert and among those that go to several experts.
+
+    Returns:
+        `dict`, JSON-ready: `checkpoint`, `router_type`, `routing_stage`, `router_fingerprint` (`None` in stage 1),
+        `num_experts`, and `layers`: of each its `name`, `text` (kind), `tokens`, `distinct_tokens`, `load` (see
+        `measure_load`), `experts` (see below), `tokens_of_several_experts` (`distinct_tokens` and `tokens`, how many
+        there are, and `most_frequent`) and `agreement` (see `measure_agreement`; `None` where the router has no
+        scores). An expert has its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`.
+    """
+    return {
+        "checkpoint": name,
+        "router_type": model.config.router_type,
+        "routing_stage": model.routing_stage,
+        "router_fingerprint": model.router_fingerprint(),
+        "num_experts": model.config.num_experts,
+        "layers": [
+            _measure_layer(text, layer, model.config.num_experts, tokenizer, top_k)
+            for text in texts
+            for layer in text.layers
+        ],
+    }
+
+
+def _measure_layer(text: RoutedText, layer: LayerRouting, num_experts: int, tokenizer, top_k: int) -> dict:
+    counted = count_token_experts(text.token_ids, layer.experts)
+    load = measure_load(layer.experts, num_experts)
+    backbone = layer.backbone_experts
+    experts = []
+    for expert, num_tokens in enumerate(load["tokens"]):
+        own = [(token_id, count) for token_id, index, count in counted if index == expert]
+        listed = own[:top_k]
+        names = readable_tokens(tokenizer, [token_id for token_id, _ in listed])
+        most_frequent = [
+            {"id": token_id, "token": token, "count": count}
+            for (token_id, count), token in zip(listed, names, strict=True)
+        ]
+        experts.append(
+            {
+                "expert": expert,
+                "tokens": num_tokens,
+                "distinct_tokens": len(own),
+                "most_frequent": most_frequent,
+            }
+        )
+    return {
+        "name": layer.name,
+        "text": text.kind,
+        "tokens": len(text.token_ids),
+        "distinct_tokens": len({token_id for token_id, _, _ in counted}),
+        "load": load,
+        "experts": experts,
+        "tokens_of_several_experts": _tokens_of_several_experts(counted, tokenizer, top_k),
+        "agreement": None if backbone is None else measure_agreement(text.token_ids, layer.experts, backbone),
+    }
+
+
+def _tokens_of_several_experts(counted: list[tuple[int, int, int]], tokenizer, top_k: int) -> dict:
+    """Find the token ids that a router which sees context sends here and there."""
+    experts_of: dict[int, list[dict]] = {}
+    for token_id, expert, count in counted:
+        experts_of.setdefault(token_id, []).append({"expert": expert, "count": count})
+    several = {token_id: sum(entry["count"] for entry in e) for token_id, e in experts_of.items() if len(e) > 1}
+    listed = sorted(several, key=lambda token_id: (-several[token_id], token_id))[:top_k]
+    return {
+        "distinct_tokens": len(several),
+        "tokens": sum(several.values()),
+        "most_frequent": [
+            {"id": token_id, "token": token, "count": several[token_id], "experts": experts_of[token_id]}
+            for token_id, token in zip(listed, readable_tokens(tokenizer, listed), strict=True)
+        ],
+    }
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[bytes]:
+    """Spell tokens as UTF-8, each on its own: leading spaces included, and characters cut where the tokenizer cuts.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): a byte-level BPE, or one that writes a space as U+2581.
+        token_ids (sequence of `int`): an id that the tokenizer does not know is spelt "<7>".
+
+    Returns:
+        `list[bytes]`: one a token.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
+    byte_of = _byte_of_character() if "ByteLevel" in repr(decoder) else None
+    added = set(tokenizer.get_added_vocab())
+    spelt = []
+    for token_id, piece in zip(token_ids, tokenizer.convert_ids_to_tokens(list(token_ids)), strict=True):
+        byte = _BYTE_PIECE.fullmatch(piece or "")
+        if piece is None:
+            spelt.append(f"<{token_id}>".encode())
+        elif piece in added:
+            spelt.append(piece.encode())
+        elif byte_of is not None:
+            spelt.append(bytes(byte_of[character] for character in piece))
+        elif byte:
+            spelt.append(bytes.fromhex(byte[1]))
+        else:
+            spelt.append(piece.replace("\u2581", " ").encode())
+    return spelt
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Invert the alphabet of byte-level BPE (GPT-2): bytes that print stand for themselves, the rest for U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def readable_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """Spell tokens for people: white space shows, bytes that are no whole character appear as in "\\xc3"."""
+    return [spelt.decode(errors="backslashreplace").translate(_VISIBLE) for spelt in token_bytes(tokenizer, token_ids)]
+
+
+_EXPERT_HEADINGS = {
+    "expert": "expert",
+    "tokens": "tokens",
+    "share": "share",
+    "distinct_tokens": "distinct tokens",
+    "most_frequent": "most frequent tokens",
+}
+_SEVERAL_HEADINGS = {"token": "token of several experts", "count": "tokens", "experts": "expert: tokens"}
+_AGREEMENT_HEADINGS = {
+    "occurrences": "occurrences of a token",
+    "distinct_tokens": "distinct tokens",
+    "tokens": "tokens",
+    "agreement": "agreement",
+}
+
+
+def format_report(report: dict) -> str:
+    """Lay out a report for people, as Markdown.
+
+    Args:
+        report (`dict`): of `inspect_routing`.
+
+    Returns:
+        `str`: lines without a newline at the end.
+    """
+    frozen = f"frozen routing {report['router_fingerprint']}" if report["routing_stage"] == 2 else "not frozen"
+    head = (
+        f"# {report['checkpoint']}\n\nStage {report['routing_stage']} ({frozen}), router {report['router_type']!r}, "
+        f"{report['num_experts']} experts."
+    )
+    return "\n\n".join([head, *map(_format_layer, report["layers"])])
+
+
+def _format_layer(layer: dict) -> str:
+    load = layer["load"]
+    share = "" if load["entropy_share"] is None else f" ({load['entropy_share']:.1%} of the largest)"
+    idle = ", ".join(map(str, load["idle_experts"])) or "none"
+    parts = [
+        f"## {layer['name']}: {layer['tokens']} tokens of the {layer['text']}, {layer['distinct_tokens']} distinct",
+        f"Load max/mean {load['max_over_mean']:.2f}, entropy {load['entropy']:.3f} nats{share}; experts without "
+        f"tokens: {idle}.",
+    ]
+    rows = [
+        {**expert, "share": f"{load['share'][expert['expert']]:.1%}", "most_frequent": _listed(expert)}
+        for expert in layer["experts"]
+    ]
+    parts.append(format_table(rows, _EXPERT_HEADINGS))
+    several = layer["tokens_of_several_experts"]
+    if several["distinct_tokens"]:
+        parts.append(
+            f"{several['distinct_tokens']} distinct tokens ({several['tokens']} tokens) go to several experts; the most "
+            "frequent:"
+        )
+        rows = [
+            {
+                "token": _code(entry["token"]),
+                "count": entry["count"],
+                "experts": ", ".join(f"{of['expert']}: {of['count']}" for of in entry["experts"]),
+            }
+            for entry in several["most_frequent"]
+        ]
+        parts.append(format_table(rows, _SEVERAL_HEADINGS))
+    return "\n\n".join([*parts, _format_agreement(layer["agreement"])])
+
+
+def _format_agreement(agreement: dict | None) -> str:
+    if agreement is None:
+        return "This router has no backbone scores to agree with."
+    rows = [
+        {
+            **row,
+            "occurrences": f"{row['at_least']}-{row['at_most']}" if row["at_least"] > 1 else "1",
+            "agreement": f"{row['agreement']:.1%}",
+        }
+        for row in agreement["by_frequency"]
+    ]
+    head = f"On {agreement['overall']:.1%} of the tokens inference routes as the backbone router would:"
+    return f"{head}\n\n{format_table(rows, _AGREEMENT_HEADINGS)}"
+
+
+def _listed(expert: dict) -> str:
+    return ", ".join(f"{_code(entry['token'])} {entry['count']}" for entry in expert["most_frequent"])
+
+
+def _code(token: str) -> str:
+    """Quote a token as code in a Markdown table, whatever it holds."""
+    ticks = max(map(len, re.findall("`+", token)), default=0)
+    fence, space = "`" * (ticks + 1), " " * bool(ticks)
+    return f"{fence}{space}{token}{space}{fence}".replace("|", "\\|")
+
+
+__all__ = [
+    "LayerRouting",
+    "RoutedText",
+    "count_token_experts",
+    "format_report",
+    "inspect_routing",
+    "measure_agreement",
+    "measure_load",
+    "readable_tokens",
+    "route_texts",
+    "token_bytes",
+]

@@ -1,0 +1,340 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Routing statistics of training: sums over tokens, so that micro-batches, steps and processes add up exactly."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
+from modeling_stablemoe.model.experts_stablemoe import count_overflow
+from modeling_stablemoe.model.losses_stablemoe import is_distributed, sum_across_processes
+from modeling_stablemoe.model.outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoESeq2SeqLMOutput
+from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
+
+
+logger = logging.get_logger(__name__)
+
+# What `RoutingTotals.sums` holds, in this order.
+SUMS = (
+    "targets",
+    "task_loss",  # nats
+    "tokens",  # routed; a mean over layers
+    "balance_loss",  # gate mass, times tokens
+    "distillation_loss",  # nats, times tokens
+    "tokens_of_stage1",
+    # As of `RoutingHealth`: a mean over layers, times tokens.
+    "mean_gate",
+    "closed_gates",
+    "common_direction",
+    "agreement",  # of the tokens of stage 1
+    "agreement_by_id",
+    "router_entropy",
+    "overflow",  # tokens past capacity; a mean over layers
+    "tokens_read",  # of source and target together
+)
+
+
+@dataclass
+class RoutingTotals:
+    """Sums over the tokens of some forward passes.
+
+    Attributes:
+        sums (`torch.DoubleTensor` of shape `(14,)`): as of `SUMS`. NaN is what there is none of: agreement where nothing
+            is distilled, entropy where there are no scores, overflow where there is no capacity.
+        load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
+    """
+
+    sums: Tensor
+    load: Tensor
+
+    def __add__(self, other: "RoutingTotals") -> "RoutingTotals":
+        """Add the sums of other forward passes."""
+        return RoutingTotals(self.sums + other.sums, self.load + other.load)
+
+    def across_processes(self) -> "RoutingTotals":
+        """Add up the sums of all processes, on the CPU; every process must call this."""
+        # One transfer: every number that is read would wait for the device.
+        packed = sum_across_processes(torch.cat([self.sums, self.load.flatten()])).cpu()
+        return RoutingTotals(packed[: len(self.sums)], packed[len(self.sums) :].view_as(self.load))
+
+    def total(self, name: str) -> float:
+        """Give one of the sums, by its name in `SUMS`."""
+        return self.sums[SUMS.index(name)].item()
+
+    def metrics(self, stage: int) -> dict[str, float]:
+        """Turn sums into means.
+
+        What is NaN stays NaN, as the Trainer's own `grad_norm` does: a loss or a hidden state that was not finite in
+        these passes makes `task_loss` or `common_direction` so. Loads, gates, agreement and the routing losses stay
+        finite, and so do the means of later passes.
+
+        Args:
+            stage (`int`): routing stage to report.
+
+        Returns:
+            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean`, `load_min_over_mean` and
+            `load_entropy` (of the worst layer, see `LayerLoads`), `dead_experts` (of all layers), `mean_gate`,
+            `closed_gates`, `common_direction` and, where the routing learns, `router_entropy` (see `RoutingHealth`), with
+            a capacity `overflow` (share of the routed tokens that were past it) and `routing_stage`; where there are
+            tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
+            over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that is
+            trained), `distillation_agreement` (share of the tokens of stage 1) and `distillation_agreement_by_id`.
+        """
+        sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
+        tokens, learned = sums["tokens"], sums["tokens_of_stage1"]
+        metrics = {"routing_stage": stage, **LayerLoads(self.load).worst()}
+        if tokens:
+            metrics |= {name: sums[name] / tokens for name in ("mean_gate", "closed_gates", "common_direction")}
+            optional = ("router_entropy", "overflow")
+            metrics |= {name: sums[name] / tokens for name in optional if not math.isnan(sums[name])}
+        if sums["targets"]:
+            metrics["task_loss"] = sums["task_loss"] / sums["targets"]
+        if learned:
+            metrics["balance_loss"] = sums["balance_loss"] / tokens
+        if learned and not math.isnan(sums["agreement"]):
+            metrics["distillation_loss"] = sums["distillation_loss"] / tokens
+            metrics["distillation_agreement"] = sums["agreement"] / learned
+            metrics["distillation_agreement_by_id"] = sums["agreement_by_id"] / learned
+        return metrics
+
+
+class LayerLoads:
+    """How even the load of each MoE layer's experts is.
+
+    Args:
+        load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert, on the CPU.
+
+    Attributes:
+        relative (`list[list[float]]`): of each layer and expert, tokens over the mean of the layer's experts; NaN without
+            tokens. 1 is even.
+        by_layer (`dict[str, torch.Tensor]` of shape `(moe layers,)`): of each layer `load_max_over_mean`, in [1, num_experts];
+            `load_min_over_mean`, in [0, 1], 0 where an expert got no token at all; `load_entropy`, the entropy of the
+            experts' shares over ln(num_experts), in [0, 1], 1 where all are equal; and `dead_experts`, how many got no
+            token.
+    """
+
+    def __init__(self, load: Tensor):
+        relative = load / load.mean(-1, keepdim=True)
+        share = load / load.sum(-1, keepdim=True)
+        entropy = torch.special.entr(share).sum(-1) / math.log(load.shape[-1]) if load.shape[-1] > 1 else share[:, 0]
+        self.relative = relative.tolist()
+        self.by_layer = {
+            "load_max_over_mean": relative.amax(-1),
+            "load_min_over_mean": relative.amin(-1),
+            "load_entropy": entropy.clamp(max=1.0),  # rounding
+            "dead_experts": (load == 0).sum(-1),
+        }
+
+    def worst(self) -> dict[str, float]:
+        """Give each number of the layer that it is worst in; of dead experts their sum over layers."""
+        combine = {"load_max_over_mean": torch.max, "dead_experts": torch.sum}
+        return {name: combine.get(name, torch.min)(values).item() for name, values in self.by_layer.items()}
+
+    def named(self, layers: Sequence[str]) -> dict[str, float]:
+        """Give the numbers of each layer, but for the least load, as `load_entropy/layer_0`.
+
+        Empty where there is one layer: `worst` is that one.
+        """
+        if len(layers) == 1:
+            return {}
+        return {
+            f"{name}/{layer}": value
+            for name in ("load_max_over_mean", "load_entropy", "dead_experts")
+            for layer, value in zip(layers, self.by_layer[name].tolist(), strict=True)
+        }
+
+    def experts(self, layers: Sequence[str]) -> dict[str, float]:
+        """Give `relative` as `expert_load/layer_0/expert_0`."""
+        return {
+            f"expert_load/{layer}/expert_{expert}": value
+            for layer, values in zip(layers, self.relative, strict=True)
+            for expert, value in enumerate(values)
+        }
+
+
+def layer_names(config: StableMoEBaseConfig) -> list[str]:
+    """Name the MoE layers in the order of their loads: `layer_0`, ..., or `encoder_0`, ..., `decoder_0`, ..."""
+    if not config.is_encoder_decoder:
+        return [f"layer_{index}" for index in range(config.num_moe_layers)]
+    sides = {"encoder": config.encoder_moe_layer_positions, "decoder": config.decoder_moe_layer_positions}
+    return [f"{side}_{index}" for side, positions in sides.items() for index in range(len(positions))]
+
+
+def imbalance(load: Tensor) -> float:
+    """Compute max/mean of the experts' loads, of the worst layer; 1 is balanced.
+
+    Args:
+        load (`torch.Tensor` of shape `(moe layers, num_experts)`): tokens.
+
+    Returns:
+        `float`: in [1, num_experts]; NaN without tokens.
+    """
+    return (load.amax(-1) / load.mean(-1)).max().item()
+
+
+class RoutingMeter:
+    """Watches the forward passes by which a model learns; nothing here waits for the device until it is asked.
+
+    Args:
+        model (`TwoStageRoutingMixin`): the model with its head.
+        recent_steps (`int`): optimizer steps that `recent` covers.
+    """
+
+    def __init__(self, model: TwoStageRoutingMixin, recent_steps: int = 50):
+        self.model = model
+        self._step: RoutingTotals | None = None
+        self._window: RoutingTotals | None = None
+        self._recent: deque[RoutingTotals] = deque(maxlen=recent_steps)
+        # How often each MoE layer saw each token id in stage 1: weighs the rows of the tables that are frozen.
+        self.token_counts: Tensor | None = None
+        self._resumed_counts: Tensor | None = None
+        self._hook = model.register_forward_hook(self._observe, with_kwargs=True)
+
+    def close(self):
+        """Stop watching."""
+        self._hook.remove()
+
+    @torch.no_grad()
+    def _observe(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        if not module.training or not self._is_known(output) or output.expert_load is None:
+            return
+        if not output.logits.requires_grad and not output.aux_loss.requires_grad:
+            return  # sampling between the steps, say
+        load = output.expert_load.double()
+        tokens = load.sum(-1).mean()  # layers of an encoder and a decoder route different numbers
+        targets = task = torch.zeros((), device=load.device)
+        labels = kwargs.get("labels")
+        if labels is not None:
+            targets = module.count_targets(labels, kwargs.get("shift_labels")).to(load.device)
+            divisor = kwargs.get("num_items_in_batch")
+            task = output.task_loss * (targets if divisor is None else divisor)
+        means = torch.stack([output.balance_loss, output.distillation_loss, *output.routing_health]).double()
+        *losses, mean_gate, closed_gates, direction, agreement, by_id, entropy = (means * tokens).unbind()
+        watched = [mean_gate, closed_gates, direction]
+        sums = [targets, task.squeeze(), tokens, *losses]
+        learns = module.routing_stage == 1
+        none = torch.zeros_like(tokens)
+        # In stage 2 there is nothing to agree on: NaN.
+        sums += [tokens, *watched, agreement, by_id] if learns else [none, *watched, none, none]
+        sums += [entropy, self._overflow(load), self._tokens_read(load, args, kwargs)]
+        totals = RoutingTotals(torch.stack([value.detach().double() for value in sums]), load)
+        self._step = totals if self._step is None else self._step + totals
+        if learns:
+            self._count_tokens(module.routed_tokens(*args, **kwargs))
+
+    def _overflow(self, load: Tensor) -> Tensor:
+        """Count the tokens past capacity, a mean over layers; NaN where there is no capacity."""
+        capacity_factor = self.model.config.expert_capacity_factor
+        if capacity_factor is None:
+            return load.new_full((), torch.nan)
+        return count_overflow(load, capacity_factor).mean()
+
+    def _tokens_read(self, load: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if not self.model.config.is_encoder_decoder:
+            return load[0].sum()  # every layer routes every token
+        return self.model.count_tokens(*args, **kwargs).to(load.device)
+
+    def _is_known(self, output) -> bool:
+        """Tell whether a forward pass gives what is measured; refuse one of stage 1 that does not.
+
+        Raises:
+            ValueError: in stage 1, where the routing losses are missing, too.
+        """
+        if isinstance(output, (StableMoECausalLMOutputWithPast, StableMoESeq2SeqLMOutput)):
+            return True
+        problem = (
+            f"The model's forward pass gives a {type(output).__name__}: another head has taken the place of its own, as "
+            "TRL's trainers do, and knows neither routing losses nor statistics."
+        )
+        if self.model.routing_stage == 1:
+            raise ValueError(
+                f"{problem} Nothing would be distilled. Train stage 1 with transformers' Trainer, or with a subclass of "
+                "SFTTrainer that has `compute_loss = Trainer.compute_loss`."
+            )
+        logger.warning_once(f"{problem} There are no statistics of this run; its routing is frozen and stays so.")
+        return False
+
+    def _count_tokens(self, routed: list[tuple[Tensor | None, Tensor | None]]):
+        if self.token_counts is None:
+            device = next((token_ids.device for token_ids, _ in routed if token_ids is not None), None)
+            self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long, device=device)
+        for layer, (token_ids, mask) in enumerate(routed):
+            if token_ids is None:  # embeddings only: there are no ids to count
+                continue
+            self.token_counts = self.token_counts.to(token_ids.device)
+            ones = torch.ones_like(token_ids) if mask is None else mask
+            self.token_counts[layer].scatter_add_(0, token_ids.flatten(), ones.flatten().long())
+
+    def end_step(self):
+        """Close an optimizer step."""
+        if self._step is None:
+            return
+        self._recent.append(self._step)
+        self._window = self._step if self._window is None else self._window + self._step
+        self._step = None
+
+    def pop_window(self) -> RoutingTotals | None:
+        """Return the totals of all processes since the last call, if there were steps; every process must call this."""
+        window, self._window = self._window, None
+        return None if window is None else window.across_processes()
+
+    @property
+    def num_recent_steps(self) -> int:
+        """`int`: optimizer steps that `recent` covers at present."""
+        return len(self._recent)
+
+    def recent(self) -> RoutingTotals | None:
+        """Return the totals of all processes over the last steps, if there were any; every process must call this."""
+        if not self._recent:
+            return None
+        return sum(list(self._recent)[1:], start=self._recent[0]).across_processes()
+
+    def recent_steps(self) -> dict[str, Tensor] | None:
+        """Give the totals of the last steps, one row a step, for `resume_recent`; every process must call this.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `sums` and `load` as of `RoutingTotals`, of all processes, on the CPU.
+        """
+        if not self._recent:
+            return None
+        steps = RoutingTotals(
+            torch.stack([step.sums for step in self._recent]), torch.stack([step.load for step in self._recent])
+        )
+        return {name: sum_across_processes(getattr(steps, name).clone()).cpu() for name in ("sums", "load")}
+
+    def resume_recent(self, steps: dict[str, Tensor]):
+        """Go on from the `recent_steps` of an earlier part of the run."""
+        # They are of all processes: one of them takes them up.
+        share = 1.0 if not is_distributed() or dist.get_rank() == 0 else 0.0
+        device = self.model.device
+        # An earlier version kept fewer sums.
+        all_sums = F.pad(steps["sums"], (0, len(SUMS) - steps["sums"].shape[-1]))
+        self._recent.extend(
+            RoutingTotals(share * sums.to(device), share * load.to(device))
+            for sums, load in zip(all_sums, steps["load"], strict=True)
+        )
+
+    def counted_tokens(self) -> Tensor | None:
+        """Count how often each MoE layer routed each token id in stage 1, of all processes; every process must call this.
+
+        Returns:
+            `torch.DoubleTensor` of shape `(moe layers, V)`; `None` where there were none to count.
+        """
+        if self.token_counts is None:
+            return self._resumed_counts
+        counts = sum_across_processes(self.token_counts.double())
+        return counts if self._resumed_counts is None else counts + self._resumed_counts.to(counts.device)
+
+    def resume_counts(self, counts: Tensor):
+        """Go on from the `counted_tokens` of an earlier part of the run."""
+        self._resumed_counts = counts.double()
+
+
+__all__ = ["SUMS", "LayerLoads", "RoutingMeter", "RoutingTotals", "imbalance", "layer_names"]

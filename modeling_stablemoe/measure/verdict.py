@@ -1,0 +1,292 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Judging a stage 1: whether the routing has settled, and whether it is worth freezing."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modeling_stablemoe.checkpoints.atomic_files import replace_file
+from modeling_stablemoe.model.balancing_prices_stablemoe import table_load
+from modeling_stablemoe.model.balancing_stablemoe import BalancedTable
+from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
+from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
+from modeling_stablemoe.model.losses_stablemoe import is_distributed
+from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
+
+from .meter import RoutingMeter, imbalance
+
+
+# Below it the distilled router keeps little more than chance of what the backbone does.
+LEAST_AGREEMENT = 0.25
+# A random hash has 1.5 to 1.9 on natural text; above it stage 2 would be lopsided for ever.
+LARGEST_TABLE_LOAD = 2.0
+# Of more closed gates than that, an expert learns next to nothing.
+MOST_CLOSED_GATES = 0.5
+
+
+def tables_of(model: TwoStageRoutingMixin) -> Tensor | None:
+    """Give the table that every MoE layer would be frozen into now, before any balancing.
+
+    Args:
+        model (`TwoStageRoutingMixin`): with a distilled router.
+
+    Returns:
+        `torch.IntTensor` of shape `(moe layers, V)`, on the CPU; `None` where weights are frozen instead of a table.
+    """
+    layers = list(model.moe_layers_by_name.values())
+    if any(layer.bare_router.distilled_router.sees_context for layer in layers):
+        return None
+    # Asked of the router as a whole: its parameters may be sharded, and one process alone must not ask.
+    return torch.stack([layer.bare_router.distilled_router.table().int().cpu() for layer in layers])
+
+
+class SettlingWatch:
+    """Watches the tables settle: at each check, the share of tokens whose expert is not that of the check before.
+
+    Args:
+        meter (`RoutingMeter`): knows how often each token id was routed.
+    """
+
+    def __init__(self, meter: RoutingMeter):
+        self._meter = meter
+        self._tables: Tensor | None = None
+        self.changes: list[float] = []
+
+    def check(self) -> float | None:
+        """Compare the tables with those of the last check; every process must call this.
+
+        Returns:
+            `float`, *optional*: share of the tokens of stage 1, over all layers, in [0, 1]; `None` at the first check,
+            and where there are no tables.
+        """
+        tables, counts = tables_of(self._meter.model), self._meter.counted_tokens()
+        if tables is None or counts is None:
+            return None
+        before, self._tables = self._tables, tables
+        if before is None:
+            return None
+        changed = ((before != tables) * counts.cpu()).sum() / counts.sum().cpu().clamp(min=1)
+        self.changes.append(changed.item())
+        return self.changes[-1]
+
+    def has_settled(self, largest_change: float, checks: int = 2) -> bool:
+        """Tell whether the last `checks` changes were `largest_change` at most."""
+        return len(self.changes) >= checks and max(self.changes[-checks:]) <= largest_change
+
+    def save(self, path: str | os.PathLike):
+        """Write what a resumed run needs to go on watching, whole or not at all; every process must call this.
+
+        Nothing is written where there is no folder for it.
+        """
+        counts, recent = self._meter.counted_tokens(), self._meter.recent_steps()
+        if counts is None or recent is None:
+            return
+        tensors = {
+            "changes": torch.tensor(self.changes, dtype=torch.double),
+            "token_counts": counts.long().cpu(),
+            **{f"recent_{name}": values for name, values in recent.items()},
+            **({} if self._tables is None else {"tables": self._tables}),
+        }
+        if _is_first_process() and Path(path).parent.is_dir():
+            replace_file(Path(path), lambda partial: save_file(tensors, partial))
+
+    def load(self, path: str | os.PathLike) -> bool:
+        """Take up what `save` wrote; without such a file watching begins anew. Every process must call this.
+
+        Returns:
+            `bool`: whether there was one.
+        """
+        found = [load_file(path) if _is_first_process() and Path(path).is_file() else None]
+        if is_distributed():
+            # The other processes may not see the file, and all must decide alike.
+            dist.broadcast_object_list(found, src=0)
+        (tensors,) = found
+        if tensors is None:
+            return False
+        self._tables = tensors.get("tables")
+        self.changes = tensors["changes"].tolist()
+        self._meter.resume_counts(tensors["token_counts"])
+        self._meter.resume_recent({name: tensors[f"recent_{name}"] for name in ("sums", "load")})
+        return True
+
+
+def _is_first_process() -> bool:
+    return not is_distributed() or dist.get_rank() == 0
+
+
+@dataclass
+class Verdict:
+    """What stage 1 has come to.
+
+    Args:
+        metrics (`dict[str, float]`): of the last steps, as they are logged.
+        table_load (`float`, *optional*): max/mean of the tokens of stage 1 under the table that would be frozen; `None`
+            where there is no table.
+        is_balanced_later (`bool`): whether freezing limits that load.
+    """
+
+    metrics: dict[str, float]
+    table_load: float | None
+    is_balanced_later: bool
+
+    def problems(self) -> list[str]:
+        """List what speaks against freezing, each with its remedy; empty for a routing that is worth it."""
+        problems = []
+        agreement = self.metrics.get("distillation_agreement", 1.0)
+        if agreement < LEAST_AGREEMENT:
+            problems.append(
+                f"the distilled router agrees with the backbone on {agreement:.1%} of the tokens only (wanted: "
+                f'{LEAST_AGREEMENT:.0%}): what it freezes is hardly more than a hash. Lengthen stage 1, or take `distilled_router="counts"`'
+            )
+        if self.table_load is not None and not self.is_balanced_later and self.table_load > LARGEST_TABLE_LOAD:
+            problems.append(
+                f"the table's load max/mean is {self.table_load:.2f} (wanted: {LARGEST_TABLE_LOAD:g}), and nothing evens "
+                "it out in stage 2. Set `max_frozen_load`, 1.05 say"
+            )
+        closed = self.metrics.get("closed_gates", 0.0)
+        if closed > MOST_CLOSED_GATES:
+            problems.append(
+                f"{closed:.0%} of the gates are below 0.05, so their experts do and learn next to nothing. Lower "
+                '`balance_loss_coef`, or take `balance_gradient="centroids"`'
+            )
+        return problems
+
+
+def judge(meter: RoutingMeter) -> Verdict:
+    """Judge the routing that a model learns, over the last steps; every process must call this."""
+    recent = meter.recent()
+    tables, counts = tables_of(meter.model), meter.counted_tokens()
+    load = None
+    if tables is not None and counts is not None:
+        load = imbalance(load_of(tables, counts, meter.model.config.num_experts))
+    metrics = {} if recent is None else recent.metrics(stage=1)
+    return Verdict(metrics, load, meter.model.config.max_frozen_load is not None)
+
+
+def load_of_frozen(model: TwoStageRoutingMixin, token_counts: Tensor | None) -> Tensor | None:
+    """Send counted tokens through the frozen tables; `None` where there are no counts or no tables. See `load_of`."""
+    layers = model.moe_layers_by_name.values()
+    if token_counts is None or not all(isinstance(layer.frozen_router, FrozenRouter) for layer in layers):
+        return None
+    tables = torch.stack([layer.frozen_router.values() for layer in layers])
+    return load_of(tables, token_counts, model.config.num_experts)
+
+
+def load_of(tables: Tensor, token_counts: Tensor, num_experts: int) -> Tensor:
+    """Send counted tokens through tables.
+
+    Args:
+        tables (`torch.Tensor` of shape `(moe layers, V)`): the expert of each token id.
+        token_counts (`torch.Tensor` of shape `(moe layers, V)`): how often each occurs.
+        num_experts (`int`): N.
+
+    Returns:
+        `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens.
+    """
+    layers = zip(tables.long().cpu(), token_counts.double().cpu(), strict=True)
+    return torch.stack([table_load(table, counts, num_experts) for table, counts in layers])
+
+
+@dataclass
+class FrozenReport:
+    """What was frozen.
+
+    Args:
+        verdict (`Verdict`): on stage 1.
+        num_steps (`int`): last steps that its metrics cover.
+        load (`torch.Tensor` of shape `(moe layers, num_experts)`, *optional*): tokens of stage 1 under the frozen tables.
+        balanced (`list[BalancedTable]`): what balancing them came to; empty where they were not.
+    """
+
+    verdict: Verdict
+    num_steps: int
+    load: Tensor | None
+    balanced: list[BalancedTable]
+
+    def metrics(self) -> dict[str, float]:
+        """Give what is logged, `transition_*`: those of the last steps, the load of the tables, the price of balance."""
+        names = (
+            "load_max_over_mean",
+            "mean_gate",
+            "closed_gates",
+            "common_direction",
+            "distillation_agreement",
+            "distillation_agreement_by_id",
+        )
+        metrics = {
+            f"transition_{name.removeprefix('distillation_')}": self.verdict.metrics[name]
+            for name in names
+            if name in self.verdict.metrics
+        }
+        if self.load is not None:
+            metrics["transition_table_load_max_over_mean"] = imbalance(self.load)
+        if self.balanced:
+            tokens = sum(layer.load.sum().item() for layer in self.balanced)
+            kept = sum(layer.agreement for layer in self.balanced) / tokens
+            metrics["transition_unbalanced_load_max_over_mean"] = self.verdict.table_load
+            metrics["transition_expected_agreement"] = kept
+            metrics["transition_agreement_given_up"] = (
+                sum(layer.best_agreement for layer in self.balanced) / tokens - kept
+            )
+            metrics["transition_agreement_gap"] = sum(layer.bound for layer in self.balanced) / tokens - kept
+            metrics["transition_largest_shared_load"] = max(
+                (layer.limit / layer.load.mean()).item() for layer in self.balanced
+            )
+            metrics["transition_ids_above_limit"] = sum(len(layer.alone) for layer in self.balanced)
+        return metrics
+
+    def sentences(self) -> list[str]:
+        """Say the same in plain words."""
+        metrics, said = self.metrics(), []
+        if "transition_agreement" in metrics:
+            said.append(
+                f"Over the last {self.num_steps} steps the distilled router sent {metrics['transition_agreement']:.1%} of "
+                f"the tokens where the backbone router did ({metrics['transition_agreement_by_id']:.1%} where every token "
+                f"id counts the same), and the backbone's expert load was max/mean {metrics['transition_load_max_over_mean']:.2f}."
+            )
+        if "transition_mean_gate" in metrics:
+            said.append(
+                f"The mean gate was {metrics['transition_mean_gate']:.2f}, {metrics['transition_closed_gates']:.0%} of the "
+                f"gates were below {CLOSED_GATE:g}, and the mean hidden state at the experts had "
+                f"{metrics['transition_common_direction']:.0%} of the mean norm."
+            )
+        if self.load is not None:
+            lightest = (self.load.amin(-1) / self.load.mean(-1)).min().item()
+            said.append(
+                f"The frozen table sends the {self.load[0].sum().item():,.0f} tokens seen in stage 1 to their experts with "
+                f"max/mean {imbalance(self.load):.2f} (lightest expert {lightest:.2f} of the mean)."
+            )
+        if self.balanced:
+            said.append(
+                f"Balanced from max/mean {metrics['transition_unbalanced_load_max_over_mean']:.2f} to at most "
+                f"{metrics['transition_largest_shared_load']:.2f} at the price of "
+                f"{metrics['transition_agreement_given_up']:.1%} of expected agreement, which is now "
+                f"{metrics['transition_expected_agreement']:.1%}, at most {metrics['transition_agreement_gap']:.2%} below the "
+                "best possible."
+            )
+        heavy = sorted({token_id for layer in self.balanced for token_id in layer.alone.tolist()})
+        if heavy:
+            named = ", ".join(map(str, heavy[:5])) + (f" and {len(heavy) - 5} more" if len(heavy) > 5 else "")
+            said.append(
+                f"Token id(s) {named} alone outweigh the limit: each has an expert of its own, and the others keep to it."
+            )
+        return said
+
+
+__all__ = [
+    "LARGEST_TABLE_LOAD",
+    "LEAST_AGREEMENT",
+    "MOST_CLOSED_GATES",
+    "FrozenReport",
+    "SettlingWatch",
+    "Verdict",
+    "judge",
+    "load_of",
+    "load_of_frozen",
+    "tables_of",
+]

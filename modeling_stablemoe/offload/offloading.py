@@ -1,0 +1,257 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Inference with experts that do not fit the device: kept in host memory or in the checkpoint, fetched ahead of use.
+
+With a router that looks at hidden states, the experts of a layer are known when the layer before it has run. Frozen
+routing knows those of all layers from the token ids: they are copied while the blocks before them compute.
+"""
+
+from os import PathLike
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+from transformers import AutoConfig
+
+from modeling_stablemoe.checkpoints.architectures import MODELS
+from modeling_stablemoe.checkpoints.finding import find_stablemoe
+from modeling_stablemoe.model.experts_stablemoe import ExpertSublayer, StableMoEExperts
+from modeling_stablemoe.model.layer_stablemoe import StableMoELayer, moe_layers_of
+from modeling_stablemoe.model.tensors_stablemoe import is_quantized
+
+from .expert_store import CheckpointFile, FileRows, MemoryRows, expert_parameters, find_rows, offloaded_value
+from .offloaded_experts import OffloadedExperts, OffloadStatistics, Transfers
+
+
+class ExpertOffload:
+    """The experts of a model while they are offloaded; of `offload_experts`.
+
+    Attributes:
+        model (`torch.nn.Module`): whose experts they are.
+        statistics (`OffloadStatistics`): what it came to so far.
+        experts_on_device (`int`): K, slots of each MoE layer.
+    """
+
+    def __init__(self, model: nn.Module, stacks: dict[str, StableMoEExperts], num_slots: int):
+        self.model, self.experts_on_device = model, num_slots
+        self.statistics = OffloadStatistics()
+        self._stacks, self._transfers = stacks, Transfers()
+
+    def _attach(self, rows: dict[str, dict[str, MemoryRows | FileRows]], device: torch.device):
+        for name, layer in moe_layers_of(self.model).items():
+            stack = self._stacks[name]
+            experts = OffloadedExperts(
+                stack, rows[name], self.experts_on_device, device, self._transfers, self.statistics
+            )
+            layer.expert_stack = experts.train(layer.training)
+            layer.fetch_experts = experts.prefetch
+
+    @torch.no_grad()
+    def remove(self, device: str | torch.device = "cpu") -> nn.Module:
+        """Make the model an ordinary one again, with all of its experts in memory.
+
+        Args:
+            device (`str` or `torch.device`): where to put all of it.
+
+        Returns:
+            `torch.nn.Module`: the model.
+
+        Raises:
+            OSError: if experts cannot be read; the model stays as it is.
+            ValueError: if that has been done already.
+        """
+        layers = moe_layers_of(self.model)
+        if not all(isinstance(layer.expert_stack, OffloadedExperts) for layer in layers.values()):
+            raise ValueError("The experts of this model are not offloaded any more: call `offload_experts` again.")
+        whole = {}
+        for name, layer in layers.items():
+            layer.expert_stack.settle()
+            whole[name] = {key: rows.whole() for key, rows in layer.expert_stack.rows.items()}
+        for name, layer in layers.items():
+            stack = self._stacks[name]
+            for key, parameter in list(expert_parameters(stack)):
+                _set_parameter(stack, key, whole[name].pop(key), parameter.requires_grad)
+            layer.expert_stack = stack.train(layer.training)
+            del layer.fetch_experts
+        self._transfers.close()
+        del find_stablemoe(self.model).hf_device_map
+        return self.model.to(device)
+
+    def __str__(self) -> str:
+        """Say what it came to, in a line."""
+        return f"{self.experts_on_device} experts a layer on the device: {self.statistics}"
+
+
+@torch.inference_mode(mode=False)  # slots are written to in any mode
+@torch.no_grad()
+def offload_experts(
+    model: nn.Module,
+    *,
+    device: str | torch.device | None = None,
+    experts_on_device: int | None = None,
+    max_bytes: int | None = None,
+) -> ExpertOffload:
+    """Keep a model's experts out of the device, and fetch those of a forward pass before it gets to them.
+
+    Everything else moves to the device. Experts stay in host memory, or, of a model that was loaded with
+    `device_map=experts_on_disk(...)`, in the checkpoint's files, from where they are read one by one.
+
+    The model is then for inference: evaluation and `generate` give what they gave before. It can be neither trained nor
+    saved until `remove()`.
+
+    Args:
+        model (`torch.nn.Module`): a StableMoE model with frozen routing, or what wraps it; loaded in any way.
+        device (`str` or `torch.device`, *optional*): where to compute; default: an accelerator if there is one.
+        experts_on_device (`int`, *optional*): K, how many experts of each MoE layer the device has room for, in
+            [1, num_experts]. A pass that needs more of them works through them in waves.
+        max_bytes (`int`, *optional*): in place of it: for the slots of all layers together.
+
+    Returns:
+        `ExpertOffload`: statistics, and the way back.
+
+    Raises:
+        ValueError: for a model without MoE layers or in stage 1; whose experts are quantised, sharded, adapted or offloaded
+            already; for sizes that are out of range.
+    """
+    layers = moe_layers_of(model)
+    _check_model(layers)
+    device = _device_of(device)
+    first = next(iter(layers.values())).expert_stack
+    num_slots = _count_slots(first, len(layers), experts_on_device, max_bytes)
+    files: dict[str, CheckpointFile] = {}
+    stacks = {name: layer.expert_stack for name, layer in layers.items()}
+    rows = {
+        name: find_rows(f"{name}.expert_stack", stack, files, device.type == "cuda") for name, stack in stacks.items()
+    }
+    _remove_hooks(model, stacks.values())
+    for stack in stacks.values():  # the store has the values
+        for key, parameter in list(expert_parameters(stack)):
+            _set_parameter(stack, key, torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    offload = ExpertOffload(model, stacks, num_slots)
+    offload._attach(rows, device)
+    model.to(device)
+    # As accelerate does: pipelines leave such a model where it is, and `generate` does not compile it.
+    places = {f"{name}.expert_stack": "disk" if files else "cpu" for name in stacks}
+    find_stablemoe(model).hf_device_map = {"": str(device), **places}
+    return offload
+
+
+def experts_on_disk(name_or_path: str | PathLike, model_class: type | None = None, **kwargs) -> dict[str, str]:
+    """Make the `device_map` that leaves the experts of a checkpoint in its files.
+
+    Args:
+        name_or_path (`str` or `PathLike`): of the checkpoint, as for `from_pretrained`; its weights are not read.
+        model_class (`type`, *optional*): what it will be loaded as; default: what it was saved as.
+        **kwargs: for `AutoConfig.from_pretrained`: `revision`, `token`, `cache_dir`.
+
+    Returns:
+        `dict[str, str]`: "disk" for the experts, "cpu" for all the rest.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if it is not one of a StableMoE model.
+    """
+    config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    name = model_class.__name__ if model_class is not None else (config.architectures or ["nothing"])[0]
+    if name not in MODELS:
+        raise ValueError(
+            f"{str(name_or_path)!r} was saved as {name}, or is to be loaded as that. `model_class` must be one of "
+            f"{', '.join(MODELS)}."
+        )
+    with torch.device("meta"):
+        return dict(_places(MODELS[name](config)))
+
+
+def _places(module: nn.Module, name: str = ""):
+    """List where modules go, each as high up as all of it goes to one place."""
+    if isinstance(module, StableMoEExperts):
+        yield name, "disk"
+    elif name and not any(isinstance(each, StableMoEExperts) for each in module.modules()):
+        yield name, "cpu"
+    else:
+        for child_name, child in module.named_children():
+            yield from _places(child, f"{name}.{child_name}" if name else child_name)
+
+
+def _check_model(layers: dict[str, StableMoELayer]):
+    if not layers:
+        raise ValueError(
+            "The model has no MoE layer of this package, so there are no experts to offload: it is dense (`moe_layer_positions` "
+            "is empty), or was loaded with `trust_remote_code=True` before `modeling_stablemoe` was imported."
+        )
+    for name, layer in layers.items():
+        stack = layer.expert_stack
+        if isinstance(stack, OffloadedExperts):
+            raise ValueError(f"The experts of `{name}` are offloaded already: call `remove()` of that first.")
+        if not layer.frozen_router.is_frozen:
+            raise ValueError(
+                f"The routing of `{name}` is not frozen (stage 1): hidden states may decide, so that no expert is known ahead. "
+                "Call `freeze_router()` first, or load a checkpoint of stage 2."
+            )
+        if not all(isinstance(each, ExpertSublayer) for each in getattr(stack, "sublayers", [None])):
+            raise ValueError(
+                f"The experts of `{name}` have adapters: merge them into the model first (`merge_and_unload`)."
+            )
+        for key, parameter in expert_parameters(stack):
+            if is_quantized(parameter):
+                raise ValueError(
+                    f"`{name}.expert_stack.{key}` is quantised, which cannot be offloaded: load the checkpoint without "
+                    "`quantization_config`, or leave the experts out of it."
+                )
+            is_sharded = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")
+            if is_sharded or stack.num_experts < layer.num_experts:
+                raise ValueError(
+                    f"The experts of `{name}` are dealt out to several processes. Offloading is for one process: load the model "
+                    "without expert parallelism, FSDP or ZeRO-3."
+                )
+
+
+def _device_of(device: str | torch.device | None) -> torch.device:
+    """Give the device with its number, so that it equals that of tensors."""
+    if device is None:
+        device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    return torch.empty(0, device=device).device
+
+
+def _count_slots(
+    stack: StableMoEExperts, num_layers: int, experts_on_device: int | None, max_bytes: int | None
+) -> int:
+    if (experts_on_device is None) == (max_bytes is None):
+        raise ValueError("Pass one of `experts_on_device` and `max_bytes`: how many experts the device has room for.")
+    if experts_on_device is not None:
+        if not 1 <= experts_on_device <= stack.num_experts:
+            raise ValueError(f"`experts_on_device` must be in [1, {stack.num_experts}], got {experts_on_device}.")
+        return experts_on_device
+    one = num_layers * sum(each[0].numel() * each.element_size() for _, each in expert_parameters(stack))
+    if max_bytes < one:
+        raise ValueError(
+            f"`max_bytes` is {max_bytes}, but one expert of each of the {num_layers} MoE layers takes {one} bytes. Pass that "
+            "at least, or load the model in a smaller dtype."
+        )
+    return min(max_bytes // one, stack.num_experts)
+
+
+def _remove_hooks(model: nn.Module, stacks):
+    """Undo what a `device_map` has put around the model; all but the experts is brought into memory."""
+    experts = {module for stack in stacks for module in stack.modules()}
+    values = {
+        (module, name): offloaded_value(module, name)
+        for module in model.modules()
+        if module not in experts
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    }
+    remove_hook_from_submodules(model)
+    for (module, name), value in values.items():
+        parameter = getattr(module, name)
+        if parameter.is_meta and value is not None:
+            _set_parameter(module, name, value, parameter.requires_grad)
+    if values and hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def _set_parameter(module: nn.Module, name: str, value: torch.Tensor, requires_grad: bool):
+    owner_name, _, key = name.rpartition(".")
+    setattr(module.get_submodule(owner_name), key, nn.Parameter(value, requires_grad=requires_grad))
+
+
+__all__ = ["ExpertOffload", "experts_on_disk", "offload_experts"]

@@ -1,0 +1,67 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What the training scripts know for a model card: from their command line, about their data and their start."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modeling_stablemoe.hub.cards import CardFacts, is_hub_name
+
+
+@dataclass
+class CardArguments:
+    """What only the user knows of a model that is to be shared; made for `HfArgumentParser`.
+
+    Raises:
+        ValueError: see `CardFacts`.
+    """
+
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "License of the model for its card, as the Hub writes it, e.g. apache-2.0. Default: not said."
+        },
+    )
+    language: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Languages of the model for its card: ISO 639 codes, e.g. en, or code. Default: those of "
+            "--language_pairs where a model translates, else not said."
+        },
+    )
+
+    def __post_init__(self):
+        self.license = self.license or None
+        self.facts([], None)
+
+    def facts(
+        self,
+        corpora: Sequence[str],
+        base_model: str | None,
+        *,
+        dataset_config: str | None = None,
+        languages: Sequence[str] = (),
+    ) -> CardFacts:
+        """Gather what the card is to say.
+
+        Args:
+            corpora (sequence of `str`): Hub data sets, or files and folders, of which a card gives the names alone.
+            base_model (`str`, *optional*): checkpoint that training starts from.
+            dataset_config (`str`, *optional*): configuration of the one data set.
+            languages (sequence of `str`): unless the user named others.
+
+        Returns:
+            `CardFacts`
+        """
+        on_hub = [name for name in corpora if is_hub_name(name)]
+        return CardFacts(
+            license=self.license,
+            language=list(self.language or languages),
+            datasets=on_hub,
+            base_model=base_model,
+            dataset_name=", ".join(name if name in on_hub else Path(name).name for name in corpora) or None,
+            dataset_config=dataset_config if on_hub else None,
+        )
+
+
+__all__ = ["CardArguments"]

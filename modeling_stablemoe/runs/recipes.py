@@ -1,0 +1,376 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Recipes and presets: YAML files that fill the command line of a script, JSON files that hold a model's shape."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
+
+from modeling_stablemoe.checkpoints.architectures import CONFIGS
+from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
+
+
+HASH_TABLES = ("random", "balanced")
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    model_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON file with the shape of a new model, such as configuration/models/cpu-small.json. '' unsets "
+            "that of a recipe."
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to train further: a Hub name or a folder. Excludes a preset: with a recipe that has one, "
+            "add --model_preset '' and, for a frozen checkpoint, --config_overrides '' --stage1_steps ''."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": """Fields of the preset to change, as JSON: '{"num_experts": 8, "dropout": 0.1}'. Of a checkpoint: rates of """
+            "dropout, coefficients of losses and, until it is frozen, settings of stage 1; the shape stays."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; default: the best there is."}
+    )
+    experts_implementation: str | None = field(
+        default=None, metadata={"help": "eager, grouped_mm or batched_mm; default: grouped_mm."}
+    )
+
+    def __post_init__(self):
+        """Check that exactly one model is named; an empty string unsets what a recipe has set."""
+        self.model_preset = self.model_preset or None
+        self.model_name_or_path = self.model_name_or_path or None
+        self.config_overrides = self.config_overrides or None
+        if (self.model_preset is None) == (self.model_name_or_path is None):
+            raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"`--config_overrides` must be a JSON object, got {self.config_overrides}.")
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """`dict`: `config_overrides`, parsed."""
+        try:
+            return json.loads(self.config_overrides or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`--config_overrides` is not valid JSON: {error}.") from error
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """`dict`: those of attention and experts that are named, as `from_pretrained` and `from_config` take them."""
+        named = {
+            "attn_implementation": self.attn_implementation,
+            "experts_implementation": self.experts_implementation,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+
+@dataclass
+class RoutingArguments:
+    """The two stages, and what is measured of the routing."""
+
+    stage1_steps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Length of stage 1: a number of optimizer steps ('600') or a share of all steps ('0.1'). Default: "
+            "no transition, for dense models, a hash and checkpoints that are frozen already; '' unsets that of a recipe."
+        },
+    )
+    settled_change: float | None = field(
+        default=None,
+        metadata={
+            "help": "End stage 1 earlier, once at most this share of the tokens changed experts between two logs, twice in "
+            "succession (0.02, say), and nothing speaks against freezing. --stage1_steps is the latest step then."
+        },
+    )
+    hold_until_ready: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the routing is not worth freezing after --stage1_steps, go on with stage 1 until it is, at most "
+            "until this step ('900') or share of all steps ('0.4')."
+        },
+    )
+    best_of_stage2: bool = field(
+        default=False,
+        metadata={
+            "help": "With --load_best_model_at_end, choose among checkpoints of stage 2 only, so that the model is frozen. "
+            "Default: the best of both stages, which may be one that is not frozen."
+        },
+    )
+    hash_table: str | None = field(
+        default=None,
+        metadata={
+            "help": "Route a new model from the start by a table: random, balanced by how often the tokens occur in the "
+            'training text, or that of a frozen checkpoint, a folder. Default: random with `router_type` "hash", none '
+            "otherwise. Tells what a table is worth, and with another router what the gate is."
+        },
+    )
+    fluctuation_check_steps: int = field(
+        default=0, metadata={"help": "Steps between checks of routing fluctuation (figures 2 and 7); 0: none."}
+    )
+    fluctuation_tokens: int = field(
+        default=8192, metadata={"help": "Validation tokens that routing fluctuation is watched on."}
+    )
+    expert_load: Literal["history", "reporters", "none"] = field(
+        default="history",
+        metadata={
+            "help": "Where the load of each expert goes with every log: 'history' (trainer_state.json, for plot_run.py), "
+            "'reporters' (TensorBoard and the like, and the console, too) or 'none'."
+        },
+    )
+
+    def __post_init__(self):
+        """Check what needs no model; an empty string unsets the option of a recipe."""
+        self.hash_table = self.hash_table or None
+        if self.best_of_stage2 and not self.stage1_steps:
+            raise ValueError(
+                "`--best_of_stage2` needs a `--stage1_steps`: without a stage 1, all checkpoints are of one."
+            )
+        if not self.stage1_steps and (self.settled_change is not None or self.hold_until_ready):
+            raise ValueError(
+                "`--settled_change` and `--hold_until_ready` need a `--stage1_steps` to end earlier or later."
+            )
+        if self.hash_table not in (None, *HASH_TABLES) and not Path(self.hash_table).is_dir():
+            raise ValueError(
+                f"`--hash_table` must be one of {list(HASH_TABLES)} or the folder of a frozen checkpoint, got "
+                f"{self.hash_table!r}."
+            )
+
+    @property
+    def stage1(self) -> int | float | None:
+        """`int` (steps), `float` (share) or `None`: `stage1_steps` as `StageTransitionCallback` takes it."""
+        return _parse_steps("stage1_steps", self.stage1_steps)
+
+    @property
+    def hold(self) -> int | float | None:
+        """`int` (steps), `float` (share) or `None`: `hold_until_ready` as `StageTransitionCallback` takes it."""
+        return _parse_steps("hold_until_ready", self.hold_until_ready)
+
+
+def _parse_steps(option: str, text: str | None) -> int | float | None:
+    if not text:
+        return None
+    text = str(text)
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"`--{option}` must be a number of steps such as 600 or a share such as 0.1, got {text!r}."
+        ) from None
+
+
+def read_preset(path: str | Path) -> tuple[type[StableMoEBaseConfig], dict[str, Any]]:
+    """Read a model's shape as it stands in a file.
+
+    Args:
+        path (`str` or `Path`): JSON file; its field `source` says where the numbers are from, `model_type` what kind of
+            model it is ("stablemoe" where it is missing).
+
+    Returns:
+        `tuple`: the class of its config, and the values of its fields.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a file that is not a JSON object, or an unknown kind of model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model preset {str(path)!r}; presets are under configuration/models/.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The model preset {str(path)!r} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The model preset {str(path)!r} must be a JSON object of config fields.")
+    values.pop("source", None)
+    model_type = values.pop("model_type", StableMoEConfig.model_type)
+    if model_type not in CONFIGS:
+        raise ValueError(
+            f"The model preset {str(path)!r} has the unknown `model_type` {model_type!r}; choose one of {list(CONFIGS)}."
+        )
+    return CONFIGS[model_type], values
+
+
+def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
+    """Read a model's shape and make a config of it.
+
+    Args:
+        path (`str` or `Path`): see `read_preset`.
+        **overrides: fields to change.
+
+    Returns:
+        `StableMoEConfig` or `StableMoESeq2SeqConfig`
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: see `read_preset`; for an unknown field or a value out of range.
+    """
+    config_class, values = read_preset(path)
+    values |= overrides
+    unknown = sorted(set(values) - {entry.name for entry in fields(config_class)})
+    if unknown:
+        raise ValueError(f"The model preset {str(path)!r} or its overrides name unknown fields: {unknown}.")
+    return config_class(**values)
+
+
+# What may change in a checkpoint, whose weights have a shape: while its routing is learned, and at any time.
+STAGE1_FIELDS = (
+    "balance_loss_coef",
+    "balance_loss_warmup_tokens",
+    "balance_window_tokens",
+    "center_balance_loss",
+    "balance_gradient",
+    "distillation_loss_coef",
+    "distilled_router",
+    "counts_half_life",
+    "expert_bias_rate",
+    "router_normalization",
+    "router_half_life",
+    "reset_gates_at_freeze",
+    "max_frozen_load",
+    "frozen_load_bands",
+)
+TRAINING_FIELDS = ("dropout", "attention_dropout", "label_smoothing", "router_aux_loss_coef", "expert_capacity_factor")
+
+
+def change_checkpoint(config: StableMoEBaseConfig, overrides: dict[str, Any]) -> StableMoEBaseConfig:
+    """Change how a checkpoint is trained.
+
+    Args:
+        config (`StableMoEBaseConfig`): of the checkpoint.
+        overrides (`dict`): fields to change; those that have the value already may be of any kind.
+
+    Returns:
+        `StableMoEBaseConfig`
+
+    Raises:
+        ValueError: for a field that is none, that the weights depend on, or that has no effect any more.
+    """
+    known = {entry.name for entry in fields(config)}
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"`--config_overrides` names unknown fields: {unknown}.")
+    changed = {name: value for name, value in overrides.items() if getattr(config, name) != value}
+    is_frozen = config.router_fingerprint is not None
+    free = [name for name in (*TRAINING_FIELDS, *(() if is_frozen else STAGE1_FIELDS)) if name in known]
+    refused = [
+        f"{name}: {getattr(config, name)!r} there, {changed[name]!r} here" for name in changed if name not in free
+    ]
+    if refused:
+        state = "a frozen checkpoint" if is_frozen else "a checkpoint in stage 1"
+        raise ValueError(
+            f"`--config_overrides` cannot change {'; '.join(refused)}. Free in {state} are {', '.join(free)}; its weights "
+            "fix the rest."
+        )
+    return type(config).from_dict({**config.to_dict(), **changed}) if changed else config
+
+
+def model_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Give the fields of a config that a new model takes from its tokenizer: vocabulary and special tokens."""
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **special}
+
+
+def check_fit(config: StableMoEBaseConfig, num_tokens: int, **lengths: int):
+    """Check that a model can read what it is to be trained on, before training finds out.
+
+    Args:
+        config (`StableMoEBaseConfig`): of the model.
+        num_tokens (`int`): size of the tokenizer.
+        **lengths: longest sequences in tokens, by the option that sets them.
+
+    Raises:
+        ValueError: if the vocabulary or the positions of the model are too few.
+    """
+    if num_tokens > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {num_tokens} tokens, the model's vocabulary {config.vocab_size}. Name the model's own "
+            "tokenizer with `--tokenizer_name`, or call `resize_token_embeddings` on the model first."
+        )
+    for option, length in lengths.items():
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"Sequences of {length} tokens do not fit the model's {config.max_position_embeddings} positions. Lower "
+                f"`--{option}`, or raise `max_position_embeddings` with `--config_overrides`."
+            )
+
+
+def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
+    """Parse a command line that may start with a YAML recipe; options given after it win.
+
+    Args:
+        dataclass_types (sequence of `type`): argument classes, for `HfArgumentParser`.
+        description (`str`): what the script does, for `--help`.
+        argv (sequence of `str`, *optional*): default: the process's own arguments.
+
+    Returns:
+        `tuple`: one instance of each class. A bad command line or recipe ends the process with status 2 and one line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
+    try:
+        if argv and argv[0].endswith((".yaml", ".yml")):
+            argv = _recipe_to_argv(Path(argv[0])) + argv[1:]
+        arguments = parser.parse_args_into_dataclasses(args=argv)
+        _require_half_precision(arguments)
+        return arguments
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _require_half_precision(arguments: tuple):
+    """Refuse `--fp16` on a CPU, where accelerate trains in float32 and does not say so."""
+    for part in arguments:
+        if isinstance(part, TrainingArguments) and part.fp16 and part.device.type == "cpu":
+            raise ValueError("--fp16 does nothing on a CPU; train with --bf16 true, or in float32")
+
+
+def _recipe_to_argv(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no recipe {str(path)!r}; recipes are under configuration/recipes/")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"the recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"the recipe {str(path)!r} must be a mapping of option names to values")
+    argv = []
+    for name, value in recipe.items():
+        if value is None:
+            continue
+        argv.append(f"--{name}")
+        if isinstance(value, list):
+            argv += [str(item) for item in value]
+        else:
+            argv.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return argv
+
+
+__all__ = [
+    "ModelArguments",
+    "RoutingArguments",
+    "change_checkpoint",
+    "check_fit",
+    "load_preset",
+    "model_fields",
+    "parse_recipe",
+    "read_preset",
+]

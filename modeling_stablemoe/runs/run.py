@@ -1,0 +1,414 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""What the training scripts share: the folder of a run, its model, its callbacks, and training through both stages."""
+
+import errno
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerState
+
+from modeling_stablemoe.measure import report
+from modeling_stablemoe.checkpoints.atomic_files import replace_file
+from modeling_stablemoe.training.transition import (
+    ModelCardCallback,
+    RoutingFluctuationCallback,
+    RoutingStatisticsCallback,
+    StageTransitionCallback,
+)
+from modeling_stablemoe.checkpoints.folders import (
+    check_run_folder,
+    claim_run_folder,
+    last_complete_checkpoint,
+    remove_incomplete_checkpoints,
+    require_optimizer,
+    restore_finished_run,
+    run_identity,
+    what_is_missing,
+)
+from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
+from modeling_stablemoe.checkpoints.engines import translated
+from modeling_stablemoe.measure.fluctuation import FIGURE_FILE
+from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
+from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
+from modeling_stablemoe.hub.cards import CARD_FILE, CardFacts, build_model_card
+from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
+from .recipes import (
+    ModelArguments,
+    RoutingArguments,
+    change_checkpoint,
+    load_preset,
+    model_fields,
+    read_preset,
+)
+
+
+logger = logging.getLogger(__name__)
+
+# What `--resume_from_checkpoint` calls the last whole checkpoint of the run.
+LATEST = ("latest", "true", "True")
+# Of the output folder, what is never uploaded: a pickle, and the settings of this machine.
+NOT_SHARED = ("training_args.bin", "run.json")
+
+
+@dataclass
+class FolderArguments:
+    """How to treat the output folder."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Delete what --output_dir holds and start anew."}
+    )
+
+
+class RunFolder:
+    """The output folder of one run; it is looked at first, and changed when nothing else can be wrong any more.
+
+    Args:
+        training_args (`TrainingArguments`): `output_dir` and `resume_from_checkpoint`, and what identifies the run.
+        overwrite (`bool`): delete what the folder holds.
+        *settings (dataclass instances): everything else that changes what the run computes.
+
+    Raises:
+        ValueError: if the folder cannot be this run's, or the checkpoint to resume from is not whole.
+    """
+
+    def __init__(self, training_args: TrainingArguments, overwrite: bool, *settings: Any):
+        self.args = training_args
+        named = training_args.resume_from_checkpoint
+        self._run = {
+            "folder": training_args.output_dir,
+            "identity": run_identity(
+                training_args, {k: v for part in settings for k, v in _as_settings(part).items()}
+            ),
+            "resume": named is not None,
+            "overwrite": overwrite,
+        }
+        check_run_folder(**self._run)
+        problem = None if named in (None, *LATEST) else _ask_first(self.args, lambda: what_is_missing(named))
+        if problem is not None:
+            raise ValueError(f"The checkpoint {named!r} cannot be resumed: {problem}.")
+
+    def claim(self) -> str | None:
+        """Make the folder this run's; return the checkpoint to resume from, if any."""
+        checkpoint = _ask_first(self.args, self._claim)
+        requested = self.args.resume_from_checkpoint
+        if requested not in (None, *LATEST):
+            checkpoint = requested
+        if checkpoint is not None:
+            require_optimizer(checkpoint)
+        return None if checkpoint is None else str(checkpoint)
+
+    def _claim(self) -> Path | None:
+        checkpoint = claim_run_folder(**self._run)
+        if self.args.push_to_hub:
+            # `Trainer` uploads the folder as it is during training; the Hub leaves out what this file names.
+            ignored = "".join(f"/{name}\n" for name in NOT_SHARED)
+            replace_file(Path(self.args.output_dir) / ".gitignore", lambda path: path.write_text(ignored))
+        return checkpoint
+
+
+def _ask_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
+    """Let the first process find out what all must agree on: reading a checkpoint is work, and folders change."""
+    found = [find() if args.process_index == 0 else None]
+    if args.world_size > 1:
+        broadcast_object_list(found)
+    return found[0]
+
+
+def _as_settings(part: Any) -> dict:
+    if not isinstance(part, RoutingArguments):
+        return asdict(part)
+    # Of the routing, only these change what is trained; the rest is measurement and choice.
+    names = ("stage1_steps", "settled_change", "hold_until_ready", "hash_table")
+    return {name: getattr(part, name) for name in names}
+
+
+def build_model(
+    model_args: ModelArguments, auto_class: type, tokenizer: PreTrainedTokenizerBase, **fields: Any
+) -> PreTrainedModel:
+    """Make the model that the preset describes, or load the checkpoint.
+
+    Args:
+        model_args (`ModelArguments`): preset or checkpoint, and implementations.
+        auto_class (`type`): `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+        tokenizer (`PreTrainedTokenizerBase`): gives a new model its vocabulary and special tokens.
+        **fields: other fields of the config of a new model, which `--config_overrides` may change.
+
+    Returns:
+        `PreTrainedModel`
+
+    Raises:
+        OSError: if there is no such preset or checkpoint.
+        ValueError: if it is damaged or of another kind; see `change_checkpoint`.
+    """
+    if model_args.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
+        config = change_checkpoint(config, model_args.overrides)
+        return auto_class.from_pretrained(model_args.model_name_or_path, config=config, **model_args.implementations)
+    _require_kind(read_preset(model_args.model_preset)[0], auto_class, f"The preset {model_args.model_preset!r}")
+    fields = {**model_fields(tokenizer), **fields, **model_args.overrides}
+    return auto_class.from_config(load_preset(model_args.model_preset, **fields), **model_args.implementations)
+
+
+def _require_kind(config_class: type, auto_class: type, what: str):
+    if config_class not in auto_class._model_mapping:
+        raise ValueError(
+            f"{what} is of a {config_class.model_type!r} model, which {auto_class.__name__} does not load. Language "
+            "models are trained with scripts/run_clm.py, translation models with scripts/run_translation.py."
+        )
+
+
+def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, train_rows: Dataset):
+    """Give a new model the hash tables that the routing arguments ask for, if any.
+
+    Args:
+        model (`PreTrainedModel`): of any router; one that is not a hash is frozen by them.
+        routing_args (`RoutingArguments`): kind of table.
+        train_rows (`Dataset`): what it is balanced for: `input_ids` and, for the decoder of a pair, `labels`.
+
+    Raises:
+        OSError: if a folder of tables is no checkpoint.
+        ValueError: if a stage 1 is asked for, too; for a streamed corpus, which cannot be counted; for a checkpoint that
+            has no tables or not those of this model.
+    """
+    config = model.config
+    if routing_args.hash_table is None or not config.num_moe_layers:
+        return
+    if routing_args.stage1 is not None:
+        raise ValueError(
+            "`--hash_table` fixes the routing from the start: there is no stage 1, unset `--stage1_steps`."
+        )
+    if routing_args.hash_table == "random":
+        model.set_routing_tables(torch.randint(config.num_experts, (config.num_moe_layers, config.vocab_size)))
+        return
+    if routing_args.hash_table != "balanced":
+        model.set_routing_tables(_tables_of_checkpoint(type(model), routing_args.hash_table))
+        return
+    if config.is_encoder_decoder:
+        columns = ["input_ids"] * len(config.encoder_moe_layer_positions)
+        columns += ["labels"] * len(config.decoder_moe_layer_positions)
+    else:
+        columns = ["input_ids"] * config.num_moe_layers
+    counts = {column: count_tokens(train_rows, config.vocab_size, column) for column in set(columns)}
+    # The layers differ in how ids of equal frequency are spread.
+    tables = [balanced_hash_table(counts[column], config.num_experts, seed) for seed, column in enumerate(columns)]
+    model.set_routing_tables(torch.stack(tables))
+
+
+def _tables_of_checkpoint(model_class: type[PreTrainedModel], folder: str) -> torch.Tensor:
+    """Read the frozen tables of a checkpoint: `torch.IntTensor` of shape `(moe layers, V)`."""
+    routers = [layer.frozen_router for layer in model_class.from_pretrained(folder).moe_layers_by_name.values()]
+    if not routers or not all(isinstance(router, FrozenRouter) and router.is_frozen for router in routers):
+        raise ValueError(f"The checkpoint {folder!r} has no frozen routing tables that `--hash_table` could take.")
+    return torch.stack([router.values() for router in routers])
+
+
+def build_callbacks(
+    routing_args: RoutingArguments,
+    config: StableMoEBaseConfig,
+    max_steps: int,
+    validation_rows,
+    data_collator=None,
+    facts: CardFacts | None = None,
+) -> list:
+    """Make the callbacks that the routing arguments ask for, that of model cards, and the one that completes checkpoints.
+
+    The logs of every MoE model get routing statistics.
+
+    Args:
+        routing_args (`RoutingArguments`): length of stage 1, checks of fluctuation.
+        config (`StableMoEBaseConfig`): of the model.
+        max_steps (`int`): steps of the whole training; <= 0 where only Trainer will know.
+        validation_rows (iterable of `Mapping`): what fluctuation is watched on.
+        data_collator (`Callable`, *optional*): makes a batch of them; see `RoutingFluctuationCallback`.
+        facts (`CardFacts`, *optional*): what model cards are to say besides what was measured.
+
+    Returns:
+        `list[TrainerCallback]`: the one that completes checkpoints is the last.
+
+    Raises:
+        ValueError: if stage 1 would outlast training.
+    """
+    callbacks = []
+    if routing_args.stage1 is not None:
+        callbacks.append(
+            StageTransitionCallback(
+                routing_args.stage1,
+                routing_args.settled_change,
+                routing_args.hold,
+                best_of_stage2=routing_args.best_of_stage2,
+                expert_load=routing_args.expert_load,
+            )
+        )
+        if max_steps > 0:
+            callbacks[0].resolve_last_step(max_steps)
+    elif config.num_moe_layers:
+        callbacks.append(RoutingStatisticsCallback(routing_args.expert_load))
+    if routing_args.fluctuation_check_steps:
+        callbacks.append(
+            RoutingFluctuationCallback(
+                validation_rows,
+                routing_args.fluctuation_check_steps,
+                routing_args.fluctuation_tokens,
+                data_collator=data_collator,
+            )
+        )
+    return [*callbacks, ModelCardCallback(facts), CheckpointManifestCallback()]
+
+
+class SaveError(OSError):
+    """What was to be saved was not, for want of space most often; earlier checkpoints are as they were."""
+
+
+def train(trainer: Trainer, checkpoint: str | None):
+    """Train to the end, from a checkpoint where there is one, and save the model and the Trainer's state.
+
+    Args:
+        trainer (`Trainer`): not trained yet.
+        checkpoint (`str`, *optional*): a whole one, for which `check_engine` has passed; of any engine.
+
+    Raises:
+        SaveError: if a checkpoint or the model cannot be saved.
+    """
+    step = -1
+    if checkpoint is not None:
+        logger.info("Resuming from %s.", checkpoint)
+        step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+    with trainer.args.main_process_first(desc="cut-off checkpoints"):
+        if trainer.is_world_process_zero():
+            remove_incomplete_checkpoints(trainer.args.output_dir, step)
+    with _explained(trainer):
+        if checkpoint is None:
+            trainer.train()
+        elif not restore_finished_run(trainer, checkpoint):
+            with translated(trainer, checkpoint) as folder:
+                trainer.train(resume_from_checkpoint=folder)
+        # An internal call uploads nothing yet: `push` does, with the card.
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)
+        trainer.save_state()
+    # A pickle; checkpoints keep theirs, what is shared holds none.
+    (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+
+def step_of_model(trainer: Trainer) -> int:
+    """Tell the step that the Trainer's weights are of: after training, that of the best checkpoint if it was loaded."""
+    state = trainer.state
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return state.best_global_step if is_best else state.global_step
+
+
+def evaluate_saved_model(trainer: Trainer) -> float:
+    """Evaluate the model that training left; the log history keeps that only if it is the model of the last step.
+
+    Returns:
+        `float`: perplexity.
+    """
+    loss = trainer.evaluate()["eval_loss"]
+    if step_of_model(trainer) != trainer.state.global_step:
+        trainer.state.log_history.pop()
+    return report.perplexity_of(loss)
+
+
+@contextmanager
+def _explained(trainer: Trainer) -> Iterator[None]:
+    """Say what failed to be saved, and what to do about it; other errors pass unchanged."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder, step = Path(trainer.args.output_dir), trainer.state.global_step
+        unfinished = folder / f"checkpoint-{step}"
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        is_cut_off = unfinished.is_dir() and what_is_missing(unfinished, checksums=False) is not None
+        is_final = 0 < trainer.state.max_steps <= step
+        if not (is_full or is_cut_off or (is_final and isinstance(error, (OSError, SafetensorError)))):
+            raise
+        whole = last_complete_checkpoint(folder)
+        raise SaveError(
+            f"Saving to {str(folder)!r} failed at step {step}, with {shutil.disk_usage(folder).free / 1e6:.0f} MB free "
+            f"({error}). {'There is no whole checkpoint yet' if whole is None else f'{whole.name} is whole'}. Make room "
+            "(or mend what the message says) and continue with `--resume_from_checkpoint latest`."
+        ) from error
+
+
+def summarize_run(trainer: Trainer) -> dict:
+    """Gather what a run of any kind came to, JSON-ready (see `report.summarize_run`).
+
+    `step` and `routing_stage` (`None` for a dense model) are those of the saved model, which may be a best checkpoint.
+    """
+    return report.summarize_run(trainer.model, trainer.state, step_of_model(trainer))
+
+
+def write_results(
+    trainer: Trainer,
+    results: dict,
+    card_template: str | Path | None = None,
+    dataset_name: str | None = None,
+    facts: CardFacts | None = None,
+):
+    """Write `results.json` and the model card to the output folder.
+
+    Args:
+        trainer (`Trainer`): of the run.
+        results (`dict`): JSON-ready; see `build_model_card`.
+        card_template (`str` or `Path`, *optional*): Default: `hub_card.md`.
+        dataset_name (`str`, *optional*): what the results were measured on. Default: that of `facts`.
+        facts (`CardFacts`, *optional*): what else the card is to say.
+    """
+    folder = Path(trainer.args.output_dir)
+    replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    card = build_model_card(
+        card_template,
+        model_name=trainer.hub_model_id or folder.resolve().name,
+        config=trainer.model.config,
+        results=results,
+        dataset_name=dataset_name,
+        facts=facts,
+        figure=FIGURE_FILE if (folder / FIGURE_FILE).exists() else None,
+    )
+    replace_file(folder / CARD_FILE, card.save)
+
+
+def push(trainer: Trainer):
+    """Upload the output folder to the Hub: model, card and results; of the main process, with `push_to_hub` only.
+
+    `Trainer.push_to_hub` would put a draft of its own in the place of the card.
+    """
+    args = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    HfApi().upload_folder(
+        repo_id=trainer.hub_model_id,
+        folder_path=args.output_dir,
+        commit_message="End of training",
+        token=args.hub_token,
+        revision=args.hub_revision,
+        ignore_patterns=["_*", "checkpoint-*", *NOT_SHARED],
+    )
+
+
+__all__ = [
+    "FolderArguments",
+    "RunFolder",
+    "SaveError",
+    "build_callbacks",
+    "build_model",
+    "evaluate_saved_model",
+    "push",
+    "set_hash_tables",
+    "step_of_model",
+    "summarize_run",
+    "train",
+    "write_results",
+]
