@@ -75,6 +75,7 @@ test-gpu: install
 quality: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 style: install
 	$(BIN)/ruff check --fix .
