@@ -7,7 +7,7 @@ from .local_files import STANDARD_INPUT, read_lines
 from .text import DataArguments, check_encoding, collate_blocks, load_corpus, load_tokenizer, pack, without_end
 from .token_batches import TokenBatchCollator, TokenBatches, sort_by_length
 from .translation import TranslationDataArguments, encode_pairs, load_parallel_corpus, load_translation_tokenizer
-from .translation_tokenizer import encode_sources
+from .translation_tokenizer import add_target_language, encode_sources
 
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "TokenBatchCollator",
     "TokenBatches",
     "TranslationDataArguments",
+    "add_target_language",
     "check_encoding",
     "collate_blocks",
     "embedded_documents",
