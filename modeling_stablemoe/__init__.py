@@ -13,8 +13,10 @@ from transformers import (
 )
 
 from .checkpoints.earlier_checkpoints import register_earlier_names
+from .convert.dense import convert_dense
+from .hub.bundle import write_code
 from .hub.cards import CardFacts
-from .model.configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
+from .model.configuration_stablemoe import PACKAGE_FUNCTIONS, StableMoEConfig, StableMoESeq2SeqConfig
 from .model.modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
 from .model.modeling_stablemoe_seq2seq import (
     StableMoEForConditionalGeneration,
@@ -24,6 +26,8 @@ from .model.modeling_stablemoe_seq2seq import (
 from .model.pretrained_stablemoe import StableMoEPreTrainedModel
 from .model.routing_stablemoe import register_router
 from .offload.offloading import experts_on_disk, offload_experts
+from .solvers.assignment import balanced_assignment
+from .solvers.balancing import balanced_table_in_bands
 from .training.transition import (
     ModelCardCallback,
     RoutingFluctuationCallback,
@@ -43,6 +47,12 @@ AutoModel.register(StableMoESeq2SeqConfig, StableMoESeq2SeqModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(StableMoESeq2SeqConfig, StableMoEForConditionalGeneration, exist_ok=True)
 
 register_earlier_names()
+PACKAGE_FUNCTIONS.update(
+    balanced_assignment=balanced_assignment,
+    balanced_table_in_bands=balanced_table_in_bands,
+    convert_dense=convert_dense,
+    write_code=write_code,
+)
 
 __all__ = [
     "CardFacts",

@@ -15,8 +15,14 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.checkpoints import require_new_folder
-from modeling_stablemoe.convert import compare_logits, ids_to_compare, routing_of_preset, save_converted
-from modeling_stablemoe.model import check_overrides, load_dense
+from modeling_stablemoe.convert import (
+    check_overrides,
+    compare_logits,
+    ids_to_compare,
+    load_dense,
+    routing_of_preset,
+    save_converted,
+)
 
 
 @dataclass

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from modeling_stablemoe.model import assignment_stablemoe
-from modeling_stablemoe.model.assignment_stablemoe import (
+from modeling_stablemoe.model.experts_stablemoe import StableMoEExperts
+from modeling_stablemoe.solvers import assignment as assignment_stablemoe
+from modeling_stablemoe.solvers.assignment import (
     balanced_assignment,
     best_paths,
     clearing_prices,
     round_to_grid,
 )
-from modeling_stablemoe.model.experts_stablemoe import StableMoEExperts
 
 
 def largest_sum(scores: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from modeling_stablemoe.model.balancing_stablemoe import BalancedTable, balanced_table, balanced_table_in_bands
+from modeling_stablemoe.solvers.balancing import BalancedTable, balanced_table, balanced_table_in_bands
 
 
 MAX_LOADS = [1.0, 1.05, 1.2, 1.5, 2.0]

@@ -27,34 +27,7 @@ from modeling_stablemoe import (
 IDS = random_ids(4, 9)
 EVERY_ID = torch.arange(99).unsqueeze(0)
 TABLE = "model.moe_layers.{}.frozen_router.routing_table"
-CODE_FILES = {
-    "assignment_stablemoe.py",
-    "backbone_stablemoe.py",
-    "balancing_prices_stablemoe.py",
-    "balancing_search_stablemoe.py",
-    "balancing_stablemoe.py",
-    "blocks_stablemoe.py",
-    "classification_stablemoe.py",
-    "configuration_stablemoe.py",
-    "context_stablemoe.py",
-    "dense_stablemoe.py",
-    "distillation_stablemoe.py",
-    "experts_stablemoe.py",
-    "frozen_stablemoe.py",
-    "health_stablemoe.py",
-    "integration_stablemoe.py",
-    "layer_stablemoe.py",
-    "losses_stablemoe.py",
-    "modeling_stablemoe.py",
-    "outputs_stablemoe.py",
-    "pretrained_stablemoe.py",
-    "routing_stablemoe.py",
-    "running_stablemoe.py",
-    "stages_stablemoe.py",
-    "products_stablemoe.py",
-    "tensors_stablemoe.py",
-    "versions_stablemoe.py",
-}
+CODE_FILES = {"configuration_stablemoe.py", "modeling_stablemoe.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_stablemoe.StableMoEConfig",
     "AutoModel": "modeling_stablemoe.StableMoEModel",

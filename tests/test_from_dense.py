@@ -213,7 +213,7 @@ def test_checkpoint_of_a_folder_is_converted_and_survives_saving(name, tmp_path)
     assert isinstance(loaded, StableMoEForCausalLM)
     assert torch.equal(logits(loaded, ids), logits(dense, ids))
     assert loaded.config.dtype == torch.float32
-    assert (tmp_path / "moe" / "dense_stablemoe.py").exists()
+    assert (tmp_path / "moe" / "modeling_stablemoe.py").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from workplaces import ROOT
 
 
 WATCH = "stage1_watch.safetensors"
-CODE_FILES = {"configuration_stablemoe.py", "backbone_stablemoe.py", "routing_stablemoe.py"}
+CODE_FILES = {"configuration_stablemoe.py"}
 
 # Six steps with the transition after the third and saves at 2, 4 and 6; each push is waited for.
 TRAIN = """

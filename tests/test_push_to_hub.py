@@ -388,6 +388,32 @@ def loaded(hub, answers, tmp_path_factory) -> dict:
     return json.loads((work / "answers.json").read_text())
 
 
+FIRST_LOAD = """
+import sys
+sys.modules["modeling_stablemoe"] = None
+from transformers import AutoModelForCausalLM
+print(AutoModelForCausalLM.from_pretrained("user/model", trust_remote_code=True).router_fingerprint())
+"""
+
+
+def test_a_first_load_without_the_package_takes_two_code_files_few_requests_and_two_warnings(
+    hub, answers, tmp_path, fingerprint
+):
+    before = len(hub.requests)
+    environment = {**os.environ, **hub.environment, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_LOAD], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == [fingerprint]
+    requests = hub.requests[before:]
+    fetched = {line.split("?")[0].split("/")[-1].split()[0] for line in requests if line.startswith("GET")}
+    assert {name for name in fetched if name.endswith(".py")} == CODE_FILES
+    assert len(requests) <= 15, requests
+    assert done.stderr.count("A new version of the following files was downloaded") <= 2
+
+
 def test_a_dropped_download_is_resumed_where_it_broke_off(hub, loaded, fingerprint):
     assert loaded["dropped"] == fingerprint
     resumed = [line for line in hub.requests if "/model.safetensors bytes=" in line]

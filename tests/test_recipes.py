@@ -10,8 +10,8 @@ from workplaces import load_script
 
 from modeling_stablemoe import StableMoEConfig
 from modeling_stablemoe.compare.comparison import read_systems
+from modeling_stablemoe.convert.dense import config_of_dense
 from modeling_stablemoe.data.text import DataArguments
-from modeling_stablemoe.model.dense_stablemoe import config_of_dense
 from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import random_ids, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from safetensors.torch import load_file
-from test_checkpoints_loading import CODE_FILES as CAUSAL_CODE_FILES
 from test_checkpoints_loading import edit_config, edit_weights, run_without_package
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -26,8 +25,7 @@ SOURCE, TARGET = random_ids(3, 7, low=3, high=91), random_ids(3, 5, seed=1, low=
 EVERY_ID = torch.arange(91).unsqueeze(0)
 LAYERS = ["model.encoder.moe_layers.0", "model.decoder.moe_layers.0", "model.decoder.moe_layers.1"]
 TABLES = [f"{layer}.frozen_router.routing_table" for layer in LAYERS]
-CAUSAL_ALONE = {"classification_stablemoe.py", "dense_stablemoe.py", "modeling_stablemoe.py"}
-CODE_FILES = CAUSAL_CODE_FILES - CAUSAL_ALONE | {"modeling_stablemoe_seq2seq.py"}
+CODE_FILES = {"configuration_stablemoe.py", "modeling_stablemoe_seq2seq.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_stablemoe.StableMoESeq2SeqConfig",
     "AutoModel": "modeling_stablemoe_seq2seq.StableMoESeq2SeqModel",
@@ -76,8 +74,7 @@ def assert_same_model(model, source):
 
 def test_a_checkpoint_holds_its_code_its_tables_and_the_embedding_once(checkpoint, source):
     names = {path.name for path in checkpoint.iterdir()}
-    code = CODE_FILES
-    assert names == {"model.safetensors", "config.json", "generation_config.json"} | code
+    assert names == {"model.safetensors", "config.json", "generation_config.json"} | CODE_FILES
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP
     assert config["architectures"] == ["StableMoEForConditionalGeneration"]

@@ -13,9 +13,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, set_seed
 
 from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
+from modeling_stablemoe.convert.dense import config_of_dense
 from modeling_stablemoe.measure.report import perplexity_of
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
-from modeling_stablemoe.model.dense_stablemoe import config_of_dense
 from modeling_stablemoe.model.modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.runs.recipes import model_fields
 from modeling_stablemoe.runs.run import RunFolder

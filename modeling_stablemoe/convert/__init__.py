@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Other checkpoints into StableMoE's, and StableMoE's into smaller or more even ones."""
 
+from .dense import check_overrides, load_dense
 from .fairseq_checkpoints import Conversion, convert_fairseq_checkpoint
 from .fairseq_dictionary import build_tokenizer, read_dictionary
 from .pruning import Pruning, load_pruned, open_weights, plan_pruning, prune_experts, read_configs, read_tables
@@ -13,6 +14,7 @@ __all__ = [
     "Conversion",
     "Pruning",
     "build_tokenizer",
+    "check_overrides",
     "compare_logits",
     "compare_on_text",
     "convert_fairseq_checkpoint",
@@ -20,6 +22,7 @@ __all__ = [
     "format_pruning",
     "format_random_tables",
     "ids_to_compare",
+    "load_dense",
     "load_pruned",
     "open_weights",
     "plan_pruning",

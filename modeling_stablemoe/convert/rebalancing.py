@@ -9,8 +9,8 @@ from torch import Tensor
 
 from modeling_stablemoe.measure.inspection import LayerRouting, RoutedText
 from modeling_stablemoe.measure.report import format_table
-from modeling_stablemoe.model.balancing_stablemoe import balanced_table_in_bands
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
+from modeling_stablemoe.solvers.balancing import balanced_table_in_bands
 
 
 @dataclass(frozen=True)

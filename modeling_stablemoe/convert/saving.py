@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stablemoe.checkpoints.atomic_files import new_folder
 from modeling_stablemoe.hub.cards import CARD_FILE
-from modeling_stablemoe.model.dense_stablemoe import routing_fields
 from modeling_stablemoe.runs.recipes import read_preset
+
+from .dense import routing_fields
 
 
 # Rounding of a matrix product that another kernel makes, in units of the largest logit's last place.

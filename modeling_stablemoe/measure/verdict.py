@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
-from modeling_stablemoe.model.balancing_prices_stablemoe import table_load
-from modeling_stablemoe.model.balancing_stablemoe import BalancedTable
-from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
+from modeling_stablemoe.model.frozen_stablemoe import BalancedTable, FrozenRouter
 from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
 from modeling_stablemoe.model.losses_stablemoe import is_distributed
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
+from modeling_stablemoe.solvers.prices import table_load
 
 from .meter import RoutingMeter, imbalance
 

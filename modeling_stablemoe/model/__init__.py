@@ -2,7 +2,6 @@
 """The models: configuration, routers, experts, losses, the two stages. These files travel with every checkpoint."""
 
 from .configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
-from .dense_stablemoe import check_overrides, load_dense
 from .health_stablemoe import RoutingHealth
 from .layer_stablemoe import moe_layers_of
 from .losses_stablemoe import balance_loss, distillation_loss, switch_balance_loss
@@ -29,9 +28,7 @@ __all__ = [
     "StableMoESeq2SeqModel",
     "StableMoESeq2SeqPreTrainedModel",
     "balance_loss",
-    "check_overrides",
     "distillation_loss",
-    "load_dense",
     "moe_layers_of",
     "register_router",
     "switch_balance_loss",

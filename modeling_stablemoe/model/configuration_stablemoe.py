@@ -34,6 +34,25 @@ LARGEST_INTEGER = 2**63 - 1
 LARGEST_NUMBER = torch.finfo(torch.float32).max
 
 
+# What the package adds by name when it is imported. Code that travels with a checkpoint does without: loading, generating and
+# fine-tuning reach none of it.
+PACKAGE_FUNCTIONS: dict[str, Callable] = {}
+
+
+def from_package(name: str, purpose: str) -> Callable:
+    """Return a function of the package.
+
+    Raises:
+        ImportError: in the code of a checkpoint alone, naming the package; `purpose` begins the sentence.
+    """
+    if name not in PACKAGE_FUNCTIONS:
+        raise ImportError(
+            f"{purpose} is none of what a checkpoint's own code does. Install the package `modeling_stablemoe`, import it, and "
+            "load the checkpoint without `trust_remote_code=True`."
+        )
+    return PACKAGE_FUNCTIONS[name]
+
+
 class Rule(NamedTuple):
     """What one field may hold, whatever the others hold."""
 
@@ -431,6 +450,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
         """
         self.validate_architecture()
         super().save_pretrained(save_directory, *args, **kwargs)
+        if "write_code" in PACKAGE_FUNCTIONS:
+            PACKAGE_FUNCTIONS["write_code"](self, save_directory)
 
     def validate_architecture(self):
         """Check every field of the architecture against the others."""
@@ -698,6 +719,7 @@ __all__ = [
     "DISTILLED_ROUTERS",
     "EXPERT_PARAMETERS",
     "INITIALIZATIONS",
+    "PACKAGE_FUNCTIONS",
     "POSITION_EMBEDDING_TYPES",
     "ROUTER_NORMALIZATIONS",
     "ROUTER_TYPES",
@@ -705,4 +727,5 @@ __all__ = [
     "StableMoEBaseConfig",
     "StableMoEConfig",
     "StableMoESeq2SeqConfig",
+    "from_package",
 ]

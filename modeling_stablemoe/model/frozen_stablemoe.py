@@ -8,6 +8,7 @@ and loops over `parameters()` need not know of them.
 """
 
 import hashlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,18 @@ from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class, sees_context
 from .losses_stablemoe import is_distributed
 from .tensors_stablemoe import copy_into, from_bits, local_tensor, restore_integers, restored_integers, to_bits
+
+
+class BalancedTable(NamedTuple):
+    """A table within a limit of load, and how good it is; of `balanced_table`."""
+
+    table: Tensor  # `torch.LongTensor` of shape (V,): expert of each token id
+    agreement: float  # tokens kept on the expert that they prefer (expected number)
+    best_agreement: float  # the same for the best table without a limit
+    bound: float  # no table within the limit keeps more; equal to `agreement` where the table is proved optimal
+    limit: float  # tokens allowed on one expert, but for one of `alone`
+    load: Tensor  # `torch.DoubleTensor` of shape (E,): tokens of each expert
+    alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has an expert of its own
 
 
 class FrozenRouting(nn.Module):
@@ -409,6 +422,7 @@ def build_frozen_router(config: StableMoEBaseConfig) -> FrozenRouting:
 
 
 __all__ = [
+    "BalancedTable",
     "FrozenContextRouter",
     "FrozenRouter",
     "FrozenRouting",

@@ -10,6 +10,7 @@ from transformers.distributed import DistributedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import output_capturing
 
+from .configuration_stablemoe import PACKAGE_FUNCTIONS
 from .experts_stablemoe import ALL_STABLEMOE_EXPERTS_FUNCTIONS
 from .layer_stablemoe import moe_layers_of
 
@@ -45,7 +46,7 @@ class IntegrationMixin:
         if not (args[0] if args else kwargs.get("is_main_process", True)):
             return
         written = self._written_class()
-        if self._auto_class is not None and written is not type(self):
+        if self._auto_class is not None and written is not type(self) and "write_code" not in PACKAGE_FUNCTIONS:
             custom_object_save(written, save_directory)
         if self.after_saving is not None:
             self.after_saving(self, Path(save_directory))
@@ -93,9 +94,10 @@ class IntegrationMixin:
         """See `PreTrainedModel.is_remote_code`: whether transformers copies the file that the class is in.
 
         That of a subclass only if it was registered itself (`register_for_auto_class`): else its checkpoints are those of
-        the class above it.
+        the class above it. The package writes one file for all of its own, with the config.
         """
-        return super().is_remote_code() and "_auto_class" in vars(cls)
+        is_written_with_config = "write_code" in PACKAGE_FUNCTIONS and cls._written_class() is cls
+        return super().is_remote_code() and "_auto_class" in vars(cls) and not is_written_with_config
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):

@@ -17,8 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
-from .configuration_stablemoe import StableMoEConfig
-from .dense_stablemoe import convert_dense
+from .configuration_stablemoe import StableMoEConfig, from_package
 from .layer_stablemoe import final_token_mask, mask_of_pass, token_mask
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
@@ -241,7 +240,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
                 many or missing, or an option that is none; the message names it.
         """
         options |= {"num_experts": num_experts, "moe_layer_positions": moe_layer_positions}
-        return convert_dense(cls, dense, options)
+        return from_package("convert_dense", "`from_dense`")(cls, dense, options)
 
     @takes_cache_by_either_name
     @can_return_tuple

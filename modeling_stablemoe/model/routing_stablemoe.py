@@ -13,11 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .assignment_stablemoe import balanced_assignment
-from .balancing_stablemoe import BalancedTable, balanced_table_in_bands
-from .configuration_stablemoe import ROUTER_TYPES, StableMoEBaseConfig
+from .configuration_stablemoe import ROUTER_TYPES, StableMoEBaseConfig, from_package
 from .context_stablemoe import TokenContext
 from .distillation_stablemoe import distilled_router_class
+from .frozen_stablemoe import BalancedTable
 from .losses_stablemoe import BalanceLoss, balance_loss, switch_balance_loss
 from .running_stablemoe import RouterMemory, needs_memory
 from .tensors_stablemoe import copy_into, finite_tokens, restore_integers, score, score_chosen, whole_shape
@@ -184,7 +183,8 @@ class Router(nn.Module):
         # An id that was never seen counts as seen once: many of them make a load, too.
         counts = self.memory()["token_counts"].clamp(min=1).double().cpu()
         agreement = self.distilled_router.expected_shares().double().cpu() * counts.unsqueeze(-1)
-        balanced = balanced_table_in_bands(agreement, counts, self.max_frozen_load, self.frozen_load_bands)
+        balance = from_package("balanced_table_in_bands", "Freezing under a load limit (`max_frozen_load`)")
+        balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands)
         return balanced.table, balanced
 
 
@@ -339,6 +339,7 @@ class BaseRouter(LearnedRouter):
         """Balance the real tokens while training; see `LearnedRouter.assignment`."""
         if not self.training:
             return router_logits.argmax(-1)
+        balanced_assignment = from_package("balanced_assignment", "Training a BASE router")
         if token_mask is None:
             return balanced_assignment(router_logits)
         expert_index = router_logits.argmax(-1)

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
-from .balancing_stablemoe import BalancedTable
 from .context_stablemoe import whole_context
 from .distillation_stablemoe import sees_context
-from .frozen_stablemoe import contents_to_load
+from .frozen_stablemoe import BalancedTable, contents_to_load
 from .layer_stablemoe import StableMoELayer, moe_layers_of, token_mask
 from .tensors_stablemoe import is_quantized
 

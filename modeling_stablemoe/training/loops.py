@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from modeling_stablemoe.checkpoints.finding import find_stablemoe
-from modeling_stablemoe.model.balancing_stablemoe import BalancedTable
+from modeling_stablemoe.model.frozen_stablemoe import BalancedTable
 from modeling_stablemoe.model.tensors_stablemoe import copy_into, full_tensor
 
 from .processes import check_same_routing

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Tables within a load, from prices by rounding, exchange and branch and bound; see `balancing_stablemoe`, steps 2 to 4.
+"""Tables within a load, from prices by rounding, exchange and branch and bound; see `balancing`, steps 2 to 4.
 
 Shape suffixes: V token ids, E experts, C ids that may change.
 """
@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .balancing_prices_stablemoe import ROUNDING, Problem, newton_prices, one_price, polish_prices, table_load
+from .prices import ROUNDING, Problem, newton_prices, one_price, polish_prices, table_load
 
 
 # All pairs of so many ids are looked at when places are changed, so often.

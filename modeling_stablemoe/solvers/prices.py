@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Prices of experts, which bound how much a table within a load can keep; see `balancing_stablemoe`, step 1.
+"""Prices of experts, which bound how much a table within a load can keep; see `balancing`, step 1.
 
 Shape suffixes: V token ids, E experts, C ids that may change.
 """

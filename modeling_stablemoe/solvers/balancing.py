@@ -6,7 +6,7 @@ most tokens stay where they would go, and no expert gets more than its limit of 
 
 1. Every expert has a price p_i >= 0 per token. Whatever the prices, no table within the limit keeps more than
    D(p) = sum_v max_i (agreement_vi - w_v p_i) + limit * sum_i p_i. Newton's method on the smoothed D, as for the
-   prices of `assignment_stablemoe`, then exact steps of one price at a time make that bound small.
+   prices of `assignment`, then exact steps of one price at a time make that bound small.
 2. Ids go to their best expert at these prices, heavy ones first, while there is room; then they change places as long
    as that brings something.
 3. An id's regret is what it loses at these prices on another expert than its best one. Any table keeps D(p) less the
@@ -18,32 +18,21 @@ most tokens stay where they would go, and no expert gets more than its limit of 
 An id that alone outweighs the limit cannot keep to it on any expert. It counts as heavy as the limit: so it fills an
 expert of its own, and the others keep to the limit on theirs.
 
-Step 1 stands in `balancing_prices_stablemoe`, the others in `balancing_search_stablemoe`.
+Step 1 stands in `prices`, the others in `search`.
 
 Shape suffixes: V token ids, E experts.
 """
 
 import heapq
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .balancing_prices_stablemoe import ROUNDING, Problem, table_load
-from .balancing_search_stablemoe import Search, solve_or_raise
+from modeling_stablemoe.model.frozen_stablemoe import BalancedTable
 
-
-class BalancedTable(NamedTuple):
-    """A table within a limit of load, and how good it is; see `balanced_table`."""
-
-    table: Tensor  # `torch.LongTensor` of shape (V,): expert of each token id
-    agreement: float  # tokens kept on the expert that they prefer (expected number)
-    best_agreement: float  # the same for the best table without a limit
-    bound: float  # no table within the limit keeps more; equal to `agreement` where the table is proved optimal
-    limit: float  # tokens allowed on one expert, but for one of `alone`
-    load: Tensor  # `torch.DoubleTensor` of shape (E,): tokens of each expert
-    alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has an expert of its own
+from .prices import ROUNDING, Problem, table_load
+from .search import Search, solve_or_raise
 
 
 def check(agreement: Tensor, token_counts: Tensor, max_load: float) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .configuration_stablemoe import StableMoEConfig
+from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
 
 
 # What `from_pretrained` takes that says where a checkpoint is and in which dtype it is wanted.

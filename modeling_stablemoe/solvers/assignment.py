@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .losses_stablemoe import count_expert_load
+from modeling_stablemoe.model.losses_stablemoe import count_expert_load
 
 
 # Scores are rounded to about 1e-6 of their mean spread. Scores that differ by rounding errors of float32 (a token that
