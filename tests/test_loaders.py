@@ -135,6 +135,49 @@ def test_an_exponential_average_of_buffers_is_refused_where_it_moves_tokens(sour
     assert moved
 
 
+def swap(model, average):
+    """Exchange the weights and buffers of two models as Lightning's `WeightAveraging` does around a validation."""
+    for own, other in zip(
+        (*model.parameters(), *model.buffers()), (*average.parameters(), *average.buffers()), strict=True
+    ):
+        kept = own.data.clone()
+        own.data.copy_(other.data)
+        other.data.copy_(kept)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("trains", [True, False], ids=["training mode", "eval mode"])
+@pytest.mark.parametrize("kind", ["table", "counts", "context", "hash", "translation"])
+def test_an_average_that_is_swapped_in_for_evaluation_routes_as_the_model_or_is_refused(
+    sources, kind, trains, use_buffers
+):
+    source, folder = sources[kind]
+    model = type(source).from_pretrained(folder)
+    outcomes = set()
+    for decay in (0.9, 0.95, 0.9995, 0.5):
+        average = equal_models_averaged(
+            model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers
+        ).module
+        if trains:
+            experts_of(model.train())
+            model.eval()  # comes before the swap
+        else:  # as Lightning trains what `from_pretrained` gives
+            model.eval()(**inputs_of(model))
+        swap(model, average)
+        is_moved = not all(map(torch.equal, model.buffers(), source.buffers()))
+        if is_moved:
+            for _ in range(2):
+                with pytest.raises(ValueError, match="use_buffers=False|is damaged"):
+                    experts_of(model)
+        else:
+            assert torch.equal(experts_of(model), experts_of(source))
+        outcomes.add(is_moved)
+        swap(model, average)
+        model.train(trains)(**inputs_of(model))
+        assert torch.equal(experts_of(model), experts_of(source))
+    assert (True in outcomes) == use_buffers
+
+
 def test_an_average_that_cuts_off_the_marks_of_stage_1_is_no_table(sources):
     # -0.99999994 is 0 as an integer, which would send every token to expert 0.
     model = copy.deepcopy(sources["stage 1"][0])

@@ -274,7 +274,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids, any id
             for a vector that is NaN. An embedding that is NaN is near to nothing.
         """
-        weight = self.embed_tokens.weight.float()
+        weight = self.embedded_vocabulary(inputs_embeds.device).float()
         squared_norm = weight.square().sum(-1)
         num_candidates = min(num_candidates, weight.shape[0])
         nearest = []
@@ -284,6 +284,20 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             exact = (weight[candidates] - vectors.unsqueeze(1)).square().sum(-1)
             nearest.append(candidates.gather(-1, exact.argmin(-1, keepdim=True)).squeeze(-1))
         return torch.cat(nearest).view(inputs_embeds.shape[:2])
+
+    def embedded_vocabulary(self, device: torch.device) -> Tensor:
+        """Return what `embed_tokens` makes of every token id: `torch.Tensor` of shape `(vocab_size, hidden_size)`.
+
+        Args:
+            device (`torch.device`): where it is asked with ids.
+        """
+        embedding = self.embed_tokens
+        # An adapter, a quantiser or a sharding engine has put another class there, which knows more than its `weight`; hooks
+        # bring a weight that is offloaded. They are asked once for all ids, because each call may fetch or gather the weight.
+        if type(embedding) is nn.Embedding and not hasattr(embedding, "_hf_hook"):
+            return embedding.weight
+        ids = torch.arange(self.config.vocab_size, device=device)
+        return embedding(ids.unsqueeze(0)).squeeze(0)
 
 
 def count_positions(inputs_embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:

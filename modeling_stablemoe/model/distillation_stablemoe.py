@@ -266,7 +266,8 @@ class ContextRouter(DistilledRouter):
         if mask is None:
             features = features[:, positions]
         else:
-            features = features.take_along_dim(places[:, positions].unsqueeze(-1), dim=1)
+            # `take_along_dim` would fix batch and length in an exported program.
+            features = features.gather(1, places[:, positions].unsqueeze(-1).expand(-1, -1, features.shape[-1]))
         return score(features, others["centroids"])
 
     @staticmethod

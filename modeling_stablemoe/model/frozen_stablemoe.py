@@ -37,8 +37,9 @@ class FrozenRouting(nn.Module):
     """What both kinds share: whether they are frozen follows from what they hold, -1 everywhere while they are not.
 
     Contents may get here in ways that this module is not told of: an engine fills a buffer in place, replaces it, or moves
-    it. So a forward pass calls `follow`, which reads the contents again if they may have changed. A routing that was frozen
-    may become that of stage 1, never another one: an average of buffers, say, would move tokens to other experts.
+    it. So a forward pass calls `follow`, which reads the contents again if they may have changed: if a buffer says so, and
+    when an evaluation begins or ends. A routing that was frozen may become that of stage 1, never another one:
+    an average of buffers, say, would move tokens to other experts.
     """
 
     # What one is called in errors.
@@ -149,7 +150,12 @@ class FrozenRouting(nn.Module):
 
     def _signature(self) -> tuple:
         """Return what changes when something is written to the buffers, without waiting for an accelerator."""
-        return tuple([self._trace_of(values) for module in self.modules() for values in module._buffers.values()])
+        traces = [self._trace_of(values) for module in self.modules() for values in module._buffers.values()]
+        # A copy into `.data` leaves no trace. Programs swap an average of weights in and out that way to evaluate it: so the
+        # first pass of an evaluation, and the first after it, reads the contents again. Lightning trains in eval mode what
+        # came in that; in training mode passes without gradients, as of a reference model, alternate with others.
+        evaluates = not self.training and not torch.is_grad_enabled()
+        return self.training, evaluates, *traces
 
     def _trace_of(self, values: Tensor) -> tuple:
         if values.is_meta or type(values) is not Tensor:
@@ -157,7 +163,7 @@ class FrozenRouting(nn.Module):
         version = None if values.is_inference() else values._version
         first = None
         if not self.is_frozen and values.device.type == "cpu":
-            # A copy into `.data` leaves no trace, but one look tells that a routing is not that of stage 1 any more.
+            # One look tells that a routing is not that of stage 1 any more.
             first = values.flatten()[0].item()
         return id(values), values.data_ptr(), version, first
 

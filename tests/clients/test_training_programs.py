@@ -112,13 +112,18 @@ def average(source, tmp_path):
         def training_step(self, batch, index):
             return self.model(batch, labels=batch).loss
 
+        def validation_step(self, batch, index):
+            self.model(batch)
+
         def configure_optimizers(self):
             return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.5)
 
-    def run(**options):
+    def run(validates=False, **options):
         module = Module()
         trainer = lightning.Trainer(
             max_steps=5,
+            val_check_interval=2,
+            num_sanity_val_steps=1,
             accelerator="cpu",
             callbacks=[EMAWeightAveraging(decay=0.9995, **options)],
             logger=False,
@@ -126,7 +131,8 @@ def average(source, tmp_path):
             enable_model_summary=False,
             default_root_dir=tmp_path,
         )
-        trainer.fit(module, torch.utils.data.DataLoader([row["input_ids"] for row in BLOCKS], batch_size=4))
+        rows = torch.utils.data.DataLoader([row["input_ids"] for row in BLOCKS], batch_size=4)
+        trainer.fit(module, rows, rows if validates else None)
         trainer.save_checkpoint(tmp_path / "ema.ckpt")
         return module, Module()
 
@@ -134,7 +140,7 @@ def average(source, tmp_path):
 
 
 def test_lightning_with_exponential_averages(source, average, tmp_path):
-    module, again = average(use_buffers=False)
+    module, again = average(validates=True, use_buffers=False)
     assert_trained(module.model, source)
     again.load_state_dict(torch.load(tmp_path / "ema.ckpt", weights_only=True)["state_dict"])
     assert_trained(again.model, source)
@@ -148,6 +154,11 @@ def test_a_table_that_lightning_has_averaged_is_refused(average, tmp_path):
         module.model.save_pretrained(tmp_path / "ema")
     with pytest.raises(ValueError, match="use_buffers=False"):
         again.load_state_dict(torch.load(tmp_path / "ema.ckpt", weights_only=True)["state_dict"])
+
+
+def test_lightning_does_not_validate_on_a_table_that_it_has_averaged(average):
+    with pytest.raises(ValueError, match="use_buffers=False"):
+        average(validates=True)
 
 
 def test_optuna(source, tmp_path):
