@@ -1,5 +1,6 @@
 """The parts of a comparison: systems, hash tables, sizes, summaries, figures."""
 
+import re
 import time
 from pathlib import Path
 
