@@ -4,7 +4,18 @@
 from .card_arguments import CardArguments
 from .recipes import ModelArguments, RoutingArguments, check_fit, load_preset, parse_recipe, read_preset
 from .routed_input import load_tokenizer, parse_checkpoint_command, route_through_checkpoint
-from .run import FolderArguments, RunFolder, build_callbacks, build_model, evaluate_saved_model, push, set_hash_tables, summarize_run, train, write_results
+from .run import (
+    FolderArguments,
+    RunFolder,
+    build_callbacks,
+    build_model,
+    evaluate_saved_model,
+    push,
+    set_hash_tables,
+    summarize_run,
+    train,
+    write_results,
+)
 from .vocabularies import TextVocabulary, VocabularyArguments, read_vocabularies
 
 
