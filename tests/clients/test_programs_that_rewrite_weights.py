@@ -10,8 +10,6 @@ from torch.testing import assert_close
 from trainers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
-
 
 # Cosines of logits, by bits a weight.
 LEAST = {8: 0.99, 4: 0.8}
@@ -93,8 +91,6 @@ def test_llm_compressor(source, tmp_path):
         num_calibration_samples=8,
         max_seq_length=12,
         processor=tokenizer,
-        # It traces forward passes by the name of the cache that they take on the newest transformers.
-        **({} if CACHE_NAME == "cache" else {"pipeline": "basic"}),
     )
     assert_routes_like(model, source)
     assert_close_to(model, source, LEAST[8])
