@@ -14,7 +14,8 @@ from conftest import TINY, TINY_SEQ2SEQ, random_ids, tiny_model, tiny_seq2seq_mo
 from transformers import PreTrainedModel, set_seed
 from transformers.modeling_outputs import ModelOutput
 
-from modeling_stablemoe.versions_stablemoe import CACHE_NAME
+from modeling_stablemoe.model.blocks_stablemoe import StableMoEBlock
+from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 
 
 BACKENDS = ["batched_mm", "grouped_mm"]
@@ -330,3 +331,9 @@ def test_signatures_name_the_cache_as_generate_does_and_as_tracers_find_it_in_th
         assert called.keys() <= shown.keys()
         if isinstance(module, PreTrainedModel) and "cache" in called:
             assert CACHE_NAME in shown
+
+
+def test_block_wise_programs_find_the_blocks_alone(model):
+    """auto-round takes what is called a `ModuleList`, by its class's name, for a chain of blocks."""
+    lists = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
+    assert lists and all(isinstance(block, StableMoEBlock) for blocks in lists for block in blocks)

@@ -102,10 +102,11 @@ def test_llm_compressor(source, tmp_path):
     assert_close_to(again, source, LEAST[8])
 
 
-def test_auto_round(tmp_path):
+@pytest.mark.parametrize("chains", [None, [["model.layers.0"], ["model.layers.1"]]], ids=["default", "split"])
+def test_auto_round(tmp_path, chains):
     auto_round = pytest.importorskip("auto_round")
     # Groups of 128 weights share a scale.
-    source = save_frozen(tmp_path / "source", hidden_size=128, intermediate_size=128)
+    source = save_frozen(tmp_path / "source", hidden_size=128, intermediate_size=128, moe_layer_positions=[0, 1])
     tokenizer = tiny_tokenizer()
     rounding = auto_round.AutoRound(
         load(source),
@@ -118,7 +119,7 @@ def test_auto_round(tmp_path):
         batch_size=4,
         device_map="cpu",
         enable_torch_compile=False,
-        to_quant_block_names="model.layers",  # else it takes MoE layers for blocks, too
+        to_quant_block_names=chains,
     )
     rounding.quantize()
     rounding.save_quantized(tmp_path / "quantized", format="auto_round")
