@@ -336,4 +336,5 @@ def test_signatures_name_the_cache_as_generate_does_and_as_tracers_find_it_in_th
 def test_block_wise_programs_find_the_blocks_alone(model):
     """auto-round takes what is called a `ModuleList`, by its class's name, for a chain of blocks."""
     lists = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
-    assert lists and all(isinstance(block, StableMoEBlock) for blocks in lists for block in blocks)
+    assert lists
+    assert all(isinstance(block, StableMoEBlock) for blocks in lists for block in blocks)
