@@ -4,6 +4,7 @@
 Importing this package registers the models with transformers' Auto classes.
 """
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -41,6 +42,10 @@ AutoConfig.register(StableMoEConfig.model_type, StableMoEConfig, exist_ok=True)
 AutoModel.register(StableMoEConfig, StableMoEModel, exist_ok=True)
 AutoModelForCausalLM.register(StableMoEConfig, StableMoEForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(StableMoEConfig, StableMoEForSequenceClassification, exist_ok=True)
+# `transformers serve` asks this registry (of transformers 5.23 and newer), and else takes the class of its own that has
+# the name in the config. A decision is read from next-token logits, as of any language model without a head for it.
+if hasattr(transformers, "AutoModelForDecision"):
+    transformers.AutoModelForDecision.register(StableMoEConfig, StableMoEForCausalLM, exist_ok=True)
 
 AutoConfig.register(StableMoESeq2SeqConfig.model_type, StableMoESeq2SeqConfig, exist_ok=True)
 AutoModel.register(StableMoESeq2SeqConfig, StableMoESeq2SeqModel, exist_ok=True)

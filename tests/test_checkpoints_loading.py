@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -159,6 +160,12 @@ def test_auto_classes_load_the_classes_of_the_package(checkpoint, source):
     backbone = AutoModel.from_pretrained(checkpoint)
     assert type(backbone) is StableMoEModel
     assert_same_model(backbone, source.model)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "AutoModelForDecision"), reason="came with transformers 5.23")
+def test_transformers_serve_finds_the_class_of_the_package(checkpoint, source):
+    """Its first question, see `tests/clients/test_programs_that_run_models.py`."""
+    assert_same_model(transformers.AutoModelForDecision.from_pretrained(checkpoint), source)
 
 
 def test_loading_reports_no_missing_or_unexpected_weights(checkpoint):

@@ -5,13 +5,17 @@
 
 import copy
 import functools
+import inspect
 from importlib.util import find_spec
 
 import pytest
 import torch
 from conftest import TINY, TINY_SEQ2SEQ, random_ids, tiny_model, tiny_seq2seq_model
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.modeling_outputs import ModelOutput
+
+from modeling_stablemoe.model.blocks_stablemoe import StableMoEBlock
+from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 
 
 BACKENDS = ["batched_mm", "grouped_mm"]
@@ -317,3 +321,20 @@ def test_a_generation_in_two_parts_over_one_cache_gives_the_same_tokens(family, 
     else:
         second = model.generate(first.sequences, attention_mask=torch.ones_like(first.sequences), **options)
     assert torch.equal(second, whole)
+
+
+def test_signatures_name_the_cache_as_generate_does_and_as_tracers_find_it_in_the_code(model):
+    """fx tracers take arguments from the signature and call what `inspect.unwrap` finds."""
+    for module in model.modules():
+        shown = inspect.signature(module.forward).parameters
+        called = inspect.signature(inspect.unwrap(module.forward).__get__(module)).parameters
+        assert called.keys() <= shown.keys()
+        if isinstance(module, PreTrainedModel) and "cache" in called:
+            assert CACHE_NAME in shown
+
+
+def test_block_wise_programs_find_the_blocks_alone(model):
+    """auto-round takes what is called a `ModuleList`, by its class's name, for a chain of blocks."""
+    lists = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
+    assert lists
+    assert all(isinstance(block, StableMoEBlock) for blocks in lists for block in blocks)

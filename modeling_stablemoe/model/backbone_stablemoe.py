@@ -9,6 +9,7 @@ from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import TokenContext, cached_context, new_columns, packed_sequences, whole_context
 from .distillation_stablemoe import sees_context
+from .experts_stablemoe import Parts
 from .health_stablemoe import RoutingHealth, routing_health
 from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
 from .losses_stablemoe import RoutingLosses, routing_losses, token_weights
@@ -39,7 +40,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         else:
             self.embed_positions = SinusoidalPositions(config.hidden_size)
         self.layers = nn.ModuleList(blocks)
-        self.moe_layers = nn.ModuleList([StableMoELayer(config) for _ in moe_layer_positions])
+        self.moe_layers = Parts([StableMoELayer(config) for _ in moe_layer_positions])
         # Post-norm blocks end with a norm of their own.
         has_norm = config.do_layer_norm_before
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()

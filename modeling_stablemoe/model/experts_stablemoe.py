@@ -349,6 +349,13 @@ class StableMoEExpertsInterface(ExpertsInterface):
 ALL_STABLEMOE_EXPERTS_FUNCTIONS = StableMoEExpertsInterface()
 
 
+class Parts(nn.ModuleList):
+    """Modules that are no chain: what one gives is not what the next one gets.
+
+    Block-wise quantisers (auto-round) take whatever class is called a `ModuleList` for such a chain.
+    """
+
+
 @use_experts_implementation(experts_interface=ALL_STABLEMOE_EXPERTS_FUNCTIONS, has_bias=True, has_gate=False)
 class StableMoEExperts(nn.Module):
     """The experts of one MoE layer.
@@ -358,7 +365,7 @@ class StableMoEExperts(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
-        self.sublayers = nn.ModuleList([ExpertSublayer(config) for _ in range(config.num_expert_sublayers)])
+        self.sublayers = Parts([ExpertSublayer(config) for _ in range(config.num_expert_sublayers)])
 
     @property
     def num_experts(self) -> int:
@@ -408,6 +415,7 @@ class StableMoEExperts(nn.Module):
 __all__ = [
     "ALL_STABLEMOE_EXPERTS_FUNCTIONS",
     "ExpertSublayer",
+    "Parts",
     "StableMoEExperts",
     "count_overflow",
     "current_name",

@@ -37,11 +37,17 @@ def takes_cache_by_either_name(forward: Callable) -> Callable:
     def renamed(*args, **kwargs):
         return forward(*args, **(name_cache(kwargs, "cache") if "past_key_values" in kwargs else kwargs))
 
-    # `generate` looks the name up that it will pass.
-    parameters = inspect.signature(forward).parameters.values()
-    renamed.__signature__ = inspect.Signature(
-        [each.replace(name=CACHE_NAME) if each.name == "cache" else each for each in parameters]
-    )
+    # `generate` looks the name up that it will pass, tracers (llm-compressor's) the one that the function itself has.
+    signature = inspect.signature(forward)
+    if CACHE_NAME != "cache":
+        cache = signature.parameters["cache"]
+        parameters = [
+            each.replace(name=CACHE_NAME) if each is cache else each for each in signature.parameters.values()
+        ]
+        variadic = parameters.pop()
+        parameters += [cache.replace(kind=inspect.Parameter.KEYWORD_ONLY), variadic]
+        signature = signature.replace(parameters=parameters)
+    renamed.__signature__ = signature
     return renamed
 
 

@@ -10,8 +10,6 @@ from torch.testing import assert_close
 from trainers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
-
 
 # Cosines of logits, by bits a weight.
 LEAST = {8: 0.99, 4: 0.8}
@@ -93,8 +91,6 @@ def test_llm_compressor(source, tmp_path):
         num_calibration_samples=8,
         max_seq_length=12,
         processor=tokenizer,
-        # It traces forward passes by the name of the cache that they take on the newest transformers.
-        **({} if CACHE_NAME == "cache" else {"pipeline": "basic"}),
     )
     assert_routes_like(model, source)
     assert_close_to(model, source, LEAST[8])
@@ -106,10 +102,11 @@ def test_llm_compressor(source, tmp_path):
     assert_close_to(again, source, LEAST[8])
 
 
-def test_auto_round(tmp_path):
+@pytest.mark.parametrize("chains", [None, [["model.layers.0"], ["model.layers.1"]]], ids=["default", "split"])
+def test_auto_round(tmp_path, chains):
     auto_round = pytest.importorskip("auto_round")
     # Groups of 128 weights share a scale.
-    source = save_frozen(tmp_path / "source", hidden_size=128, intermediate_size=128)
+    source = save_frozen(tmp_path / "source", hidden_size=128, intermediate_size=128, moe_layer_positions=[0, 1])
     tokenizer = tiny_tokenizer()
     rounding = auto_round.AutoRound(
         load(source),
@@ -122,7 +119,7 @@ def test_auto_round(tmp_path):
         batch_size=4,
         device_map="cpu",
         enable_torch_compile=False,
-        to_quant_block_names="model.layers",  # else it takes MoE layers for blocks, too
+        to_quant_block_names=chains,
     )
     rounding.quantize()
     rounding.save_quantized(tmp_path / "quantized", format="auto_round")
