@@ -2,8 +2,6 @@
 """Other checkpoints into StableMoE's, and StableMoE's into smaller or more even ones."""
 
 from .dense import check_overrides, load_dense
-from .fairseq_checkpoints import Conversion, convert_fairseq_checkpoint
-from .fairseq_dictionary import build_tokenizer, read_dictionary
 from .pruning import Pruning, load_pruned, open_weights, plan_pruning, prune_experts, read_configs, read_tables
 from .pruning_report import compare_on_text, format_pruning, format_random_tables
 from .rebalancing import format_balances, rebalance
@@ -11,13 +9,10 @@ from .saving import compare_logits, ids_to_compare, routing_of_preset, save_conv
 
 
 __all__ = [
-    "Conversion",
     "Pruning",
-    "build_tokenizer",
     "check_overrides",
     "compare_logits",
     "compare_on_text",
-    "convert_fairseq_checkpoint",
     "format_balances",
     "format_pruning",
     "format_random_tables",
@@ -28,7 +23,6 @@ __all__ = [
     "plan_pruning",
     "prune_experts",
     "read_configs",
-    "read_dictionary",
     "read_tables",
     "rebalance",
     "routing_of_preset",
