@@ -1,0 +1,46 @@
+# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
+"""Runs of the scripts: recipes, folders, and what goes into a routed text."""
+
+from .card_arguments import CardArguments
+from .recipes import ModelArguments, RoutingArguments, check_fit, load_preset, parse_recipe, read_preset
+from .routed_input import load_tokenizer, parse_checkpoint_command, route_through_checkpoint
+from .run import (
+    FolderArguments,
+    RunFolder,
+    build_callbacks,
+    build_model,
+    evaluate_saved_model,
+    push,
+    set_hash_tables,
+    summarize_run,
+    train,
+    write_results,
+)
+from .vocabularies import TextVocabulary, VocabularyArguments, read_vocabularies
+
+
+__all__ = [
+    "CardArguments",
+    "FolderArguments",
+    "ModelArguments",
+    "RoutingArguments",
+    "RunFolder",
+    "TextVocabulary",
+    "VocabularyArguments",
+    "build_callbacks",
+    "build_model",
+    "check_fit",
+    "evaluate_saved_model",
+    "load_preset",
+    "load_tokenizer",
+    "parse_checkpoint_command",
+    "parse_recipe",
+    "push",
+    "read_preset",
+    "read_vocabularies",
+    "route_through_checkpoint",
+    "set_hash_tables",
+    "summarize_run",
+    "train",
+    "write_results",
+]
