@@ -9,10 +9,18 @@ from typing import Any
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stablemoe.checkpoints.architectures import load_saved, read_saved_class
+from modeling_stablemoe.data.local_files import (
+    READABLE,
+    STANDARD_INPUT,
+    find_files,
+    open_text,
+    read_files,
+    read_lines,
+    read_paired_text,
+)
 from modeling_stablemoe.data.text import check_encoding
-from modeling_stablemoe.measure.inspection import RoutedText, route_texts
-from modeling_stablemoe.data.local_files import READABLE, STANDARD_INPUT, find_files, open_text, read_files, read_lines, read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import encode_sources, encode_texts
+from modeling_stablemoe.measure.inspection import RoutedText, route_texts
 
 
 logger = logging.getLogger(__name__)

@@ -19,14 +19,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from modeling_stablemoe.measure import report
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
-from modeling_stablemoe.training.transition import (
-    ModelCardCallback,
-    RoutingFluctuationCallback,
-    RoutingStatisticsCallback,
-    StageTransitionCallback,
-)
+from modeling_stablemoe.checkpoints.engines import translated
 from modeling_stablemoe.checkpoints.folders import (
     check_run_folder,
     claim_run_folder,
@@ -37,13 +31,20 @@ from modeling_stablemoe.checkpoints.folders import (
     run_identity,
     what_is_missing,
 )
-from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
-from modeling_stablemoe.checkpoints.engines import translated
+from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
+from modeling_stablemoe.hub.cards import CARD_FILE, CardFacts, build_model_card
+from modeling_stablemoe.measure import report
 from modeling_stablemoe.measure.fluctuation import FIGURE_FILE
+from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
 from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
-from modeling_stablemoe.hub.cards import CARD_FILE, CardFacts, build_model_card
-from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
+from modeling_stablemoe.training.transition import (
+    ModelCardCallback,
+    RoutingFluctuationCallback,
+    RoutingStatisticsCallback,
+    StageTransitionCallback,
+)
+
 from .recipes import (
     ModelArguments,
     RoutingArguments,
@@ -373,6 +374,7 @@ def write_results(
         model_name=trainer.hub_model_id or folder.resolve().name,
         config=trainer.model.config,
         results=results,
+        model_class=type(trainer.model),
         dataset_name=dataset_name,
         facts=facts,
         figure=FIGURE_FILE if (folder / FIGURE_FILE).exists() else None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
+
 from .routed_input import TextArguments, encode_one_by_one, encode_pairs, read_documents
 
 
