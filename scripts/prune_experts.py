@@ -81,6 +81,7 @@ def save(model: PreTrainedModel, name: str, text_args: VocabularyArguments, fold
         model_name=Path(folder).resolve().name,
         config=model.config,
         results=results,
+        model_class=type(model),
         facts=CardFacts(base_model=name),
         versions={},
     )

@@ -28,11 +28,10 @@ from modeling_stablemoe.data import (
 )
 from modeling_stablemoe.hub import CardFacts, languages_of_pairs
 from modeling_stablemoe.measure import (
-    STAGE_HEADINGS,
     TranslationMetrics,
     describe_saved_model,
     format_scores,
-    format_table,
+    format_stages,
     perplexity_of,
 )
 from modeling_stablemoe.runs import (
@@ -191,7 +190,7 @@ def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
     if not trainer.is_world_process_zero():
         return
     write_results(trainer, results, facts=facts)
-    print(f"\n{format_table(results['stages'], STAGE_HEADINGS)}\n\n{name}:\n{format_scores(scores)}")
+    print(f"\n{format_stages(results['stages'])}\n\n{name}:\n{format_scores(scores)}")
     print(f"perplexity: {perplexity:.2f}")
     saved = describe_saved_model(results)
     if saved is not None:

@@ -12,9 +12,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config, tiny_model, tiny_seq2seq_model
+import torch
+from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from huggingface_hub import ModelCard, metadata_eval_result
-from trainers import BLOCKS, make_seq2seq_trainer, make_trainer
+from trainers import BLOCKS, make_seq2seq_trainer, make_trainer, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from workplaces import ROOT, load_script
 
@@ -23,9 +24,11 @@ from modeling_stablemoe import (
     ModelCardCallback,
     RoutingFluctuationCallback,
     RoutingStatisticsCallback,
+    StableMoEForSequenceClassification,
     StableMoESeq2SeqConfig,
     StageTransitionCallback,
 )
+from modeling_stablemoe.checkpoints.architectures import MODELS
 from modeling_stablemoe.hub.cards import OLDEST_TRANSFORMERS, build_model_card, languages_of_pairs
 from modeling_stablemoe.runs.card_arguments import CardArguments
 
@@ -163,6 +166,63 @@ def test_a_dense_model_has_no_experts_to_speak_of():
     assert "none: a dense model" in text
     for word in ("fingerprint", "load of the experts", "GGUF"):
         assert word not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "kind", "config"),
+    [
+        ("StableMoEForCausalLM", "text-generation", "language model", {}),
+        ("StableMoEForConditionalGeneration", "translation", "translation model", {}),
+        ("StableMoEForSequenceClassification", "text-classification", "text classifier", {"num_labels": 3}),
+        (
+            "StableMoEForSequenceClassification",
+            "text-classification",
+            "text classifier",
+            {"num_labels": 3, "problem_type": "multi_label_classification"},
+        ),
+        ("StableMoEForSequenceClassification", "text-classification", "model that scores texts", {"num_labels": 1}),
+        (
+            "StableMoEForSequenceClassification",
+            "text-classification",
+            "model that scores texts",
+            {"num_labels": 2, "problem_type": "regression"},
+        ),
+        ("StableMoEModel", "feature-extraction", "language model without a head", {}),
+        ("StableMoESeq2SeqModel", "feature-extraction", "translation model without a head", {}),
+    ],
+)
+def test_a_card_says_what_the_model_is_and_its_code_runs(name, task, kind, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = tiny_seq2seq_config if "Seq2Seq" in name or "Conditional" in name else tiny_config
+    model = MODELS[name](base(**config)).eval()
+    model.save_pretrained("model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained("model")
+    results = {**RESULTS, "perplexity": None}
+    card = build_model_card(model_name="model", config=model.config, results=results, model_class=type(model))
+    assert card.data.pipeline_tag == task
+    assert f"A [StableMoE](https://arxiv.org/abs/2204.08396) {kind}:" in card.text
+    # The same card from what was saved alone.
+    saved = type(model.config).from_pretrained("model")
+    assert str(build_model_card(model_name="model", config=saved, results=results)) == str(card)
+    [code] = re.findall(r"```python\n(.+?)```", card.text, re.DOTALL)
+    assert code.count("trust_remote_code=True") == code.count("from_pretrained") == 2
+    names = {}
+    capsys.readouterr()
+    exec(code, names)
+    assert type(names["model"]) is type(model)
+    printed = capsys.readouterr().out
+    if task == "text-classification":
+        logits = model(**tokenizer("A text to classify.", return_tensors="pt")).logits[0]
+        expected = {
+            None: f"{model.config.id2label[logits.argmax().item()]}",
+            "multi_label_classification": str(
+                dict(zip(model.config.label2id, logits.sigmoid().tolist(), strict=True))
+            ),
+            "regression": f"{logits.tolist()}",
+        }
+        problem = "regression" if config["num_labels"] == 1 else config.get("problem_type")
+        assert printed == expected[problem] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -345,6 +405,75 @@ def test_a_translation_trainer_saves_the_scores_it_logs(tmp_path):
     values = {result.metric_type: result.metric_value for result in read(tmp_path).data.eval_results}
     assert values.keys() == {"perplexity", "bleu"}
     assert values["bleu"] == 31.23
+
+
+def classify(folder, *callbacks, num_labels, **arguments):
+    """A Trainer on rows with a label each, which is a class or, with one label, a number."""
+    torch.manual_seed(0)
+    model = StableMoEForSequenceClassification(tiny_config(num_labels=num_labels))
+    rows = [{"input_ids": row, "labels": index % 2} for index, row in enumerate(random_ids(16, 8))]
+
+    def collate(rows):
+        labels = torch.tensor([row["labels"] for row in rows])
+        ids = torch.stack([row["input_ids"] for row in rows])
+        return {"input_ids": ids, "labels": labels if num_labels > 1 else labels.float()}
+
+    trainer = make_trainer(
+        folder, *callbacks, model=model, train_dataset=rows, collator=collate, max_steps=4, eval_steps=2, **arguments
+    )
+    trainer.eval_dataset = rows[:6]
+    trainer.compute_metrics = lambda predictions: {
+        "accuracy": float((predictions.predictions.argmax(-1) == predictions.label_ids).mean()),
+        "matthews_correlation": 0.123456,
+        "confusion": [[1, 2], [3, 4]],
+    }
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("callback", "num_labels"),
+    [(lambda: StageTransitionCallback(2), 1), (RoutingStatisticsCallback, 2), (ModelCardCallback, 2)],
+)
+def test_a_classifier_has_the_metrics_that_were_logged_and_no_perplexity(callback, num_labels, tmp_path):
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2}
+    trainer = classify(tmp_path, callback(), num_labels=num_labels, **options)
+    trainer.train()
+    trainer.save_model()
+    logged = {entry["step"]: entry for entry in trainer.state.log_history if "eval_loss" in entry}
+    for folder, step in ((tmp_path, 4), (tmp_path / "checkpoint-2", 2)):
+        card = read(folder)
+        assert (card.data.pipeline_tag, "perplexity" in str(card).lower()) == ("text-classification", False)
+        assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+            "loss": round(logged[step]["eval_loss"], 4),
+            "accuracy": round(logged[step]["eval_accuracy"], 4),
+            "matthews_correlation": 0.1235,
+        }
+        assert "Matthews correlation" in {result.metric_name for result in card.data.eval_results}
+        assert f"| evaluation loss | {logged[step]['eval_loss']:.4f} |" in card.text
+        assert f"| evaluation accuracy | {logged[step]['eval_accuracy']:.4f} |" in card.text
+        assert "| validation loss |" in card.text
+        assert f"| {logged[step]['eval_loss']:.4g}" in card.text.split("| validation loss |")[1]
+    trainer.create_model_card(tasks="text-classification")
+    assert read(tmp_path).data.pipeline_tag == "text-classification"
+
+
+def test_a_classifier_that_was_not_evaluated_has_no_metric(tmp_path):
+    trainer = classify(tmp_path, RoutingStatisticsCallback(), num_labels=3)
+    trainer.train()
+    trainer.create_model_card()  # before anything is saved, which tells the config of the class
+    card = read(tmp_path)
+    assert (card.data.pipeline_tag, card.data.eval_results) == ("text-classification", None)
+    assert "| validation loss | not measured |" in card.text
+
+
+def test_a_model_of_ones_own_is_what_it_is_made_of(tmp_path):
+    class Own(StableMoEForSequenceClassification):
+        pass
+
+    model = Own(tiny_config(num_labels=3))
+    assert build_model_card(
+        model_name="me/own", config=model.config, results=RESULTS, model_class=Own
+    ).data.pipeline_tag == ("text-classification")
 
 
 def test_adapters_keep_the_card_of_peft(tmp_path):

@@ -5,15 +5,24 @@ import json
 import pytest
 import torch
 from conftest import shaken, tiny_config, tiny_seq2seq_config
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer
+from transformers import AutoConfig
 from workplaces import load_script, refuse
 
 from modeling_stablemoe.checkpoints.architectures import MODELS, load_saved
 from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
+from modeling_stablemoe.hub import prepare
+from modeling_stablemoe.hub.release_checks import check_card
 from modeling_stablemoe.measure.inspection import route_texts
 
 
+TASKS = {
+    "StableMoEForCausalLM": "text-generation",
+    "StableMoEForSequenceClassification": "text-classification",
+    "StableMoEForConditionalGeneration": "translation",
+}
 TEXT = "the cat and the dog and the script\n" * 4
 
 
@@ -75,6 +84,21 @@ def test_inspecting_and_pruning_take_any_checkpoint(name, checkpoints, tmp_path,
     assert [layer["name"] for layer in layers] == list(load_saved(name).moe_layers_by_name)
     load_script("prune_experts").main([name, *texts_for(name), "--output_dir", str(tmp_path / "pruned")])
     assert_same_kind(tmp_path / "pruned", checkpoints / name)
+    card = ModelCard.load(tmp_path / "pruned" / "README.md")
+    check_card(card, AutoConfig.from_pretrained(tmp_path / "pruned"), None, set())
+    assert card.data.pipeline_tag == TASKS.get(name, "feature-extraction")
+
+
+ELSEWHERE = [name for name in MODELS if name != "StableMoEForSequenceClassification"]
+
+
+@pytest.mark.parametrize(
+    "name", ["StableMoEForSequenceClassification", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
+)
+def test_publishing_takes_any_checkpoint_and_its_card_says_which(name, checkpoints, monkeypatch):
+    monkeypatch.chdir(checkpoints)
+    card = prepare(name, "user/name").card
+    assert (card.data.pipeline_tag, card.data.eval_results) == (TASKS.get(name, "feature-extraction"), None)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from yaml import YAMLError
 
-from modeling_stablemoe.measure.report import STAGE_HEADINGS, describe_saved_model, format_table
+from modeling_stablemoe.measure.report import describe_saved_model, format_stages
 from modeling_stablemoe.measure.translation_metrics import format_scores
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.tensors_stablemoe import unpack_ids
@@ -26,13 +26,64 @@ OLDEST_TRANSFORMERS = "5.15"
 # What the Hub calls data that it does not have.
 UNKNOWN = "unknown"
 
-_METRIC_NAMES = {"perplexity": "Perplexity", "bleu": "BLEU", "chrf": "chrF"}
+_METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 _DIGITS = {"perplexity": 3, "bleu": 2, "chrf": 2}
 _TAGS = ("stablemoe", "mixture-of-experts", "custom_code")
 # By these tags a card shows that a program wrote it.
 _FILLED = {_TAGS[0], "generated_from_trainer"}
 # ISO 639, and the two values that the Hub has besides.
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+
+
+class Head(NamedTuple):
+    """What a model of one class is for.
+
+    Attributes:
+        kind (`str`): what it is called.
+        task (`str`): what the Hub calls its task.
+        auto_class (`str`): loads it.
+    """
+
+    kind: str
+    task: str
+    auto_class: str
+
+
+_HEADS = {
+    "StableMoEForCausalLM": Head("language model", "text-generation", "AutoModelForCausalLM"),
+    "StableMoEForConditionalGeneration": Head("translation model", "translation", "AutoModelForSeq2SeqLM"),
+    "StableMoEForSequenceClassification": Head(
+        "text classifier", "text-classification", "AutoModelForSequenceClassification"
+    ),
+    "StableMoEModel": Head("language model without a head", "feature-extraction", "AutoModel"),
+    "StableMoESeq2SeqModel": Head("translation model without a head", "feature-extraction", "AutoModel"),
+}
+
+
+def head_of(config: StableMoEBaseConfig, model_class: type | None = None) -> Head:
+    """Find out what a model is for.
+
+    Args:
+        config (`StableMoEBaseConfig`): of the model.
+        model_class (`type`, *optional*): of the model, or a subclass. Default: what the config was saved with.
+
+    Returns:
+        `Head`: that of a model with a language head where the class is none of this package.
+    """
+    if model_class is None:
+        names = config.architectures or []
+    else:
+        names = [parent.__name__ for parent in model_class.__mro__]
+    family = "StableMoEForConditionalGeneration" if config.is_encoder_decoder else "StableMoEForCausalLM"
+    head = next((_HEADS[name] for name in names if name in _HEADS), _HEADS[family])
+    if head.task == "text-classification" and problem_type_of(config) == "regression":
+        return head._replace(kind="model that scores texts")
+    return head
+
+
+def problem_type_of(config: StableMoEBaseConfig) -> str:
+    """Give `config.problem_type`; one that no labels have told yet follows from the number of labels."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
 @dataclass(frozen=True)
@@ -47,7 +98,7 @@ class CardFacts:
         dataset_name (`str`, *optional*): what was measured on, a Hub name if it has one. Default: the data sets.
         dataset_config (`str`, *optional*): configuration of the data set that was measured on.
         dataset_split (`str`, *optional*): its split.
-        task (`str`, *optional*): as the Hub calls it. Default: "text-generation" or "translation".
+        task (`str`, *optional*): as the Hub calls it. Default: that of the model's head, such as "text-generation".
         tags (`list[str]`): more tags.
 
     Raises:
@@ -118,7 +169,7 @@ def running_versions() -> dict[str, str]:
 
 
 def measured_metrics(results: dict) -> dict[str, float]:
-    """Give what `results` hold that a model index can: perplexity, and BLEU and chrF of translations; no NaN.
+    """Give what `results` hold that a model index can: perplexity or loss, BLEU and chrF, other metrics; no NaN.
 
     Args:
         results (`dict`): see `build_model_card`.
@@ -126,11 +177,13 @@ def measured_metrics(results: dict) -> dict[str, float]:
     scores = results.get("scores") or {}
     found = {
         "perplexity": results.get("perplexity"),
+        "loss": results.get("loss"),
         "bleu": scores.get("mean_bleu", results.get("bleu")),
         "chrf": scores.get("mean_chrf", results.get("chrf")),
+        **results.get("metrics", {}),
     }
     return {
-        name: round(value, _DIGITS[name])
+        name: round(value, _DIGITS.get(name, 4))
         for name, value in found.items()
         if value is not None and math.isfinite(value)
     }
@@ -142,6 +195,7 @@ def build_model_card(
     model_name: str,
     config: StableMoEBaseConfig,
     results: dict,
+    model_class: type | None = None,
     dataset_name: str | None = None,
     facts: CardFacts | None = None,
     title: str | None = None,
@@ -155,9 +209,11 @@ def build_model_card(
         model_name (`str`): Hub name or folder name of the model.
         config (`StableMoEBaseConfig`): of the trained model.
         results (`dict`): `parameters`, `stages` and `distillation_agreement_at_transition` of the run; `perplexity`,
-            unless nothing was evaluated; for a translation model `scores` (of `score_translations`), or `bleu` and `chrf`;
+            unless nothing was evaluated, or, without a language head, `loss` and `metrics`, a `dict` of numbers by name;
+            for a translation model `scores` (of `score_translations`), or `bleu` and `chrf`;
             `split` says what was measured on, unless it was the validation split, and `evaluated_step` when, unless at
             the end; `step` and `routing_stage` say which model of the run it is, unless the last.
+        model_class (`type`, *optional*): of the model. Default: what `config` was saved with.
         dataset_name (`str`, *optional*): what was measured on. Default: that of `facts`.
         facts (`CardFacts`, *optional*): what else is known.
         title (`str`, *optional*): heading of the card. Default: the model's name.
@@ -169,13 +225,17 @@ def build_model_card(
     """
     facts = (facts or CardFacts()).updated(dataset_name=dataset_name)
     fingerprint, scores = config.router_fingerprint, results.get("scores")
-    data = _metadata(model_name, config.is_encoder_decoder, measured_metrics(results), facts)
+    head = head_of(config, model_class)
+    data = _metadata(model_name, facts.task or head.task, measured_metrics(results), facts)
     return ModelCard.from_template(
         data,
         template_path=str(template or card_template()),
         title=title or model_name,
         model_name=model_name,
-        translates=config.is_encoder_decoder,
+        kind=head.kind,
+        auto_class=head.auto_class,
+        problem_type=problem_type_of(config),
+        is_encoder_decoder=config.is_encoder_decoder,
         is_frozen=fingerprint is not None,
         can_freeze=fingerprint is None and bool(config.num_moe_layers) and config.distilled_router is not None,
         base_model=_describe_base(facts.base_model),
@@ -189,7 +249,7 @@ def build_model_card(
         step=results.get("step"),
         measured=_describe_measured(results),
         agreement=_describe_agreement(results, fingerprint is not None),
-        stages_table=format_table(results["stages"], STAGE_HEADINGS),
+        stages_table=format_stages(results["stages"]),
         scores_table=None if scores is None else format_scores(scores),
         figure=figure,
         oldest_transformers=OLDEST_TRANSFORMERS,
@@ -197,8 +257,7 @@ def build_model_card(
     )
 
 
-def _metadata(model_name: str, translates: bool, metrics: dict[str, float], facts: CardFacts) -> ModelCardData:
-    task = facts.task or ("translation" if translates else "text-generation")
+def _metadata(model_name: str, task: str, metrics: dict[str, float], facts: CardFacts) -> ModelCardData:
     measured_on = facts.dataset_name or ", ".join(facts.datasets) or UNKNOWN
     return ModelCardData(
         library_name="transformers",
@@ -217,7 +276,7 @@ def _metadata(model_name: str, translates: bool, metrics: dict[str, float], fact
                 dataset_config=facts.dataset_config,
                 dataset_split=facts.dataset_split,
                 metric_type=metric,
-                metric_name=_METRIC_NAMES[metric],
+                metric_name=_METRIC_NAMES.get(metric, metric.replace("_", " ").capitalize()),
                 metric_value=value,
             )
             for metric, value in metrics.items()
@@ -280,10 +339,11 @@ def _describe_measured(results: dict) -> dict[str, str]:
     split, step = results.get("split", "validation"), results.get("evaluated_step")
     when = "" if step is None or step == results.get("step") else f", at step {step}"
     texts = {
-        f"{split} {_METRIC_NAMES[name] if name != 'perplexity' else name}{when}": f"{value:.2f}"
+        f"{split} {_METRIC_NAMES.get(name, name.replace('_', ' '))}{when}": f"{value:.{2 if name in _DIGITS else 4}f}"
         for name, value in measured_metrics(results).items()
     }
-    return texts or {f"{split} perplexity": "not measured"}
+    measure = "loss" if "loss" in results["stages"][-1] else "perplexity"
+    return texts or {f"{split} {measure}": "not measured"}
 
 
 __all__ = [
@@ -291,6 +351,7 @@ __all__ = [
     "CardFacts",
     "build_model_card",
     "card_template",
+    "head_of",
     "is_filled_card",
     "is_hub_name",
     "languages_of_pairs",

@@ -22,7 +22,7 @@ from modeling_stablemoe.measure.report import last_evaluation, summarize_run
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 
 from . import reload_probe
-from .cards import CARD_FILE, CardFacts, build_model_card, is_filled_card, measured_metrics
+from .cards import CARD_FILE, CardFacts, build_model_card, head_of, is_filled_card, measured_metrics
 from .publishing import Shipment, rename, select_files
 
 
@@ -122,9 +122,10 @@ def check_without_package(folder: Path, expected: dict[str, Tensor]):
     if actual.keys() != expected.keys():
         raise ValueError(f"The code files in {str(folder)!r} are of another model. {_SAVE_AGAIN}")
     for key, value in expected.items():
-        if not (
-            torch.allclose(actual[key], value, **_TOLERANCE) if key == "logits" else torch.equal(actual[key], value)
-        ):
+        is_close = (
+            torch.allclose(actual[key], value, **_TOLERANCE) if key == "output" else torch.equal(actual[key], value)
+        )
+        if not is_close:
             raise ValueError(f"The code files in {str(folder)!r} compute other {key.split('_')[0]}. {_SAVE_AGAIN}")
 
 
@@ -149,6 +150,7 @@ def _card_of(folder: Path, name: str, model: PreTrainedModel) -> ModelCard:
         model_name=name,
         config=model.config,
         results=results,
+        model_class=type(model),
         figure=FIGURE_FILE if (folder / FIGURE_FILE).exists() else None,
         versions={"transformers": json.loads((folder / "config.json").read_text())["transformers_version"]},
     )
@@ -158,7 +160,8 @@ def _results_of_state(folder: Path, model: PreTrainedModel) -> dict:
     """Read what a run came to off the Trainer's state; without one, nothing was measured."""
     path = folder / "trainer_state.json"
     state = TrainerState.load_from_json(str(path)) if path.exists() else TrainerState()
-    results = {**summarize_run(model, state, state.global_step), **last_evaluation(state.log_history)}
+    measured = last_evaluation(state.log_history, has_language_head=model.can_generate())
+    results = {**summarize_run(model, state, state.global_step), **measured}
     return results if path.exists() else {**results, "step": None}
 
 
@@ -175,8 +178,7 @@ def check_card(card: ModelCard, config: StableMoEBaseConfig, results: dict | Non
         ValueError: for the first thing that is wrong.
     """
     data = card.data
-    task = "translation" if config.is_encoder_decoder else "text-generation"
-    for key, expected in (("library_name", "transformers"), ("pipeline_tag", task)):
+    for key, expected in (("library_name", "transformers"), ("pipeline_tag", head_of(config).task)):
         if data.get(key) != expected:
             raise ValueError(f"The card says `{key}: {data.get(key)}`; for this model it is {expected!r}.")
     _check_facts(data)

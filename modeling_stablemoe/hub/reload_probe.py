@@ -9,16 +9,10 @@ import importlib.abc
 import sys
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 PACKAGE = "modeling_stablemoe"
@@ -29,38 +23,50 @@ _ROWS, _TOKENS = 2, 16
 def load(folder: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load model, in float32 and eval mode, and tokenizer of a checkpoint; see `from_pretrained` for the options.
 
+    The model has the head that it was saved with.
+
     Raises:
         ValueError: if weights are missing, or of no use to the model.
     """
     config = AutoConfig.from_pretrained(folder, **options)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
+    model, info = _auto_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
     for problem in ("missing_keys", "unexpected_keys"):
         if info[problem]:
             raise ValueError(f"The weights have {problem.replace('_', ' ')}: {', '.join(sorted(info[problem]))}.")
     return model.eval(), AutoTokenizer.from_pretrained(folder, **options)
 
 
+def _auto_class(config: PreTrainedConfig) -> type:
+    """Find what loads the class that a checkpoint was saved from; that of a language head where its code has no such class."""
+    names = {f".{name}" for name in config.architectures or ()}
+    for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
+        if any(reference.endswith(name) for name in names):
+            return getattr(transformers, auto_class)
+    return transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+
+
 @torch.no_grad()
 def compute(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Compute logits and experts of a few made-up tokens.
+    """Compute logits, or last hidden states without a head, and experts of a few made-up tokens.
 
     Returns:
-        `dict[str, torch.Tensor]`: `logits`; `experts_<k>` of MoE layer k; `fingerprint`, the bytes of that of the frozen
+        `dict[str, torch.Tensor]`: `output`; `experts_<k>` of MoE layer k; `fingerprint`, the bytes of that of the frozen
         routing, empty in stage 1.
     """
     length = min(_TOKENS, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (_ROWS, length), generator=generator)
-    inputs = {"input_ids": input_ids}
+    # A classifier without a padding token is told by the mask where a sequence ends.
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = input_ids.flip(1)
-    outputs = model(**inputs, output_router_logits=True, use_cache=False)
+    routed = model.base_model(**inputs, output_expert_indices=True)
+    experts = [index for name, layers in routed.items() if name.endswith("expert_indices") for index in layers]
     fingerprint = (model.router_fingerprint() or "").encode()
     return {
-        "logits": outputs.logits.contiguous(),
+        "output": model(**inputs)[0].contiguous(),
         "fingerprint": torch.tensor(list(fingerprint), dtype=torch.uint8),
-        **{f"experts_{k}": index.contiguous() for k, index in enumerate(outputs.expert_indices or ())},
+        **{f"experts_{k}": index.contiguous() for k, index in enumerate(experts)},
     }
 
 

@@ -6,13 +6,12 @@ from .inspection import format_report, inspect_routing, route_texts
 from .inspection_page import build_page
 from .machine import environment
 from .ngram import ngram_perplexities
-from .report import STAGE_HEADINGS, describe_saved_model, format_results, format_table, perplexity_of, summarize_run
+from .report import describe_saved_model, format_results, format_stages, format_table, perplexity_of, summarize_run
 from .run_figures import read_run, write_run_figures
 from .translation_metrics import TranslationMetrics, format_scores
 
 
 __all__ = [
-    "STAGE_HEADINGS",
     "TranslationMetrics",
     "build_page",
     "count_parameters",
@@ -21,6 +20,7 @@ __all__ = [
     "format_report",
     "format_results",
     "format_scores",
+    "format_stages",
     "format_table",
     "forward_flops",
     "inspect_routing",

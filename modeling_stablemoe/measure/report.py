@@ -8,13 +8,17 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import get_model_param_count
 
 
-STAGE_HEADINGS = {
+_STAGE_HEADINGS = {
     "stage": "stage",
     "steps": "steps",
     "perplexity": "validation perplexity",
+    "loss": "validation loss",
     "load_max_over_mean": "load max/mean",
     "fluctuation": "fluctuation",
 }
+
+# What Trainer logs of an evaluation besides what was measured.
+_SPEEDS = ("_runtime", "_per_second", "_time")
 
 
 def perplexity_of(loss: float) -> float:
@@ -25,17 +29,30 @@ def perplexity_of(loss: float) -> float:
         return math.inf
 
 
-def stage_rows(log_history: Sequence[dict], frozen: bool = False, last_step: int | None = None) -> list[dict]:
+def measure_of(loss: float | None, has_language_head: bool) -> dict[str, float | None]:
+    """Give what an evaluation loss says by the name of it: `perplexity` of a language head, `loss` of any other."""
+    if not has_language_head:
+        return {"loss": loss}
+    return {"perplexity": None if loss is None else perplexity_of(loss)}
+
+
+def stage_rows(
+    log_history: Sequence[dict],
+    frozen: bool = False,
+    last_step: int | None = None,
+    has_language_head: bool = True,
+) -> list[dict]:
     """Sum up each stage of a run.
 
     Args:
         log_history (sequence of `dict`): `trainer.state.log_history` of a run, with `StageTransitionCallback` or not.
         frozen (`bool`): whether the routing is frozen now; without a transition in the history it always was.
         last_step (`int`, *optional*): of the run. Default: that of the history.
+        has_language_head (`bool`): whether the evaluation loss is that of tokens, so that it has a perplexity.
 
     Returns:
         `list[dict]`: one row a stage that the run went through, with `stage`, `steps` (the last step), `perplexity`
-        (of the last evaluation in it), `load_max_over_mean` (of the last training log) and `fluctuation` (stage 1: at
+        (of the last evaluation in it; without a language head `loss`), `load_max_over_mean` (of the last training log) and `fluctuation` (stage 1: at
         the last check before the transition, stage 2: the largest after it); `None` where it was not measured.
     """
     transition = next((entry["step"] for entry in log_history if "transition_step" in entry), None)
@@ -45,10 +62,12 @@ def stage_rows(log_history: Sequence[dict], frozen: bool = False, last_step: int
         bounds = [(2 if frozen else 1, 0, last_step)]
     else:
         bounds = [(1, 0, transition), (2, transition, last_step)]
-    return [_row(stage, first, last, transition, log_history) for stage, first, last in bounds]
+    return [_row(*bound, transition, log_history, has_language_head) for bound in bounds]
 
 
-def _row(stage: int, first: int, last: int, transition: int | None, log_history: Sequence[dict]) -> dict:
+def _row(
+    stage: int, first: int, last: int, transition: int | None, log_history: Sequence[dict], has_language_head: bool
+) -> dict:
     # Evaluation at the transition itself reads the new table, which holds what stage 1 evaluated a moment before.
     entries = [entry for entry in log_history if (first < entry["step"] or first == 0) and entry["step"] <= last]
     losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
@@ -67,7 +86,7 @@ def _row(stage: int, first: int, last: int, transition: int | None, log_history:
     return {
         "stage": stage,
         "steps": last,
-        "perplexity": perplexity_of(losses[-1]) if losses else None,
+        **measure_of(losses[-1] if losses else None, has_language_head),
         "load_max_over_mean": loads[-1] if loads else None,
         "fluctuation": change,
     }
@@ -98,13 +117,24 @@ def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def summarize(log_history: Sequence[dict], frozen: bool = False, last_step: int | None = None) -> dict:
+def format_stages(rows: Sequence[dict]) -> str:
+    """Lay out the rows of `stage_rows` as a Markdown table."""
+    return format_table(rows, {column: heading for column, heading in _STAGE_HEADINGS.items() if column in rows[0]})
+
+
+def summarize(
+    log_history: Sequence[dict],
+    frozen: bool = False,
+    last_step: int | None = None,
+    has_language_head: bool = True,
+) -> dict:
     """Gather what a run's log history says of its routing.
 
     Args:
         log_history (sequence of `dict`): see `stage_rows`.
         frozen (`bool`): see `stage_rows`.
         last_step (`int`, *optional*): see `stage_rows`.
+        has_language_head (`bool`): see `stage_rows`.
 
     Returns:
         `dict`: `stages`, the rows of `stage_rows`, and `distillation_agreement_at_transition`, the share of tokens on
@@ -112,7 +142,7 @@ def summarize(log_history: Sequence[dict], frozen: bool = False, last_step: int 
     """
     transition = next((entry for entry in log_history if "transition_step" in entry), {})
     return {
-        "stages": stage_rows(log_history, frozen, last_step),
+        "stages": stage_rows(log_history, frozen, last_step, has_language_head),
         "distillation_agreement_at_transition": transition.get("transition_agreement"),
     }
 
@@ -155,26 +185,36 @@ def summarize_run(model: PreTrainedModel, state: TrainerState, step: int) -> dic
         "step": step,
         "routing_stage": stage if model.config.num_moe_layers else None,
         "router_fingerprint": fingerprint,
-        **summarize(state.log_history, fingerprint is not None, state.global_step),
+        **summarize(state.log_history, fingerprint is not None, state.global_step, model.can_generate()),
     }
 
 
-def last_evaluation(log_history: Sequence[dict], step: int | None = None) -> dict:
+def last_evaluation(log_history: Sequence[dict], step: int | None = None, has_language_head: bool = True) -> dict:
     """Give what the last evaluation of a run measured, as a model card takes it.
 
     Args:
         log_history (sequence of `dict`): `trainer.state.log_history`.
         step (`int`, *optional*): the evaluation of this step is wanted. Default: the last there is.
+        has_language_head (`bool`): see `stage_rows`.
 
     Returns:
-        `dict`: `perplexity`, `evaluated_step`, `split`, and `bleu` and `chrf` if there were; empty without evaluation.
+        `dict`: `evaluated_step`, `split`, `perplexity`, and `bleu` and `chrf` if there were; without a language head
+        `loss` in their place, and `metrics`, all numbers that were logged with it; empty without evaluation.
     """
     entries = [entry for entry in log_history if "eval_loss" in entry and step in (None, entry["step"])]
     if not entries:
         return {}
-    scores = {name: entries[-1][f"eval_{name}"] for name in ("bleu", "chrf") if f"eval_{name}" in entries[-1]}
-    perplexity = perplexity_of(entries[-1]["eval_loss"])
-    return {"perplexity": perplexity, "evaluated_step": entries[-1]["step"], "split": "evaluation", **scores}
+    logged = {
+        name.removeprefix("eval_"): value
+        for name, value in entries[-1].items()
+        if name.startswith("eval_") and isinstance(value, (int, float)) and not name.endswith(_SPEEDS)
+    }
+    measured = measure_of(logged.pop("loss"), has_language_head)
+    if has_language_head:
+        measured |= {name: logged[name] for name in ("bleu", "chrf") if name in logged}
+    else:
+        measured["metrics"] = logged
+    return {**measured, "evaluated_step": entries[-1]["step"], "split": "evaluation"}
 
 
 def format_results(results: dict) -> str:
@@ -187,7 +227,7 @@ def format_results(results: dict) -> str:
     Returns:
         `str`: lines without a newline at the end.
     """
-    lines = [format_table(results["stages"], STAGE_HEADINGS)]
+    lines = [format_stages(results["stages"])]
     agreement = results["distillation_agreement_at_transition"]
     if agreement is not None:
         lines.append(f"distilled and backbone router agreed on {agreement:.1%} of tokens when frozen")
@@ -200,9 +240,9 @@ def format_results(results: dict) -> str:
 
 
 __all__ = [
-    "STAGE_HEADINGS",
     "describe_saved_model",
     "format_results",
+    "format_stages",
     "format_table",
     "last_evaluation",
     "perplexity_of",

@@ -374,6 +374,7 @@ def write_results(
         model_name=trainer.hub_model_id or folder.resolve().name,
         config=trainer.model.config,
         results=results,
+        model_class=type(trainer.model),
         dataset_name=dataset_name,
         facts=facts,
         figure=FIGURE_FILE if (folder / FIGURE_FILE).exists() else None,

@@ -145,6 +145,7 @@ class ModelCardCallback(TrainerCallback):
             model_name=self._name,
             config=model.config,
             results=self._results(model),
+            model_class=type(model),
             facts=facts or self._all_facts(),
             title=title,
             figure=self._bring_figure(Path(folder)),
@@ -160,7 +161,7 @@ class ModelCardCallback(TrainerCallback):
         is_best = self._has_ended and args.load_best_model_at_end and state.best_model_checkpoint is not None
         step = state.best_global_step if is_best else state.global_step
         results = summarize_run(model, state, step)
-        return {**results, **last_evaluation(state.log_history, step if is_best else None)}
+        return {**results, **last_evaluation(state.log_history, step if is_best else None, model.can_generate())}
 
     def _bring_figure(self, folder: Path) -> str | None:
         figure = Path(self._args.output_dir) / FIGURE_FILE
