@@ -72,6 +72,14 @@ class StableMoETestMixin:
     def test_training_gradient_checkpointing_use_reentrant_true(self):
         pass
 
+    @unittest.skip("wants a warning that a name of the cache is on its way out: the models support both")
+    def test_bc_cache_name_forward(self):
+        pass
+
+    @unittest.skip("wants names of earlier checkpoints back when a model is saved: it is written with those of now")
+    def test_reverse_loading_mapping(self):
+        pass
+
 
 class FrozenStableMoETestMixin:
     """What else it needs to know of models in stage 2."""
@@ -81,6 +89,10 @@ class FrozenStableMoETestMixin:
 
     @unittest.skip("initialises weights that a checkpoint lacks: a frozen routing is not made up, stage 1 runs this")
     def test_can_init_all_missing_weights(self):
+        pass
+
+    @unittest.skip("expects tables of a model on the meta device: there is nothing to freeze, stage 1 runs this")
+    def test_init_weights_can_init_buffers(self):
         pass
 
     @unittest.skip("gives frozen weights the config of a new model, in stage 1: refused as mixed from two checkpoints")
