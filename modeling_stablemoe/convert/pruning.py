@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from modeling_stablemoe.checkpoints.architectures import MODELS, read_saved_class
+from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS, MODELS, read_saved_class
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.distillation_stablemoe import sees_context
 from modeling_stablemoe.model.experts_stablemoe import current_name
@@ -30,8 +30,6 @@ from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin, chec
 from modeling_stablemoe.model.tensors_stablemoe import is_quantized, pack_ids, unpack_ids
 
 
-# What `from_pretrained` takes that says where a checkpoint is.
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "proxies")
 _TABLE = "frozen_router.routing_table"
 # What stands in a text whatever it says, by its name in a config or generation config.
 _SPECIAL_IDS = (
@@ -377,7 +375,7 @@ def load_pruned(
         OSError: if there is no such checkpoint.
         ValueError: see `plan_pruning`; also for a damaged checkpoint, and for one that is not of this package.
     """
-    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     model_class, config, generation_config = read_configs(checkpoint, **hub)
     with open_weights(checkpoint, variant, **hub) as weights:
         tables = read_tables(model_class, config, weights)
