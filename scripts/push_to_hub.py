@@ -21,7 +21,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
         epilog="Checked before anything is sent: weights against config and fingerprint; the same logits and experts when "
         "loaded by the package and, in a fresh interpreter without it, by the code files; the tokenizer; the model card's "
         "metadata against results.json. Of the folder go weights (safetensors), config, code, tokenizer, results and "
-        "figures; never pickles, optimizer states or subfolders. The folder is not changed.",
+        "figures; never pickles, optimizer states or subfolders other than that of chat templates. The folder is not changed.",
     )
     parser.add_argument("folder", help="a checkpoint, or the output folder of a run")
     parser.add_argument("name", help="repository on the Hub, as in user/name; made if there is none")

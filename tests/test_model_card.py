@@ -530,6 +530,16 @@ def test_another_model_is_refused(tmp_path):
 # The template
 
 
+@pytest.mark.parametrize(
+    "page", ["hub_card.md", "README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_code_without_the_package_trusts_what_it_loads_or_a_terminal_is_asked(page):
+    for code in re.findall(r"^```\w*\n(.+?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
+        if "trust_remote_code=True" in code and "import modeling_stablemoe" not in code:
+            calls = [line for line in code.splitlines() if "from_pretrained(" in line]
+            assert not [line for line in calls if "trust_remote_code=True" not in line]
+
+
 @pytest.mark.slow
 def test_an_installed_package_has_the_template(tmp_path):
     source = tmp_path / "source"

@@ -121,6 +121,14 @@ def test_encoder_and_decoder_are_offloaded(seq2seq_checkpoint, place):
     assert offload.statistics.layer_passes == 1 + 2 * (expected.shape[1] - 1)
 
 
+def test_experts_of_a_variant_are_read_from_its_file(checkpoint, model, tmp_path):
+    tiny_model(seed=1, moe_layer_positions=[0, 2], intermediate_size=48).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="own")
+    offloaded = load(tmp_path, "disk", variant="own")
+    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    assert torch.equal(logits(offloaded), logits(model))
+
+
 @pytest.mark.parametrize("model_class", [StableMoEForSequenceClassification, StableMoEModel])
 def test_other_heads_and_none(checkpoint, model_class):
     torch.manual_seed(0)

@@ -293,6 +293,23 @@ def test_a_checkpoint_is_pruned_while_it_is_read(tmp_path, max_shard_size):
     assert half.generation_config.suppress_tokens is None
 
 
+@pytest.mark.parametrize("max_shard_size", ["1GB", "30KB"])
+def test_of_the_weights_of_a_variant_no_others_are_read(tmp_path, max_shard_size):
+    whole, other = whole_model(), whole_model()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1.0)
+    other.save_pretrained(tmp_path)
+    whole.half().save_pretrained(tmp_path, variant="fp16", max_shard_size=max_shard_size)
+    loaded = load_pruned(tmp_path, SUBSET, variant="fp16")
+    assert loaded.dtype == torch.float16
+    assert_same_state(loaded, prune_experts(whole, SUBSET))
+    (tmp_path / "model.safetensors").unlink()
+    assert_same_state(load_pruned(tmp_path, SUBSET, variant="fp16"), loaded)
+    for variant, name in ((None, "model.safetensors"), ("int8", "model.int8.safetensors")):
+        with pytest.raises(ValueError, match=rf"no weights as safetensors \({name}\).*the `variant`"):
+            load_pruned(tmp_path, SUBSET, variant=variant)
+
+
 def test_translation_models_and_classifiers_load_pruned(tmp_path):
     translator().save_pretrained(tmp_path / "translator")
     loaded = load_pruned(tmp_path / "translator", [3, 4, 5], [50, 51])

@@ -16,11 +16,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
 from test_checkpoints_loading import CODE_FILES
 from trainers import BLOCKS, make_trainer, tiny_tokenizer
+from transformers import AutoTokenizer
 from workplaces import ROOT, content, load_script, refuse
 
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
 from modeling_stablemoe.hub.cards import CardFacts
-from modeling_stablemoe.hub.publishing import rename, select_files
+from modeling_stablemoe.hub.publishing import Shipment, format_shipment, rename, select_files
 from modeling_stablemoe.hub.release_checks import check_card, check_weight_files, check_without_package, prepare
 from modeling_stablemoe.hub.reload_probe import compute
 from modeling_stablemoe.runs.run import evaluate_saved_model, summarize_run, write_results
@@ -89,7 +90,7 @@ def results_of(folder) -> dict:
 
 
 def check(folder, card):
-    check_card(card, config_of(folder), results_of(folder), {path.name for path in select_files(folder)[0]})
+    check_card(card, config_of(folder), results_of(folder), set(select_files(folder)[0]))
 
 
 def test_dry_run_checks_and_lists_what_would_be_sent_and_changes_nothing(run_folder, capsys):
@@ -108,11 +109,38 @@ def test_dry_run_checks_and_lists_what_would_be_sent_and_changes_nothing(run_fol
 
 def test_no_pickle_and_no_state_of_training_is_ever_sent(run_folder):
     for folder in (run_folder, run_folder / "checkpoint-2", run_folder / "checkpoint-4"):
-        names = {path.name for path in select_files(folder)[0]}
+        names = set(select_files(folder)[0])
         assert {"model.safetensors", "config.json", "configuration_stablemoe.py"} <= names
         assert not {name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))}
         assert {name for name in names if name.endswith(".safetensors")} == {"model.safetensors"}
         assert not {"trainer_state.json", "run.json", "checkpoint_manifest.json"} & names
+
+
+def test_all_chat_templates_of_a_tokenizer_are_sent(copied, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {
+        "default": "{{ messages }}",
+        "tool_use": "w3 {{ messages }}",
+        "rag": "w4 {{ messages }}",
+    }
+    tokenizer.save_pretrained(copied)
+    (copied / "additional_chat_templates" / "notes.txt").write_text("")
+    files, left_out = select_files(copied)
+    assert {
+        "chat_template.jinja",
+        *(f"additional_chat_templates/{name}.jinja" for name in ("tool_use", "rag")),
+    } <= set(files)
+    assert [name for name in left_out if "chat_template" in name] == ["additional_chat_templates/notes.txt"]
+    shipment = Shipment(files, card_of(copied), left_out)
+    assert f" {len('w4 {{ messages }}')} B  additional_chat_templates/rag.jinja\n" in format_shipment(
+        shipment, "user/name", None
+    )
+    for operation in shipment.operations():
+        target = tmp_path / "repository" / operation.path_in_repo
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with operation.as_file() as file:
+            target.write_bytes(file.read())
+    assert AutoTokenizer.from_pretrained(tmp_path / "repository").chat_template == tokenizer.chat_template
 
 
 def test_a_checkpoint_without_a_card_gets_one_from_the_state_of_its_run(run_folder, tmp_path):
@@ -285,7 +313,7 @@ def test_script_sends_what_it_lists_in_one_commit(hub, run_folder, answers, fing
     assert [commit.title for commit in hub.commits("user/model")] == ["initial commit", "First"]
     assert hub.repository("user/model").private
     files = hub.files("user/model")
-    expected = {path.name for path in select_files(run_folder)[0]} | {"README.md"}
+    expected = {*select_files(run_folder)[0], "README.md"}
     assert files.keys() == expected
     assert CODE_FILES | {"routing_fluctuation.png", "results.json"} <= expected
     for name in expected - {"README.md"}:

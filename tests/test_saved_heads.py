@@ -8,7 +8,7 @@ from conftest import shaken, tiny_config, tiny_seq2seq_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 from workplaces import load_script, refuse
 
 from modeling_stablemoe.checkpoints.architectures import MODELS, load_saved
@@ -23,6 +23,7 @@ TASKS = {
     "StableMoEForSequenceClassification": "text-classification",
     "StableMoEForConditionalGeneration": "translation",
 }
+CHAT_TEMPLATES = {"default": "{{ messages }}", "tool_use": "tools {{ messages }}"}
 TEXT = "the cat and the dog and the script\n" * 4
 
 
@@ -45,6 +46,7 @@ def checkpoints(tmp_path_factory):
         is_pair = "Seq2Seq" in name or "Conditional" in name
         tokenizer = pairs if is_pair else byte_level_tokenizer()
         model = build(name, vocab_size=len(pairs) if is_pair else BYTE_LEVEL_SIZE)
+        tokenizer.chat_template = CHAT_TEMPLATES
         model.freeze_router()
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -58,6 +60,7 @@ def texts_for(name: str) -> list[str]:
 
 
 def assert_same_kind(folder, expected):
+    assert AutoTokenizer.from_pretrained(folder).chat_template == CHAT_TEMPLATES
     assert json.loads((folder / "config.json").read_text())["architectures"] == [expected.name]
     assert load_file(folder / "model.safetensors").keys() == load_file(expected / "model.safetensors").keys()
 
@@ -129,6 +132,15 @@ def test_a_checkpoint_with_other_weights_than_its_model_is_refused(tmp_path):
     save_file(more, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="unexpected keys: scores"):
         load_saved(tmp_path)
+
+
+def test_a_checkpoint_loads_from_a_subfolder_and_as_a_variant(tmp_path):
+    model = build("StableMoEForSequenceClassification")
+    build("StableMoEForSequenceClassification", hidden_size=16).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "inner", variant="whole", max_shard_size="30KB")
+    loaded = load_saved(tmp_path, subfolder="inner", variant="whole")
+    state = loaded.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -33,6 +33,8 @@ MODELS: dict[str, type[PreTrainedModel]] = {
         StableMoEForConditionalGeneration,
     )
 }
+# What `from_pretrained` takes that says where a checkpoint is.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "proxies")
 
 
 def read_saved_class(checkpoint: str | PathLike, **hub: Any) -> tuple[type[PreTrainedModel], StableMoEBaseConfig]:
@@ -83,7 +85,8 @@ def load_saved(
         OSError: if there is no such checkpoint.
         ValueError: if it is not of this package, not `wanted`, or has fewer or more weights than its model.
     """
-    model_class, _ = read_saved_class(checkpoint)
+    hub = {name: loading[name] for name in HUB_OPTIONS if name in loading}
+    model_class, _ = read_saved_class(checkpoint, **hub)
     if wanted not in (None, model_class):
         raise ValueError(
             f"{str(checkpoint)!r} was saved from a {model_class.__name__}; what is needed is a {wanted.__name__}."
@@ -98,4 +101,4 @@ def load_saved(
     return model
 
 
-__all__ = ["MODELS", "load_saved", "read_saved_class"]
+__all__ = ["HUB_OPTIONS", "MODELS", "load_saved", "read_saved_class"]

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from modeling_stablemoe.checkpoints.architectures import MODELS, read_saved_class
+from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS, MODELS, read_saved_class
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.distillation_stablemoe import sees_context
 from modeling_stablemoe.model.experts_stablemoe import current_name
@@ -30,8 +30,6 @@ from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin, chec
 from modeling_stablemoe.model.tensors_stablemoe import is_quantized, pack_ids, unpack_ids
 
 
-# What `from_pretrained` takes that says where a checkpoint is.
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "proxies")
 _TABLE = "frozen_router.routing_table"
 # What stands in a text whatever it says, by its name in a config or generation config.
 _SPECIAL_IDS = (
@@ -355,6 +353,7 @@ def load_pruned(
     target_ids: Iterable[int] | Tensor | None = None,
     *,
     confine_generation: bool = True,
+    variant: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint without the experts that a part of the vocabulary never reaches, and never read those.
@@ -366,6 +365,7 @@ def load_pruned(
         token_ids (iterable of `int`): see `prune_experts`.
         target_ids (iterable of `int`, *optional*): see `prune_experts`.
         confine_generation (`bool`): see `prune_experts`.
+        variant (`str`, *optional*): what `save_pretrained` was told: the weights are in model.<variant>.safetensors.
         **kwargs: as of `from_pretrained`: `revision`, `token`, `cache_dir`, `dtype`, `device_map` and the like.
 
     Returns:
@@ -375,9 +375,9 @@ def load_pruned(
         OSError: if there is no such checkpoint.
         ValueError: see `plan_pruning`; also for a damaged checkpoint, and for one that is not of this package.
     """
-    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     model_class, config, generation_config = read_configs(checkpoint, **hub)
-    with open_weights(checkpoint, **hub) as weights:
+    with open_weights(checkpoint, variant, **hub) as weights:
         tables = read_tables(model_class, config, weights)
         pruning = plan_pruning(model_class, config, tables, token_ids, target_ids, generation_config)
         state = pruning.take(weights)
@@ -412,11 +412,12 @@ def read_configs(
 
 
 @contextmanager
-def open_weights(checkpoint: str | PathLike, **hub: Any) -> Iterator[dict[str, Any]]:
+def open_weights(checkpoint: str | PathLike, variant: str | None = None, **hub: Any) -> Iterator[dict[str, Any]]:
     """Open the safetensors files of a checkpoint, of the Hub or in a folder.
 
     Args:
         checkpoint (`str` or `PathLike`): Hub name or folder.
+        variant (`str`, *optional*): see `load_pruned`.
         **hub: as of `from_pretrained`.
 
     Yields:
@@ -425,13 +426,14 @@ def open_weights(checkpoint: str | PathLike, **hub: Any) -> Iterator[dict[str, A
     Raises:
         ValueError: if there are none, or they cannot be read.
     """
+    names = [_name_of_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     single, index = (
-        cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub)
-        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names
     )
     if single is None and index is None:
         raise ValueError(
-            f"{str(checkpoint)!r} has no weights as safetensors ({SAFE_WEIGHTS_NAME}); save it with `save_pretrained`."
+            f"{str(checkpoint)!r} has no weights as safetensors ({names[0]}); save it with `save_pretrained`, and give the "
+            "`variant` that it was saved with, if any."
         )
     files = [single] if single is not None else get_checkpoint_shard_files(checkpoint, index, **hub)[0]
     with ExitStack() as stack:
@@ -443,6 +445,11 @@ def open_weights(checkpoint: str | PathLike, **hub: Any) -> Iterator[dict[str, A
                 f"The weights of {str(checkpoint)!r} are not a readable safetensors file: {error}. It may have been cut off "
                 "while saving or downloading; fetch it again or use an earlier checkpoint."
             ) from error
+
+
+def _name_of_variant(name: str, variant: str | None) -> str:
+    stem, _, suffix = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
 
 
 def read_tables(

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError, validate_repo_id
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from .cards import CARD_FILE
 
 
-# Of a folder, no subfolders: checkpoints and logs stay at home.
+# Of a folder, and no subfolder but that of chat templates: checkpoints and logs stay at home.
 _SENT = (
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -38,44 +39,50 @@ class Shipment:
     """What would be sent.
 
     Args:
-        files (`list[Path]`): as they are, to the top of the repository.
+        files (`dict[str, Path]`): as they are, by their path in the repository.
         card (`ModelCard`): in the place of the folder's README.md.
         left_out (`list[str]`): what else the folder holds; subfolders end in "/".
     """
 
-    files: list[Path]
+    files: dict[str, Path]
     card: ModelCard
     left_out: list[str]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """`dict[str, int]`: bytes by file name, sorted by name."""
-        sizes = {path.name: path.stat().st_size for path in self.files}
+        """`dict[str, int]`: bytes by path in the repository, sorted by it."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
         return dict(sorted({**sizes, CARD_FILE: len(str(self.card).encode())}.items()))
 
     def operations(self) -> list[CommitOperationAdd]:
         """Give the changes that make up the commit."""
-        files = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in self.files]
+        files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in self.files.items()]
         return [*files, CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=str(self.card).encode())]
 
 
-def select_files(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """Tell what of a folder is sent: weights as safetensors, config, code, tokenizer, results, figures; never a pickle.
+def select_files(folder: str | Path) -> tuple[dict[str, Path], list[str]]:
+    """Find what of a folder is sent: weights as safetensors, config, code, tokenizer, results, figures; never a pickle.
 
     Args:
         folder (`str` or `Path`): a checkpoint, or the output folder of a run.
 
     Returns:
-        `tuple`: the files to send, without the card, and the names of all else, subfolders with a "/" at the end.
+        `tuple`: the files to send, without the card, by their path in the repository, and the names of all else, subfolders
+        with a "/" at the end.
     """
-    files, left_out = [], []
-    for path in sorted(Path(folder).iterdir()):
-        wanted = path.is_file() and path.name not in _LEFT_OUT and any(fnmatch(path.name, name) for name in _SENT)
+    folder = Path(folder)
+    templates = folder / CHAT_TEMPLATE_DIR  # those of a tokenizer with several, but for the default one
+    files, left_out = {}, []
+    for path in sorted({*folder.iterdir(), *templates.glob("*")} - {templates}):
+        name = path.relative_to(folder).as_posix()
+        patterns = ("*.jinja",) if path.parent == templates else _SENT
+        wanted = path.is_file() and name not in _LEFT_OUT and any(fnmatch(path.name, each) for each in patterns)
         if wanted and not path.name.startswith(("_", ".")):
-            files.append(path)
+            files[name] = path
         else:
-            left_out.append(path.name + "/" * path.is_dir())
-    return [path for path in files if path.name != CARD_FILE], left_out
+            left_out.append(name + "/" * path.is_dir())
+    files.pop(CARD_FILE, None)
+    return files, left_out
 
 
 def check_name(name: str):

@@ -66,7 +66,7 @@ def prepare(folder: str | Path, name: str, license: str | None = None, language:
     for field, value in (("license", license), ("language", language)):
         if value:
             card.data[field] = value
-    check_card(card, model.config, _read_results(folder), {path.name for path in files})
+    check_card(card, model.config, _read_results(folder), set(files))
     check_without_package(folder, reload_probe.compute(model))  # the last, as it takes longest
     return Shipment(files, card, left_out)
 

@@ -141,7 +141,7 @@ def experts_on_disk(name_or_path: str | PathLike, model_class: type | None = Non
     Args:
         name_or_path (`str` or `PathLike`): of the checkpoint, as for `from_pretrained`; its weights are not read.
         model_class (`type`, *optional*): what it will be loaded as; default: what it was saved as.
-        **kwargs: for `AutoConfig.from_pretrained`: `revision`, `token`, `cache_dir`.
+        **kwargs: for `AutoConfig.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`.
 
     Returns:
         `dict[str, str]`: "disk" for the experts, "cpu" for all the rest.
