@@ -104,6 +104,7 @@ USES = [
     Use(
         "transformers.core_model_loading:WeightRenaming.reverse_transform", "the same; saves keep the names of now", 1
     ),
+    Use("transformers.utils:CHAT_TEMPLATE_DIR", "chat templates beyond the first are published"),
     Use("transformers.trainer:TRAINER_STATE_NAME", "the newest checkpoint of a run, whose adapters are resumed"),
     Use(
         "transformers.generation:GenerationMixin._prepare_cache_for_generation",
@@ -389,7 +390,7 @@ def nodes(kind: type) -> list[tuple[str, ast.AST]]:
 
 @cache
 def all_nodes() -> list[tuple[str, ast.AST]]:
-    files = sorted(PACKAGE.glob("*/*.py"))
+    files = sorted(PACKAGE.rglob("*.py"))
     return [(path.name, node) for path in files for node in ast.walk(ast.parse(path.read_text()))]
 
 
