@@ -4,7 +4,18 @@
 from .embedded_corpus import embedded_documents
 from .embedded_pairs import EMBEDDED_PAIR
 from .local_files import STANDARD_INPUT, read_lines
-from .text import DataArguments, check_encoding, collate_blocks, load_corpus, load_tokenizer, pack, without_end
+from .text import (
+    EOS_TOKEN,
+    PAD_TOKEN,
+    DataArguments,
+    check_encoding,
+    collate_blocks,
+    load_corpus,
+    load_tokenizer,
+    pack,
+    train_bpe,
+    without_end,
+)
 from .token_batches import TokenBatchCollator, TokenBatches, sort_by_length
 from .translation import TranslationDataArguments, encode_pairs, load_parallel_corpus, load_translation_tokenizer
 from .translation_tokenizer import add_target_language, encode_sources
@@ -12,6 +23,8 @@ from .translation_tokenizer import add_target_language, encode_sources
 
 __all__ = [
     "EMBEDDED_PAIR",
+    "EOS_TOKEN",
+    "PAD_TOKEN",
     "STANDARD_INPUT",
     "DataArguments",
     "TokenBatchCollator",
@@ -30,5 +43,6 @@ __all__ = [
     "pack",
     "read_lines",
     "sort_by_length",
+    "train_bpe",
     "without_end",
 ]
