@@ -14,7 +14,6 @@ from transformers import (
 )
 
 from .checkpoints.earlier_checkpoints import register_earlier_names
-from .convert.dense import convert_dense
 from .hub.bundle import write_code
 from .hub.cards import CardFacts
 from .model.configuration_stablemoe import PACKAGE_FUNCTIONS, StableMoEConfig, StableMoESeq2SeqConfig
@@ -51,11 +50,19 @@ AutoConfig.register(StableMoESeq2SeqConfig.model_type, StableMoESeq2SeqConfig, e
 AutoModel.register(StableMoESeq2SeqConfig, StableMoESeq2SeqModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(StableMoESeq2SeqConfig, StableMoEForConditionalGeneration, exist_ok=True)
 
+
+def _convert_dense(*args):
+    # Not before it is needed: with that room come those of the scripts, a quarter of the time that the import would take.
+    from .convert.dense import convert_dense
+
+    return convert_dense(*args)
+
+
 register_earlier_names()
 PACKAGE_FUNCTIONS.update(
     balanced_assignment=balanced_assignment,
     balanced_table_in_bands=balanced_table_in_bands,
-    convert_dense=convert_dense,
+    convert_dense=_convert_dense,
     write_code=write_code,
 )
 

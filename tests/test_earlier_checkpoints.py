@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import modeling_stablemoe
+from modeling_stablemoe.checkpoints.earlier_checkpoints import current_name
 from modeling_stablemoe.convert.pruning import load_pruned
-from modeling_stablemoe.model.experts_stablemoe import current_name
 
 
 EARLIER = sorted(path.parent for path in Path(__file__).parent.glob("data/*/config.json"))

@@ -101,4 +101,4 @@ def load_saved(
     return model
 
 
-__all__ = ["HUB_OPTIONS", "MODELS", "load_saved", "read_saved_class"]
+__all__ = ["CONFIGS", "HUB_OPTIONS", "MODELS", "load_saved", "read_saved_class"]

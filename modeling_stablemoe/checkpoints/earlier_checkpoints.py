@@ -2,11 +2,16 @@
 """How `from_pretrained` reads what earlier checkpoints call by other names."""
 
 import copy
+import re
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
+
+
+# Norms of experts are called as Trainer knows norms: by the earlier names it took them for matrices.
+_RENAMED = {rf"sublayers\.(\d+)\.norm_{name}$": rf"sublayers.\1.layernorm_{name}" for name in ("weight", "bias")}
 
 
 class RenamedSince(WeightRenaming):
@@ -20,16 +25,18 @@ class RenamedSince(WeightRenaming):
 
 
 def register_earlier_names():
-    """Tell transformers what the norms of experts were called: `norm_weight`, which its Trainer takes for a matrix."""
+    """Tell transformers what tensors were called."""
     for config_class in (StableMoEConfig, StableMoESeq2SeqConfig):
         register_checkpoint_conversion_mapping(
-            config_class.model_type,
-            [
-                RenamedSince(rf"sublayers\.(\d+)\.norm_{name}$", rf"sublayers.\1.layernorm_{name}")
-                for name in ("weight", "bias")
-            ],
-            overwrite=True,
+            config_class.model_type, [RenamedSince(*names) for names in _RENAMED.items()], overwrite=True
         )
 
 
-__all__ = ["register_earlier_names"]
+def current_name(key: str) -> str:
+    """Give the name that a tensor of an earlier checkpoint has now."""
+    for earlier, current in _RENAMED.items():
+        key = re.sub(earlier, current, key)
+    return key
+
+
+__all__ = ["current_name", "register_earlier_names"]

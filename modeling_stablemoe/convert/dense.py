@@ -16,22 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
 
 
 # What `from_pretrained` takes that says where a checkpoint is and in which dtype it is wanted.
-LOADING_OPTIONS = (
-    "revision",
-    "token",
-    "cache_dir",
-    "dtype",
-    "subfolder",
-    "variant",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "use_safetensors",
-)
+LOADING_OPTIONS = (*HUB_OPTIONS, "dtype", "variant", "use_safetensors")
 # What a dense model says and does not determine: it changes no logit in evaluation.
 FREE_FIELDS = (
     "dropout",

@@ -181,7 +181,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             from N(0, 1/d); q, k and v from Xavier's uniform distribution at a gain of 1/sqrt(2), the attention's output at 1
             and its bias at 0; all other matrices and biases of blocks and experts from U(-1/sqrt(n), 1/sqrt(n)), n the width
             of what they multiply; all experts of a layer equal. It belongs with `scale_embedding=True`. In either, the last
-            matrix of an expert sublayer starts at 0, so that a new expert changes nothing.
+            matrix of an expert sublayer starts at 0: a new expert adds no more than its bias, which is 0 in `"normal"`.
         initializer_range (`float`, *optional*, defaults to 0.02): standard deviation of `"normal"` weights, and of a
             classifier's head.
         dropout (`float`, *optional*, defaults to 0.0): dropout on embeddings, attention and FFN outputs of the blocks.

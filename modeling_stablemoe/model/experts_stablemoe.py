@@ -8,7 +8,6 @@ transformers' `experts_implementation`; `eager` is the one to read, the others a
 Shape suffixes: T tokens, R routed tokens (no sentinels), D hidden size, E experts, F expert hidden size, X and Y any.
 """
 
-import re
 from collections.abc import Callable
 
 import torch
@@ -21,11 +20,6 @@ from transformers.utils import is_torchdynamo_compiling
 from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEBaseConfig
 from .products_stablemoe import ExpertOrder, grouped_layer_norm, grouped_linear, permute, sort_by_expert
 from .tensors_stablemoe import dequantized, is_transformed, local_tensor
-
-
-def current_name(key: str) -> str:
-    """Give the name that a tensor of an earlier checkpoint has now: norms of experts are called as Trainer knows norms."""
-    return re.sub(r"(^|\.)sublayers\.(\d+)\.norm_(weight|bias)$", r"\1sublayers.\2.layernorm_\3", key)
 
 
 class ExpertSublayer(nn.Module):
@@ -418,7 +412,6 @@ __all__ = [
     "Parts",
     "StableMoEExperts",
     "count_overflow",
-    "current_name",
     "drop_overflow",
     "expert_capacity",
     "spread_sentinels",

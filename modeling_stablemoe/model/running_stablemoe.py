@@ -92,10 +92,8 @@ class RouterMemory(nn.Module):
             recent_load (`torch.Tensor` of shape `(E,)`, *optional*): before it; default: as it is kept.
 
         Returns:
-            `torch.Tensor` of shape `(E,)`: `expert_load` itself where there is no window.
+            `torch.Tensor` of shape `(E,)`
         """
-        if not self.window:
-            return expert_load
         if recent_load is None:
             recent_load = self()["recent_load"]
         return recent_load * (1 - expert_load.sum() / self.window).clamp(min=0.0) + expert_load
