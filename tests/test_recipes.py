@@ -198,6 +198,8 @@ def test_overrides_of_a_recipe_are_numbers_as_in_json(tmp_path):
         ("num_train_epochs", "inf"),
         ("warmup_steps", "nan"),
         ("logging_steps", "inf"),
+        ("eval_steps", "-3"),
+        ("save_steps", "nan"),
         ("save_total_limit", str(2**63)),
         ("per_device_train_batch_size", "0"),
         ("per_device_eval_batch_size", "-1"),

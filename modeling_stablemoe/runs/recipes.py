@@ -323,6 +323,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("generation_max_length", "generation_num_beams"), (1, 2**63)),
     **dict.fromkeys(("dataloader_num_workers", "fluctuation_check_steps"), (0, 2**31)),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"), (0, math.inf)),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (0, math.inf)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
     # To be told the norm of the gradients, people clip them at infinity.
     "max_grad_norm": (0, math.nan),
