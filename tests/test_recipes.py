@@ -139,6 +139,93 @@ def test_bad_recipes_end_with_status_2_and_one_line(tmp_path, preset, capsys):
     assert "must be a mapping" in refuse(capsys, unknown)
 
 
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("learning_rate", "1e-3", 1e-3),
+        ("learning_rate", "3.0e-4", 3e-4),
+        ("max_steps", "1_000", 1000),
+        ("max_steps", "010", 10),  # YAML's octal 8
+        ("use_cpu", "yes", True),
+        ("use_cpu", "on", True),
+        ("bf16", "off", False),
+        ("eval_strategy", "no", "no"),  # YAML's false
+        ("max_grad_norm", "inf", float("inf")),
+        ("data_seed", "~", None),
+        ("data_seed", "4294967295", 2**32 - 1),
+        ("run_name", "2026-11-28", "2026-11-28"),  # YAML's date
+        ("train_files", "[1:30, no]", ["1:30", "no"]),  # YAML's ninety
+    ],
+)
+def test_a_value_of_a_recipe_is_what_it_is_on_the_command_line(option, text, value, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model_preset: a.json\noutput_dir: {tmp_path}\nuse_cpu: true\n{option}: {text}\n")
+    found = [getattr(part, option) for part in parse(str(path)) if hasattr(part, option)]
+    assert found == [value]
+    assert isinstance(found[0], type(value))
+
+
+def test_overrides_of_a_recipe_are_numbers_as_in_json(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "model_preset: a.json\nuse_cpu: true\n"
+        "config_overrides: {dropout: 1e-1, initializer_range: 2.0E-2, num_experts: 8, router_type: 'no'}\n"
+    )
+    model, *_ = parse(str(path), "--output_dir", str(tmp_path))
+    assert model.overrides == {"dropout": 0.1, "initializer_range": 0.02, "num_experts": 8, "router_type": "no"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("max_steps", "1e5"),
+        ("max_steps", "100.0"),
+        ("max_steps", "0"),
+        ("max_steps", "-5"),
+        ("max_steps", str(10**20)),
+        ("seed", "-1"),
+        ("seed", str(2**32)),
+        ("data_seed", str(10**20)),
+        ("learning_rate", "nan"),
+        ("learning_rate", ".inf"),
+        ("learning_rate", "inf"),
+        ("learning_rate", "-0.001"),
+        ("learning_rate", "yes"),
+        ("weight_decay", "-0.1"),
+        ("max_grad_norm", "nan"),
+        ("adam_beta2", "1.0"),
+        ("adam_epsilon", "nan"),
+        ("num_train_epochs", "inf"),
+        ("warmup_steps", "nan"),
+        ("logging_steps", "inf"),
+        ("eval_steps", "-3"),
+        ("save_steps", "nan"),
+        ("save_total_limit", str(2**63)),
+        ("per_device_train_batch_size", "0"),
+        ("per_device_eval_batch_size", "-1"),
+        ("gradient_accumulation_steps", "0"),
+        ("dataloader_num_workers", "-1"),
+        ("block_size", str(-(10**20))),
+        ("fluctuation_check_steps", "-1"),
+        ("settled_change", "nan"),
+    ],
+)
+@pytest.mark.parametrize("in_recipe", [False, True])
+def test_a_number_that_no_option_can_have_is_refused_by_the_name_of_the_option(
+    option, value, in_recipe, tmp_path, capsys
+):
+    argv = ["--output_dir", str(tmp_path), "--model_preset", "a.json", "--use_cpu", "true"]
+    if in_recipe:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"{option}: {value}\n")
+        argv = [str(path), *argv]
+    else:
+        argv += [f"--{option}={value}"]
+    message = refuse(capsys, *argv)
+    assert f"argument --{option}" in message
+    assert value in message
+
+
 def test_recipe_that_is_no_yaml_ends_with_status_2(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text("a: [1\nb: 2")

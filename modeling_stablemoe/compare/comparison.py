@@ -34,7 +34,7 @@ from modeling_stablemoe.measure.flops import count_parameters, forward_flops
 from modeling_stablemoe.measure.meter import imbalance
 from modeling_stablemoe.measure.report import perplexity_of
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
-from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, load_preset, model_fields
+from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, YamlLoader, load_preset, model_fields
 from modeling_stablemoe.runs.run import LATEST, RunFolder, build_callbacks, set_hash_tables, train
 from modeling_stablemoe.training.exact_evaluation import BlockTrainer
 from modeling_stablemoe.training.transition import TrainingClockCallback
@@ -133,7 +133,7 @@ def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of systems {str(path)!r}; they are under configuration/systems/.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=YamlLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"The systems {str(path)!r} are not valid YAML: {error}") from error
     if not isinstance(content, dict) or not content:

@@ -2,6 +2,8 @@
 """Recipes and presets: YAML files that fill the command line of a script, JSON files that hold a model's shape."""
 
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -312,6 +314,43 @@ def check_fit(config: StableMoEBaseConfig, num_tokens: int, **lengths: int):
             )
 
 
+# What numbers of Trainer's options may be: at least the first, below the second. Trainer finds out in the middle of a run, if
+# ever: it takes a negative weight decay, and 0 for `max_steps` as leave to train three epochs.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
+    **dict.fromkeys(("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), (1, 2**63)),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "batch_tokens"), (1, 2**63)),
+    **dict.fromkeys(("generation_max_length", "generation_num_beams"), (1, 2**63)),
+    **dict.fromkeys(("dataloader_num_workers", "fluctuation_check_steps"), (0, 2**31)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"), (0, math.inf)),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    # To be told the norm of the gradients, people clip them at infinity.
+    "max_grad_norm": (0, math.nan),
+}
+
+
+class _Parser(HfArgumentParser):
+    """Refuses numbers that no option can have, before anything is made of them."""
+
+    def parse_known_args(self, *args, **kwargs):
+        namespace, rest = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(namespace).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, (int, float)) and number != self.get_default(name):
+                    _check_number(name, number)
+        return namespace, rest
+
+
+def _check_number(name: str, value: float):
+    finite = (-(2**63), 2**63) if isinstance(value, int) else (-sys.float_info.max, math.inf)
+    low, high = _RANGES.get(name, finite)
+    if not value >= low or value >= high:  # NaN, too
+        wanted = f"below {high}" if value >= high else f"at least {low}"
+        wanted = wanted if name in _RANGES else "a finite number of no more than 64 bits"
+        raise ValueError(f"argument --{name}: must be {wanted}, got {value}")
+
+
 def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse a command line that may start with a YAML recipe; options given after it win.
 
@@ -324,7 +363,7 @@ def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequen
         `tuple`: one instance of each class. A bad command line or recipe ends the process with status 2 and one line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):
@@ -343,30 +382,47 @@ def _require_half_precision(arguments: tuple):
             raise ValueError("--fp16 does nothing on a CPU; train with --bf16 true, or in float32")
 
 
+class YamlLoader(yaml.SafeLoader):
+    """Takes 1e-3 for a number, as YAML 1.2 does; YAML 1.1 wants 1.0e-3."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def _recipe_to_argv(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no recipe {str(path)!r}; recipes are under configuration/recipes/")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = YamlLoader(path.read_text(encoding="utf-8"))
+        recipe = loader.get_single_node()
+        if not isinstance(recipe, yaml.MappingNode):
+            raise ValueError(f"the recipe {str(path)!r} must be a mapping of option names to values")
+        loader.flatten_mapping(recipe)  # `<<` takes over what an anchor holds
+        argv = []
+        for name, value in recipe.value:
+            if value.tag == "tag:yaml.org,2002:null":
+                continue
+            values = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            argv += [f"--{name.value}", *(_as_written(loader, item) for item in values)]
+        return argv
     except yaml.YAMLError as error:
         raise ValueError(f"the recipe {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"the recipe {str(path)!r} must be a mapping of option names to values")
-    argv = []
-    for name, value in recipe.items():
-        if value is None:
-            continue
-        argv.append(f"--{name}")
-        if isinstance(value, list):
-            argv += [str(item) for item in value]
-        else:
-            argv.append(json.dumps(value) if isinstance(value, dict) else str(value))
-    return argv
+
+
+def _as_written(loader: YamlLoader, node: yaml.Node) -> str:
+    """Give a value the text that it would have on the command line: `no` is a language, too, and 010 is ten."""
+    if not isinstance(node, yaml.ScalarNode):
+        return json.dumps(loader.construct_object(node, deep=True), default=str)
+    is_switch = node.tag == "tag:yaml.org,2002:bool" and node.value.lower() in ("on", "off")
+    return str(node.value.lower() == "on") if is_switch else node.value
 
 
 __all__ = [
     "ModelArguments",
     "RoutingArguments",
+    "YamlLoader",
     "change_checkpoint",
     "check_fit",
     "load_preset",
