@@ -1,4 +1,4 @@
-"""The benchmark script, run as users run it, and what it rests on. Run: `python -m pytest tests/test_benchmark.py`."""
+"""The benchmark script, run as users run it, and what it rests on."""
 
 import json
 import time
@@ -6,8 +6,9 @@ from statistics import median
 
 import pytest
 import torch
-from workplaces import ROOT, load_script, refuse
 
+from helpers import ROOT
+from helpers.workplaces import load_script, refuse
 from modeling_stablemoe.benchmark import layer_parts as benchmark_layer_parts
 from modeling_stablemoe.benchmark import model_parts as benchmark_model_parts
 from modeling_stablemoe.benchmark.aims import AIMS, check_all

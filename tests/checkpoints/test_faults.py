@@ -1,7 +1,4 @@
-"""Tests of kills, full disks, damaged files and changes of engine: no run loses more than the steps since its last save.
-
-Run: `python -m pytest tests/test_faults.py`.
-"""
+"""Tests of kills, full disks, damaged files and changes of engine: no run loses more than the steps since its last save."""
 
 import logging
 import os
@@ -16,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from forks import LATEST, ShortWorkplace, die, fault, fill_disk, finish, fork_script, last_step
 from packaging import version
 from safetensors.torch import load_file
-from trainers import make_trainer
-from workplaces import ROOT, assert_same_saved_weights, children_of, content, free_port, load_script, refuse
 
+from helpers import ROOT
+from helpers.forks import LATEST, ShortWorkplace, die, fault, fill_disk, finish, fork_script, last_step
+from helpers.trainers import make_trainer
+from helpers.workplaces import assert_same_saved_weights, children_of, content, free_port, load_script, refuse
 from modeling_stablemoe.checkpoints.engines import check_engine
 from modeling_stablemoe.checkpoints.folders import last_complete_checkpoint, what_is_missing
 from modeling_stablemoe.checkpoints.manifests import MANIFEST_FILE, CheckpointManifestCallback

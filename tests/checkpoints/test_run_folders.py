@@ -1,13 +1,13 @@
-"""Tests of run folders and of checkpoints that a crash cut off. Run: `python -m pytest tests/test_run_folders.py`."""
+"""Tests of run folders and of checkpoints that a crash cut off."""
 
 import json
 import logging
 
 import pytest
-from conftest import tiny_model
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from helpers.models import tiny_model
 from modeling_stablemoe.checkpoints.folders import (
     check_run_folder,
     checkpoints_in,

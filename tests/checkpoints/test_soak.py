@@ -1,6 +1,6 @@
 """A run that is killed again and again, at random moments, ends in the bits of the run that nothing interrupts.
 
-Run: `python -m pytest tests/test_soak.py -m slow -s`; `SOAK_CYCLES=1000` sets the number of kills.
+Run: `python -m pytest tests/checkpoints/test_soak.py -m slow -s`; `SOAK_CYCLES=1000` sets the number of kills.
 """
 
 import mmap
@@ -11,10 +11,10 @@ import time
 from collections import Counter
 
 import pytest
-from forks import LATEST, ShortWorkplace, finish, fork_script, last_step
 from transformers import Trainer
-from workplaces import assert_same_saved_weights
 
+from helpers.forks import LATEST, ShortWorkplace, finish, fork_script, last_step
+from helpers.workplaces import assert_same_saved_weights
 from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
 from modeling_stablemoe.training.transition import StageTransitionCallback
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 from safetensors.torch import load_file
-from test_run_clm import CausalWorkplace
-from workplaces import load_script, refuse
 
+from helpers.workplaces import CausalWorkplace, load_script, refuse
 from modeling_stablemoe.compare import comparison
 from modeling_stablemoe.data.text import collate_blocks
 

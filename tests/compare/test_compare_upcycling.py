@@ -8,9 +8,9 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run_clm import CausalWorkplace
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
-from workplaces import load_script, refuse
+
+from helpers.workplaces import CausalWorkplace, load_script, refuse
 
 
 SYSTEMS = """

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_seq2seq_model
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainers import BLOCKS, make_trainer, training_logs
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from helpers import ROOT
+from helpers.models import tiny_model, tiny_seq2seq_model
+from helpers.trainers import BLOCKS, make_trainer, training_logs
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
 from modeling_stablemoe.compare.comparison import measure_routing, read_systems
 from modeling_stablemoe.compare.comparison_report import format_comparison, summarize_systems, write_figures
@@ -23,7 +24,6 @@ from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_to
 from modeling_stablemoe.training.transition import TrainingClockCallback
 
 
-ROOT = Path(__file__).parents[1]
 SYSTEMS = sorted((ROOT / "configuration" / "systems").glob("*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""Tests of the script that converts dense checkpoints. Run: `python -m pytest tests/test_convert_dense.py`."""
+"""Tests of the script that converts dense checkpoints."""
 
 import json
 import os
@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids
-from dense_models import tiny_gpt2, tiny_opt, word_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workplaces import ROOT, Workplace, content, load_script, refuse
+
+from helpers import ROOT
+from helpers.dense_models import tiny_gpt2, tiny_opt, word_tokenizer
+from helpers.models import random_ids
+from helpers.workplaces import Workplace, content, load_script, refuse
 
 
 STAGE1 = {

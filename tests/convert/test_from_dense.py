@@ -1,12 +1,10 @@
-"""A dense GPT-2 or OPT becomes a StableMoE with the same logits. Run: `python -m pytest tests/test_from_dense.py`."""
+"""A dense GPT-2 or OPT becomes a StableMoE with the same logits."""
 
 import copy
 import re
 
 import pytest
 import torch
-from conftest import random_ids
-from dense_models import tiny_gpt2, tiny_opt
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -16,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from helpers.dense_models import tiny_gpt2, tiny_opt
+from helpers.models import random_ids
 from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM
 
 

@@ -10,18 +10,19 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import TINY, tiny_config, tiny_model, tiny_seq2seq_model
-from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_checkpoints_loading import edit_config, edit_weights, run_without_package
-from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer
-from test_routing import recorded_warnings
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workplaces import ROOT, content, load_script, refuse
 
+from helpers import ROOT
+from helpers.checkpoints import edit_config, edit_weights, run_without_package
+from helpers.hub_server import HubServer
+from helpers.logs import recorded_warnings
+from helpers.models import TINY, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.pages import BYTE_LEVEL_SIZE, byte_level_tokenizer
+from helpers.workplaces import content, load_script, refuse
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
 from modeling_stablemoe.convert.pruning import load_pruned, prune_experts
 from modeling_stablemoe.convert.pruning_report import expected_reach

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_seq2seq_model
-from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer
 from transformers import AutoModelForCausalLM
-from workplaces import load_script, refuse
 
+from helpers.models import tiny_model, tiny_seq2seq_model
+from helpers.pages import BYTE_LEVEL_SIZE, byte_level_tokenizer
+from helpers.workplaces import load_script, refuse
 from modeling_stablemoe.convert.rebalancing import format_balances, rebalance
 from modeling_stablemoe.measure.inspection import route_texts
 

@@ -1,13 +1,11 @@
-"""Tests of the corpus, the trained tokenizer and the packing. Run: `python -m pytest tests/test_data.py`."""
+"""Tests of the corpus, the trained tokenizer and the packing."""
 
 import gzip
 import itertools
-import json
 import logging
 import lzma
 import os
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -15,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
+from helpers.workplaces import write_jsonl
 from modeling_stablemoe.data import local_files
 from modeling_stablemoe.data import text as data
 from modeling_stablemoe.data.embedded_corpus import embedded_documents, split_of
@@ -22,16 +21,6 @@ from modeling_stablemoe.data.text import DataArguments, collate_blocks, load_cor
 
 
 DOCUMENTS = [f"Document {i}: the {'quick brown fox ' * (i % 5)}jumps over {i * 37} lazy dogs.\n" for i in range(60)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """Keep the user's datasets cache out of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        datasets.disable_progress_bars()
-        yield
-        datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +48,6 @@ def hub_folder(tmp_path):
     write_jsonl(folder / "train.jsonl", [{"content": text, "year": 1999} for text in [*DOCUMENTS[:50], "  \n"]])
     write_jsonl(folder / "validation.jsonl", [{"content": text, "year": 1999} for text in DOCUMENTS[50:]])
     return folder
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def files_corpus(*paths, **options):

@@ -1,4 +1,4 @@
-"""Tests of the code-to-summary pairs that Python itself carries. Run: `python -m pytest tests/test_embedded_pairs.py`."""
+"""Tests of the code-to-summary pairs that Python itself carries."""
 
 import ast
 import textwrap

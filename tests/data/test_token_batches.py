@@ -1,4 +1,4 @@
-"""Tests of the batches by number of tokens and of their padding. Run: `python -m pytest tests/test_token_batches.py`."""
+"""Tests of the batches by number of tokens and of their padding."""
 
 import pickle
 import time

@@ -1,4 +1,4 @@
-"""Tests of parallel corpora, their tokenizer and the encoding. Run: `python -m pytest tests/test_translation_data.py`."""
+"""Tests of parallel corpora, their tokenizer and the encoding."""
 
 import gzip
 import itertools
@@ -12,10 +12,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import own_cache, write_jsonl  # noqa: F401
 from tokenizers import processors
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser
 
+from helpers.workplaces import write_jsonl
 from modeling_stablemoe.data import text as data
 from modeling_stablemoe.data import translation as translation_data
 from modeling_stablemoe.data.embedded_pairs import EMBEDDED_PAIR, embedded_pairs

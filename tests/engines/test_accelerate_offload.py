@@ -3,8 +3,9 @@
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights, load_checkpoint_and_dispatch
-from conftest import tiny_model
-from loaders import KINDS, build, experts_of
+
+from helpers.loaders import KINDS, build, experts_of
+from helpers.models import tiny_model
 
 
 def map_of(model, where: str) -> dict[str, str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import tiny_model
-from many_processes import start
-from trainers import make_trainer
 from transformers import TrainerCallback
-from workplaces import free_port
 
+from helpers.many_processes import start
+from helpers.models import tiny_model
+from helpers.trainers import make_trainer
+from helpers.workplaces import free_port
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 
 

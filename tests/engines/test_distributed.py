@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import COUNTING, Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
-from many_processes import results, run_scenarios
 from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
 
+from helpers.many_processes import results, run_scenarios
+from helpers.models import COUNTING, Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
 from modeling_stablemoe.measure.verdict import SettlingWatch

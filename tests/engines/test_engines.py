@@ -1,7 +1,7 @@
 """The training script under every configuration of `configuration/accelerate/`, with real processes on this CPU (gloo).
 
 All engines start from one checkpoint and see the same batches, so all must come to the same model. DeepSpeed is tested
-where it is installed. Run: `python -m pytest tests/test_engines.py -m "slow or not slow"`.
+where it is installed. Run: `python -m pytest tests/engines/test_engines.py -m "slow or not slow"`.
 """
 
 import importlib.util
@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_run_clm import CausalWorkplace
-from test_run_translation import TranslationWorkplace
-from workplaces import ROOT, free_port, kill_launched
+
+from helpers import ROOT
+from helpers.workplaces import CausalWorkplace, TranslationWorkplace, free_port, kill_launched
 
 
 CONFIGURATIONS = ROOT / "configuration" / "accelerate"
@@ -45,7 +45,7 @@ class Launching:
             # With `--use_cpu`, accelerate would take the engine away.
             at = arguments.index("--use_cpu")
             arguments = arguments[:at] + arguments[at + 2 :]
-            script.insert(0, str(ROOT / "tests/scripts/as_on_gpus.py"))
+            script.insert(0, str(ROOT / "tests/helpers/scripts/as_on_gpus.py"))
         return subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.launch", *command, *script, *arguments],
             cwd=self.folder,

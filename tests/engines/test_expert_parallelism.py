@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
-from many_processes import results, run_scenarios
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from trainers import make_trainer
 from transformers import distributed
 from transformers.distributed import DistributedConfig
 
+from helpers import ROOT
+from helpers.many_processes import results, run_scenarios
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
+from helpers.trainers import make_trainer
 from modeling_stablemoe import (
     StableMoEForCausalLM,
     StableMoEForConditionalGeneration,
@@ -31,7 +32,7 @@ sends_tokens = pytest.mark.skipif(
 )
 # Before, the processes write no shards, or ones that are joined.
 KEEPS_SHARDS = SENDS_TOKENS and hasattr(distributed, "consolidate_distributed_checkpoint")
-PRESETS = Path(__file__).parents[1] / "configuration" / "models"
+PRESETS = ROOT / "configuration" / "models"
 EXPERTS = 4
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
 EVERY_ID = torch.arange(90).unsqueeze(0)

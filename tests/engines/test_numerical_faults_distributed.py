@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COUNTING, random_ids, tiny_model, tiny_seq2seq_model
-from many_processes import results, run_scenarios
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+
+from helpers.many_processes import results, run_scenarios
+from helpers.models import COUNTING, random_ids, tiny_model, tiny_seq2seq_model
 
 
 WORLD = 2

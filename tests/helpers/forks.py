@@ -16,11 +16,11 @@ import datasets
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from test_run_clm import PRESET, CausalWorkplace
 from transformers import Trainer
 from transformers.trainer_callback import DefaultFlowCallback, TrainerState
-from workplaces import ROOT, free_port, load_script
 
+from helpers import ROOT
+from helpers.workplaces import PRESET, CausalWorkplace, free_port, load_script
 from modeling_stablemoe.checkpoints import manifests
 from modeling_stablemoe.checkpoints.folders import last_complete_checkpoint
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
@@ -156,8 +156,7 @@ def fork_script(workplace, output: str, *more: str, engine: str = "one", before=
         torch.set_num_threads(1)
         if configuration is not None:
             arguments.extend(["--use_cpu", "False"])
-            sys.path.insert(0, str(ROOT / "tests" / "scripts"))
-            import as_on_gpus
+            from helpers.scripts import as_on_gpus
 
             PartialState._prepare_backend = as_on_gpus.prepare_backend
             PartialState.set_device = as_on_gpus.set_device

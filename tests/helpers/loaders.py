@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
-from conftest import TINY, TINY_SEQ2SEQ
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers.models import TINY, TINY_SEQ2SEQ
 from modeling_stablemoe import (
     StableMoEConfig,
     StableMoEForCausalLM,

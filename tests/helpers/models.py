@@ -1,17 +1,8 @@
-"""What all tests share: a tiny model with odd sizes, seeds, no network."""
+"""Tiny models with odd sizes, and tokens for them."""
 
-import os
 from typing import NamedTuple
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny models gain nothing from threads, and tests that compare bits want one order of summation.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import pytest
 import torch
-from transformers import set_seed
 
 from modeling_stablemoe import (
     StableMoEConfig,
@@ -126,18 +117,11 @@ class Decision(NamedTuple):
         return cls(*output[:4], RoutingTrace(*output[4]))
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    set_seed(0)
+def gradients(model: StableMoEForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.fixture
-def model() -> StableMoEForCausalLM:
-    return tiny_model()
-
-
-@pytest.fixture
-def frozen_model() -> StableMoEForCausalLM:
-    frozen = tiny_model()
-    frozen.freeze_router()
-    return frozen.eval()
+def switch_checkpointing(model: StableMoEForCausalLM, kwargs: dict | None = None):
+    """By the name that the installed transformers does not deprecate."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    switch(kwargs)

@@ -1,7 +1,6 @@
 """A real Trainer on a tiny model, for the tests of the callbacks."""
 
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -13,6 +12,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe.checkpoints.finding import find_stablemoe
 from modeling_stablemoe.data.text import collate_blocks
 
@@ -129,3 +129,11 @@ def assert_same_weights(actual, expected):
 
 def training_logs(history) -> list[dict]:
     return [entry for entry in history if "loss" in entry]
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

@@ -1,7 +1,9 @@
 """A folder where the scripts run as users run them, for their tests."""
 
 import importlib.util
+import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,8 +15,37 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
+PRESET = {
+    "source": "made up",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+    "num_experts": 9,
+    "num_expert_sublayers": 1,
+    "distilled_router_dim": 8,
+    "dropout": 0.1,
+}
+TRANSLATION_PRESET = {
+    "source": "made up",
+    "model_type": "stablemoe-seq2seq",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts": 3,
+    "num_expert_sublayers": 1,
+    "distilled_router_dim": 8,
+    "dropout": 0.1,
+    "do_layer_norm_before": True,
+}
 
 
 class Workplace:
@@ -77,6 +108,60 @@ class Workplace:
         self.train(output, *more, **options)
 
 
+class CausalWorkplace(Workplace):
+    """A folder with a corpus and a preset."""
+
+    script = "run_clm.py"
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        generator = random.Random(0)
+        documents = [" ".join(generator.choices(WORDS, k=25)) for _ in range(200)]
+        (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n")
+        (folder / "preset.json").write_text(json.dumps(PRESET))
+
+    def arguments(self, output: str, *more: str, max_steps: int = 16) -> list[str]:
+        text = f"""--model_preset preset.json --config_overrides {{"num_experts":3}} --train_files corpus.txt
+            --vocab_size 280 --block_size 16 --validation_share 0.1 --stage1_steps 0.4 --fluctuation_check_steps 3
+            --fluctuation_tokens 64 --max_steps {max_steps} --per_device_train_batch_size 4 --learning_rate 1e-2
+            --lr_scheduler_type constant --weight_decay 0.1 --logging_steps 3 --save_strategy steps --save_steps 2 --save_total_limit 2
+            --eval_strategy steps --eval_steps 5 --report_to none --use_cpu True --disable_tqdm True --do_train True"""
+        return [*text.split(), "--document_separator", "", "--output_dir", str(self.folder / output), *more]
+
+
+class TranslationWorkplace(Workplace):
+    """A folder with a preset and a corpus of two languages, made of English by writing each word backwards or twice."""
+
+    script = "run_translation.py"
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        generator = random.Random(0)
+        for name, number in (("train", 120), ("validation", 11), ("test", 13)):
+            rows = [generator.choices(WORDS, k=generator.randint(1, 5)) for _ in range(number)]
+            lines = [
+                {
+                    "en": " ".join(row),
+                    "back": " ".join(word[::-1] for word in row),
+                    "twice": " ".join(word * 2 for word in row),
+                }
+                for row in rows
+            ]
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "preset.json").write_text(json.dumps(TRANSLATION_PRESET))
+
+    def arguments(self, output: str, *more: str, max_steps: int = 16) -> list[str]:
+        text = f"""--model_preset preset.json --language_pairs back-en twice-en --train_files train.jsonl
+            --validation_files validation.jsonl --test_files test.jsonl --vocab_size 90 --batch_tokens 96
+            --stage1_steps 0.4 --fluctuation_check_steps 3 --fluctuation_tokens 64 --max_steps {max_steps}
+            --per_device_train_batch_size 1 --per_device_eval_batch_size 4 --learning_rate 1e-2
+            --lr_scheduler_type inverse_sqrt --warmup_steps 4 --weight_decay 0.1 --logging_steps 3 --save_strategy steps
+            --save_steps 2 --save_total_limit 2 --eval_strategy steps --eval_steps 8 --report_to none --use_cpu True
+            --disable_tqdm True --predict_with_generate True --generation_num_beams 2 --generation_max_length 20
+            --do_train True"""
+        return [*text.split(), "--output_dir", str(self.folder / output), *more]
+
+
 def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -119,3 +204,8 @@ def refuse(main, arguments) -> str:
     assert isinstance(stop.value.code, str)  # printed to stderr, exit status 1
     assert "\n" not in stop.value.code
     return stop.value.code
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_page import blocks_of, commands_of
 
 import modeling_stablemoe
+from helpers import ROOT
+from helpers.run_page import blocks_of, commands_of
 
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # `make train` and `make train-seq2seq`, which pages start from, take minutes: shorter runs of the same recipes stand in.
@@ -94,4 +94,4 @@ def test_pages_run_as_written(workplace, page):
     needed = NEEDED.get(str(page.relative_to(ROOT)))
     if needed is not None and importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed")
-    run(workplace, f"{sys.executable} {ROOT / 'tests' / 'run_page.py'} {page}")
+    run(workplace, f"{sys.executable} {ROOT / 'tests' / 'helpers' / 'run_page.py'} {page}")

@@ -1,7 +1,7 @@
 """Names of other libraries that nobody promises us, each with what it is for: a rename fails here, by name.
 
 Named here are the underscored, and those that a library has for its own use or does not document. The last tests look
-through the package for names that are missing here. Run: `python -m pytest tests/test_private_names.py`.
+through the package for names that are missing here.
 """
 
 import ast

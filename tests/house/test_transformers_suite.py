@@ -3,12 +3,13 @@
 import argparse
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers import ROOT
 
-SCRIPT = Path(__file__).parent / "scripts" / "run_transformers_suite.py"
+
+SCRIPT = ROOT / "tests" / "helpers" / "scripts" / "run_transformers_suite.py"
 
 REPORT = """<testsuites><testsuite>
 <testcase name="test_runs" />

@@ -1,16 +1,13 @@
-"""The code that travels: one generated file for each model family, beside the configuration.
-
-Run: `python -m pytest tests/test_bundle.py`.
-"""
+"""The code that travels: one generated file for each model family, beside the configuration."""
 
 import ast
 import subprocess
 import sys
 
 import pytest
-from conftest import tiny_config, tiny_model, tiny_seq2seq_model
-from test_checkpoints_loading import run_without_package
 
+from helpers.checkpoints import run_without_package
+from helpers.models import tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification
 from modeling_stablemoe.hub.bundle import SOURCES, bundle
 

@@ -1,14 +1,13 @@
 """The model card is filled from the run and its metadata are what the Hub expects."""
 
-from pathlib import Path
-
-from conftest import tiny_config
 from huggingface_hub import ModelCard
 
+from helpers import ROOT
+from helpers.models import tiny_config
 from modeling_stablemoe.hub.cards import build_model_card
 
 
-TEMPLATE = Path(__file__).parents[1] / "hub_card.md"
+TEMPLATE = ROOT / "hub_card.md"
 RESULTS = {
     "perplexity": 12.3456,
     "parameters": 1234567,

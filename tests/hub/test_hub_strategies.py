@@ -1,4 +1,4 @@
-"""What is pushed to the Hub in each stage. Run: `python -m pytest tests/test_hub_strategies.py`."""
+"""What is pushed to the Hub in each stage."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ import urllib.request
 from http.client import IncompleteRead
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load
-from test_checkpoints_loading import BLOCK
-from test_run_clm import CausalWorkplace
-from test_run_translation import TranslationWorkplace
-from workplaces import ROOT
+
+from helpers import ROOT
+from helpers.checkpoints import BLOCK
+from helpers.hub_server import HubServer
+from helpers.workplaces import CausalWorkplace, TranslationWorkplace
 
 
 WATCH = "stage1_watch.safetensors"
@@ -26,8 +26,8 @@ CODE_FILES = {"configuration_stablemoe.py"}
 # Six steps with the transition after the third and saves at 2, 4 and 6; each push is waited for.
 TRAIN = """
 import json, sys
-from conftest import tiny_model, tiny_seq2seq_model
-from trainers import make_seq2seq_trainer, make_trainer
+from helpers.models import tiny_model, tiny_seq2seq_model
+from helpers.trainers import make_seq2seq_trainer, make_trainer
 from transformers import TrainerCallback
 from modeling_stablemoe import StageTransitionCallback
 

@@ -1,4 +1,4 @@
-"""Model cards: what they say, and that everything a Trainer saves has one. Run: `python -m pytest tests/test_model_card.py`."""
+"""Model cards: what they say, and that everything a Trainer saves has one."""
 
 import copy
 import logging
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from huggingface_hub import ModelCard, metadata_eval_result
-from trainers import BLOCKS, make_seq2seq_trainer, make_trainer, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
-from workplaces import ROOT, load_script
 
+from helpers import ROOT
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
+from helpers.trainers import BLOCKS, make_seq2seq_trainer, make_trainer, tiny_tokenizer
+from helpers.workplaces import load_script
 from modeling_stablemoe import (
     CardFacts,
     ModelCardCallback,

@@ -1,4 +1,4 @@
-"""Publishing a checkpoint and loading it from the Hub. Run: `python -m pytest tests/test_push_to_hub.py`."""
+"""Publishing a checkpoint and loading it from the Hub."""
 
 import json
 import os
@@ -10,15 +10,16 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model
-from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
-from test_checkpoints_loading import CODE_FILES
-from trainers import BLOCKS, make_trainer, tiny_tokenizer
 from transformers import AutoTokenizer
-from workplaces import ROOT, content, load_script, refuse
 
+from helpers import ROOT
+from helpers.checkpoints import CODE_FILES
+from helpers.hub_server import HubServer
+from helpers.models import tiny_model
+from helpers.trainers import BLOCKS, make_trainer, tiny_tokenizer
+from helpers.workplaces import content, load_script, refuse
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
 from modeling_stablemoe.hub.cards import CardFacts
 from modeling_stablemoe.hub.publishing import Shipment, format_shipment, rename, select_files
@@ -264,7 +265,7 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM
 import modeling_stablemoe
 from modeling_stablemoe.hub.publishing import NETWORK_ERROR, Shipment, explain, select_files, send
-from workplaces import load_script
+from helpers.workplaces import load_script
 
 folder = sys.argv[1]
 main = load_script("push_to_hub").main

@@ -1,13 +1,13 @@
-"""Routing fluctuation: the history, its report and the callback. Run: `python -m pytest tests/test_fluctuation.py`."""
+"""Routing fluctuation: the history, its report and the callback."""
 
 import json
 
 import pytest
 import torch
-from conftest import padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
-from trainers import BLOCKS, assert_same_weights, make_trainer, weights
 from transformers import TrainerCallback, default_data_collator
 
+from helpers.models import padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import BLOCKS, assert_same_weights, make_trainer, weights
 from modeling_stablemoe import (
     RoutingFluctuationCallback,
     StableMoEForSequenceClassification,

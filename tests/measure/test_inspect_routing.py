@@ -1,4 +1,4 @@
-"""Tests of scripts/inspect_routing.py. Run: `python -m pytest tests/test_inspect_routing.py`."""
+"""Tests of scripts/inspect_routing.py."""
 
 import io
 import json
@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_seq2seq_model
-from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer, parse_page
 from transformers import GPT2Config
-from workplaces import load_script, refuse
 
+from helpers.models import tiny_model, tiny_seq2seq_model
+from helpers.pages import BYTE_LEVEL_SIZE, byte_level_tokenizer, parse_page
+from helpers.workplaces import load_script, refuse
 from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
 
 

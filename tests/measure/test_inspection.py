@@ -1,18 +1,17 @@
-"""Tests of what is measured of a routing, and of the page. Run: `python -m pytest tests/test_inspection.py`."""
+"""Tests of what is measured of a routing, and of the page."""
 
 import json
 import math
 from collections import Counter
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from modeling_stablemoe.data.text import train_bpe
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.pages import BYTE_LEVEL_SIZE, byte_level_tokenizer, parse_page
 from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
 from modeling_stablemoe.measure.inspection import (
     count_token_experts,
@@ -28,12 +27,6 @@ from modeling_stablemoe.measure.inspection_page import build_page
 
 
 HOSTILE = "a </script><b>bold</b> <!-- & `|` \"'\u2028 {{data}} {{title}}\n\tnaïve 日本 😀"
-BYTE_LEVEL_SIZE = 300
-
-
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    backend = train_bpe([["the cat and the dog and the script"] * 20], BYTE_LEVEL_SIZE, ["<|endoftext|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
 def encode(tokenizer, *documents: str) -> list[list[int]]:
@@ -276,34 +269,6 @@ def test_what_cannot_be_routed_is_refused(documents, overrides, message):
 def test_pair_longer_than_the_positions_is_refused():
     with pytest.raises(ValueError, match="in the sources has 41 tokens, more than the model's 40"):
         route_texts(tiny_seq2seq_model(), [[5] * 41])
-
-
-class PageParser(HTMLParser):
-    """Collects elements and the content of scripts, as a browser delimits them."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.scripts: list[str] = []
-        self.title = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_data(self, data):
-        if self.lasttag == "script" and self.scripts:
-            self.scripts[-1] += data
-        elif self.lasttag == "title":
-            self.title += data
-
-
-def parse_page(page: str) -> tuple[PageParser, dict]:
-    parser = PageParser()
-    parser.feed(page)
-    parser.close()
-    return parser, json.loads(parser.scripts[0])
 
 
 def page_of(texts: list[str], name: str = "checkpoint"):

@@ -1,9 +1,11 @@
-"""What statistics cost, by the script that measures it. Run: `python -m pytest tests/test_measure_statistics.py`."""
+"""What statistics cost, by the script that measures it."""
 
 from statistics import median
 
 import pytest
-from workplaces import ROOT, load_script, refuse
+
+from helpers import ROOT
+from helpers.workplaces import load_script, refuse
 
 
 script = load_script("measure_statistics")

@@ -1,4 +1,4 @@
-"""Tests of the table of results and of the count-based yardsticks. Run: `python -m pytest tests/test_report.py`."""
+"""Tests of the table of results and of the count-based yardsticks."""
 
 import math
 from collections import Counter

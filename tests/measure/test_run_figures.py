@@ -1,14 +1,14 @@
-"""Figures of runs from their folders, and the script. Run: `python -m pytest tests/test_run_figures.py`."""
+"""Figures of runs from their folders, and the script."""
 
 import json
 import shutil
 import sys
 
 import pytest
-from conftest import tiny_model
-from trainers import BLOCKS, make_trainer, training_logs
-from workplaces import load_script, refuse
 
+from helpers.models import tiny_model
+from helpers.trainers import BLOCKS, make_trainer, training_logs
+from helpers.workplaces import load_script, refuse
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.run_figures import read_run
 

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_model
-from trainers import BLOCKS, assert_same_weights, make_trainer, weights
 
+from helpers.models import tiny_model
+from helpers.trainers import BLOCKS, assert_same_weights, make_trainer, weights
 from modeling_stablemoe import StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
 from modeling_stablemoe.measure.verdict import Verdict, load_of

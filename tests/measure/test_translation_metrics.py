@@ -1,4 +1,4 @@
-"""Tests of the translation scores. Run: `python -m pytest tests/test_translation_metrics.py`."""
+"""Tests of the translation scores."""
 
 import builtins
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 
+from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForSequenceClassification
 
 

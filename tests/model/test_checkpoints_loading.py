@@ -1,21 +1,19 @@
 """Tests of checkpoints on disk: what is written, where it loads, and what is refused."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from helpers.checkpoints import CODE_FILES, EVERY_ID, edit_config, edit_weights, run_without_package
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_config
 from modeling_stablemoe import (
     StableMoEConfig,
     StableMoEForCausalLM,
@@ -26,9 +24,7 @@ from modeling_stablemoe import (
 
 
 IDS = random_ids(4, 9)
-EVERY_ID = torch.arange(99).unsqueeze(0)
 TABLE = "model.moe_layers.{}.frozen_router.routing_table"
-CODE_FILES = {"configuration_stablemoe.py", "modeling_stablemoe.py"}
 AUTO_MAP = {
     "AutoConfig": "configuration_stablemoe.StableMoEConfig",
     "AutoModel": "modeling_stablemoe.StableMoEModel",
@@ -55,17 +51,6 @@ def checkpoint(source, tmp_path_factory) -> Path:
 @pytest.fixture
 def copied(checkpoint, tmp_path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "copied"))
-
-
-def edit_config(path: Path, **fields):
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **fields}))
-
-
-def edit_weights(path: Path, edit):
-    weights = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
-    edit(weights)
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def assert_same_model(model, source):
@@ -219,32 +204,6 @@ def test_a_sharded_checkpoint_loads_the_same_model(source, tmp_path):
 
 
 # Loading without the package
-
-
-BLOCK = """
-import importlib.abc, sys
-class Block(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_stablemoe":
-            raise ModuleNotFoundError(f"blocked: {name}", name=name)
-sys.meta_path.insert(0, Block())
-try:
-    import modeling_stablemoe
-except ModuleNotFoundError as error:
-    assert "blocked" in str(error)
-else:
-    raise AssertionError("the package can be imported: this would prove nothing")
-"""
-
-
-def run_without_package(code: str, folder: Path, *arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("HF_")}
-    environment |= {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", BLOCK + textwrap.dedent(code), *map(str, arguments)]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_remote_code_loads_generates_and_saves_the_same_model_where_the_package_is_not_installed(

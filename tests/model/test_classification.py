@@ -1,13 +1,10 @@
-"""Tests of the sequence classifier. Run: `python -m pytest tests/test_classification.py`."""
+"""Tests of the sequence classifier."""
 
 import json
 
 import pytest
 import torch
-from conftest import padded, random_ids, shaken, tiny_config, tiny_model
-from test_checkpoints_loading import EVERY_ID, run_without_package
 from torch.testing import assert_close
-from trainers import STATISTICS, tiny_tokenizer, training_logs
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,6 +15,9 @@ from transformers import (
     pipeline,
 )
 
+from helpers.checkpoints import EVERY_ID, run_without_package
+from helpers.models import padded, random_ids, shaken, tiny_config, tiny_model
+from helpers.trainers import STATISTICS, tiny_tokenizer, training_logs
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StageTransitionCallback
 
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_config
 from modeling_stablemoe import (
     StableMoEConfig,
     StableMoEForCausalLM,

@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from huggingface_hub.dataclasses import type_validator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEForSequenceClassification
 
 

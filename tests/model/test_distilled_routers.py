@@ -7,14 +7,14 @@ import logging
 import numpy as np
 import pytest
 import torch
-from conftest import padded, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from safetensors.torch import load_file
-from test_checkpoints_loading import edit_config, edit_weights, run_without_package
 from torch.testing import assert_close
-from trainers import make_seq2seq_trainer, make_trainer, weights
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from helpers.checkpoints import edit_config, edit_weights, run_without_package
+from helpers.models import padded, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import make_seq2seq_trainer, make_trainer, weights
 from modeling_stablemoe import (
     RoutingFluctuationCallback,
     StableMoEConfig,

@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions, kept in `tests/data`, load, route and compute as they did when they were saved.
+"""Checkpoints of earlier versions, kept in `earlier`, load, route and compute as they did when they were saved.
 
 They were written with transformers 5.15 when routing tables and counts were still parameters; `expected.safetensors` holds
 their inputs, logits and experts.
@@ -18,7 +18,7 @@ from modeling_stablemoe.checkpoints.earlier_checkpoints import current_name
 from modeling_stablemoe.convert.pruning import load_pruned
 
 
-EARLIER = sorted(path.parent for path in Path(__file__).parent.glob("data/*/config.json"))
+EARLIER = sorted(path.parent for path in Path(__file__).parent.glob("earlier/*/config.json"))
 
 
 def load(folder: Path):
@@ -70,7 +70,7 @@ def test_the_state_dict_of_an_earlier_checkpoint_loads(folder):
 
 
 def test_an_earlier_checkpoint_is_pruned(tmp_path):
-    folder = Path(__file__).parent / "data" / "frozen"
+    folder = Path(__file__).parent / "earlier" / "frozen"
     model = load(folder)
     ids = torch.arange(7).unsqueeze(0)
     pruned = load_pruned(folder, token_ids=ids.flatten())
@@ -79,7 +79,7 @@ def test_an_earlier_checkpoint_is_pruned(tmp_path):
 
 @pytest.mark.parametrize("kind", ["stage-1", "counts-stage-1", "translation-stage-1"])
 def test_an_earlier_checkpoint_of_stage_1_freezes_what_it_evaluates(kind):
-    model = load(Path(__file__).parent / "data" / kind)
+    model = load(Path(__file__).parent / "earlier" / kind)
     ids = torch.arange(31).unsqueeze(0)
     before = model.route(ids)
     model.freeze_router()

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.models import random_ids, tiny_config, tiny_model
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.model.experts_stablemoe import (
     ALL_STABLEMOE_EXPERTS_FUNCTIONS,

@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from conftest import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 
+from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForSequenceClassification
 
 

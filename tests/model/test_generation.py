@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, StaticCache, pipeline, set_seed
+
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
 
 
 # `eos_token_id=None`: every sequence runs to its full length, so that no comparison is of empty continuations.

@@ -4,9 +4,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 from transformers import StaticCache
+
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
 
 
 pytestmark = [

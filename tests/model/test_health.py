@@ -5,8 +5,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 
+from helpers.models import random_ids, tiny_model
 from modeling_stablemoe.model.health_stablemoe import (
     common_direction,
     mean_by_id,

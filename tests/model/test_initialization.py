@@ -1,16 +1,13 @@
-"""Tests of what weights start from: `initialization="fairseq"` is what the released code does, tensor by tensor.
-
-Run: `python -m pytest tests/test_initialization.py`.
-"""
+"""Tests of what weights start from: `initialization="fairseq"` is what the released code does, tensor by tensor."""
 
 import re
 
 import pytest
 import torch
-from conftest import tiny_config
 from torch import nn
 from transformers import set_seed
 
+from helpers.models import tiny_config
 from modeling_stablemoe import (
     StableMoEConfig,
     StableMoEForCausalLM,

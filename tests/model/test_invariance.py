@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from helpers.models import random_ids, tiny_model
 
 
 PAD = 1

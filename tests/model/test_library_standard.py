@@ -1,6 +1,6 @@
 """What transformers asks of every model that it ships, of both model families in both stages.
 
-`tests/scripts/run_transformers_suite.py` runs the library's own tests of the same.
+`tests/helpers/scripts/run_transformers_suite.py` runs the library's own tests of the same.
 """
 
 import copy
@@ -10,10 +10,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import TINY, TINY_SEQ2SEQ, random_ids, tiny_model, tiny_seq2seq_model
 from transformers import PreTrainedModel, set_seed
 from transformers.modeling_outputs import ModelOutput
 
+from helpers.models import TINY, TINY_SEQ2SEQ, random_ids, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe.model.blocks_stablemoe import StableMoEBlock
 from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
-from loaders import KINDS, LOADERS, build, empty, experts_of, fill_in_place, inputs_of
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from helpers.loaders import KINDS, LOADERS, build, empty, experts_of, fill_in_place, inputs_of
 from modeling_stablemoe import StableMoEForCausalLM
 
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.models import random_ids, tiny_model
 from modeling_stablemoe.model.losses_stablemoe import (
     balance_loss,
     count_causal_targets,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForSequenceClassification
 
 

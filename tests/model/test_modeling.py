@@ -1,21 +1,21 @@
 """Tests of the decoder-only model: outputs, losses, checkpointing, compilation, initialisation, errors."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, random_ids, tiny_config, tiny_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
+from helpers import ROOT
+from helpers.models import TINY, gradients, random_ids, switch_checkpointing, tiny_config, tiny_model
 from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEModel
 from modeling_stablemoe.runs.recipes import load_preset
 
 
 IDS = random_ids()
-PRESETS = Path(__file__).parent.parent / "configuration" / "models"
+PRESETS = ROOT / "configuration" / "models"
 
 
 def frozen(**overrides) -> StableMoEForCausalLM:
@@ -26,16 +26,6 @@ def frozen(**overrides) -> StableMoEForCausalLM:
 
 def both_stages(**overrides):
     return [tiny_model(**overrides), frozen(**overrides)]
-
-
-def gradients(model: StableMoEForCausalLM) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def switch_checkpointing(model: StableMoEForCausalLM, kwargs: dict | None = None):
-    """By the name that the installed transformers does not deprecate."""
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch(kwargs)
 
 
 def checkpointing_switches() -> list[str]:

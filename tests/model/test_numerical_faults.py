@@ -10,10 +10,10 @@ import math
 
 import pytest
 import torch
-from conftest import COUNTING, FOLLOWING, Decision, random_ids, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
-from trainers import make_trainer
 
+from helpers.models import COUNTING, FOLLOWING, Decision, random_ids, tiny_model, tiny_seq2seq_model
+from helpers.trainers import make_trainer
 from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
 

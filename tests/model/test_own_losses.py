@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
-from trainers import make_seq2seq_trainer, make_trainer, training_logs
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
+from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import make_seq2seq_trainer, make_trainer, training_logs
 from modeling_stablemoe import (
     RoutingStatisticsCallback,
     StableMoEForSequenceClassification,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import COUNTING, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
-from trainers import assert_same_weights, make_trainer, training_logs, weights
 from transformers import TrainerCallback
 
+from helpers.models import COUNTING, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import assert_same_weights, make_trainer, training_logs, weights
 from modeling_stablemoe import StableMoEForSequenceClassification, StageTransitionCallback
 
 

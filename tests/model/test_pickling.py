@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import COUNTING, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
-from trainers import assert_same_weights, weights
 from transformers.utils import output_capturing
 
+from helpers.models import COUNTING, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import assert_same_weights, weights
 from modeling_stablemoe import StableMoEForSequenceClassification
 
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from conftest import shaken, tiny_config, tiny_model
-from test_checkpoints_loading import run_without_package
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, pipeline
 
 import modeling_stablemoe
+from helpers.checkpoints import run_without_package
+from helpers.models import shaken, tiny_config, tiny_model
 
 
 TEXTS = ["w3 w50 w7", "w9 w10 w11 w12 w13", "w98"]

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from torch.nn.functional import mse_loss
-from trainers import BLOCKS, make_trainer, training_logs
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -19,6 +17,8 @@ from transformers import (
 )
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
+from helpers.trainers import BLOCKS, make_trainer, training_logs
 from modeling_stablemoe import StageTransitionCallback
 from modeling_stablemoe.runs.recipes import parse_recipe
 

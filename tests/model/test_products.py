@@ -4,12 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.model.products_stablemoe import grouped_layer_norm, grouped_linear, permute, sort_by_expert
 

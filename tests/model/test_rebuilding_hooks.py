@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import COUNTING, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
+from helpers.models import COUNTING, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForSequenceClassification
 from modeling_stablemoe.model.pretrained_stablemoe import check_range
 

@@ -2,45 +2,26 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import Decision, random_ids, tiny_model
 
+from helpers import reference
+from helpers.doubles import (
+    BACKENDS,
+    EXACT,
+    HEAD,
+    POSITIONS,
+    SLOPE,
+    arrays,
+    double_model,
+    layer_input,
+    padded_batch,
+    slopes_of,
+)
+from helpers.models import Decision
 from modeling_stablemoe.model.losses_stablemoe import balance_loss, distillation_loss
 
 
-BACKENDS = ["eager", "grouped_mm", "batched_mm"]
 ROUTINGS = ["greedy", "distilled", "frozen"]
-EXACT = {"rtol": 1e-10, "atol": 1e-10}
-# A central difference in float64 is good to about 1e-9.
-SLOPE = {"rtol": 1e-6, "atol": 1e-8}
-# transformers computes the cross-entropy in float32, whatever the model.
-HEAD = {"rtol": 2e-6, "atol": 2e-6}
-
-
-def double_model(routing: str, backend: str = "eager", **overrides):
-    model = tiny_model(**overrides).double()
-    model.set_experts_implementation(backend)
-    if routing == "frozen":
-        model.freeze_router()
-        with torch.no_grad():  # the table stands for D and Ê, whatever becomes of them
-            for layer in model.model.moe_layers:
-                layer.router.distilled_router.embedding.normal_()
-    return model.train(routing != "distilled")
-
-
-def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
-
-
-def layer_input(seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(3, 7, 32, generator=generator, dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(3, 7, dtype=torch.bool)
-    mask[0, :3] = False
-    mask[2, 5:] = False
-    weights = torch.randn(3, 7, 32, generator=generator, dtype=torch.float64)
-    return hidden, random_ids(), mask, weights
 
 
 def reference_layer(params, hidden, token_ids, mask, routing, table):
@@ -53,17 +34,6 @@ def reference_layer(params, hidden, token_ids, mask, routing, table):
         table=table,
         mask=mask.flatten().tolist(),
     )
-
-
-def slopes_of(gradient: torch.Tensor | None, function, params, name: str, count: int = 3):
-    """The slopes along random directions, by the gradient and by finite differences."""
-    generator = np.random.default_rng(0)
-    by_gradient, by_differences = [], []
-    for _ in range(count):
-        direction = generator.standard_normal(params[name].shape)
-        by_gradient.append(0.0 if gradient is None else float((gradient.numpy() * direction).sum()))
-        by_differences.append(reference.slope(function, params, name, direction))
-    return torch.tensor(by_gradient, dtype=torch.float64), torch.tensor(by_differences, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -191,21 +161,6 @@ def test_each_routing_loss_has_the_gradients_of_the_reference_and_no_others(loss
             assert by_gradient.abs().min() > 1e-4
     reached = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
     assert reached == learners
-
-
-POSITIONS = [0, 2]
-LENGTHS = [7, 4, 6]
-
-
-def padded_batch(left: bool):
-    token_ids = random_ids(3, 7)
-    mask = torch.zeros(3, 7, dtype=torch.long)
-    for row, length in enumerate(LENGTHS):
-        mask[row, 7 - length if left else 0 : None if left else length] = 1
-    labels = token_ids.masked_fill(mask == 0, -100)
-    labels[torch.arange(3), mask.argmax(-1)] = -100  # padding predicts nothing
-    labels[0, 3:5] = -100  # a prompt: routed, not predicted
-    return token_ids.masked_fill(mask == 0, 1), labels, mask
 
 
 def reference_lm(params, token_ids, labels, mask, routing, tables):

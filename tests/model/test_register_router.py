@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import random_ids, tiny_config
 from torch import nn
-from trainers import make_trainer
 
+from helpers.models import random_ids, tiny_config
+from helpers.trainers import make_trainer
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback, register_router
 from modeling_stablemoe.model.configuration_stablemoe import ROUTER_TYPES
 from modeling_stablemoe.model.losses_stablemoe import switch_balance_loss

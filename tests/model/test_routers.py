@@ -3,15 +3,15 @@
 import json
 
 import pytest
-import reference
 import torch
-from conftest import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
-from test_checkpoints_loading import run_without_package
-from test_reference import EXACT, SLOPE, arrays, layer_input, slopes_of
 from torch.testing import assert_close
-from trainers import BLOCKS, Recorder, assert_same_weights, make_trainer, training_logs, weights
 from transformers import AutoModelForCausalLM
 
+from helpers import reference
+from helpers.checkpoints import run_without_package
+from helpers.doubles import EXACT, SLOPE, arrays, layer_input, slopes_of
+from helpers.models import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import BLOCKS, Recorder, assert_same_weights, make_trainer, training_logs, weights
 from modeling_stablemoe import (
     RoutingFluctuationCallback,
     RoutingStatisticsCallback,

@@ -1,15 +1,13 @@
 """Routing: scores and tables, what learns from what, frozen routing that nothing moves, and how it all starts."""
 
-import contextlib
-import logging
-
 import pytest
 import torch
-from conftest import Decision, random_ids, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from helpers.logs import recorded_warnings
+from helpers.models import Decision, random_ids, tiny_config, tiny_model
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.model.distillation_stablemoe import WordEmbeddingRouter
 from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
@@ -34,26 +32,6 @@ def gradients_of(model, loss) -> set[str]:
     model.zero_grad(set_to_none=True)
     loss.backward()
     return {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-
-
-@contextlib.contextmanager
-def recorded_warnings(name: str = "modeling_stablemoe.model.tensors_stablemoe"):
-    """Messages of one logger, which transformers keeps from propagating; what `warning_once` has said is forgotten."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.warning_once.cache_clear()
-    messages = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 # The table

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from safetensors.torch import load_file
-from test_checkpoints_loading import edit_config, edit_weights, run_without_package
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from helpers import ROOT
+from helpers.checkpoints import edit_config, edit_weights, run_without_package
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
 from modeling_stablemoe import (
     StableMoEForCausalLM,
     StableMoEForConditionalGeneration,
@@ -184,8 +185,7 @@ def test_remote_code_and_a_fresh_interpreter_with_the_package_give_the_same_mode
     results, resaved = tmp_path / "results", tmp_path / "resaved"
     results.mkdir()
     torch.save((SOURCE, TARGET, EVERY_ID), results / "inputs.pt")
-    repository = Path(__file__).parent.parent
-    run_without_package(code, tmp_path / "elsewhere", checkpoint, resaved, results, repository)
+    run_without_package(code, tmp_path / "elsewhere", checkpoint, resaved, results, ROOT)
     for facts in torch.load(results / "facts.pt"):
         assert facts["fingerprints"] == [source.router_fingerprint()] * 2
         assert torch.equal(facts["routes"], source.route(EVERY_ID))

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import padded, random_ids, tiny_seq2seq_model
 from torch.testing import assert_close
 from transformers import DynamicCache, EncoderDecoderCache, set_seed
+
+from helpers.models import padded, random_ids, tiny_seq2seq_model
 
 
 PAD, START = 2, 1

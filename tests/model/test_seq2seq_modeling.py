@@ -1,15 +1,11 @@
 """Tests of the sequence-to-sequence model: sizes, labels, losses, recorded outputs, checkpointing, configuration."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import padded, random_ids, tiny_config, tiny_seq2seq_config, tiny_seq2seq_model
-from test_modeling import gradients, switch_checkpointing
 from torch.testing import assert_close
-from trainers import tiny_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +14,17 @@ from transformers import (
     set_seed,
 )
 
+from helpers import ROOT
+from helpers.models import (
+    gradients,
+    padded,
+    random_ids,
+    switch_checkpointing,
+    tiny_config,
+    tiny_seq2seq_config,
+    tiny_seq2seq_model,
+)
+from helpers.trainers import tiny_tokenizer
 from modeling_stablemoe import (
     StableMoEForCausalLM,
     StableMoEForConditionalGeneration,
@@ -28,7 +35,7 @@ from modeling_stablemoe import (
 from modeling_stablemoe.model.modeling_stablemoe_seq2seq import StableMoEDecoder, StableMoEEncoder
 
 
-PRESETS = Path(__file__).parent.parent / "configuration" / "models"
+PRESETS = ROOT / "configuration" / "models"
 PAD, START, EOS, IGNORED = 2, 1, 0, -100
 SOURCES = [random_ids(1, length, seed=length, low=3, high=91)[0] for length in (6, 3, 5)]
 TARGETS = [random_ids(1, length, seed=10 + length, low=3, high=91)[0] for length in (4, 7, 2)]

@@ -4,10 +4,11 @@ import re
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import padded, random_ids, tiny_seq2seq_model
-from test_reference import POSITIONS, arrays, double_model, padded_batch, slopes_of
+
+from helpers import reference
+from helpers.doubles import POSITIONS, arrays, double_model, padded_batch, slopes_of
+from helpers.models import padded, random_ids, tiny_seq2seq_model
 
 
 ROUTINGS = ["greedy", "distilled", "frozen"]

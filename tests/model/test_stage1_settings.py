@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
-from trainers import assert_same_weights, make_trainer, weights
 
+from helpers.models import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import assert_same_weights, make_trainer, weights
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.model.losses_stablemoe import balance_loss
 from modeling_stablemoe.model.running_stablemoe import VARIANCE_EPSILON

@@ -7,9 +7,9 @@ import re
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from torch.testing import assert_close
 
+from helpers.models import random_ids, tiny_model
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEModel
 
 

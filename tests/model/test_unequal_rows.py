@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 from torch.testing import assert_close
 
+from helpers.models import padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForSequenceClassification
 from modeling_stablemoe.model.losses_stablemoe import token_weights
 

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from torch.utils import backend_registration
+
+from helpers import ROOT
 
 
 pytestmark = pytest.mark.skipif(
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def waits() -> dict[str, str | None]:
-    script = Path(__file__).parent / "scripts" / "pretend_gpu.py"
+    script = ROOT / "tests" / "helpers" / "scripts" / "pretend_gpu.py"
     result = subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, timeout=300, env=os.environ, check=False
     )

@@ -1,10 +1,12 @@
-"""What offloading costs, by the script that measures it. Run: `python -m pytest tests/test_measure_offloading.py`."""
+"""What offloading costs, by the script that measures it."""
 
 import json
 from dataclasses import replace
 
 import pytest
-from workplaces import ROOT, load_script, refuse
+
+from helpers import ROOT
+from helpers.workplaces import load_script, refuse
 
 
 script = load_script("measure_offloading")

@@ -6,7 +6,6 @@ import time
 import accelerate
 import pytest
 import torch
-from conftest import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,6 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast, TextGenerationPipeline
 
+from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import (
     StableMoEForCausalLM,
     StableMoEForConditionalGeneration,

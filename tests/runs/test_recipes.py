@@ -1,4 +1,4 @@
-"""Tests of model presets and recipes. Run: `python -m pytest tests/test_recipes.py`."""
+"""Tests of model presets and recipes."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 from transformers import GPT2Config, TrainingArguments
-from workplaces import load_script
 
+from helpers import ROOT
+from helpers.workplaces import load_script
 from modeling_stablemoe import StableMoEConfig
 from modeling_stablemoe.compare.comparison import read_systems
 from modeling_stablemoe.convert.dense import config_of_dense
@@ -15,7 +16,6 @@ from modeling_stablemoe.data.text import DataArguments
 from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
 
 
-ROOT = Path(__file__).parents[1]
 PRESETS = sorted(ROOT.glob("configuration/models/*.json"))
 RECIPES = sorted(ROOT.glob("configuration/recipes/*.yaml"))
 CLM_TYPES = (ModelArguments, DataArguments, RoutingArguments, TrainingArguments)

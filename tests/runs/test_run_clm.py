@@ -1,4 +1,4 @@
-"""Tests of the training script, run as users run it. Run: `python -m pytest tests/test_run_clm.py`."""
+"""Tests of the training script, run as users run it."""
 
 import json
 import random
@@ -6,50 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from workplaces import ROOT, Workplace, assert_same_saved_weights, content, load_script, refuse
 
-
-PRESET = {
-    "source": "made up",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "num_experts": 9,
-    "num_expert_sublayers": 1,
-    "distilled_router_dim": 8,
-    "dropout": 0.1,
-}
-
-
-class CausalWorkplace(Workplace):
-    """A folder with a corpus and a preset."""
-
-    script = "run_clm.py"
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        generator = random.Random(0)
-        words = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
-        documents = [" ".join(generator.choices(words, k=25)) for _ in range(200)]
-        (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n")
-        (folder / "preset.json").write_text(json.dumps(PRESET))
-
-    def arguments(self, output: str, *more: str, max_steps: int = 16) -> list[str]:
-        text = f"""--model_preset preset.json --config_overrides {{"num_experts":3}} --train_files corpus.txt
-            --vocab_size 280 --block_size 16 --validation_share 0.1 --stage1_steps 0.4 --fluctuation_check_steps 3
-            --fluctuation_tokens 64 --max_steps {max_steps} --per_device_train_batch_size 4 --learning_rate 1e-2
-            --lr_scheduler_type constant --weight_decay 0.1 --logging_steps 3 --save_strategy steps --save_steps 2 --save_total_limit 2
-            --eval_strategy steps --eval_steps 5 --report_to none --use_cpu True --disable_tqdm True --do_train True"""
-        return [*text.split(), "--document_separator", "", "--output_dir", str(self.folder / output), *more]
+from helpers import ROOT
+from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, content, load_script, refuse
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""Tests of the translation scripts, run as users run them. Run: `python -m pytest tests/test_run_translation.py`."""
+"""Tests of the translation scripts, run as users run them."""
 
 import json
 import math
-import random
 import re
 from pathlib import Path
 
@@ -12,60 +11,10 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-from workplaces import ROOT, Workplace, assert_same_saved_weights, content, free_port, load_script, refuse
 
 import modeling_stablemoe  # noqa: F401 - registers the models
-
-
-PRESET = {
-    "source": "made up",
-    "model_type": "stablemoe-seq2seq",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "encoder_layers": 2,
-    "decoder_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "num_experts": 3,
-    "num_expert_sublayers": 1,
-    "distilled_router_dim": 8,
-    "dropout": 0.1,
-    "do_layer_norm_before": True,
-}
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
-
-
-class TranslationWorkplace(Workplace):
-    """A folder with a preset and a corpus of two languages, made of English by writing each word backwards or twice."""
-
-    script = "run_translation.py"
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        generator = random.Random(0)
-        for name, number in (("train", 120), ("validation", 11), ("test", 13)):
-            rows = [generator.choices(WORDS, k=generator.randint(1, 5)) for _ in range(number)]
-            lines = [
-                {
-                    "en": " ".join(row),
-                    "back": " ".join(word[::-1] for word in row),
-                    "twice": " ".join(word * 2 for word in row),
-                }
-                for row in rows
-            ]
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (folder / "preset.json").write_text(json.dumps(PRESET))
-
-    def arguments(self, output: str, *more: str, max_steps: int = 16) -> list[str]:
-        text = f"""--model_preset preset.json --language_pairs back-en twice-en --train_files train.jsonl
-            --validation_files validation.jsonl --test_files test.jsonl --vocab_size 90 --batch_tokens 96
-            --stage1_steps 0.4 --fluctuation_check_steps 3 --fluctuation_tokens 64 --max_steps {max_steps}
-            --per_device_train_batch_size 1 --per_device_eval_batch_size 4 --learning_rate 1e-2
-            --lr_scheduler_type inverse_sqrt --warmup_steps 4 --weight_decay 0.1 --logging_steps 3 --save_strategy steps
-            --save_steps 2 --save_total_limit 2 --eval_strategy steps --eval_steps 8 --report_to none --use_cpu True
-            --disable_tqdm True --predict_with_generate True --generation_num_beams 2 --generation_max_length 20
-            --do_train True"""
-        return [*text.split(), "--output_dir", str(self.folder / output), *more]
+from helpers import ROOT
+from helpers.workplaces import TranslationWorkplace, assert_same_saved_weights, content, free_port, load_script, refuse
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,16 @@
-"""Scripts keep the head that a checkpoint has, and make up none that it has not. Run: `python -m pytest tests/test_saved_heads.py`."""
+"""Scripts keep the head that a checkpoint has, and make up none that it has not."""
 
 import json
 
 import pytest
 import torch
-from conftest import shaken, tiny_config, tiny_seq2seq_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from test_inspection import BYTE_LEVEL_SIZE, byte_level_tokenizer
 from transformers import AutoConfig, AutoTokenizer
-from workplaces import load_script, refuse
 
+from helpers.models import shaken, tiny_config, tiny_seq2seq_config
+from helpers.pages import BYTE_LEVEL_SIZE, byte_level_tokenizer
+from helpers.workplaces import load_script, refuse
 from modeling_stablemoe.checkpoints.architectures import MODELS, load_saved
 from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
 from modeling_stablemoe.hub import prepare

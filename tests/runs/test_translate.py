@@ -1,13 +1,13 @@
-"""What scripts/translate.py, and whatever else reads sentences a line each, takes for a line. Run: `python -m pytest tests/test_translate.py`."""
+"""What scripts/translate.py, and whatever else reads sentences a line each, takes for a line."""
 
 import gzip
 import io
 import sys
 
 import pytest
-from conftest import tiny_seq2seq_model
-from workplaces import load_script
 
+from helpers.models import tiny_seq2seq_model
+from helpers.workplaces import load_script
 from modeling_stablemoe.data.local_files import STANDARD_INPUT, read_lines, read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
 from modeling_stablemoe.runs.routed_input import TextArguments, read_documents, read_pairs

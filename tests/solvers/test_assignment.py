@@ -6,11 +6,11 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
+from helpers.models import tiny_config
 from modeling_stablemoe.model.experts_stablemoe import StableMoEExperts
 from modeling_stablemoe.solvers import assignment as assignment_stablemoe
 from modeling_stablemoe.solvers.assignment import (

@@ -1,29 +1,22 @@
-"""Equal batches give equal training, however they are cut up. Run: `python -m pytest tests/test_accumulation.py`."""
+"""Equal batches give equal training, however they are cut up."""
 
 import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from workplaces import free_port
+from transformers import Trainer, TrainingArguments
 
+from helpers import ROOT
+from helpers.models import random_ids, tiny_model
+from helpers.trainers import Gradients
+from helpers.workplaces import free_port
 from modeling_stablemoe.data.text import collate_blocks
 
 
-SCRIPT = Path(__file__).parent / "scripts" / "train_two_stages.py"
-
-
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+SCRIPT = ROOT / "tests" / "helpers" / "scripts" / "train_two_stages.py"
 
 
 def train(folder, batch_size, accumulation, *, max_steps=4, blocks=None, frozen=False, **config):
@@ -111,8 +104,7 @@ def run_two_processes(folder, *options) -> dict:
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
     command += [str(SCRIPT), str(folder), "2", *options]
-    root = str(SCRIPT.parents[2])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / "result.pt", weights_only=True)

@@ -1,4 +1,4 @@
-"""Tests of PEFT adapters on attention, experts and routers. Run: `python -m pytest tests/test_peft.py`."""
+"""Tests of PEFT adapters on attention, experts and routers."""
 
 import itertools
 import json
@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
-from test_checkpoints_loading import EVERY_ID, run_without_package
 from torch.testing import assert_close
-from trainers import Recorder, make_trainer, training_logs
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 
+from helpers.checkpoints import EVERY_ID, run_without_package
+from helpers.models import random_ids, tiny_model
+from helpers.trainers import Recorder, make_trainer, training_logs
 from modeling_stablemoe import (
     RoutingFluctuationCallback,
     RoutingStatisticsCallback,

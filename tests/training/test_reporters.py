@@ -1,14 +1,14 @@
-"""Reporters for real: what TensorBoard and trackio hold after a run. Run: `python -m pytest tests/test_reporters.py`."""
+"""Reporters for real: what TensorBoard and trackio hold after a run."""
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
-from conftest import tiny_model
-from trainers import BLOCKS, STATISTICS, make_trainer
-from workplaces import Workplace
 
+from helpers import ROOT
+from helpers.models import tiny_model
+from helpers.trainers import BLOCKS, STATISTICS, make_trainer
+from helpers.workplaces import Workplace
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
 
 
@@ -57,7 +57,7 @@ def test_tensorboard_files_hold_what_the_history_does(tmp_path):
 
 @pytest.mark.skipif(find_spec("trackio") is None, reason="trackio is not installed")
 def test_trackio_keeps_what_the_history_does_without_network_or_dashboard(tmp_path):
-    Workplace(tmp_path).run(str(Path(__file__).parent / "scripts" / "train_with_trackio.py"), str(tmp_path))
+    Workplace(tmp_path).run(str(ROOT / "tests" / "helpers" / "scripts" / "train_with_trackio.py"), str(tmp_path))
     result = json.loads((tmp_path / "result.json").read_text())
     assert {name for entry in result["history"] for name in entry} >= LOGGED
     for name in LOGGED:

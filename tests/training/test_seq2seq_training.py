@@ -3,11 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, tiny_seq2seq_model
-from test_accumulation import Gradients
-from trainers import (
+from transformers import DataCollatorForSeq2Seq, TrainerCallback
+
+from helpers.models import random_ids, tiny_seq2seq_model
+from helpers.trainers import (
     PAIRS,
     STATISTICS,
+    Gradients,
     Recorder,
     assert_same_weights,
     make_seq2seq_trainer,
@@ -15,8 +17,6 @@ from trainers import (
     training_logs,
     weights,
 )
-from transformers import DataCollatorForSeq2Seq, TrainerCallback
-
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
 

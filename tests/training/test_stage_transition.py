@@ -1,14 +1,16 @@
-"""The transition from stage 1 to stage 2, with the real Trainer. Run: `python -m pytest tests/test_stage_transition.py`."""
+"""The transition from stage 1 to stage 2, with the real Trainer."""
 
 import logging
 import math
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_seq2seq_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from trainers import (
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
+
+from helpers.models import tiny_model, tiny_seq2seq_model
+from helpers.trainers import (
     BLOCKS,
     STATISTICS,
     Recorder,
@@ -18,8 +20,6 @@ from trainers import (
     training_logs,
     weights,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
-
 from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.checkpoints.finding import find_stablemoe
 

@@ -1,12 +1,14 @@
-"""The routing statistics in the Trainer's logs. Run: `python -m pytest tests/test_statistics.py`."""
+"""The routing statistics in the Trainer's logs."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
-from trainers import (
+from transformers import TrainerCallback
+
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
+from helpers.trainers import (
     BLOCKS,
     PAIRS,
     STATISTICS,
@@ -17,8 +19,6 @@ from trainers import (
     training_logs,
     weights,
 )
-from transformers import TrainerCallback
-
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import LayerLoads
 from modeling_stablemoe.training.logging_callback import TrainingStopwatch

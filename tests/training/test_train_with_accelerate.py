@@ -1,4 +1,4 @@
-"""Tests of the plain accelerate loop. Run: `python -m pytest tests/test_train_with_accelerate.py`."""
+"""Tests of the plain accelerate loop."""
 
 import json
 import random
@@ -9,8 +9,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch.testing import assert_close
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
-from workplaces import ROOT, Workplace, assert_same_saved_weights, free_port, load_script, refuse
 
+from helpers import ROOT
+from helpers.workplaces import Workplace, assert_same_saved_weights, free_port, load_script, refuse
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.data.text import DataArguments, collate_blocks, load_corpus, pack
 from modeling_stablemoe.runs.recipes import load_preset

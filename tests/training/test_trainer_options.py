@@ -1,4 +1,4 @@
-"""Trainer's own options across the transition. Run: `python -m pytest tests/test_trainer_options.py`."""
+"""Trainer's own options across the transition."""
 
 import json
 import os
@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_seq2seq_model
 from safetensors.torch import load_file
-from test_run_clm import CausalWorkplace
-from test_run_translation import TranslationWorkplace
-from trainers import assert_same_weights, make_seq2seq_trainer, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
-from workplaces import ROOT
 
+from helpers import ROOT
+from helpers.models import tiny_model, tiny_seq2seq_model
+from helpers.trainers import assert_same_weights, make_seq2seq_trainer, make_trainer, weights
+from helpers.workplaces import CausalWorkplace, TranslationWorkplace
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForConditionalGeneration, StageTransitionCallback
 from modeling_stablemoe.checkpoints.folders import require_optimizer, what_is_missing
 from modeling_stablemoe.runs.run import evaluate_saved_model, summarize_run, write_results

@@ -1,17 +1,17 @@
-"""Tests with TRL's trainers on a tiny model. Run: `python -m pytest tests/test_trl.py`."""
+"""Tests with TRL's trainers on a tiny model."""
 
 import json
 import math
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model
 from datasets import Dataset
 from torch.testing import assert_close
-from trainers import Recorder, make_trainer, tiny_tokenizer, training_logs
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
+from helpers.models import random_ids, tiny_model
+from helpers.trainers import Recorder, make_trainer, tiny_tokenizer, training_logs
 from modeling_stablemoe import (
     RoutingStatisticsCallback,
     StableMoEForCausalLM,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_ids, tiny_model, tiny_seq2seq_model
-from trainers import make_trainer
 from transformers import Trainer
 
+from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
+from helpers.trainers import make_trainer
 from modeling_stablemoe.training.weight_decay import parameter_groups
 
 

@@ -22,10 +22,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers import StaticCache, masking_utils
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from conftest import COUNTING, FOLLOWING, tiny_model, tiny_seq2seq_model
-
+from helpers.models import COUNTING, FOLLOWING, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe.measure.meter import RoutingMeter
 from modeling_stablemoe.training.loops import drop_idle_gradients
 

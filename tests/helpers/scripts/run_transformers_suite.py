@@ -19,7 +19,7 @@ from pathlib import Path
 import transformers
 
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 TESTERS = REPOSITORY / "tests" / "transformers_suite"
 FAMILIES = {"causal": "decoder_only.py", "seq2seq": "encoder_decoder.py"}
 # What a test says that cannot fetch a file of the Hub.

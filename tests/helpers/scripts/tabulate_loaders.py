@@ -1,6 +1,6 @@
-"""Load frozen and learning models in every way that `tests/loaders.py` knows, and print what became of their routing.
+"""Load frozen and learning models in every way that `tests/helpers/loaders.py` knows, and print what became of their routing.
 
-Usage: `python tests/scripts/tabulate_loaders.py`. A Markdown table: the share of tokens whose expert is not the one of the
+Usage: `python tests/helpers/scripts/tabulate_loaders.py`. A Markdown table: the share of tokens whose expert is not the one of the
 model that was saved (in stage 1: of that model in the same dtype), or the error that says that the routing was not loaded.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from loaders import KINDS, LOADERS, build, experts_of
+from helpers.loaders import KINDS, LOADERS, build, experts_of
 
 
 def outcome(source, folder: Path, loader) -> str:

@@ -7,10 +7,9 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from conftest import random_ids, tiny_model  # noqa: E402
-
+from helpers.models import random_ids, tiny_model
 from modeling_stablemoe import StageTransitionCallback  # noqa: E402
 from modeling_stablemoe.data.text import collate_blocks  # noqa: E402
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 
 def refuse(self, address):
@@ -18,10 +18,10 @@ def main(folder: Path):
     socket.socket.connect = socket.socket.bind = refuse  # neither a server far away nor a dashboard here
     os.environ["TRACKIO_DIR"] = str(folder / "trackio")  # read when trackio is imported
 
-    from conftest import tiny_model
     from trackio.sqlite_storage import SQLiteStorage
-    from trainers import BLOCKS, make_trainer
 
+    from helpers.models import tiny_model
+    from helpers.trainers import BLOCKS, make_trainer
     from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
 
     trainer = make_trainer(
