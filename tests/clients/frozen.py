@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import random_ids, tiny_model
-from trainers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from helpers.models import random_ids, tiny_model
+from helpers.trainers import tiny_tokenizer
 from modeling_stablemoe import StableMoEForCausalLM
 
 

@@ -7,8 +7,9 @@ import torch
 from frozen import IDS, TEXTS, WITHOUT_PACKAGE, assert_routes_like, load, run, save_frozen
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from trainers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from helpers.trainers import tiny_tokenizer
 
 
 # Cosines of logits, by bits a weight.

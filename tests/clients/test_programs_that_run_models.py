@@ -12,7 +12,8 @@ import pytest
 import torch
 from frozen import IDS, TEXTS, WITHOUT_PACKAGE, run, save_frozen, words
 from torch.testing import assert_close
-from trainers import tiny_tokenizer
+
+from helpers.trainers import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ import torch
 from datasets import Dataset
 from frozen import IDS, TEXTS, assert_routes_like, load, save_frozen, words
 from torch.testing import assert_close
-from trainers import BLOCKS, make_trainer, tiny_tokenizer, training_logs
 from transformers import AutoModelForCausalLM
+
+from helpers.trainers import BLOCKS, make_trainer, tiny_tokenizer, training_logs
 
 
 TRL = {

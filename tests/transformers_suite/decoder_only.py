@@ -1,4 +1,4 @@
-"""The public test suite of transformers on the language model; see `tests/scripts/run_transformers_suite.py`."""
+"""The public test suite of transformers on the language model; see `tests/helpers/scripts/run_transformers_suite.py`."""
 
 import unittest
 

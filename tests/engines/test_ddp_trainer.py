@@ -1,0 +1,140 @@
+"""A real `Trainer` on two real processes (gloo): each way to run DistributedDataParallel, across the transition."""
+
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import TrainerCallback
+
+from helpers.many_processes import start
+from helpers.models import tiny_model
+from helpers.trainers import make_trainer
+from helpers.workplaces import free_port
+from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
+
+
+WORLD = 2
+TRANSITION = 3
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+WAYS = {
+    "as it is": {},
+    "unused parameters are not looked for": {"ddp_find_unused_parameters": False},
+    "checkpointed": CHECKPOINTED,
+    "checkpointed and accumulated": {**CHECKPOINTED, **ACCUMULATED, "ddp_find_unused_parameters": False},
+    "static graph": {"ddp_static_graph": True, "ddp_find_unused_parameters": False},
+    "static graph, checkpointed": {"ddp_static_graph": True, "ddp_find_unused_parameters": False, **CHECKPOINTED},
+    "loss of each process": {"average_tokens_across_devices": False},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    "bfloat16": {"bf16": True},
+}
+
+
+class Diverge(TrainerCallback):
+    """Changes what one rank has learned just before the transition, unseen by DistributedDataParallel."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == TRANSITION - 1 and args.process_index == 1:
+            model.model.moe_layers[0].router.distilled_router.embedding.data.neg_()
+
+
+def model_of_the_test() -> StableMoEForCausalLM:
+    return tiny_model(moe_layer_positions=[0, 2])
+
+
+def trainer_of(folder: Path, *callbacks, **arguments):
+    options = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.1, "logging_steps": 1, **arguments}
+    return make_trainer(folder, *callbacks, StageTransitionCallback(TRANSITION), model=model_of_the_test(), **options)
+
+
+def outcome(folder: Path, *callbacks, **arguments) -> dict:
+    """Train; tell what came of it, and what D and E^ were when the routing was frozen."""
+
+    class Frozen(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == TRANSITION:
+                self.distilled = {k: v.clone() for k, v in model.state_dict().items() if "distilled_router" in k}
+
+    frozen = Frozen()
+    trainer = trainer_of(folder, *callbacks, frozen, **arguments)
+    trainer.train()
+    weights = trainer.model.state_dict()
+    return {
+        "fingerprint": trainer.model.router_fingerprint(),
+        "weights": weights,
+        "distilled router moved": [k for k, v in frozen.distilled.items() if not torch.equal(v, weights[k])],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "stages": [entry["routing_stage"] for entry in trainer.state.log_history if "loss" in entry],
+        "loads": [
+            [entry["expert_load"], entry["load_entropy"], entry["dead_experts"], entry.get("router_entropy", 0.0)]
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+    }
+
+
+def process(rank: int, folder: Path, port: str):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_WORLD_SIZE=str(WORLD))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    runs = {**{way: ((), arguments) for way, arguments in WAYS.items()}, "diverged": ((Diverge(),), {})}
+    for name, (callbacks, arguments) in runs.items():
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        try:
+            result = outcome(folder / name, *callbacks, **arguments)
+        except Exception:  # noqa: BLE001 - the test reports it
+            result = traceback.format_exc()
+        torch.save(result, folder / f"{name}.{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    start(process, folder, free_port(), seconds=400)
+    return folder
+
+
+def results(ran: Path, name: str) -> list:
+    return [torch.load(ran / f"{name}.{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    """One process on the batches of both."""
+    AcceleratorState._reset_state()
+    return outcome(tmp_path_factory.mktemp("alone"), per_device_train_batch_size=4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_both_processes_pass_the_transition_and_stay_alike(ran, way):
+    first, second = results(ran, way)
+    assert isinstance(first, dict), first
+    assert isinstance(second, dict), second
+    assert first["stages"] == [1, 1, 2, 2, 2, 2]  # the log at the transition tells what is from then on
+    assert first["fingerprint"] == second["fingerprint"] is not None
+    assert not [name for name in first["weights"] if not torch.equal(first["weights"][name], second["weights"][name])]
+    assert not first["distilled router moved"]
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("checkpointed and accumulated", "bfloat16")])
+def test_two_processes_learn_what_one_does_on_both_batches(ran, alone, way):
+    first, _ = results(ran, way)
+    assert first["fingerprint"] == alone["fingerprint"]
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-4, atol=1e-5)
+    assert first["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    # Of the tokens of both processes, each counted once.
+    for of_two, of_one in zip(first["loads"], alone["loads"], strict=True):
+        torch.testing.assert_close(torch.tensor(of_two[0]), torch.tensor(of_one[0]), rtol=0, atol=1e-4)
+        assert of_two[1:] == pytest.approx(of_one[1:], rel=1e-4)
+
+
+def test_a_rank_whose_table_differs_is_named_on_every_rank(ran):
+    for result in results(ran, "diverged"):
+        assert isinstance(result, str), "training went on"
+        assert "ValueError: The processes do not route alike at the transition" in result
+        assert "rank 1 has the frozen routing" in result

@@ -1,0 +1,294 @@
+"""Routing fluctuation: the history, its report and the callback."""
+
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback, default_data_collator
+
+from helpers.models import padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import BLOCKS, assert_same_weights, make_trainer, weights
+from modeling_stablemoe import (
+    RoutingFluctuationCallback,
+    StableMoEForSequenceClassification,
+    StageTransitionCallback,
+)
+from modeling_stablemoe.measure.fluctuation import RoutingHistory
+
+
+# Routing fluctuation
+
+
+def history_of(*checks) -> RoutingHistory:
+    history = RoutingHistory()
+    for step, stage, experts in checks:
+        history.record(step, stage, torch.tensor(experts))
+    return history
+
+
+KNOWN = (
+    (0, 1, [0, 1, 2, 3]),
+    (10, 1, [0, 1, 2, 0]),  # one of four
+    (20, 1, [1, 2, 2, 0]),  # two
+    (30, 2, [1, 1, 2, 0]),  # one
+    (40, 2, [1, 1, 2, 0]),
+)
+
+
+def test_changes_are_the_share_of_tokens_whose_expert_changed():
+    history = RoutingHistory()
+    returned = [history.record(step, stage, torch.tensor(experts)) for step, stage, experts in KNOWN]
+    assert returned == history.changes() == [None, 0.25, 0.5, 0.25, 0.0]
+
+
+def test_last_fluctuation_step_is_the_last_at_which_the_expert_was_not_the_final_one():
+    # Token 0 settles after 10, token 1 (right, wrong, right) after 20, token 2 never moves, token 3 after 0.
+    assert history_of(*KNOWN).last_fluctuation_steps().tolist() == [10, 20, 0, 0]
+
+
+def test_summary_holds_the_cumulative_curve_and_the_shares_still_changing():
+    summary = history_of(*KNOWN).summary()
+    assert summary["tokens"] == 4
+    assert summary["steps"] == summary["last_fluctuation"]["steps"] == [0, 10, 20, 30, 40]
+    assert summary["stages"] == [1, 1, 1, 2, 2]
+    assert summary["last_fluctuation"]["cumulative_share"] == [0.5, 0.75, 1.0, 1.0, 1.0]
+    # After 8 steps two tokens had not settled, after 20 and 32 none.
+    assert summary["share_still_changing_after"] == {"0.2": 0.5, "0.5": 0.0, "0.8": 0.0}
+
+
+def test_stage_2_change_counts_only_checks_within_stage_2():
+    assert history_of(*KNOWN).stage2_change() == 0.0
+    assert history_of(*KNOWN[:4]).stage2_change() is None
+    assert history_of(*KNOWN[:3]).stage2_change() is None
+    moved = history_of(*KNOWN, (50, 2, [1, 1, 2, 1]), (60, 2, [1, 1, 2, 1]))
+    assert moved.stage2_change() == 0.25
+    assert moved.summary()["largest_change_in_stage2"] == 0.25
+
+
+def test_history_is_saved_and_cut_at_the_step_that_is_resumed(tmp_path):
+    history_of(*KNOWN).save(tmp_path / "history.safetensors")
+    loaded = RoutingHistory()
+    loaded.load(tmp_path / "history.safetensors", last_step=25)
+    assert loaded.steps == [0, 10, 20]
+    assert loaded.stages == [1, 1, 1]
+    assert [experts.tolist() for experts in loaded.experts] == [experts for _, _, experts in KNOWN[:3]]
+    assert loaded.record(30, 2, torch.tensor([1, 1, 2, 0])) == 0.25
+    assert [path.name for path in tmp_path.iterdir()] == ["history.safetensors"]
+
+
+def fluctuation_run(folder, *callbacks, model=None, stage1_steps=8, **arguments):
+    """Two MoE layers: what reaches the second depends on how tokens were routed in the first."""
+    watch = RoutingFluctuationCallback(BLOCKS, check_steps=3, num_tokens=100, batch_size=2)
+    trainer = make_trainer(
+        folder,
+        *callbacks,
+        StageTransitionCallback(stage1_steps),
+        watch,
+        model=tiny_model(moe_layer_positions=[0, 2]) if model is None else model,
+        **arguments,
+    )
+    return trainer, watch
+
+
+def test_fluctuation_compares_the_experts_that_training_would_use(tmp_path):
+    model, chosen = tiny_model(moe_layer_positions=[0, 2]), {}
+    batch = torch.stack([block["input_ids"] for block in BLOCKS[:7]])  # 112 tokens: 100, rounded up
+
+    class Training(TrainerCallback):
+        @torch.no_grad()
+        def route(self, state):
+            model.train()  # the tiny model has no dropout
+            indices = model(input_ids=batch, output_router_logits=True).expert_indices
+            chosen[state.global_step] = torch.stack([index.flatten() for index in indices])
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.route(state)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.route(state)
+
+    trainer, watch = fluctuation_run(tmp_path, Training(), model=model)
+    trainer.train()
+    assert watch.history.steps == [0, 3, 6, 8, 9, 12]
+    assert watch.history.stages == [1, 1, 1, 2, 2, 2]
+    expected = [chosen[step] for step in watch.history.steps]
+    logged = {entry["step"]: entry["routing_fluctuation"] for entry in trainer.state.log_history if len(entry) == 2}
+    for index, step in enumerate(watch.history.steps):
+        # Rows are examples, batches of 2: put the tokens of a layer side by side again.
+        assert torch.equal(watch.history.experts[index].view(2, -1).long(), expected[index]), step
+        if index:
+            share = (expected[index] != expected[index - 1]).float().mean().item()
+            assert logged[step] == pytest.approx(share)
+    assert logged[3] > 0
+    assert logged[9] == logged[12] == 0
+
+
+DISTILLED = ["word_embedding", "counts", "bigram", "cnn", "transformer_1"]
+
+
+def experts_of(model, **inputs):
+    with torch.no_grad():
+        return torch.cat([index.flatten() for index in model(**inputs, output_router_logits=True).expert_indices])
+
+
+@pytest.mark.parametrize("kind", DISTILLED)
+def test_a_model_is_asked_for_its_backbones_choice(kind):
+    ids, mask = random_ids(4, 9), torch.ones(4, 9, dtype=torch.long)
+    mask[1:3, 5:] = 0
+    real = mask.bool().flatten().repeat(2)
+    model = tiny_model(moe_layer_positions=[0, 2], distilled_router=kind)
+    trained = experts_of(model.train(), input_ids=ids, attention_mask=mask)  # the tiny model has no dropout
+    asked = experts_of(model.eval(), input_ids=ids, attention_mask=mask, route_by_backbone=True)
+    assert torch.equal(asked[real], trained[real])
+    evaluated = experts_of(model, input_ids=ids, attention_mask=mask)
+    assert not torch.equal(asked[real], evaluated[real])
+    model.freeze_router()
+    assert torch.equal(experts_of(model, input_ids=ids, attention_mask=mask, route_by_backbone=True), evaluated)
+
+
+def test_a_translation_model_is_asked_for_its_backbones_choice():
+    ids, labels = random_ids(4, 9, high=90), random_ids(4, 6, seed=1, high=90)
+    model = tiny_seq2seq_model()
+    trained = experts_of(model.train(), input_ids=ids, labels=labels)
+    assert torch.equal(experts_of(model.eval(), input_ids=ids, labels=labels, route_by_backbone=True), trained)
+    assert not torch.equal(experts_of(model, input_ids=ids, labels=labels), trained)
+
+
+def test_padding_of_rows_that_come_padded_is_neither_watched_nor_seen(tmp_path):
+    lengths = [3, 7, 5, 6]
+    rows = [row[:length] for row, length in zip(random_ids(4, 7), lengths, strict=True)]
+    bare = [{"input_ids": row} for row in rows]
+    right, left = (
+        [
+            {"input_ids": ids, "attention_mask": mask}
+            for ids, mask in zip(padded(rows, 1, side), padded([torch.ones(n) for n in lengths], 0, side), strict=True)
+        ]
+        for side in ("right", "left")
+    )
+    watched = []
+    for name, dataset in (("bare", bare), ("right", right), ("left", left)):
+        watch = RoutingFluctuationCallback(dataset, num_tokens=20)
+        make_trainer(tmp_path / name, watch, model=tiny_model(moe_layer_positions=[0, 2]), max_steps=1).train()
+        watched.append(watch.history.experts)
+    # 20 tokens are the first four rows, of which padding would have made two.
+    assert [experts[0].numel() for experts in watched] == [2 * sum(lengths)] * 3
+    for other in watched[1:]:
+        assert torch.equal(torch.stack(other), torch.stack(watched[0]))
+
+
+@pytest.mark.parametrize("labels", [1, 0.5, [0.0, 1.0], [0, 1], torch.tensor(1)], ids=str)
+def test_labels_of_a_classifier_are_no_tokens(tmp_path, labels):
+    rows = [{"input_ids": row, "labels": labels, "label": labels, "idx": 7} for row in random_ids(4, 6)]
+    torch.manual_seed(0)
+    model = shaken(StableMoEForSequenceClassification(tiny_config(moe_layer_positions=[0, 2], num_labels=2)))
+    expected = experts_of(model.train(), input_ids=torch.stack([row["input_ids"] for row in rows]))
+    watch = RoutingFluctuationCallback(rows)
+    trained = [{"input_ids": row["input_ids"], "labels": index % 2} for index, row in enumerate(rows)]
+    model.config.problem_type = "single_label_classification"
+    make_trainer(
+        tmp_path, watch, model=model, max_steps=1, train_dataset=trained, collator=default_data_collator
+    ).train()
+    assert torch.equal(watch.history.experts[0].long(), expected)
+
+
+def test_report_is_written_as_json_and_as_a_picture(tmp_path):
+    trainer, watch = fluctuation_run(tmp_path)
+    trainer.train()
+    summary = json.loads((tmp_path / "routing_fluctuation.json").read_text())
+    assert summary == watch.history.summary()
+    assert summary["largest_change_in_stage2"] == 0
+    image = pytest.importorskip("matplotlib.image")
+    pixels = image.imread(tmp_path / "routing_fluctuation.png")
+    assert pixels.shape == (600, 1500, 4)
+    assert pixels.std() > 0.01
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_resumed_run_continues_the_history_of_fluctuation(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 5}
+    whole, whole_watch = fluctuation_run(tmp_path / "whole", **saving)
+    whole.train()
+
+    class Crash(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    crashed, _ = fluctuation_run(tmp_path / "crashed", Crash(), **saving)
+    with pytest.raises(KeyboardInterrupt):
+        crashed.train()
+    resumed, watch = fluctuation_run(tmp_path / "crashed", model=tiny_model(seed=7, moe_layer_positions=[0, 2]))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "crashed" / "checkpoint-5"))
+    assert watch.history.summary() == whole_watch.history.summary()
+    assert torch.equal(torch.stack(watch.history.experts), torch.stack(whole_watch.history.experts))
+    assert (tmp_path / "crashed" / "routing_fluctuation.json").read_text() == (
+        tmp_path / "whole" / "routing_fluctuation.json"
+    ).read_text()
+
+
+def test_new_run_in_an_old_folder_starts_its_own_history(tmp_path):
+    for _ in range(2):
+        trainer, watch = fluctuation_run(tmp_path)
+        trainer.train()
+        assert watch.history.steps == [0, 3, 6, 8, 9, 12]
+
+
+def test_watching_fluctuation_leaves_weights_mode_and_random_numbers_as_they_are(tmp_path):
+    modes = []
+
+    class Modes(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            modes.append(all(module.training for module in model.modules()))
+
+    plain = make_trainer(tmp_path / "a", StageTransitionCallback(8), model=tiny_model(dropout=0.2))
+    watch = RoutingFluctuationCallback(BLOCKS, check_steps=1, num_tokens=100)
+    watched = make_trainer(
+        tmp_path / "b", StageTransitionCallback(8), watch, Modes(), model=tiny_model(dropout=0.2), logging_steps=1
+    )
+    states = []
+    for trainer in (plain, watched):
+        torch.manual_seed(5)
+        trainer.train()
+        states.append(torch.get_rng_state())
+    assert_same_weights(weights(watched.model), weights(plain.model))
+    assert torch.equal(*states)
+    assert modes == [True] * 12
+    assert watch.history.steps == list(range(13))
+
+
+def test_fluctuation_without_a_transition_checks_the_last_step(tmp_path):
+    watch = RoutingFluctuationCallback(BLOCKS, check_steps=5, num_tokens=64)
+    make_trainer(tmp_path, watch).train()
+    assert watch.history.steps == [0, 5, 10, 12]
+    assert json.loads((tmp_path / "routing_fluctuation.json").read_text())["largest_change_in_stage2"] is None
+
+
+def test_examples_of_different_lengths_are_watched(tmp_path):
+    rows = [{"input_ids": row[: 3 + index]} for index, row in enumerate(random_ids(4, 16))]
+    watch = RoutingFluctuationCallback(iter(rows), check_steps=5, num_tokens=1000)
+    make_trainer(tmp_path, watch).train()
+    assert watch.history.experts[0].numel() == 3 + 4 + 5 + 6
+
+
+@pytest.mark.parametrize("name", ["check_steps", "num_tokens", "batch_size"])
+@pytest.mark.parametrize("value", [0, -1, True, 1.5])
+def test_numbers_of_the_fluctuation_callback_are_checked(name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer >= 1"):
+        RoutingFluctuationCallback(BLOCKS, **{name: value})
+
+
+def test_data_set_that_cannot_be_watched_is_refused():
+    with pytest.raises(ValueError, match="holds no tokens"):
+        RoutingFluctuationCallback([])
+    with pytest.raises(ValueError, match="holds no tokens"):
+        RoutingFluctuationCallback([{"input_ids": []}])
+    with pytest.raises(ValueError, match=r"need a column `input_ids`; there are \['text'\]"):
+        RoutingFluctuationCallback([{"text": "a"}])
+
+
+def test_a_history_of_other_tokens_is_refused_on_resuming(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(tmp_path, RoutingFluctuationCallback(BLOCKS, check_steps=2, num_tokens=32), **saving).train()
+    resumed = make_trainer(tmp_path, RoutingFluctuationCallback(BLOCKS, check_steps=2, num_tokens=64), **saving)
+    with pytest.raises(ValueError, match="of other tokens than this run's.*delete the file"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

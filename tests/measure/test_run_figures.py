@@ -1,0 +1,168 @@
+"""Figures of runs from their folders, and the script."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from helpers.models import tiny_model
+from helpers.trainers import BLOCKS, make_trainer, training_logs
+from helpers.workplaces import load_script, refuse
+from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
+from modeling_stablemoe.measure.run_figures import read_run
+
+
+plot_run = load_script("plot_run").main
+ALL = {"loss", "fluctuation", "load", "expert_load", "distillation", "gates"}
+
+
+def train(folder, *callbacks, model, **arguments):
+    watch = RoutingFluctuationCallback(BLOCKS, check_steps=3, num_tokens=64)
+    arguments = {"eval_strategy": "steps", "eval_steps": 4, **arguments}
+    trainer = make_trainer(folder, *callbacks, watch, model=model, **arguments)
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory):
+    """A finished run of two MoE layers through both stages."""
+    folder = tmp_path_factory.mktemp("runs") / "frozen"
+    train(folder, StageTransitionCallback(6), model=tiny_model(moe_layer_positions=[0, 2])).save_state()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hashed(tmp_path_factory):
+    """A run with a hash that was killed: it has two checkpoints and no more."""
+    folder = tmp_path_factory.mktemp("runs") / "hashed"
+    model = tiny_model(router_type="hash")
+    train(folder, RoutingStatisticsCallback(), model=model, save_strategy="steps", save_steps=6)
+    (folder / "routing_fluctuation.json").unlink()
+    (folder / "checkpoint-best").mkdir()
+    return folder
+
+
+def shown(file) -> str:
+    """An SVG file, which holds each text as a comment beside its outline."""
+    return file.read_text()
+
+
+def test_a_run_is_drawn_with_its_stage_boundary(frozen, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    plot_run([str(frozen), "--output_dir", str(tmp_path / "new" / "folder"), "--svg"])
+    printed = {line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()}
+    assert printed == {f"{name}.{ending}" for name in ALL for ending in ("png", "svg")}
+    assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == printed
+    from matplotlib.image import imread
+
+    for name in ALL:
+        assert imread(tmp_path / "new" / "folder" / f"{name}.png").std() > 0.05
+        text = shown(tmp_path / "new" / "folder" / f"{name}.svg")
+        assert "<!-- routing frozen -->" in text, name
+        assert "<!-- step -->" in text, name
+    loads = shown(tmp_path / "new" / "folder" / "load.svg")
+    assert "<!-- layer_0 -->" in loads
+    assert "<!-- layer_1 -->" in loads
+
+
+def test_runs_stand_side_by_side_under_their_labels(frozen, hashed, tmp_path):
+    pytest.importorskip("matplotlib")
+    labels = ["StableMoE", "Hash"]
+    plot_run([str(frozen), str(hashed), "--labels", *labels, "--output_dir", str(tmp_path), "--svg"])
+    for name in ALL - {"distillation", "expert_load"}:
+        for label in labels:
+            assert f"<!-- {label} -->" in shown(tmp_path / f"{name}.svg"), (name, label)
+    loads = shown(tmp_path / "expert_load.svg")
+    assert all(f"<!-- {title} -->" in loads for title in ("StableMoE, layer_0", "StableMoE, layer_1", "Hash, layer_0"))
+    # A hash distils nothing.
+    assert "<!-- Hash -->" not in shown(tmp_path / "distillation.svg")
+
+
+def test_figures_go_into_the_run_folder_and_leave_out_what_was_not_logged(hashed, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(hashed, tmp_path / "run")
+    plot_run([str(tmp_path / "run")])
+    drawn = {file.name for file in (tmp_path / "run" / "figures").iterdir()}
+    assert drawn == {f"{name}.png" for name in ALL - {"distillation"}}
+
+
+def test_history_is_that_of_the_last_checkpoint_where_the_run_did_not_end(hashed):
+    run = read_run(hashed)
+    assert run.label == "hashed"
+    assert max(entry["step"] for entry in run.log_history) == 12
+    assert read_run(hashed / "checkpoint-6", "half").curve("task_loss")[0] == [3, 6]
+    assert run.transition_step is None
+    # The checks are kept while the run goes on, the report is written at its end.
+    assert run.fluctuation["steps"] == [0, 3, 6, 9, 12]
+
+
+def test_loads_of_layers_and_experts_are_read_as_they_were_logged(frozen, tmp_path):
+    run = read_run(frozen)
+    steps, layers = run.expert_load()
+    assert steps == [3, 6, 9, 12]
+    assert [list(layers), [len(row) for rows in layers.values() for row in rows]] == [["layer_0", "layer_1"], [5] * 8]
+    logs = training_logs(run.log_history)
+    for name in ("load_max_over_mean", "load_entropy", "dead_experts"):
+        for layer, (_, values) in run.layer_curves()[name].items():
+            assert values == pytest.approx([entry[f"{name}/{layer}"] for entry in logs], abs=1e-3)
+    least = run.layer_curves()["load_min_over_mean"]
+    assert [min(pair) for pair in zip(*(values for _, values in least.values()), strict=True)] == pytest.approx(
+        [entry["load_min_over_mean"] for entry in logs], abs=1e-4
+    )
+
+    scalars = RoutingStatisticsCallback(expert_load="reporters")
+    train(tmp_path, scalars, model=tiny_model()).save_state()
+    steps, layers = read_run(tmp_path).expert_load()
+    assert steps == [3, 6, 9, 12]
+    assert {layer: [len(row) for row in rows] for layer, rows in layers.items()} == {"layer_0": [5] * 4}
+
+
+def write_state(folder, content):
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"log_history": [{"step": 3', "trainer_state.json' is not valid JSON: .* may have been cut off"),
+        ("[]", "is not a JSON object, but a list"),
+        ("{}", "holds no `log_history`: it is no state of a Trainer"),
+        ('{"log_history": [{"loss": 1.0}]}', "holds no `log_history`"),
+        ('{"log_history": []}', "Nothing was logged in .*: train on, or lower `logging_steps`"),
+        ('{"log_history": [{"step": 3, "epoch": 1.0}]}', "the logs hold nothing to draw"),
+    ],
+)
+def test_a_history_that_cannot_be_drawn_is_one_line(tmp_path, content, message):
+    pytest.importorskip("matplotlib")
+    folder = write_state(tmp_path / "run", content)
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(refuse(plot_run, [str(folder)]))
+
+
+def test_folders_without_a_history_are_one_line(tmp_path):
+    assert refuse(plot_run, [str(tmp_path / "nowhere")]).startswith("error: There is no folder")
+    (tmp_path / "empty").mkdir()
+    assert "neither `trainer_state.json` nor a checkpoint with one" in refuse(plot_run, [str(tmp_path / "empty")])
+
+
+def test_runs_of_one_name_are_refused(frozen, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert "Runs need different labels" in refuse(plot_run, [str(frozen), str(frozen), "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        plot_run([str(frozen), "--labels", "a", "b"])
+
+
+def test_a_damaged_list_of_checks_is_one_line(frozen, tmp_path):
+    shutil.copytree(frozen, tmp_path / "run")
+    (tmp_path / "run" / "routing_fluctuation.safetensors").write_bytes(b"cut off")
+    assert "is not a readable safetensors file" in refuse(plot_run, [str(tmp_path / "run")])
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    folder = write_state(tmp_path / "run", json.dumps({"log_history": [{"step": 3, "loss": 1.0}]}))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "modeling_stablemoe[plots]"' in refuse(plot_run, [str(folder)])

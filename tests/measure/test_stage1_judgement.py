@@ -1,0 +1,271 @@
+"""Judging a stage 1 in a real Trainer: what is logged, when it has settled, whether it is worth freezing."""
+
+import logging
+
+import pytest
+import torch
+
+from helpers.models import tiny_model
+from helpers.trainers import BLOCKS, assert_same_weights, make_trainer, weights
+from modeling_stablemoe import StageTransitionCallback
+from modeling_stablemoe.measure.meter import RoutingMeter
+from modeling_stablemoe.measure.verdict import Verdict, load_of
+
+
+HEALTHY = {
+    "distillation_agreement": 0.9,
+    "distillation_agreement_by_id": 0.8,
+    "load_max_over_mean": 1.2,
+    "mean_gate": 0.5,
+    "closed_gates": 0.0,
+    "common_direction": 0.3,
+}
+
+
+def transition_of(trainer) -> dict:
+    return next(entry for entry in trainer.state.log_history if "transition_step" in entry)
+
+
+def changes_of(trainer) -> list[tuple[int, float]]:
+    return [(entry["step"], entry["table_change"]) for entry in trainer.state.log_history if "table_change" in entry]
+
+
+def test_logs_show_what_tells_a_healthy_stage_1_from_a_sick_one(tmp_path):
+    trainer = make_trainer(tmp_path, StageTransitionCallback(6))
+    trainer.train()
+    first, *_, last = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in (
+        "mean_gate",
+        "closed_gates",
+        "common_direction",
+        "distillation_agreement",
+        "distillation_agreement_by_id",
+    ):
+        assert 0 <= first[name] <= 1, name
+    assert first["load_max_over_mean"] >= 1
+    assert "mean_gate" in last
+    assert "distillation_agreement_by_id" not in last
+    entry = transition_of(trainer)
+    for name in (
+        "mean_gate",
+        "closed_gates",
+        "common_direction",
+        "agreement",
+        "agreement_by_id",
+        "load_max_over_mean",
+    ):
+        assert f"transition_{name}" in entry
+
+
+def test_logged_health_is_the_mean_over_the_tokens_since_the_last_log(tmp_path):
+    model, gates = tiny_model(), []
+    (layer,) = model.moe_layers_by_name.values()
+    layer.router.register_forward_hook(lambda router, args, decision: gates.append(decision[2].detach()))
+    trainer = make_trainer(tmp_path, StageTransitionCallback(6), model=model, gradient_accumulation_steps=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for number, entry in enumerate(entries):
+        window = torch.cat(gates[6 * number : 6 * number + 6]).flatten()
+        assert entry["mean_gate"] == pytest.approx(window.mean().item(), rel=1e-5)
+        assert entry["closed_gates"] == pytest.approx((window < 0.05).float().mean().item())
+
+
+def test_the_change_of_the_table_is_weighed_by_how_often_ids_occur(tmp_path):
+    model, tables, counts = tiny_model(distilled_router="counts"), [], torch.zeros(99)
+    (layer,) = model.moe_layers_by_name.values()
+
+    def note(module, args, kwargs, output):
+        counts.add_(torch.bincount(kwargs["input_ids"].flatten(), minlength=99))
+
+    class Tables(StageTransitionCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % 2 == 0:
+                tables.append((layer.router.distilled_router.table(), counts.clone()))
+            super().on_step_end(args, state, control, **kwargs)
+
+    model.register_forward_hook(note, with_kwargs=True)
+    trainer = make_trainer(tmp_path, Tables(8), model=model, logging_steps=2)
+    trainer.train()
+    changes = changes_of(trainer)
+    assert [step for step, _ in changes] == [4, 6, 8]
+    for (_, change), (before, _), (after, seen) in zip(changes, tables, tables[1:], strict=False):
+        assert change == pytest.approx(float(((before != after) * seen).sum() / seen.sum()))
+    assert changes[0][1] > 0
+
+
+def test_a_routing_that_stands_still_is_frozen_early(tmp_path):
+    # Without learning, the tables of D and E^ are the same at every check.
+    settled = StageTransitionCallback(10, settled_change=0.0, check_steps=1)
+    model = tiny_model()
+    model.requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    trainer = make_trainer(tmp_path, settled, model=model, learning_rate=0.0)
+    logger = logging.getLogger("modeling_stablemoe.training.transition")
+    logger.disabled = True
+    trainer.train()
+    logger.disabled = False
+    step = transition_of(trainer)["step"]
+    problems = transition_of(trainer)["transition_agreement"] < 0.25
+    assert step == (10 if problems else 3)
+
+
+@pytest.mark.parametrize("worth_it", [True, False])
+def test_settling_counts_only_if_the_routing_is_worth_freezing(tmp_path, monkeypatch, worth_it):
+    metrics = HEALTHY | ({} if worth_it else {"closed_gates": 0.9})
+    monkeypatch.setattr("modeling_stablemoe.training.transition.judge", lambda meter: Verdict(metrics, 1.0, False))
+    monkeypatch.setattr(
+        "modeling_stablemoe.training.transition.SettlingWatch.check", lambda watch: watch.changes.append(0.01) or 0.01
+    )
+    trainer = make_trainer(tmp_path, StageTransitionCallback(10, settled_change=0.02, check_steps=2))
+    trainer.train()
+    assert transition_of(trainer)["step"] == (4 if worth_it else 10)
+
+
+@pytest.mark.parametrize(("change", "expected"), [(0.02, 4), (0.03, 10)])
+def test_settled_means_twice_at_most_the_given_change(tmp_path, monkeypatch, change, expected):
+    monkeypatch.setattr("modeling_stablemoe.training.transition.judge", lambda meter: Verdict(HEALTHY, 1.0, False))
+    monkeypatch.setattr(
+        "modeling_stablemoe.training.transition.SettlingWatch.check",
+        lambda watch: watch.changes.append(change) or change,
+    )
+    trainer = make_trainer(tmp_path, StageTransitionCallback(10, settled_change=0.02, check_steps=2))
+    trainer.train()
+    assert transition_of(trainer)["step"] == expected
+
+
+@pytest.mark.parametrize(("ready_at", "expected"), [(4, 4), (7, 8), (99, 11)])
+def test_the_transition_is_held_until_the_routing_is_ready_or_the_bound(
+    tmp_path, monkeypatch, caplog, ready_at, expected
+):
+    trainer = make_trainer(tmp_path, StageTransitionCallback(4, hold_until_ready=11, check_steps=2))
+
+    def judge(meter):
+        sick = {} if trainer.state.global_step >= ready_at else {"closed_gates": 0.9}
+        return Verdict(HEALTHY | sick, 1.0, False)
+
+    monkeypatch.setattr("modeling_stablemoe.training.transition.judge", judge)
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.training.transition"):
+        trainer.train()
+    assert transition_of(trainer)["step"] == expected
+    warnings = [record.getMessage() for record in caplog.records if "not worth freezing" in record.getMessage()]
+    assert len(warnings) == (expected > 4) + (expected == 11)
+
+
+def test_a_sick_routing_is_frozen_with_a_warning_that_names_the_remedies(tmp_path, caplog):
+    model = tiny_model()
+    (layer,) = model.moe_layers_by_name.values()
+    layer.router.distilled_router.centroids.data.zero_()  # every id to expert 0
+    layer.router.centroids.data.zero_()
+    layer.router.centroids.data[1] = 1e-3
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.training.transition"):
+        make_trainer(tmp_path, StageTransitionCallback(2), model=model, learning_rate=0.0).train()
+    (warning,) = [record.getMessage() for record in caplog.records if "not worth freezing" in record.getMessage()]
+    assert "the table's load max/mean is 5.00 (wanted: 2)" in warning
+    assert "Set `max_frozen_load`" in warning
+
+
+@pytest.mark.parametrize(
+    ("metrics", "load", "balanced_later", "complaints"),
+    [
+        (HEALTHY, 1.5, False, []),
+        (HEALTHY, 2.5, True, []),
+        (HEALTHY, None, False, []),
+        (HEALTHY, 2.5, False, ["max_frozen_load"]),
+        (HEALTHY | {"distillation_agreement": 0.2}, 1.0, False, ["hardly more than a hash"]),
+        ({"closed_gates": 0.6}, 3.0, False, ["max_frozen_load", "balance_gradient"]),
+    ],
+)
+def test_what_speaks_against_freezing(metrics, load, balanced_later, complaints):
+    problems = Verdict(metrics, load, balanced_later).problems()
+    assert len(problems) == len(complaints)
+    assert all(complaint in problem for complaint, problem in zip(complaints, problems, strict=True))
+
+
+def test_the_transition_says_what_balance_has_cost(tmp_path, capsys):
+    trainer = make_trainer(
+        tmp_path, StageTransitionCallback(6), model=tiny_model(max_frozen_load=1.1, distilled_router="counts")
+    )
+    trainer.train()
+    entry, output = transition_of(trainer), capsys.readouterr().out
+    assert entry["transition_table_load_max_over_mean"] < entry["transition_unbalanced_load_max_over_mean"]
+    assert 0 <= entry["transition_agreement_gap"] <= entry["transition_agreement_given_up"] < 1
+    assert f"at the price of {entry['transition_agreement_given_up']:.1%} of expected agreement" in output
+
+
+def test_the_transition_names_the_ids_that_have_an_expert_of_their_own(capsys, tmp_path):
+    model = tiny_model(max_frozen_load=1.1, distilled_router="counts")
+    rows = [{"input_ids": torch.cat([torch.full((8,), 7), row["input_ids"]])} for row in BLOCKS]
+    trainer = make_trainer(tmp_path, StageTransitionCallback(6), model=model, train_dataset=rows)
+    trainer.train()
+    entry, output = transition_of(trainer), capsys.readouterr().out
+    table = model.model.moe_layers[0].frozen_router.values()
+    assert (table == table[7]).sum() == 1
+    assert entry["transition_ids_above_limit"] == 1
+    assert 1 < entry["transition_largest_shared_load"] <= 1.1 + 1e-6 < entry["transition_table_load_max_over_mean"]
+    assert "to at most 1.1" in output
+    assert "Token id(s) 7 alone outweigh the limit: each has an expert of its own" in output
+
+
+def test_a_resumed_run_goes_on_watching(tmp_path):
+    def train(**arguments):
+        trainer = make_trainer(
+            tmp_path,
+            StageTransitionCallback(12, settled_change=0.2, check_steps=1),
+            model=tiny_model(distilled_router="counts"),
+            save_strategy="steps",
+            save_steps=3,
+            logging_steps=1,
+        )
+        trainer.train(**arguments)
+        return trainer
+
+    whole = train()
+    resumed = train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert changes_of(resumed) == changes_of(whole)
+    assert transition_of(resumed) == pytest.approx(transition_of(whole))
+    assert_same_weights(weights(resumed.model), weights(whole.model))
+
+
+def test_counts_of_earlier_parts_of_a_run_are_added():
+    meter = RoutingMeter(tiny_model())
+    assert meter.counted_tokens() is None
+    meter.resume_counts(torch.ones(1, 99))
+    assert meter.counted_tokens().sum() == 99
+    ids = torch.stack([block["input_ids"] for block in BLOCKS[:2]])
+    meter.model.train()(input_ids=ids, labels=ids)
+    assert meter.counted_tokens().sum() == 99 + 32
+
+
+def test_loads_are_sums_of_counts():
+    load = load_of(torch.tensor([[0, 1, 1]]), torch.tensor([[5, 2, 4]]), 3)
+    assert load.tolist() == [[5.0, 6.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"settled_change": 1.0}, "`settled_change` is a share"),
+        ({"settled_change": True}, "`settled_change` is a share"),
+        ({"hold_until_ready": 0}, "`hold_until_ready` must be at least 1 step"),
+        ({"hold_until_ready": 1.5}, "`hold_until_ready` as a share"),
+        ({"hold_until_ready": "x"}, "`hold_until_ready` must be an int"),
+        ({"check_steps": 0}, "`check_steps` must be an integer >= 1"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        StageTransitionCallback(4, **arguments)
+
+
+def test_the_bound_must_lie_between_the_transition_and_the_end():
+    with pytest.raises(ValueError, match="ends at step 3, before the transition at step 5"):
+        StageTransitionCallback(5, hold_until_ready=3).resolve_last_step(10)
+    with pytest.raises(ValueError, match="`hold_until_ready` of 11 steps is longer than training"):
+        StageTransitionCallback(5, hold_until_ready=11).resolve_last_step(10)
+    assert StageTransitionCallback(5, hold_until_ready=0.8).resolve_last_step(10) == 8
+
+
+def test_a_router_without_a_table_cannot_settle(tmp_path):
+    callback = StageTransitionCallback(4, settled_change=0.1)
+    with pytest.raises(ValueError, match="`settled_change` watches a table"):
+        make_trainer(tmp_path, callback, model=tiny_model(distilled_router="bigram")).train()

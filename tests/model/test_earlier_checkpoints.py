@@ -1,0 +1,88 @@
+"""Checkpoints of earlier versions, kept in `earlier`, load, route and compute as they did when they were saved.
+
+They were written with transformers 5.15 when routing tables and counts were still parameters; `expected.safetensors` holds
+their inputs, logits and experts.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import modeling_stablemoe
+from modeling_stablemoe.checkpoints.earlier_checkpoints import current_name
+from modeling_stablemoe.convert.pruning import load_pruned
+
+
+EARLIER = sorted(path.parent for path in Path(__file__).parent.glob("earlier/*/config.json"))
+
+
+def load(folder: Path):
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(modeling_stablemoe, name).from_pretrained(folder)
+
+
+@torch.no_grad()
+def assert_as_saved(model, folder: Path):
+    expected = load_file(folder / "expected.safetensors")
+    with safe_open(folder / "expected.safetensors", framework="pt") as file:
+        fingerprint = file.metadata()["fingerprint"] or None
+    inputs = {name: ids for name, ids in expected.items() if name.endswith("ids")}
+    outputs = model(**inputs, output_router_logits=True)
+    assert torch.equal(torch.stack(tuple(outputs.expert_indices)), expected["experts"])
+    assert_close(outputs.logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    assert model.router_fingerprint() == model.config.router_fingerprint == fingerprint
+    assert model.routing_stage == (1 if folder.name.endswith("stage-1") else 2)
+
+
+def test_there_is_one_of_each_kind():
+    assert len(EARLIER) == 9
+
+
+@pytest.mark.parametrize("folder", EARLIER, ids=lambda folder: folder.name)
+def test_an_earlier_checkpoint_computes_what_it_did_and_so_it_does_saved_again(folder, tmp_path):
+    model = load(folder)
+    assert_as_saved(model, folder)
+    model.save_pretrained(tmp_path)
+    assert_as_saved(load(tmp_path), folder)
+    kept, written = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert any(".norm_weight" in name for name in kept)
+    kept = {current_name(name): values for name, values in kept.items()}
+    assert {name: (values.dtype, values.shape) for name, values in written.items()} == {
+        name: (values.dtype, values.shape) for name, values in kept.items()
+    }
+    assert all(torch.equal(values.nan_to_num(), kept[name].nan_to_num()) for name, values in written.items())
+
+
+@pytest.mark.parametrize("folder", EARLIER, ids=lambda folder: folder.name)
+def test_the_state_dict_of_an_earlier_checkpoint_loads(folder):
+    model = load(folder)
+    fresh = type(model)(model.config).eval()
+    state_dict = load_file(folder / "model.safetensors")
+    unchanged = set(state_dict)
+    fresh.load_state_dict(state_dict, strict=False)  # a head may be the embedding
+    assert set(state_dict) == unchanged
+    assert_as_saved(fresh, folder)
+
+
+def test_an_earlier_checkpoint_is_pruned(tmp_path):
+    folder = Path(__file__).parent / "earlier" / "frozen"
+    model = load(folder)
+    ids = torch.arange(7).unsqueeze(0)
+    pruned = load_pruned(folder, token_ids=ids.flatten())
+    assert_close(pruned(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["stage-1", "counts-stage-1", "translation-stage-1"])
+def test_an_earlier_checkpoint_of_stage_1_freezes_what_it_evaluates(kind):
+    model = load(Path(__file__).parent / "earlier" / kind)
+    ids = torch.arange(31).unsqueeze(0)
+    before = model.route(ids)
+    model.freeze_router()
+    if model.config.max_frozen_load is None:  # a limit sends some tokens elsewhere
+        assert torch.equal(model.route(ids), before)
+    assert model.routing_stage == 2

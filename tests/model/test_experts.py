@@ -1,0 +1,376 @@
+"""Expert stacks and their backends: one result, all gradients, sentinels, capacity, and the switch between them."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.models import random_ids, tiny_config, tiny_model
+from modeling_stablemoe import StableMoEForCausalLM
+from modeling_stablemoe.model.experts_stablemoe import (
+    ALL_STABLEMOE_EXPERTS_FUNCTIONS,
+    StableMoEExperts,
+    drop_overflow,
+)
+
+
+N = 5
+BACKENDS = ["eager", "grouped_mm", "batched_mm"]
+FAST = ["grouped_mm", "batched_mm"]
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-11, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
+ASSIGNMENTS = {
+    "mixed": [3, 0, 1, 4, 3, 3, 2, 0, 1, 2, 4, 3],
+    "experts 1 and 4 idle": [0, 2, 3, 3, 0, 2, 0, 0],
+    "all on one": [2] * 9,
+    "one token": [4],
+    "some sentinels": [N, 3, 0, N, N, 4, 1, N],
+    "only sentinels": [N, N, N],
+    "sentinels past N": [N + 7, 2, N, 999, 0, N + 1],
+    "no token": [],
+}
+
+
+def experts_of(backend: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides) -> StableMoEExperts:
+    """Experts with every parameter random, the same for each backend; 37 is odd, 48 what a grouped kernel likes."""
+    config = tiny_config(**overrides)
+    config._experts_implementation = backend
+    experts = StableMoEExperts(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in experts.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * (0.5 if "norm" in name else 0.15)
+            parameter.copy_(noise + (1.0 if "layernorm_weight" in name else 0.0))
+    return experts.to(dtype)
+
+
+def run(experts: StableMoEExperts, index, seed: int = 1):
+    """Output and all gradients by name, inputs included, of a random linear objective."""
+    dtype = next(experts.parameters()).dtype
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(len(index), 32, generator=generator).to(dtype).requires_grad_()
+    gate = torch.rand(len(index), 1, generator=generator).to(dtype).requires_grad_()
+    output = experts(hidden, torch.tensor(index, dtype=torch.long).view(-1, 1), gate)
+    (output * torch.randn(output.shape, generator=generator).to(dtype)).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+    return output.detach(), {**gradients, "hidden": hidden.grad, "gate": gate.grad}
+
+
+def assert_same(actual, expected, tolerance):
+    torch.testing.assert_close(actual[0], expected[0], **tolerance)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        scale = max(1.0, float(gradient.abs().max())) if gradient.numel() else 1.0
+        torch.testing.assert_close(
+            actual[1][name] / scale, gradient / scale, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# One result
+
+
+@pytest.mark.parametrize("width", [37, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("case", ASSIGNMENTS)
+def test_backend_has_the_output_and_every_gradient_of_eager(case, backend, dtype, width):
+    # Where half precision rounds a sum to the other side of 0, the gradient of a relu is another, and rightly so.
+    shape = {"intermediate_size": width, "hidden_act": "gelu" if dtype is torch.bfloat16 else "relu"}
+    index = ASSIGNMENTS[case]
+    expected = run(experts_of("eager", dtype, **shape), index)
+    actual = run(experts_of(backend, dtype, **shape), index)
+    assert_same(actual, expected, TOLERANCE[dtype])
+    assert all(gradient is not None for gradient in expected[1].values())
+
+
+@given(index=st.lists(st.integers(0, N + 2), min_size=1, max_size=40), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_backends_agree_on_any_assignment(index, seed):
+    expected = run(experts_of("eager", seed=seed, intermediate_size=48), index, seed)
+    for backend in FAST:
+        assert_same(
+            run(experts_of(backend, seed=seed, intermediate_size=48), index, seed), expected, TOLERANCE[torch.float32]
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_token_goes_through_its_own_expert_alone(backend):
+    experts = experts_of(backend, torch.float64)
+    index = ASSIGNMENTS["mixed"]
+    output, _ = run(experts, index)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(len(index), 32, generator=generator).double()
+    gate = torch.rand(len(index), 1, generator=generator).double()
+    for token, expert in enumerate(index):
+        x = hidden[token]
+        for sublayer in experts.sublayers:
+            p = {name: parameter[expert].detach() for name, parameter in sublayer.named_parameters()}
+            normed = torch.nn.functional.layer_norm(x, (32,), p["layernorm_weight"], p["layernorm_bias"], eps=1e-5)
+            x = x + p["down_proj"] @ (p["up_proj"] @ normed + p["up_proj_bias"]).relu() + p["down_proj_bias"]
+        torch.testing.assert_close(output[token], gate[token] * (x - hidden[token]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_is_linear_in_the_weight_and_zero_without_it(backend):
+    experts = experts_of(backend, torch.float64)
+    hidden, index = torch.randn(12, 32).double(), torch.tensor(ASSIGNMENTS["mixed"]).view(-1, 1)
+    gate = torch.rand(12, 1).double()
+    unit = experts(hidden, index, torch.ones(12, 1).double())
+    torch.testing.assert_close(experts(hidden, index, gate), gate * unit, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(experts(hidden, index, -2 * gate), -2 * gate * unit, rtol=1e-12, atol=1e-12)
+    assert not experts(hidden, index, 0 * gate).any()
+    assert unit.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(data=st.data(), index=st.lists(st.integers(0, N), min_size=1, max_size=20))
+@settings(max_examples=15, deadline=None)
+def test_permuting_the_tokens_permutes_the_output(backend, data, index):
+    order = torch.tensor(data.draw(st.permutations(range(len(index)))))
+    experts = experts_of(backend, torch.float64)
+    hidden, gate = torch.randn(len(index), 32).double(), torch.rand(len(index), 1).double()
+    index = torch.tensor(index).view(-1, 1)
+    with torch.no_grad():
+        output = experts(hidden, index, gate)
+        permuted = experts(hidden[order], index[order], gate[order])
+    torch.testing.assert_close(permuted, output[order], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sentinels_add_exactly_nothing_and_receive_no_gradient(backend, dtype):
+    index = ASSIGNMENTS["some sentinels"]
+    output, gradients = run(experts_of(backend, dtype, intermediate_size=48), index)
+    sentinel = torch.tensor(index) == N
+    for tensor in (output, gradients["hidden"], gradients["gate"]):
+        assert not tensor[sentinel].any()
+        assert tensor[~sentinel].any(dim=-1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sentinel_with_nan_spoils_neither_other_tokens_nor_any_gradient(backend):
+    experts = experts_of(backend, intermediate_size=48)
+    index = torch.tensor([[0], [N], [3], [N]])
+    clean = torch.randn(4, 32)
+    gate = torch.rand(4, 1)
+    expected = experts(clean, index, gate).detach()
+    dirty = clean.clone()
+    dirty[[1, 3]] = torch.nan
+    output = experts(dirty, index, gate)
+    output.sum().backward()
+    torch.testing.assert_close(output.detach(), expected, rtol=1e-6, atol=1e-6)
+    for name, parameter in experts.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_expert_without_tokens_has_gradients_of_exactly_zero(backend):
+    _, gradients = run(experts_of(backend, intermediate_size=48), ASSIGNMENTS["experts 1 and 4 idle"])
+    for name, gradient in gradients.items():
+        if name.startswith("sublayers"):
+            assert [bool(expert.any()) for expert in gradient] == [True, False, True, True, False], name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_sentinels_leave_finite_zero_gradients(backend):
+    output, gradients = run(experts_of(backend, intermediate_size=48), ASSIGNMENTS["only sentinels"])
+    assert not output.any()
+    for name, gradient in gradients.items():
+        assert gradient is not None, name
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [37, 48])
+def test_under_autocast_experts_run_in_bfloat16_and_the_residual_stays_float32(backend, width):
+    model = tiny_model(intermediate_size=width)
+    model.set_experts_implementation(backend)
+    layer = model.model.moe_layers[0].train()
+    hidden = torch.randn(3, 7, 32) * 100  # bfloat16 would round these by up to 1/2
+    expected = layer(hidden, random_ids()).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(hidden, random_ids())
+    output.sum().backward()
+    assert output.dtype == torch.float32
+    change, expected_change = output.detach() - hidden, expected - hidden
+    torch.testing.assert_close(change, expected_change, rtol=5e-2, atol=5e-2)
+    assert not torch.equal(change, expected_change), "the products were not taken in bfloat16"
+    for name, parameter in layer.expert_stack.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [37, 48])
+def test_a_whole_model_trains_a_step_in_every_dtype_and_backend(width, backend, dtype):
+    model = tiny_model(intermediate_size=width).to(dtype).train()
+    model.set_experts_implementation(backend)
+    ids = random_ids()
+    outputs = model(ids, labels=ids)
+    outputs.loss.backward()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = model(ids, labels=ids)
+    assert outputs.logits.dtype == dtype
+    torch.testing.assert_close(outputs.loss, expected.loss, **TOLERANCE[dtype])
+    gradient = model.model.moe_layers[0].expert_stack.sublayers[0].up_proj.grad
+    assert gradient.dtype == dtype
+    assert torch.isfinite(gradient).all()
+
+
+# Capacity
+
+
+def brute_force_drop(index: list[int], num_experts: int, factor: float) -> list[int]:
+    real = sum(expert < num_experts for expert in index)
+    capacity = max(1, int(factor * real / num_experts))
+    taken = [0] * num_experts
+    kept = []
+    for expert in index:
+        if expert == num_experts or taken[expert] >= capacity:
+            kept.append(num_experts)
+        else:
+            taken[expert] += 1
+            kept.append(expert)
+    return kept
+
+
+@given(
+    num_experts=st.integers(1, 6),
+    factor=st.sampled_from([0.01, 0.25, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0, 100.0]),
+    data=st.data(),
+)
+@settings(max_examples=50, deadline=None)
+def test_drop_overflow_equals_a_loop_over_the_tokens(num_experts, factor, data):
+    index = data.draw(st.lists(st.integers(0, num_experts), max_size=40))
+    kept = drop_overflow(torch.tensor(index, dtype=torch.long), num_experts=num_experts, capacity_factor=factor)
+    assert kept.tolist() == brute_force_drop(index, num_experts, factor)
+
+
+@pytest.mark.parametrize(
+    ("index", "factor", "expected"),
+    [
+        ([0, 0, 0, 0, 1, 0], 1.0, [0, 0, 0, 2, 1, 2]),  # 6 tokens, 2 experts: 3 each, the first ones stay
+        ([0, 2, 0, 2, 0, 1], 1.0, [0, 2, 0, 2, 2, 1]),  # 4 real tokens: 2 each
+        ([1, 1, 1], 0.1, [1, 2, 2]),  # at least one
+        ([0, 0, 0, 1, 1], 1.0, [0, 0, 2, 1, 1]),  # 2.5 is rounded down
+        ([1, 1, 1, 1], 2.0, [1, 1, 1, 1]),  # a factor of N drops nothing
+        ([2, 2], 1.0, [2, 2]),
+        ([], 1.0, []),
+    ],
+)
+def test_drop_overflow_by_hand(index, factor, expected):
+    kept = drop_overflow(torch.tensor(index, dtype=torch.long), num_experts=2, capacity_factor=factor)
+    assert kept.tolist() == expected
+
+
+def crowded_layer(factor):
+    """A layer whose table sends every id to expert 1: capacity lets `factor / 5` of the tokens in."""
+    model = tiny_model(expert_capacity_factor=factor)
+    layer = model.model.moe_layers[0]
+    layer.frozen_router.freeze(torch.ones(99, dtype=torch.long))
+    return layer
+
+
+def test_capacity_lets_tokens_past_it_through_unchanged_while_training():
+    layer = crowded_layer(2.0).train()
+    hidden = torch.randn(2, 10, 32)
+    changed = (layer(hidden, random_ids(2, 10)) != hidden).any(-1)
+    assert changed.flatten().tolist() == [True] * 8 + [False] * 12  # 2 * 20 / 5
+    unlimited = crowded_layer(None).train()
+    torch.testing.assert_close(
+        layer(hidden, random_ids(2, 10))[changed], unlimited(hidden, random_ids(2, 10))[changed], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_capacity_drops_nothing_in_evaluation_or_without_a_factor():
+    hidden = torch.randn(2, 10, 32)
+    for layer in (crowded_layer(0.5).eval(), crowded_layer(None).train()):
+        assert (layer(hidden, random_ids(2, 10)) != hidden).any(-1).all()
+
+
+def test_padding_takes_no_capacity():
+    layer = crowded_layer(1.0).train()
+    hidden = torch.randn(2, 10, 32)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0] = False
+    changed = (layer(hidden, random_ids(2, 10), mask) != hidden).any(-1)
+    assert changed.flatten().tolist() == [False] * 10 + [True] * 2 + [False] * 8  # 1 * 10 / 5
+
+
+def test_losses_and_loads_count_tokens_over_capacity_as_routed():
+    ids = random_ids()
+    unlimited = tiny_model().train()(ids, labels=ids)
+    limited = tiny_model(expert_capacity_factor=0.5).train()(ids, labels=ids)
+    assert torch.equal(limited.expert_load, unlimited.expert_load)
+    torch.testing.assert_close(limited.balance_loss, unlimited.balance_loss, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(limited.logits, unlimited.logits), "the capacity was not reached"
+
+
+# The switch
+
+
+def spy_on(monkeypatch) -> list[str]:
+    """Note which backend runs, and run it."""
+    calls = []
+
+    def noting(name, function):
+        def forward(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return forward
+
+    for name in FAST:
+        function = ALL_STABLEMOE_EXPERTS_FUNCTIONS[name]
+        monkeypatch.setitem(ALL_STABLEMOE_EXPERTS_FUNCTIONS._global_mapping, name, noting(name, function))
+    return calls
+
+
+def test_grouped_mm_is_the_default_and_is_what_runs(monkeypatch):
+    calls = spy_on(monkeypatch)
+    model = tiny_model()
+    assert model.config._experts_implementation == "grouped_mm"
+    model(random_ids())
+    assert calls == ["grouped_mm"]
+
+
+def test_setting_an_implementation_changes_the_code_that_runs(monkeypatch):
+    calls = spy_on(monkeypatch)
+    model = tiny_model(moe_layer_positions=[0, 2])
+    for backend in ("batched_mm", "eager", "grouped_mm"):
+        calls.clear()
+        model.set_experts_implementation(backend)
+        model(random_ids())
+        assert model.config._experts_implementation == backend
+        assert calls == ([] if backend == "eager" else [backend] * 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_implementation_can_be_chosen_on_loading(backend, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    loaded = StableMoEForCausalLM.from_pretrained(tmp_path, experts_implementation=backend)
+    assert loaded.config._experts_implementation == backend
+
+
+@pytest.mark.parametrize("unknown", ["sonicmoe", "deepgemm", "fastest"])
+def test_an_implementation_that_these_experts_lack_is_refused_when_set_and_changes_nothing(unknown):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=f'implementation="{unknown}".*choose one of.*eager'):
+        model.set_experts_implementation(unknown)
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+def test_an_implementation_that_these_experts_lack_is_refused_at_init_and_on_loading(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for build in (
+        lambda: StableMoEForCausalLM(tiny_config(experts_implementation="sonicmoe")),
+        lambda: StableMoEForCausalLM._from_config(tiny_config(), experts_implementation="sonicmoe"),
+        lambda: StableMoEForCausalLM.from_pretrained(tmp_path, experts_implementation="sonicmoe"),
+    ):
+        with pytest.raises(ValueError, match='experts_implementation="sonicmoe".*choose one of'):
+            build()

@@ -1,0 +1,123 @@
+"""Models as programs: `torch.export`, `torch.jit.trace` and ONNX, with batches and lengths other than the example's."""
+
+import warnings
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from modeling_stablemoe import StableMoEForSequenceClassification
+
+
+def classifier(**overrides):
+    torch.manual_seed(0)
+    return shaken(StableMoEForSequenceClassification(tiny_config(num_labels=3, **overrides)))
+
+
+BUILDERS = {"language model": tiny_model, "translation": tiny_seq2seq_model, "classifier": classifier}
+every_head = pytest.mark.parametrize("kind", BUILDERS)
+every_stage = pytest.mark.parametrize("stage", [1, 2])
+
+
+class Program(torch.nn.Module):
+    """Logits and experts of a model, by position: what programs without Python take and return."""
+
+    def __init__(self, kind: str, stage: int, backend: str, **overrides):
+        super().__init__()
+        self.model = BUILDERS[kind](**overrides).eval()
+        if stage == 2:
+            self.model.freeze_router()
+        self.model.set_experts_implementation(backend)
+
+    def forward(self, input_ids, attention_mask, decoder_input_ids=None):
+        targets = {} if decoder_input_ids is None else {"decoder_input_ids": decoder_input_ids}
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, output_router_logits=True, **targets
+        )
+        return outputs.logits, *outputs.expert_indices
+
+    def inputs(self, batch: int, length: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+        """A batch whose first row is padded."""
+        ids = random_ids(batch, length, seed=seed, high=91)
+        mask = torch.ones_like(ids)
+        ids[0, -2:], mask[0, -2:] = self.model.config.pad_token_id, 0
+        if not self.model.config.is_encoder_decoder:
+            return ids, mask
+        return ids, mask, random_ids(batch, length - 2, seed=seed + 1, high=91)
+
+    def dynamic_shapes(self) -> tuple[dict, ...]:
+        batch, length, targets = (torch.export.Dim(name, min=1, max=40) for name in ("batch", "length", "targets"))
+        sizes = {0: batch, 1: length}
+        return (sizes, sizes, {0: batch, 1: targets}) if self.model.config.is_encoder_decoder else (sizes, sizes)
+
+    def assert_is_computed_by(self, run):
+        """Batches of other sizes and other loads, one of which sends all tokens to one expert."""
+        for batch, length, seed in ((3, 7, 0), (2, 11, 5), (5, 4, 6), (1, 3, 7)):
+            inputs = self.inputs(batch, length, seed)
+            self._assert_same(run, inputs)
+        ids, *others = self.inputs(3, 7)
+        self._assert_same(run, (torch.full_like(ids, 3), *others))
+
+    @torch.no_grad()
+    def _assert_same(self, run, inputs):
+        for result, right in zip(run(*inputs), self(*inputs), strict=True):
+            assert_close(torch.as_tensor(result), right, rtol=1e-4, atol=1e-5)
+
+
+def exported(program: Program):
+    with torch.no_grad():
+        return torch.export.export(program, program.inputs(3, 7), dynamic_shapes=program.dynamic_shapes())
+
+
+def traced(program: Program):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about Python values
+        return torch.jit.trace(program, program.inputs(3, 7), check_trace=False)
+
+
+@pytest.mark.parametrize(("kind", "router"), [("classifier", "word_embedding"), ("language model", "bigram")])
+def test_an_exported_program_takes_batches_of_any_size(kind, router):
+    program = Program(kind, 2, "grouped_mm", distilled_router=router)
+    program.assert_is_computed_by(exported(program).module())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["word_embedding", "counts", "bigram", "cnn", "transformer_1"])
+@every_stage
+@every_head
+def test_an_exported_program_takes_batches_and_lengths_of_any_size(kind, stage, router):
+    program = Program(kind, stage, "grouped_mm", distilled_router=router)
+    program.assert_is_computed_by(exported(program).module())
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "batched_mm", "eager"])
+@every_stage
+@every_head
+def test_a_traced_program_routes_its_own_tokens_and_not_the_example_s(kind, stage, backend):
+    program = Program(kind, stage, backend)
+    program.assert_is_computed_by(traced(program))
+
+
+@pytest.mark.parametrize("router", [{"distilled_router": "bigram"}, {"distilled_router": "transformer_1"}], ids=str)
+def test_a_router_whose_weights_are_bits_says_that_it_cannot_be_traced(router):
+    with pytest.raises(ValueError, match="torch.jit.trace.*torch.export"):
+        traced(Program("language model", 2, "grouped_mm", **router))
+
+
+@pytest.mark.slow
+@every_head
+def test_a_frozen_model_routes_alike_in_onnxruntime(kind, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    program = Program(kind, 2, "batched_mm")
+    file = tmp_path / "model.onnx"
+    with torch.no_grad():
+        torch.onnx.export(
+            program, program.inputs(3, 7), file, dynamic_shapes=program.dynamic_shapes(), dynamo=True, verbose=False
+        )
+    session = onnxruntime.InferenceSession(file)
+    names = [each.name for each in session.get_inputs()]
+    program.assert_is_computed_by(
+        lambda *inputs: session.run(None, {n: value.numpy() for n, value in zip(names, inputs, strict=True)})
+    )

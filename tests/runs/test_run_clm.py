@@ -1,0 +1,231 @@
+"""Tests of the training script, run as users run it."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from helpers import ROOT
+from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, content, load_script, refuse
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return CausalWorkplace(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def whole_run(workplace):
+    """The printed output of a run that nothing interrupts, in the folder `whole`."""
+    return workplace.train("whole")
+
+
+@pytest.fixture
+def script(workplace, monkeypatch):
+    """The script's `main`, in this process: for command lines that go no further than the start."""
+    module = load_script("run_clm")
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace.folder / "cache")
+    return module.main
+
+
+def test_script_trains_through_both_stages_and_writes_its_results(workplace, whole_run):
+    results = json.loads((workplace.folder / "whole" / "results.json").read_text())
+    assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
+    assert results["perplexity"] == results["stages"][1]["perplexity"]
+    assert 1 < results["perplexity"] < 280
+    assert results["stages"][1]["fluctuation"] == 0
+    assert results["stages"][0]["fluctuation"] > 0
+    config = json.loads((workplace.folder / "whole" / "config.json").read_text())
+    assert results["router_fingerprint"] == config["router_fingerprint"]
+    assert len(config["router_fingerprint"]) == 64
+    assert (config["num_experts"], config["vocab_size"]) == (3, 280)
+    assert "routing frozen after step 6 of 16" in whole_run
+    assert re.search(r"^\| 2 +\| 16 +\|", whole_run, re.MULTILINE)
+    assert f"this model: {results['perplexity']:.2f}" in whole_run
+    assert (workplace.folder / "whole" / "routing_fluctuation.json").exists()
+    shared = {path.suffix for path in (workplace.folder / "whole").iterdir() if path.is_file()}
+    assert shared <= {".json", ".md", ".png", ".py", ".safetensors"}
+    card = ModelCard.load(workplace.folder / "whole" / "README.md")
+    assert card.data.eval_results[0].metric_value == round(results["perplexity"], 3)
+    assert config["router_fingerprint"] in card.text
+
+
+def test_trained_model_loads_and_continues_a_text_in_a_new_interpreter(workplace, whole_run):
+    code = """
+import torch, modeling_stablemoe
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("whole")
+assert type(model).__name__ == "StableMoEForCausalLM" and model.routing_stage == 2
+ids = AutoTokenizer.from_pretrained("whole")("the quick brown", return_tensors="pt").input_ids
+assert torch.isfinite(model(ids).logits).all()
+"""
+    workplace.run("-c", code)
+    generate = [str(ROOT / "scripts" / "generate.py"), "whole", "--prompt", "the quick", "--max_new_tokens", "5"]
+    output = workplace.run(*generate, "--temperature", "0")
+    assert "frozen routing]" in output
+    assert re.search(r"^the quick.", output, re.MULTILINE)
+
+
+def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, whole_run, script):
+    trained = workplace.folder / "whole"
+    start = ["--model_name_or_path", str(trained), "--tokenizer_name", str(trained)]
+    unset = ["--model_preset", "", "--config_overrides", "", "--stage1_steps", ""]
+    script(workplace.arguments("tuned", *start, *unset, "--max_steps", "3", "--fluctuation_check_steps", "0"))
+    before, after = load_file(trained / "model.safetensors"), load_file(workplace.folder / "tuned/model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert "model.embed_tokens.weight" in changed
+    assert not [name for name in changed if "routing_table" in name or "distilled_router" in name]
+    fingerprints = [
+        json.loads((path / "config.json").read_text())["router_fingerprint"]
+        for path in (trained, workplace.folder / "tuned")
+    ]
+    assert fingerprints[0] == fingerprints[1]
+    [row] = json.loads((workplace.folder / "tuned" / "results.json").read_text())["stages"]
+    assert (row["stage"], row["steps"]) == (2, 3)
+
+
+def test_resuming_a_finished_run_changes_no_weight(workplace, whole_run, tmp_path):
+    # A run that was killed after its last step, before it wrote its results.
+    shutil.copytree(workplace.folder / "whole", tmp_path / "run")
+    for name in ("model.safetensors", "results.json", "routing_fluctuation.json"):
+        (tmp_path / "run" / name).unlink()
+    workplace.train(str(tmp_path / "run"), "--resume_from_checkpoint", "latest")
+    assert_same_saved_weights(tmp_path / "run", workplace.folder / "whole")
+    # One step more than `max_steps`, as `Trainer` does it, would show here.
+    for name in ("results.json", "routing_fluctuation.json"):
+        assert (tmp_path / "run" / name).read_text() == (workplace.folder / "whole" / name).read_text()
+
+
+def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, whole_run, script):
+    before = content(workplace.folder / "whole")
+    message = refuse(script, workplace.arguments("whole"))
+    assert "holds a run already" in message
+    assert content(workplace.folder / "whole") == before
+
+
+def test_resuming_with_other_settings_names_the_setting_and_changes_nothing(workplace, whole_run, script):
+    before = content(workplace.folder / "whole")
+    arguments = workplace.arguments("whole", "--resume_from_checkpoint", "latest", "--learning_rate", "3e-3")
+    message = refuse(script, arguments)
+    assert "learning_rate: 0.01 there, 0.003 here" in message
+    assert "seed" not in message
+    assert content(workplace.folder / "whole") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train_files", "nothing.txt"], "There is no file or folder"),
+        (["--train_files", "empty.txt"], "There is no text in"),
+        (
+            ["--block_size", "90000", "--config_overrides", '{"max_position_embeddings": 90000}'],
+            "too few for one block",
+        ),
+        (["--model_preset", "nothing.json"], "There is no model preset"),
+        (["--config_overrides", '{"num_expert": 3}'], "unknown fields"),
+        (["--config_overrides", '{"num_experts": 0}'], "num_experts"),
+        (["--stage1_steps", "ten"], "must be a number of steps"),
+        (["--stage1_steps", "1.5"], "must lie inside"),
+        (["--stage1_steps", "100"], "longer than training"),
+        (["--hold_until_ready", "1"], "before the transition at step"),
+        (["--settled_change", "2"], "`settled_change` is a share of tokens"),
+        (["--hash_table", "balanced"], "there is no stage 1, unset `--stage1_steps`"),
+        (["--block_size", "17"], "Sequences of 17 tokens do not fit the model's 16 positions"),
+        (["--config_overrides", '{"vocab_size": 270}'], "The tokenizer has 280 tokens, the model's vocabulary 270"),
+        (
+            ["--resume_from_checkpoint", "nowhere/checkpoint-3"],
+            "The checkpoint 'nowhere/checkpoint-3' cannot be resumed",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, whole_run, script, options, message):
+    (workplace.folder / "empty.txt").write_text("\n \n")
+    assert message in refuse(script, workplace.arguments("new", *options))
+    assert not (workplace.folder / "new").exists()
+    # A slip in a command that replaces a run must not cost the run.
+    before = content(workplace.folder / "whole")
+    refuse(script, workplace.arguments("whole", "--overwrite_output_dir", "True", *options))
+    assert content(workplace.folder / "whole") == before
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["nothing.yaml"], "there is no recipe"),
+        (["--model_preset", "preset.json", "--lerning_rate", "1"], "--lerning_rate"),
+    ],
+)
+def test_bad_command_line_ends_with_status_2(script, capsys, command, message):
+    with pytest.raises(SystemExit) as stop:
+        script(command)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bad_input_ends_the_process_with_an_error_and_no_traceback(workplace):
+    arguments = workplace.arguments("new", "--train_files", "nothing.txt")
+    process = workplace.start(str(ROOT / "scripts" / "run_clm.py"), *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", output.strip().splitlines()[-1])
+
+
+def test_killed_run_resumes_to_the_same_bits(workplace, whole_run):
+    # While the first checkpoint is written, in stage 1; and while that after the transition is.
+    workplace.kill_and_resume("killed", [(2, 0.0), (8, 0.003)], max_steps=16)
+    assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
+    stages = [
+        json.loads((workplace.folder / name / "results.json").read_text())["stages"] for name in ("killed", "whole")
+    ]
+    assert [row["perplexity"] for row in stages[0]] == [row["perplexity"] for row in stages[1]]
+    assert [row["fluctuation"] for row in stages[0]] == [row["fluctuation"] for row in stages[1]]
+
+
+@pytest.mark.slow
+def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
+    generator = random.Random(1)
+    workplace.train("long", max_steps=44)
+    kills = [(step, generator.uniform(0, 0.04)) for step in range(4, 44, 4)]
+    workplace.kill_and_resume("long-killed", kills, max_steps=44)
+    assert_same_saved_weights(workplace.folder / "long-killed", workplace.folder / "long")
+
+
+def test_a_stream_resumed_in_a_later_pass_goes_on_to_the_same_bits(workplace, script):
+    source = workplace.folder / "source"
+    source.mkdir()
+    documents = (workplace.folder / "corpus.txt").read_text().split("\n\n")
+    for name, few in (("train", documents[:4]), ("validation", documents[-4:])):
+        (source / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in few))
+    arguments = workplace.arguments("whole-stream", "--dataset_name", str(source), "--streaming", "True")
+    for name in ("--train_files", "--validation_share", "--document_separator"):
+        index = arguments.index(name)
+        del arguments[index : index + 2]
+    arguments += ["--ngram_baselines", "False", "--save_total_limit", "9", "--eval_strategy", "no"]
+    script(arguments)
+    resumed = workplace.folder / "resumed-stream"
+    shutil.copytree(workplace.folder / "whole-stream", resumed)
+    shutil.rmtree(resumed / "checkpoint-16")
+    # By step 14 of 4 blocks of 16 tokens, none longer than its characters, all has been read at least once.
+    assert sum(len(text) + 1 for text in documents[:4]) < 14 * 4 * 16
+    arguments[arguments.index("--output_dir") + 1] = str(resumed)
+    script([*arguments, "--resume_from_checkpoint", "latest"])
+    assert_same_saved_weights(workplace.folder / "whole-stream", resumed)
+
+
+def test_generating_from_a_folder_that_is_no_model_is_one_line(workplace):
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nowhere/at-all"]
+    options = {"cwd": workplace.folder, "env": workplace.environment, "timeout": 120}
+    finished = subprocess.run(command, capture_output=True, text=True, **options)
+    assert finished.returncode == 1
+    assert re.search(r"^error: cannot load 'nowhere/at-all'", finished.stderr, re.MULTILINE)
+    assert "Traceback" not in finished.stderr
