@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .layer_stablemoe import mask_of_pass, token_mask
+from .context_stablemoe import mask_of_pass, token_mask
 from .losses_stablemoe import share_of_targets
 from .outputs_stablemoe import StableMoESequenceClassifierOutputWithPast
 from .versions_stablemoe import takes_cache_by_either_name
@@ -56,7 +56,6 @@ class SequenceClassificationMixin:
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        with_routing = self.training or output_router_logits
         mask = mask_of_pass(attention_mask, cache, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
@@ -76,9 +75,9 @@ class SequenceClassificationMixin:
         task_loss, routing = None, {}
         if labels is not None:
             task_loss = self._task_loss(logits, labels, targets, num_items_in_batch)
-        if with_routing:
+        if self.training or output_router_logits:
             is_target = None if labels is None else labels.ne(-100)
-            routing = self.model.routing_fields(outputs, mask, is_target, num_items_in_batch)
+            routing = self.routing_fields(outputs, (mask,), is_target, num_items_in_batch)
         return self.head_output(
             StableMoESequenceClassifierOutputWithPast,
             outputs,

@@ -15,9 +15,9 @@ from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext
+from .context_stablemoe import Tokens
 from .losses_stablemoe import histogram, sum_across_processes
-from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, to_bits
+from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, sinusoids, to_bits
 
 
 logger = logging.get_logger(__name__)
@@ -106,18 +106,19 @@ class WordEmbeddingRouter(DistilledRouter):
 
     sees_context = False
 
-    def forward(self, token_ids: Tensor | None = None, context: TokenContext | None = None) -> Tensor:
+    def forward(self, tokens: tuple | Tensor | None = None) -> Tensor:
         """Score tokens.
 
         Args:
-            token_ids (`torch.LongTensor` of any shape `(...)`, *optional*): in [0, V); `None` is the whole vocabulary.
-            context (`TokenContext`, *optional*): of no consequence.
+            tokens (`tuple` or `torch.LongTensor`, *optional*): in the order of `Tokens`; or ids alone, of any shape `(...)`;
+                `None` is the whole vocabulary.
 
         Returns:
             `torch.Tensor` of shape `(..., E)`: distilled scores, float32 (float64 in a float64 model).
         """
         embedding, centroids = full_tensor(self.embedding), full_tensor(self.centroids)
-        return score(embedding if token_ids is None else F.embedding(token_ids, embedding), centroids)
+        features = embedding if tokens is None else F.embedding(Tokens.of(tokens).token_ids, embedding)
+        return score(features, centroids)
 
     def table(self) -> Tensor:
         """Evaluate a^(v) = argmax_i E^_i . D(v) (eq. 13) for the whole vocabulary; ties go to the lowest index.
@@ -130,9 +131,9 @@ class WordEmbeddingRouter(DistilledRouter):
         with torch.no_grad():
             return self().argmax(-1)
 
-    def assign(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
-        """Give the experts that inference would use now, `torch.LongTensor` of the shape of `token_ids`."""
-        return self.table()[token_ids]
+    def assign(self, tokens: tuple | Tensor) -> Tensor:
+        """Return the experts that inference would use now, of the shape of the token ids."""
+        return self.table()[Tokens.of(tokens).token_ids]
 
     def freeze(self) -> Tensor:
         """Give what stage 2 will route by: the table."""
@@ -165,17 +166,9 @@ class CountRouter(WordEmbeddingRouter):
         self.half_life = config.counts_half_life
         self.register_buffer("expert_counts", torch.zeros((config.vocab_size, config.num_experts), dtype=torch.int32))
 
-    def forward(
-        self, token_ids: Tensor | None = None, context: TokenContext | None = None, counts: bool = False
-    ) -> Tensor:
-        """Score tokens; as `WordEmbeddingRouter.forward` does.
-
-        Args:
-            token_ids (`torch.LongTensor`, *optional*): as there.
-            context (`TokenContext`, *optional*): as there.
-            counts (`bool`): give `counts()` instead, which the hooks of an offloaded model fetch for a forward pass alone.
-        """
-        return from_bits(self.expert_counts) if counts else super().forward(token_ids, context)
+    def forward(self, tokens: tuple | Tensor | None = None, counts: bool = False) -> Tensor:
+        """Score tokens, or the vocabulary; or return `counts()`, which the hooks of an offloaded model bring for `forward` only."""
+        return from_bits(self.expert_counts) if counts else super().forward(tokens)
 
     def counts(self) -> Tensor:
         """Return the counts, whole: `torch.FloatTensor` of shape `(V, E)`."""
@@ -233,28 +226,27 @@ class ContextRouter(DistilledRouter):
 
     sees_context = True
 
-    def forward(self, token_ids: Tensor, context: TokenContext, exact: bool = False) -> Tensor:
+    def forward(self, tokens: tuple, exact: bool = False) -> Tensor:
         """Score tokens.
 
         Args:
-            token_ids (`torch.LongTensor` of shape `(B, S)`): the context holds them too.
-            context (`TokenContext`): what came before them.
+            tokens (`tuple`): in the order of `Tokens`, with their context.
             exact (`bool`): score for inference, in float64, instead of for learning.
 
         Returns:
             `torch.Tensor` of shape `(B, S, E)`: distilled scores, float32 (float64 if `exact` or in a float64 model).
         """
-        return self.scores({name: full_tensor(weight) for name, weight in self.named_parameters()}, context, exact)
+        return self.scores({name: full_tensor(weight) for name, weight in self.named_parameters()}, tokens, exact)
 
     @classmethod
-    def scores(cls, weights: dict[str, Tensor], context: TokenContext, exact: bool) -> Tensor:
-        """Score the tokens of a context by weights that need not be a module's; see `forward`."""
+    def scores(cls, weights: dict[str, Tensor], tokens: tuple, exact: bool) -> Tensor:
+        """Score tokens by weights that need not be a module's, `(B, S, E)`."""
 
         def cast(values: Tensor) -> Tensor:
             return values.float().double() if exact else values.to(torch.promote_types(values.dtype, torch.float32))
 
         others = {name: cast(weight) for name, weight in weights.items() if name != "embedding"}
-        ids, mask, positions, sequences = context
+        _, _, ids, mask, positions, sequences = Tokens.of(tokens)
         if sequences is None:
             sequences = torch.zeros_like(ids)
         if mask is not None:
@@ -276,7 +268,7 @@ class ContextRouter(DistilledRouter):
 
         Args:
             embedded (`torch.Tensor` of shape `(B, C, R)`): D(X_t).
-            sequences (`torch.LongTensor` of shape `(B, C)`): the sequence of each token, see `TokenContext`; at least 0.
+            sequences (`torch.LongTensor` of shape `(B, C)`): the number of each token's sequence in its row; at least 0.
             weights (`dict[str, torch.Tensor]`): all but the embedding, in the dtype of `embedded`.
 
         Returns:
@@ -284,16 +276,16 @@ class ContextRouter(DistilledRouter):
         """
         raise NotImplementedError
 
-    def assign(self, token_ids: Tensor, context: TokenContext) -> Tensor:
-        """Give the experts that inference would use now, `torch.LongTensor` of the shape of `token_ids`, `(B, S)`."""
+    def assign(self, tokens: tuple) -> Tensor:
+        """Return the experts that inference would use now, `(B, S)`."""
         with torch.no_grad():
-            return self(token_ids, context, exact=True).argmax(-1)
+            return self(tokens, exact=True).argmax(-1)
 
     @classmethod
-    def assign_by(cls, weights: dict[str, Tensor], context: TokenContext) -> Tensor:
+    def assign_by(cls, weights: dict[str, Tensor], tokens: tuple) -> Tensor:
         """Do what `assign` does by weights that need not be a module's."""
         with torch.no_grad():
-            return cls.scores(weights, context, exact=True).argmax(-1)
+            return cls.scores(weights, tokens, exact=True).argmax(-1)
 
     def freeze(self) -> dict[str, Tensor]:
         """Give what stage 2 will route by: all weights, as inference rounds them; see `check_weights` first."""
@@ -369,7 +361,7 @@ class TransformerRouter(ContextRouter):
         C, R = embedded.shape[1:]
         causal = torch.ones(C, C, dtype=torch.bool, device=sequences.device).tril()
         visible = causal & (sequences[:, :, None] == sequences[:, None, :])
-        hidden = embedded + _sinusoids(visible.sum(-1) - 1, R).to(embedded.dtype)
+        hidden = embedded + sinusoids(visible.sum(-1) - 1, R, torch.float64).to(embedded.dtype)
 
         def norm(values: Tensor, name: str, layer: int) -> Tensor:
             return F.layer_norm(values, (R,), weights[f"{name}_weight"][layer], weights[f"{name}_bias"][layer])
@@ -392,13 +384,6 @@ def _attend(qkv: Tensor, visible: Tensor) -> Tensor:
     query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.split(width, dim=-1))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1))
     return attended.transpose(1, 2).flatten(-2)
-
-
-def _sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Give the sines, then the cosines of positions `(B, C)` at geometric wavelengths: `(B, C, R)`, float64."""
-    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-    angle = positions.unsqueeze(-1) * 10000.0**-exponent
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
 
 
 # By `distilled_router` (paper table 6).

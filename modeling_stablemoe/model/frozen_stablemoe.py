@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext
+from .context_stablemoe import Tokens
 from .distillation_stablemoe import distilled_router_class, sees_context
 from .losses_stablemoe import is_distributed
 from .tensors_stablemoe import copy_into, from_bits, local_tensor, restore_integers, restored_integers, to_bits
@@ -188,17 +188,16 @@ class FrozenRouter(FrozenRouting):
         empty = torch.full(self.routing_table.shape, -1, dtype=torch.int32)
         return empty.random_(self.num_experts) if self.is_hash else empty
 
-    def forward(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
+    def forward(self, tokens: tuple | Tensor) -> Tensor:
         """Look up the expert of each token.
 
         Args:
-            token_ids (`torch.LongTensor` of any shape): in [0, V).
-            context (`TokenContext`, *optional*): not used.
+            tokens (`tuple` or `torch.LongTensor`): in the order of `Tokens`; or ids alone, of any shape.
 
         Returns:
-            `torch.LongTensor` of the shape of `token_ids`: in [0, E).
+            `torch.LongTensor` of the shape of the ids: in [0, E).
         """
-        return self.routing_table[token_ids].long()
+        return self.routing_table[Tokens.of(tokens).token_ids].long()
 
     def follow(self, name: str = "frozen_router"):
         """Follow the contents, but for a hash on several processes; see `FrozenRouting.follow`.
@@ -281,18 +280,17 @@ class FrozenContextRouter(FrozenRouting):
         self.distilled_router_class = distilled_router_class(config)
         self.weights = FrozenWeights(self.distilled_router_class.shapes(config))
 
-    def forward(self, token_ids: Tensor, context: TokenContext) -> Tensor:
+    def forward(self, tokens: tuple) -> Tensor:
         """Compute the expert of each token, in float64.
 
         Args:
-            token_ids (`torch.LongTensor` of shape `(B, S)`): the context holds them too.
-            context (`TokenContext`): what came before them.
+            tokens (`tuple`): in the order of `Tokens`, with their context.
 
         Returns:
             `torch.LongTensor` of shape `(B, S)`: in [0, E).
         """
         weights = {name: from_bits(bits) for name, bits in self.weights().items()}
-        return self.distilled_router_class.assign_by(weights, context)
+        return self.distilled_router_class.assign_by(weights, tokens)
 
     @torch.no_grad()
     def freeze(self, weights: dict[str, Tensor]):

@@ -18,7 +18,8 @@ from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig, from_package
-from .layer_stablemoe import final_token_mask, mask_of_pass, token_mask
+from .context_stablemoe import final_token_mask, mask_of_pass
+from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
@@ -105,18 +106,10 @@ class StableMoEModel(StableMoEBackbone):
         )
         if position_ids is None:
             position_ids = count_positions(inputs_embeds, attention_mask, cache)
-        token_ids = self.routed_by(input_ids, inputs_embeds)
+        packing = position_ids if may_be_packed else None
         hidden_states = self.transform(
             self.embed(inputs_embeds, position_ids),
-            token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1], cache),
-            context=self.context_of(
-                token_ids,
-                attention_mask,
-                cache,
-                position_ids if may_be_packed else None,
-                kwargs.get("cu_seq_lens_q"),
-            ),
+            self.tokens_of(input_ids, inputs_embeds, attention_mask, cache, packing, kwargs.get("cu_seq_lens_q")),
             attention_mask=causal_mask,
             position_ids=position_ids,
             **{CACHE_NAME: cache},
@@ -136,42 +129,6 @@ class StableMoEModel(StableMoEBackbone):
                 "Trainer, or with a subclass of SFTTrainer that has `compute_loss = Trainer.compute_loss`."
             )
 
-    def routing_fields(
-        self,
-        outputs: StableMoEModelOutputWithPast,
-        attention_mask: Tensor | None,
-        is_target: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Any]:
-        """Make what a head's output says of the routing, and let the routers follow a pass that learns.
-
-        Args:
-            outputs (`StableMoEModelOutputWithPast`): of a pass that recorded its routing; see `routing_losses`.
-            attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
-            is_target (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): what the task loss predicts of each
-                sequence, if there are labels.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): see `auxiliary_loss`.
-
-        Returns:
-            `dict`: `aux_loss`, a scalar on the device of the last hidden state, and the fields of `describe_routing`; of
-            a pass through no MoE layer an `aux_loss` of 0 alone.
-        """
-        device = outputs.last_hidden_state.device  # layers may stand on several
-        if not outputs.expert_indices:
-            return {"aux_loss": torch.zeros((), device=device)}
-        is_learning = self.is_learning(
-            outputs.last_hidden_state, outputs.router_logits, outputs.distilled_router_logits
-        )
-        weighing = None if num_items_in_batch is None else is_target
-        losses = self.routing_losses(outputs, attention_mask, is_learning, weighing)
-        aux_loss = self.auxiliary_loss(losses, is_target, num_items_in_batch).to(device)
-        fields = self.describe_routing([losses], self.routing_health(outputs, attention_mask))
-        if is_learning:
-            self.observe_routing(outputs, attention_mask)
-            if is_target is None:
-                self.warn_of_missing_labels()
-        return {"aux_loss": aux_loss, **fields}
-
     def routed_tokens(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
     ) -> list[tuple[Tensor | None, Tensor | None]]:
@@ -190,7 +147,7 @@ class StableMoEModel(StableMoEBackbone):
         return [(input_ids, mask)] * self.config.num_moe_layers
 
 
-class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
+class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoEGenerationMixin):
     """The language model of StableMoE: the backbone and a head that shares the token embedding.
 
     Args:
@@ -279,7 +236,6 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        with_routing = self.training or output_router_logits
         mask = mask_of_pass(attention_mask, cache, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
@@ -301,8 +257,8 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             # A mean over no targets is NaN: 0 / 0.
             task_loss = torch.where(is_target.any().to(task_loss.device), task_loss, 0.0)
-        if with_routing:
-            routing = self.model.routing_fields(outputs, mask, is_target, kwargs.get("num_items_in_batch"))
+        if self.training or output_router_logits:
+            routing = self.routing_fields(outputs, (mask,), is_target, kwargs.get("num_items_in_batch"))
         return self.head_output(
             StableMoECausalLMOutputWithPast,
             outputs,
@@ -329,7 +285,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         return self.model.routed_tokens(*args, **kwargs)
 
 
-class StableMoEForSequenceClassification(SequenceClassificationMixin, StableMoEPreTrainedModel):
+class StableMoEForSequenceClassification(SequenceClassificationMixin, RoutingHeadMixin, StableMoEPreTrainedModel):
     """The backbone and a head that classifies whole sequences, or scores them; a language model's checkpoint loads.
 
     Args:

@@ -14,7 +14,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
 from .configuration_stablemoe import StableMoESeq2SeqConfig
-from .layer_stablemoe import count_real_tokens, final_token_mask, mask_of_pass, token_mask
+from .context_stablemoe import count_real_tokens, final_token_mask, mask_of_pass
+from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import label_smoothed_loss
 from .outputs_stablemoe import (
     StableMoEDecoderOutput,
@@ -22,7 +23,8 @@ from .outputs_stablemoe import (
     StableMoESeq2SeqLMOutput,
     StableMoESeq2SeqModelOutput,
 )
-from .pretrained_stablemoe import ROUTING_FIELDS, StableMoEPreTrainedModel
+from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .routing_stablemoe import RECORDED
 from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cache_by_either_name
 
 
@@ -128,12 +130,9 @@ class StableMoEEncoder(StableMoEBackbone):
             ValueError: see `StableMoEModel.forward`.
         """
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
-        token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, None)),
-            token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
-            context=self.context_of(token_ids, attention_mask, cu_seq_lens=kwargs.get("cu_seq_lens_q")),
+            self.tokens_of(input_ids, inputs_embeds, attention_mask, cu_seq_lens=kwargs.get("cu_seq_lens_q")),
             attention_mask=create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -217,14 +216,10 @@ class StableMoEDecoder(StableMoEBackbone):
                 f"a {type(cache).__name__}."
             )
         self_attention_cache = None if cache is None else cache.self_attention_cache
-        token_ids = self.routed_by(input_ids, inputs_embeds)
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
-            token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1], self_attention_cache),
-            context=self.context_of(
-                token_ids, attention_mask, self_attention_cache, cu_seq_lens=kwargs.get("cu_seq_lens_q")
-            ),
+            self.tokens_of(input_ids, inputs_embeds, attention_mask, self_attention_cache, cu_seq_lens=cu_seq_lens),
             attention_mask=create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -372,14 +367,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        recorded = (
-            "hidden_states",
-            "attentions",
-            "router_logits",
-            "expert_indices",
-            "distilled_router_logits",
-            "routing_traces",
-        )
+        recorded = ("hidden_states", "attentions", *RECORDED)
         return StableMoESeq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             **{CACHE_NAME: decoder_outputs.cache},
@@ -390,7 +378,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         )
 
 
-class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableMoEGenerationMixin):
+class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTrainedModel, StableMoEGenerationMixin):
     """The sequence-to-sequence model with a head that shares the token embedding.
 
     Args:
@@ -409,6 +397,11 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         # Labels stand at the positions that predict them; the default for this class name would shift them again.
         self.loss_function = label_smoothed_loss
         self.post_init()
+
+    @property
+    def sides(self) -> dict[str, StableMoEBackbone]:
+        """`dict[str, StableMoEBackbone]`: encoder and decoder, by what their fields of the output begin with."""
+        return {"encoder_": self.model.encoder, "decoder_": self.model.decoder}
 
     @classmethod
     def maybe_distribute_model(cls, *args, **kwargs):
@@ -491,7 +484,6 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        with_routing = self.training or output_router_logits
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
             decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, labels, cache
         )
@@ -511,34 +503,21 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         )
         logits = self.lm_head(outputs.last_hidden_state)
 
-        loss = task_loss = None
+        is_target = None if labels is None else labels.ne(-100)
+        task_loss, routing = None, {}
         if labels is not None:
             smoothing = self.config.label_smoothing if self.training else 0.0
             task_loss = self.loss_function(logits, labels, self.config.vocab_size, label_smoothing=smoothing, **kwargs)
-            loss = task_loss
-        losses = {}
-        if with_routing:
-            masks = {"encoder": attention_mask, "decoder": target_mask}
-            losses = self._auxiliary_losses(outputs, masks, labels, kwargs.get("num_items_in_batch"))
-            if self.training and loss is not None:
-                loss = loss + self.config.routing_loss_factor * losses["aux_loss"]
-        return StableMoESeq2SeqLMOutput(
-            loss=loss,
+        if self.training or output_router_logits:
+            masks = (attention_mask, target_mask)
+            routing = self.routing_fields(outputs, masks, is_target, kwargs.get("num_items_in_batch"))
+        return self.head_output(
+            StableMoESeq2SeqLMOutput,
+            outputs,
             logits=logits,
-            **{CACHE_NAME: outputs.cache},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-            encoder_router_logits=(outputs.encoder_router_logits or None) if output_router_logits else None,
-            decoder_router_logits=(outputs.decoder_router_logits or None) if output_router_logits else None,
-            encoder_expert_indices=outputs.encoder_expert_indices if output_router_logits else None,
-            decoder_expert_indices=outputs.decoder_expert_indices if output_router_logits else None,
             task_loss=task_loss,
-            # By name: a symbolic trace of the head has a value for `losses` that cannot be unpacked.
-            **{name: losses.get(name) for name in ("encoder_aux_loss", "decoder_aux_loss", *ROUTING_FIELDS)},
+            routing=routing,
+            output_router_logits=output_router_logits,
         )
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
@@ -654,66 +633,6 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
                 past = int(cache.get_seq_length())
                 decoder_attention_mask = nn.functional.pad(decoder_attention_mask, (past, 0), value=1)
         return decoder_input_ids, decoder_attention_mask
-
-    def _auxiliary_losses(
-        self,
-        outputs: StableMoESeq2SeqModelOutput,
-        masks: dict[str, Tensor | None],
-        labels: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> dict[str, Tensor]:
-        """Compute what the output holds of the routing losses, by field; `masks` are those of encoder and decoder."""
-        # Generation needs no loss, and takes the encoder's outputs without its routing.
-        needed = self.training and labels is not None and self.routing_stage == 1
-        recorded = self._recorded_routing(outputs, needed)
-        stacks = {"encoder": self.model.encoder, "decoder": self.model.decoder}
-        # One answer for both sides: a step may train one of them, on outputs of the other that were made before.
-        scores = [s for side in recorded.values() for s in (side.router_logits, side.distilled_router_logits)]
-        is_learning = self.is_learning(outputs.last_hidden_state, *scores)
-        is_target = None if labels is None else labels.ne(-100)
-        weighing = None if num_items_in_batch is None else is_target
-        sides = {
-            name: stacks[name].routing_losses(side, masks[name], is_learning, weighing)
-            for name, side in recorded.items()
-        }
-        device = outputs.last_hidden_state.device  # layers may stand on several
-        losses = {
-            f"{name}_aux_loss": self.auxiliary_loss(side, is_target, num_items_in_batch).to(device)
-            for name, side in sides.items()
-        }
-        losses["aux_loss"] = sum(losses.values(), start=torch.zeros((), device=device))
-        if not sides:
-            return losses
-        health = [layer for name, side in recorded.items() for layer in stacks[name].routing_health(side, masks[name])]
-        if is_learning:
-            for name, side in recorded.items():
-                stacks[name].observe_routing(side, masks[name])
-            if labels is None:
-                self.warn_of_missing_labels()
-        return losses | self.describe_routing(list(sides.values()), health)
-
-    def _recorded_routing(
-        self, outputs: StableMoESeq2SeqModelOutput, needed: bool
-    ) -> dict[str, StableMoEModelOutputWithPast]:
-        """Pick out the sides whose routing was recorded: `"encoder"`, `"decoder"`."""
-        sides = {}
-        names = ("expert_indices", "routing_traces", "router_logits", "distilled_router_logits")
-        # A hash has no scores, and in stage 2 nothing is distilled.
-        learned = 3 if self.config.distilled_router is None else 4
-        expected = names[:learned] if self.routing_stage == 1 else names[:2]
-        for name, stack in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
-            if not stack.moe_layers:
-                continue
-            recorded = StableMoEModelOutputWithPast(**{key: outputs.get(f"{name}_{key}") for key in names})
-            if all(recorded.get(key) is not None for key in expected):
-                sides[name] = recorded
-            elif needed:
-                raise ValueError(
-                    "`encoder_outputs` hold no routing, which training needs for the routing losses. Run the encoder "
-                    "with `output_router_logits=True, output_expert_indices=True, output_distilled_router_logits=True, "
-                    "output_routing_traces=True`, or pass `input_ids`."
-                )
-        return sides
 
 
 StableMoESeq2SeqConfig.register_for_auto_class()

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
-from .context_stablemoe import whole_context
+from .context_stablemoe import token_mask, whole_sequences
 from .distillation_stablemoe import sees_context
 from .frozen_stablemoe import BalancedTable, contents_to_load
-from .layer_stablemoe import StableMoELayer, moe_layers_of, token_mask
+from .layer_stablemoe import StableMoELayer, moe_layers_of
 from .tensors_stablemoe import is_quantized
 
 
@@ -217,8 +217,8 @@ class TwoStageRoutingMixin:
         layers = self.moe_layers_by_name.values()
         if not all(layer.is_routed_by_token for layer in layers):
             return self._route_by_hidden_states(input_ids, attention_mask)
-        context = whole_context(input_ids, token_mask(attention_mask, input_ids.shape[1]))
-        routes = [layer.route(input_ids, context) for layer in layers]
+        tokens = whole_sequences(input_ids, token_mask(attention_mask, input_ids.shape[1]))
+        routes = [layer.route(tokens) for layer in layers]
         return torch.stack(routes) if routes else input_ids.new_zeros((0, *input_ids.shape))
 
     def _route_by_hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

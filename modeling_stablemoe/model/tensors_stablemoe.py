@@ -78,6 +78,13 @@ def _all_finite(values: Tensor) -> bool:
     return math.isfinite(values.detach().sum().item()) or bool(torch.isfinite(values).all())
 
 
+def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Compute the sines, then the cosines of positions at geometrically spaced wavelengths, `(...) -> (..., width)`."""
+    exponent = torch.arange(0, width, 2, dtype=dtype, device=positions.device) / width
+    angle = positions.unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
+
+
 def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
     """Leave out, as if they were padding, the tokens that no statistic can use.
 
@@ -298,6 +305,7 @@ __all__ = [
     "restored_integers",
     "score",
     "score_chosen",
+    "sinusoids",
     "to_bits",
     "unpack_ids",
     "whole_shape",
