@@ -67,14 +67,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
-        """Scale the token embeddings and add those of positions: what the first block sees.
-
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): token embeddings.
-            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`): in [0, max_position_embeddings).
-
-        Returns:
-            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+        """Scale token embeddings and add those of positions, `(batch, sequence, hidden_size)`.
 
         Raises:
             ValueError: for a position past `max_position_embeddings`.
@@ -98,24 +91,15 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         position_ids: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
     ) -> tuple:
-        """Gather what routers see of the tokens, and note new ones in the cache where routers look back at them.
+        """Gather what routers see of the tokens, in the order of `Tokens`.
 
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): by default each vector is routed as the
-                token whose embedding is nearest.
-            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `look_up`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            cache (`Cache`, *optional*): of the self-attention, before the blocks add these tokens to it.
-            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`, *optional*): where rows may hold several
-                sequences, which is where attention tells them apart: without a mask or earlier tokens in the cache.
-            cu_seq_lens (`torch.IntTensor` of shape `(sequences + 1,)`, *optional*): where sequences begin and end, of all
-                rows in one.
-
-        Returns:
-            `tuple`: in the order of `Tokens`.
+        Without `input_ids` each vector is routed as the token whose embedding is nearest. Where routers look back, new
+        ids are noted in the cache. `position_ids` are given where rows may hold several sequences, as attention tells
+        them apart: without a mask or earlier tokens in the cache.
 
         Raises:
-            ValueError: for an `attention_mask` that ends before the tokens do. Where a router looks back at earlier tokens,
+            ValueError: for an `attention_mask` that ends before the tokens do. Where a router looks back at earlier
+                tokens,
                 also for a cache that is offloaded or that another model has filled, and for packed sequences without
                 `position_ids`.
         """
@@ -140,17 +124,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return token_ids, mask, *cached_sequences(cache, self.num_blocks, token_ids, whole_mask), sequences
 
     def transform(self, hidden_states: Tensor, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> Tensor:
-        """Run `num_blocks` blocks, the MoE layers between them and the final norm.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `embed`.
-            tokens (`tuple`): of `tokens_of`.
-            route_by_backbone (`bool`): evaluate stage 1 by backbone scores and not by the distilled router.
-            **kwargs: for the blocks.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
-        """
+        """Run `num_blocks` blocks, the MoE layers between them and the final norm; `**kwargs` are for the blocks."""
         for layer in self.moe_layers:
             layer.frozen_router.follow()
             if self.training:
@@ -173,16 +147,10 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
 
     @torch.no_grad()
     def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
-        """Find the tokens whose embeddings are nearest, exactly the token itself where a vector is one.
+        """Find the token whose embedding is nearest to each vector, exactly the token itself where a vector is one.
 
-        Args:
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): vectors to look up.
-            chunk_size (`int`): vectors compared with the vocabulary at a time, which bounds memory.
-            num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids, any id
-            for a vector that is NaN. An embedding that is NaN is near to nothing.
+        The lowest of equally near ids; any id for a vector that is NaN. `chunk_size` vectors at a time bound memory;
+        of a matrix product, which rounds, the `num_candidates` nearest are measured exactly.
         """
         weight = self.embedded_vocabulary(inputs_embeds.device).float()
         squared_norm = weight.square().sum(-1)
@@ -196,11 +164,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return torch.cat(nearest).view(inputs_embeds.shape[:2])
 
     def embedded_vocabulary(self, device: torch.device) -> Tensor:
-        """Return what `embed_tokens` makes of every token id: `torch.Tensor` of shape `(vocab_size, hidden_size)`.
-
-        Args:
-            device (`torch.device`): where it is asked with ids.
-        """
+        """Return what `embed_tokens` makes of every token id, `(vocab_size, hidden_size)`."""
         embedding = self.embed_tokens
         # An adapter, a quantiser or a sharding engine has put another class there, which knows more than its `weight`; hooks
         # bring a weight that is offloaded. They are asked once for all ids, because each call may fetch or gather the weight.

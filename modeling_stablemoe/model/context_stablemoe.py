@@ -43,16 +43,7 @@ class Tokens(NamedTuple):
 
 
 def whole_sequences(token_ids: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> tuple:
-    """Make the tokens of whole sequences, all of which are to be routed.
-
-    Args:
-        token_ids (`torch.LongTensor` of shape `(B, S)`): from the start of each sequence.
-        mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding.
-        sequences (`torch.LongTensor` of shape `(B, S)`, *optional*): numbers of packed sequences.
-
-    Returns:
-        `tuple`: in the order of `Tokens`.
-    """
+    """Return whole sequences, all of which are to be routed, `(B, S)` each, as a tuple in the order of `Tokens`."""
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
     return token_ids, mask, token_ids, mask, positions, sequences
 
@@ -60,17 +51,10 @@ def whole_sequences(token_ids: Tensor, mask: Tensor | None = None, sequences: Te
 def packed_sequences(
     shape: tuple[int, int], position_ids: Tensor | None, cu_seq_lens: Tensor | None = None
 ) -> Tensor | None:
-    """Number the sequences that are packed into each row, as attention tells them apart.
+    """Number the sequences that are packed into each row, `(B, S)`, as attention tells them apart.
 
-    Args:
-        shape (`tuple[int, int]`): B and S.
-        position_ids (`torch.LongTensor` of shape `(B or 1, S)`, *optional*): a sequence begins wherever one is not the
-            one before it and 1.
-        cu_seq_lens (`torch.IntTensor` of shape `(sequences + 1,)`, *optional*): where sequences begin and end, of all rows
-            in one; goes before `position_ids`.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, S)`, *optional*: `sequences` of `Tokens`.
+    A sequence begins wherever a position is not the one before it and 1; `cu_seq_lens`, where sequences begin and end,
+    of all rows in one, go before that. `None` without both.
     """
     if cu_seq_lens is not None:
         places = torch.arange(shape[0] * shape[1], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device)
@@ -84,23 +68,14 @@ def packed_sequences(
 def cached_sequences(
     cache: Cache, num_blocks: int, token_ids: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Add tokens to the ids that a cache holds, and give all of them.
+    """Add tokens to the ids that a cache holds; return `context_ids`, `context_mask`, `positions` of `Tokens`.
 
-    The ids are one more layer of the cache, after those of the blocks, shaped like the keys of one head of width 1. So
-    whatever is done to keys and values (beams reordered, candidates cropped, rows repeated or selected) is done to them.
-
-    Args:
-        cache (`Cache`): before the blocks have added these tokens to it.
-        num_blocks (`int`): blocks that keep keys and values in it.
-        token_ids (`torch.LongTensor` of shape `(B, S)`): the new tokens.
-        attention_mask (`torch.Tensor` of shape `(B, past + S or more)`, *optional*): 0 on padding.
-
-    Returns:
-        `tuple`: `context_ids`, `context_mask` and `positions` of `Tokens`.
+    The ids are one more layer of the cache, after those of `num_blocks` blocks, shaped like the keys of one head of
+    width 1. So whatever is done to keys and values (beams reordered, candidates cropped, rows repeated or selected) is
+    done to them.
 
     Raises:
-        ValueError: for a cache that is offloaded, or holds keys of tokens whose ids it does not hold; for an attention
-            mask of another width.
+        ValueError: for a cache that is offloaded, or holds keys of tokens whose ids it does not hold.
     """
     layer = _id_layer(cache, num_blocks)
     if cache.layers[0].is_initialized:
@@ -115,15 +90,9 @@ def cached_sequences(
 
 
 def new_columns(values: Tensor, length: int, cache: Cache | None) -> Tensor:
-    """Pick those of a pass out of values that begin where the sequences do: attention reads a mask from the left.
+    """Pick the columns of a pass out of values that begin where the sequences do, such as an attention mask.
 
-    Args:
-        values (`torch.Tensor` of shape `(B, past + S or more)`): such as an attention mask.
-        length (`int`): S, tokens of the pass.
-        cache (`Cache`, *optional*): before the blocks have added these tokens to it.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`
+    The cache is as before the blocks add the tokens of the pass.
 
     Raises:
         ValueError: if the values end before the tokens do, where looking costs nothing.
@@ -144,19 +113,13 @@ def new_columns(values: Tensor, length: int, cache: Cache | None) -> Tensor:
 
 
 def token_mask(attention_mask: Tensor | None, sequence_length: int, cache: Cache | None = None) -> Tensor | None:
-    """Read from an attention mask which of the tokens of a pass are real.
+    """Read which tokens of a pass are real, `(B, S)`; `None` means that all are.
 
-    Args:
-        attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence or more)`, 0 on padding. A mask of
-            any other kind belongs to the attention implementation and tells nothing of padding.
-        sequence_length (`int`): tokens of the pass.
-        cache (`Cache`, *optional*): of earlier tokens, before the blocks add those of the pass.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, sequence)`, or `None`: every token is real.
+    An attention mask of another shape than `(B, past + S or more)` belongs to the attention implementation and does
+    not show padding. The cache is as before the blocks add the tokens of the pass.
 
     Raises:
-        ValueError: see `new_columns`.
+        ValueError: if the mask ends before the tokens do, where looking costs nothing.
     """
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
@@ -164,15 +127,9 @@ def token_mask(attention_mask: Tensor | None, sequence_length: int, cache: Cache
 
 
 def mask_of_pass(attention_mask: Tensor | None, cache: Cache | None, *inputs: Tensor | None) -> Tensor | None:
-    """Read what `token_mask` does, for use after the pass: by then the blocks have added its tokens to the cache.
+    """Read which tokens of a pass are real before it runs, for use after it: by then the blocks have filled the cache.
 
-    Args:
-        attention_mask (`torch.Tensor`, *optional*): as given to the pass.
-        cache (`Cache`, *optional*): as given to the pass.
-        *inputs (`torch.Tensor`, *optional*): ids or embeddings of the pass, of shape `(batch, sequence, ...)`.
-
-    Returns:
-        `torch.Tensor`, *optional*: without a cache `attention_mask` itself.
+    Without a cache that is `attention_mask` itself. `inputs` are ids or embeddings of the pass.
     """
     given = next((tokens for tokens in inputs if tokens is not None), None)
     if cache is None or given is None:
@@ -181,22 +138,14 @@ def mask_of_pass(attention_mask: Tensor | None, cache: Cache | None, *inputs: Te
 
 
 def final_token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
-    """Do what `token_mask` does for a batch whose mask ends where it does, as in training: a cache may have moved on."""
+    """Read which tokens of a batch are real whose mask ends where it does, as in training: a cache may have moved on."""
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask[:, -sequence_length:].bool()
 
 
 def count_real_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Count the tokens of a batch that are not padding.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch, sequence, ...)`): ids or embeddings.
-        attention_mask (`torch.Tensor`, *optional*): see `final_token_mask`.
-
-    Returns:
-        `torch.LongTensor` of shape `()`, on the device of `tokens`.
-    """
+    """Count the tokens of a batch of ids or embeddings, `(B, S, ...)`, that are not padding, on their device."""
     mask = final_token_mask(attention_mask, tokens.shape[1])
     if mask is None:
         return torch.full((), tokens.shape[0] * tokens.shape[1], device=tokens.device)

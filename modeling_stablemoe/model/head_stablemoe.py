@@ -78,56 +78,66 @@ class RoutingHeadMixin:
         """
         device = outputs.last_hidden_state.device  # layers may be on several
         routings = self._routings_of(outputs, is_required=self.training and is_target is not None)
+        if not routings:
+            return {"aux_loss": torch.zeros((), device=device)}
         is_learning = self._is_learning(outputs.last_hidden_state, routings)
         masks = dict(zip(self.sides, attention_masks, strict=True))
-        balance_loss_coef = self._balance_loss_coef() if routings else 0.0
-        aux_losses, totals, health = {}, {"balance_loss": [], "distillation_loss": [], "expert_load": []}, []
+        losses, health = {}, []
         for name, of_side in routings.items():
-            backbone, first = self.sides[name], of_side[0]
-            mask = token_mask(masks[name], first.token_ids.shape[1])
-            token_weight = None
-            if num_items_in_batch is not None and is_target is not None:
-                token_weight = _token_weight(is_target, mask, first)
-            losses = routing_losses(
-                balance_loss_function=backbone.moe_layers[0].bare_router.balance_loss,
-                num_experts=self.config.num_experts,
-                router_logits=[routing.router_logits for routing in of_side],
-                distilled_logits=[routing.distilled_logits for routing in of_side],
-                selected_experts=[routing.selected_experts for routing in of_side],
-                teacher_experts=[routing.teacher_experts for routing in of_side],
-                mask=None if mask is None else mask.flatten(),
-                # Evaluation and sampling may run on one process alone, where a collective would wait forever.
-                across_processes=is_learning,
-                token_weight=token_weight,
-                windows=[layer.bare_router.memory.load_of_window for layer in backbone.moe_layers]
-                if self.config.balance_window_tokens
-                else (),
+            mask = token_mask(masks[name], of_side[0].token_ids.shape[1])
+            of_losses = self._losses_of_side(
+                self.sides[name], of_side, mask, is_learning, is_target, num_items_in_batch
             )
-            aux_loss = self.config.distillation_loss_coef * losses["weighted_distillation_loss"]
-            if self.config.balance_loss_coef:
-                aux_loss = aux_loss + balance_loss_coef * losses["weighted_balance_loss"]
-            if num_items_in_batch is not None and is_target is not None:
-                aux_loss = aux_loss * share_of_targets(is_target.sum(), num_items_in_batch, aux_loss.device)
-            aux_losses[f"{name}aux_loss"] = aux_loss.to(device)
-            for field, values in totals.items():
-                values.append(losses[field].to(device))
+            losses[name] = {field: values.to(device) for field, values in of_losses.items()}
             health += [_health_of(routing, mask, self.config.vocab_size) for routing in of_side]
-        fields = {**aux_losses, "aux_loss": sum(aux_losses.values(), start=torch.zeros((), device=device))}
-        if not routings:
-            return fields
         if is_learning:
             self._observe(routings, masks)
             if is_target is None:
                 self._warn_of_missing_labels()
-        loads = torch.cat(totals["expert_load"])
+        loads = torch.cat([side["expert_load"] for side in losses.values()])
         mean = mean_health(health, loads.sum(-1))
-        return fields | {
-            "balance_loss": torch.stack(totals["balance_loss"]).sum(),
-            "distillation_loss": torch.stack(totals["distillation_loss"]).sum(),
+        return {
+            **{f"{name}aux_loss": side["aux_loss"] for name, side in losses.items()},
+            "aux_loss": sum((side["aux_loss"] for side in losses.values()), start=torch.zeros((), device=device)),
+            "balance_loss": torch.stack([side["balance_loss"] for side in losses.values()]).sum(),
+            "distillation_loss": torch.stack([side["distillation_loss"] for side in losses.values()]).sum(),
             "expert_load": loads,
             "distillation_agreement": mean.distillation_agreement,
             "routing_health": mean,
         }
+
+    def _losses_of_side(
+        self,
+        backbone: StableMoEBackbone,
+        routings: list[Routing],
+        mask: Tensor | None,
+        is_learning: bool,
+        is_target: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> dict[str, Tensor]:
+        """Compute the routing losses of one side's MoE layers, its loads, and `aux_loss`, what of them enters the loss."""
+        is_weighed = num_items_in_batch is not None and is_target is not None
+        memories = [layer.bare_router.memory for layer in backbone.moe_layers]
+        losses = routing_losses(
+            balance_loss_function=backbone.moe_layers[0].bare_router.balance_loss,
+            num_experts=self.config.num_experts,
+            router_logits=[routing.router_logits for routing in routings],
+            distilled_logits=[routing.distilled_logits for routing in routings],
+            selected_experts=[routing.selected_experts for routing in routings],
+            teacher_experts=[routing.teacher_experts for routing in routings],
+            mask=None if mask is None else mask.flatten(),
+            # Evaluation and sampling may run on one process alone, where a collective would wait forever.
+            across_processes=is_learning,
+            token_weight=_token_weight(is_target, mask, routings[0]) if is_weighed else None,
+            windows=[memory.load_of_window for memory in memories] if self.config.balance_window_tokens else (),
+        )
+        aux_loss = self.config.distillation_loss_coef * losses.pop("weighted_distillation_loss")
+        weighted_balance_loss = losses.pop("weighted_balance_loss")
+        if self.config.balance_loss_coef:
+            aux_loss = aux_loss + self._balance_loss_coef() * weighted_balance_loss
+        if is_weighed:
+            aux_loss = aux_loss * share_of_targets(is_target.sum(), num_items_in_batch, aux_loss.device)
+        return losses | {"aux_loss": aux_loss}
 
     def head_output(
         self,
@@ -154,7 +164,9 @@ class RoutingHeadMixin:
             loss = loss + self.config.routing_loss_factor * routing["aux_loss"].to(loss.device)
         # By name: a symbolic trace of the head has values for `outputs` and `routing` that cannot be unpacked.
         fields = {"loss": loss, "logits": logits, "task_loss": task_loss, CACHE_NAME: outputs.cache}
-        for name in output_class.__dataclass_fields__.keys() - fields.keys():
+        for name in output_class.__dataclass_fields__:
+            if name in fields:
+                continue
             if name in ROUTING_FIELDS:
                 fields[name] = routing.get(name)
             elif not name.endswith(RECORDED[:2]):

@@ -39,17 +39,7 @@ class ExpertDispatch(nn.Module):
         selected_experts: Tensor,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Turn a router's decision into what experts take: logits and weights are returned unchanged.
-
-        Args:
-            router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): the scores.
-            routing_weights (`torch.Tensor` of shape `(T, K)`): weights of the experts.
-            selected_experts (`torch.LongTensor` of shape `(T, K)`): the experts of each token.
-            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
-
-        Returns:
-            `tuple`: the three of them, with the sentinel `num_experts` for the experts of a token that takes no part.
-        """
+        """Replace the experts of a token that takes no part by the sentinel `num_experts`; leave logits and weights."""
         if token_mask is not None:
             selected_experts = selected_experts.masked_fill(~token_mask.reshape(-1, 1), self.num_experts)
         if self.training and self.capacity_factor is not None:
@@ -162,14 +152,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         return self.router.get_base_layer() if hasattr(self.router, "get_base_layer") else self.router
 
     def route(self, tokens: tuple | Tensor) -> Tensor:
-        """Return the experts that inference would use: the frozen ones, or the distilled router's while it learns.
-
-        Args:
-            tokens (`tuple` or `torch.LongTensor`): in the order of `Tokens`; or ids alone, of any shape.
-
-        Returns:
-            `torch.LongTensor` of the shape of the ids: in [0, num_experts).
-        """
+        """Return the experts that inference would use, of the shape of the ids: frozen, or the distilled router's."""
         return self.frozen_router(tokens) if self.frozen_router.is_frozen else self.bare_router.assign(tokens)
 
     @property
@@ -204,13 +187,8 @@ def look_up_ahead(
 ) -> list[tuple[Tensor | None, tuple | None]]:
     """Look up and sort the tokens of all frozen MoE layers at once, before the first block runs.
 
-    Args:
-        layers (sequence of `StableMoELayer`): of one backbone.
-        tokens (`tuple`): in the order of `Tokens`.
-        sort (`bool`): whether the experts' backend takes them sorted.
-
-    Returns:
-        `list[tuple]`: `frozen_experts` and `expert_order` of each layer's `forward`; both `None` where a layer cannot know.
+    Returns `frozen_experts` and `expert_order` of each layer's `forward`; both `None` where a layer cannot know, the
+    order where the experts' backend does not `sort`.
     """
     tokens = Tokens.of(tokens)
     if not layers or not all(layer.knows_ahead(tokens.token_ids.device) for layer in layers):

@@ -20,7 +20,7 @@ BalanceLoss = Callable[..., Tensor]
 
 
 def is_distributed() -> bool:
-    """Tell whether several processes train together."""
+    """Return True if several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -32,60 +32,24 @@ def sum_across_processes(values: Tensor) -> Tensor:
 
 
 def histogram(index: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype = torch.long) -> Tensor:
-    """Count how often each of `size` numbers occurs on real tokens.
-
-    Args:
-        index (`torch.LongTensor` of shape `(T,)`): in [0, size).
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        size (`int`): bins.
-        dtype (`torch.dtype`): of the counts.
-
-    Returns:
-        `torch.Tensor` of shape `(size,)`.
-    """
+    """Count how often each of `size` numbers occurs on real tokens, `(T,) -> (size,)`."""
     # A fixed number of bins and no boolean indexing: nothing here waits for the device.
     ones_T = torch.ones_like(index, dtype=dtype) if mask is None else mask.to(dtype)
     return torch.zeros(size, dtype=dtype, device=index.device).scatter_add_(0, index, ones_T)
 
 
 def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
-    """Count the tokens sent to each expert, |A_i| of eq. 8.
-
-    Args:
-        expert_index (`torch.LongTensor` of shape `(T,)`): the expert of each token, in [0, num_experts).
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        num_experts (`int`): N.
-
-    Returns:
-        `torch.LongTensor` of shape `(E,)`: tokens of each expert.
-    """
+    """Count the real tokens sent to each expert, |A_i| of eq. 8, `(T,) -> (E,)`."""
     return histogram(expert_index, mask, num_experts)
 
 
 def divisor_of(num_items_in_batch: Tensor | int, targets: Tensor) -> Tensor:
-    """Give what a sum over target tokens is divided by: 1 without targets, so that a sum of 0 stays 0 and is not 0 / 0.
-
-    Args:
-        num_items_in_batch (`torch.Tensor` or `int`): target tokens of the whole batch.
-        targets (`torch.LongTensor` of shape `()`): those of this micro-batch, on the same device.
-
-    Returns:
-        `torch.Tensor`: as `num_items_in_batch`.
-    """
+    """Return the divisor of a sum over target tokens: 1 without targets, so that it stays 0 and is not 0 / 0."""
     return torch.where(targets > 0, num_items_in_batch, 1)
 
 
 def share_of_targets(targets: Tensor, num_items_in_batch: Tensor | int, device: torch.device) -> Tensor:
-    """Give the share of a whole batch's targets that are in this micro-batch: the weight of a mean over it.
-
-    Args:
-        targets (`torch.LongTensor` of shape `()`): those of this micro-batch.
-        num_items_in_batch (`torch.Tensor` or `int`): those of the whole batch.
-        device (`torch.device`): where it is wanted.
-
-    Returns:
-        `torch.Tensor` of shape `()`: 0 without targets.
-    """
+    """Return the share of a whole batch's targets that are in this micro-batch, `()`: the weight of a mean over it."""
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(device)
     targets = targets.to(device)
@@ -95,18 +59,16 @@ def share_of_targets(targets: Tensor, num_items_in_batch: Tensor | int, device: 
 def token_weights(targets: Tensor, token_mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor:
     """Weigh the tokens of each sequence so that together they count for its share of the targets of this micro-batch.
 
-    A mean over the tokens of a micro-batch depends on which sequences are in it; sum_r targets_r mean_r over its sequences
-    does not, so k + k sequences give what 2k together give. Where all sequences have the same targets per token, every
-    weight is exactly 1, and the weighted mean is the plain one to the bit.
+    A mean over the tokens of a micro-batch depends on which sequences are in it; sum_r targets_r mean_r over its
+    sequences does not, so k + k sequences give what 2k together give. Where all sequences have the same targets per
+    token, every weight is exactly 1, and the weighted mean is the plain one to the bit.
 
     Args:
         targets (`torch.LongTensor` of shape `(B,)`): how many tokens of each sequence the task loss predicts.
         token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): True on real tokens; `None` means all are real.
         length (`int`): S.
-        dtype (`torch.dtype`): of the weights.
-
-    Returns:
-        `torch.Tensor` of shape `(B * S,)`: with mean 1 over the real tokens; 0 where there are no targets.
+        dtype (`torch.dtype`): of the weights, `(B * S,)`: with mean 1 over the real tokens; 0 where there are no
+            targets.
     """
     tokens_B = torch.full_like(targets, length) if token_mask is None else token_mask.sum(-1)
     # Products of integers: those of equal shares are equal, and their quotient is 1.
@@ -116,15 +78,7 @@ def token_weights(targets: Tensor, token_mask: Tensor | None, length: int, dtype
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Average `values` over the real tokens; 0 where no token is real.
-
-    Args:
-        values (`torch.Tensor` of shape `(T,)`): any float dtype.
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-
-    Returns:
-        `torch.Tensor` of shape `()`.
-    """
+    """Average `values` over the real tokens, `(T,) -> ()`; 0 where no token is real."""
     if mask is None:
         return values.mean()
     # `where` and not a product: padding may hold NaN.
@@ -198,7 +152,7 @@ def switch_balance_loss(
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         expert_load (`torch.Tensor` of shape `(E,)`, *optional*): tokens sent to each expert, of all processes; default:
             counted here.
-        reduction (`str`): as of `balance_loss`.
+        reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
         `torch.Tensor` of shape `()`: in [0, N]; 1 when loads or probabilities are even. Of shape `(T,)` with
@@ -208,7 +162,7 @@ def switch_balance_loss(
     if expert_load is None:
         expert_load = count_expert_load(expert_index=expert_index, mask=mask, num_experts=num_experts)
     share_E = expert_load.to(router_logits.dtype) / expert_load.sum().clamp(min=1)
-    # sum_i f_i P_i, the sum over experts first: one number a token, to be averaged.
+    # sum_i f_i P_i, the sum over experts first: one number per token, to be averaged.
     return num_experts * _reduce(torch.softmax(router_logits, dim=-1) @ share_E, mask, reduction)
 
 
@@ -224,7 +178,7 @@ def distillation_loss(
         distilled_logits (`torch.Tensor` of shape `(T, E)`): unnormalised scores of the distilled router, eq. 12.
         teacher_index (`torch.LongTensor` of shape `(T,)`): a_t of eq. 6, in [0, E).
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        reduction (`str`): as of `balance_loss`.
+        reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
         `torch.Tensor` of shape `()`, >= 0; of shape `(T,)` with `reduction="none"`.
@@ -318,19 +272,16 @@ def label_smoothed_loss(
     label_smoothing: float = 0.0,
     **kwargs,
 ) -> Tensor:
-    """Cross-entropy of logits and labels at the same positions, in nats per target token.
+    """Compute the cross-entropy of logits and labels at the same positions, in nats per target token, in float32.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, S, V)`): any float dtype; taken in float32.
+        logits (`torch.Tensor` of shape `(B, S, V)`): any float dtype.
         labels (`torch.LongTensor` of shape `(B, S)`): -100 is ignored.
         vocab_size (`int`): V.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): what the sum is divided by; default: the targets
-            of this batch.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divisor of the sum; default: the targets of this
+            batch.
         label_smoothing (`float`): share of the target's probability that is spread evenly over the vocabulary.
         **kwargs: other arguments that transformers gives to loss functions.
-
-    Returns:
-        `torch.Tensor` of shape `()`: 0 where there are no targets.
     """
     labels_T = labels.flatten().to(logits.device)
     total = F.cross_entropy(
@@ -347,24 +298,14 @@ def label_smoothed_loss(
 def causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
     """Mark the tokens that a causal language-modelling loss predicts, as `Trainer` counts them.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(B, S)`, *optional*): unshifted; -100 is ignored and position 0 is no target.
-        shift_labels (`torch.LongTensor`, *optional*): labels that are shifted already; used where given.
-
-    Returns:
-        `torch.BoolTensor` of shape `(B, S - 1)`, or that of `shift_labels`.
+    Of `labels`, not shifted, `(B, S) -> (B, S - 1)`; or of `shift_labels`, where given.
     """
     targets = labels[..., 1:] if shift_labels is None else shift_labels
     return targets.ne(-100)
 
 
 def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
-    """Count the tokens that a causal language-modelling loss predicts, `torch.LongTensor` of shape `()`.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(B, S)`, *optional*): as of `causal_targets`.
-        shift_labels (`torch.LongTensor`, *optional*): as of `causal_targets`.
-    """
+    """Count the tokens that a causal language-modelling loss predicts, as `causal_targets` marks them."""
     return causal_targets(labels, shift_labels).sum()
 
 

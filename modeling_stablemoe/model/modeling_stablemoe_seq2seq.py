@@ -29,12 +29,12 @@ from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cach
 
 
 def may_look_at(attention_mask: Tensor | None) -> bool:
-    """Tell whether to look if a mask hides anything: a mask of sentences does as a rule, and looking makes a GPU wait."""
+    """Return True if checking whether a mask hides anything costs no wait: masks of sentences hide something as a rule."""
     return not isinstance(attention_mask, Tensor) or attention_mask.device.type == "cpu"
 
 
 class StableMoECrossAttention(StableMoEAttention):
-    """Attention from the decoder to the encoder's output, whose keys and values are made once a generation."""
+    """Attention from the decoder to the encoder's output, whose keys and values are computed once per generation."""
 
     def forward(
         self,
@@ -121,13 +121,14 @@ class StableMoEEncoder(StableMoEBackbone):
             attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding, on either side.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): in place of
                 token embeddings; routed by `input_ids` too where given, else as the nearest tokens.
-            **kwargs: see `StableMoEModel.forward`.
+            **kwargs: what to record (`output_hidden_states`, `output_router_logits`, ...) and how to route, as for
+                `StableMoEModel`.
 
         Returns:
             `StableMoEModelOutputWithPast`
 
         Raises:
-            ValueError: see `StableMoEModel.forward`.
+            ValueError: without input or any token; for an id outside the vocabulary, or a source that is too long.
         """
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         hidden_states = self.transform(
@@ -184,22 +185,21 @@ class StableMoEDecoder(StableMoEBackbone):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): in [0, vocab_size).
-            attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding; of a wider one
-                the rest is not looked at.
+            attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding.
             encoder_hidden_states (`torch.FloatTensor` of shape `(batch, source, hidden_size)`): the encoder's output.
             encoder_attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
             cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see
-                `StableMoEEncoder.forward`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): in place of
+                token embeddings; routed by `input_ids` too where given, else as the nearest tokens.
             use_cache (`bool`, *optional*): return the cache.
-            **kwargs: see `StableMoEModel.forward`.
+            **kwargs: what to record and how to route, as for `StableMoEModel`.
 
         Returns:
             `StableMoEDecoderOutput`
 
         Raises:
-            ValueError: see `StableMoEModel.forward`; also without `encoder_hidden_states`, and for a cache of another
-                kind.
+            ValueError: without input, any token or `encoder_hidden_states`; for an id outside the vocabulary, a target that
+                is too long, or a cache of another kind.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError(
@@ -256,7 +256,7 @@ class StableMoESeq2SeqPreTrainedModel(StableMoEPreTrainedModel):
     _can_record_outputs = {}
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        """Tie weights; see `PreTrainedModel.tie_weights`. Sides of one embedding have its module in common, too.
+        """Tie weights as `PreTrainedModel` does, and let both sides share the module of one embedding.
 
         accelerate gives the embeddings that it is told of a FSDP2 group of their own, and another module that holds the
         same parameter would be in a second group, which torch refuses.
@@ -272,7 +272,7 @@ class StableMoESeq2SeqPreTrainedModel(StableMoEPreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize the vocabulary of both sides; see `TwoStageRoutingMixin.resize_token_embeddings`."""
+        """Resize the vocabulary of both sides, routers included."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         decoder, size = self.base_model.decoder, embeddings.weight.shape[0]
         if decoder.embed_tokens.weight.shape[0] != size:  # not tied
@@ -332,24 +332,19 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         """Encode a source and decode a target.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): see `StableMoEEncoder.forward`.
-            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
-            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): see
-                `StableMoEDecoder.forward`.
-            decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): see there.
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): in [0, vocab_size).
+            decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding.
             encoder_outputs (`ModelOutput` or `tuple`, *optional*): of the encoder, in place of its inputs.
-            cache (`EncoderDecoderCache`, *optional*): see `StableMoEDecoder.forward`.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see
-                `StableMoEEncoder.forward`.
-            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
+            cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): in place of embeddings.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): the same.
             use_cache (`bool`, *optional*): return the cache.
-            **kwargs: see `StableMoEModel.forward`.
+            **kwargs: what to record and how to route, as for `StableMoEModel`.
 
         Returns:
             `StableMoESeq2SeqModelOutput`
-
-        Raises:
-            ValueError: see `StableMoEModel.forward`.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -405,7 +400,7 @@ class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTra
 
     @classmethod
     def maybe_distribute_model(cls, *args, **kwargs):
-        """Shard a model before its weights are loaded; see `IntegrationMixin.maybe_distribute_model`."""
+        """Shard a model before its weights are loaded, ready for `generate`."""
         model = super().maybe_distribute_model(*args, **kwargs)
         if torch.distributed.is_available():
             from torch.distributed.fsdp import register_fsdp_forward_method
@@ -453,34 +448,34 @@ class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTra
         output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> StableMoESeq2SeqLMOutput:
-        """Predict the target; see `StableMoESeq2SeqModel.forward` for what they share.
+        """Predict the target.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): see there.
-            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): default: `labels`, shifted.
             decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): default with
                 `labels`: padding is the run of -100 at the end of each target, and the run of `pad_token_id` that
                 `decoder_input_ids` begin with.
-            encoder_outputs (`ModelOutput` or `tuple`, *optional*): see there; while training stage 1 they must hold
-                the routing (`output_router_logits`, `output_expert_indices`, `output_distilled_router_logits`).
-            cache (`EncoderDecoderCache`, *optional*): see there.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
-            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
+            encoder_outputs (`ModelOutput` or `tuple`, *optional*): of the encoder, in place of its inputs; while training
+                stage 1 they must hold the routing (`output_routing_traces=True`).
+            cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): in place of embeddings.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): the same.
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
                 not predicted, and padding at either end. Of a target of -100 alone the first position is routed all the
                 same; without anything to predict `task_loss` is 0.
-            use_cache (`bool`, *optional*): see there.
+            use_cache (`bool`, *optional*): return the cache.
             output_router_logits (`bool`, *optional*): return router logits, expert indices and `aux_loss`; default
                 `config.output_router_logits`.
             **kwargs: `num_items_in_batch`, the target tokens of the whole (accumulated, world-wide) batch that the
-                loss is divided by, and those of `StableMoEModel.forward`.
+                loss is divided by; what to record and how to route, as for `StableMoEModel`.
 
         Returns:
             `StableMoESeq2SeqLMOutput`
 
         Raises:
-            ValueError: see `StableMoEModel.forward`.
+            ValueError: for bad input of encoder or decoder; if `encoder_outputs` lack the routing that stage 1 trains on.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -521,15 +516,7 @@ class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTra
         )
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
-        """Count the tokens that the task loss predicts.
-
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, target)`): -100 is not predicted.
-            shift_labels (`torch.LongTensor`, *optional*): a causal model's; not used here.
-
-        Returns:
-            `torch.LongTensor` of shape `()`.
-        """
+        """Count the tokens of `labels`, `(batch, target)`, that the task loss predicts."""
         return labels.ne(-100).sum()
 
     def count_tokens(
@@ -544,19 +531,7 @@ class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTra
         labels: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """Count the tokens of source and target together that are not padding, for statistics.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): as given to `forward`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            decoder_attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            encoder_outputs (`ModelOutput` or `tuple`, *optional*): as given to `forward`.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): as given to `forward`.
-            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): as given to
-                `forward`.
-            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            **kwargs: the other arguments of `forward`.
+        """Count the tokens of source and target that are not padding, for statistics; arguments are those of `forward`.
 
         Returns:
             `torch.LongTensor` of shape `()`. A source that comes as `encoder_outputs` alone is not counted.
@@ -579,18 +554,11 @@ class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTra
         labels: Tensor | None = None,
         **kwargs,
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Tell what each MoE layer routes of a batch, the encoder's layers first.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): as given to `forward`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            decoder_attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            **kwargs: the other arguments of `forward`.
+        """Return what each MoE layer routes of a batch, the encoder's first; arguments are those of `forward`.
 
         Returns:
-            `list[tuple]`: see `StableMoEModel.routed_tokens`.
+            `list[tuple]`: per MoE layer the token ids, `None` where embeddings were given instead, and the mask of real
+                tokens, `None` where all are real; `(batch, source)` or `(batch, target)` each.
         """
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
             decoder_input_ids, decoder_attention_mask, kwargs.get("decoder_inputs_embeds"), labels

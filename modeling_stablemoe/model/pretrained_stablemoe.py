@@ -127,7 +127,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
                 init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
 
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
-        """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.
+        """Make the mask that `generate` passes with a static cache, as `transformers.masking_utils` does.
 
         A router that looks back at earlier tokens must know which of them are padding, which the ready mask of four
         dimensions hides: there the mask stays as it is.
@@ -150,12 +150,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         )
 
     def warn_of_pruned_tokens(self, token_ids: Tensor, side: int):
-        """Say so, once, if a token has lost its expert to pruning, on the CPU and outside compiled code.
-
-        Args:
-            token_ids (`torch.LongTensor`): what tokens are routed by, of any shape.
-            side (`int`): 0 for a language model or an encoder, 1 for a decoder.
-        """
+        """Warn once if a token has lost its expert to pruning, on the CPU and outside compiled code."""
         if self.config.pruned_tokens is None or not may_ask(token_ids):
             return
         has_lost = unpack_ids(self.config.pruned_tokens[side])
@@ -172,11 +167,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
 def check_range(ids: Tensor, limit: int, what: str, remedy: str):
     """Refuse ids outside [0, limit), on the CPU and outside compiled code.
 
-    Args:
-        ids (`torch.LongTensor`): of any shape.
-        limit (`int`): how many there are.
-        what (`str`): one id.
-        remedy (`str`): the field that sets the limit, and what to do.
+    `what` is one id, `remedy` the field that sets the limit, and what to do.
 
     Raises:
         ValueError: naming an offending id.

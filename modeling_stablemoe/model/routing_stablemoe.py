@@ -64,7 +64,7 @@ class Router(nn.Module):
     freezing it changes nothing. One that is not distilled evaluates by its scores, and cannot be frozen.
     """
 
-    # The balance loss of the strategy, if it has one, a static method: see `losses_stablemoe.BalanceLoss`.
+    # The balance loss of the strategy, if it has one: a static method with the arguments of `balance_loss`.
     balance_loss: BalanceLoss | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -108,9 +108,8 @@ class Router(nn.Module):
             selected_TK = None
             if self.distilled_router is not None:
                 distilled_logits_TE = self.distilled_router(tuple(tokens)).flatten(0, -2)
-                distilled_TK = self.distilled_router.choose(tokens.token_ids, distilled_logits_TE.detach()).unsqueeze(
-                    -1
-                )
+                distilled_T = self.distilled_router.choose(tokens.token_ids, distilled_logits_TE.detach())
+                distilled_TK = distilled_T.unsqueeze(-1)
                 if not (self.training or by_backbone):
                     selected_TK = self.assign(tuple(tokens)).view(-1, 1)
             logits_TE, weights_TK, teacher_TK = self.learn(hidden_TD, selected_TK, tokens.token_mask, statistics)
@@ -169,19 +168,16 @@ class Router(nn.Module):
         return self.distilled_router.assign(tokens)
 
     def stage1_parameters(self) -> list[nn.Parameter]:
-        """List the parameters that learn in stage 1 only, D and E^: the frozen routing stands for them in stage 2."""
+        """List the parameters that learn in stage 1 only, D and Ê: the frozen routing stands for them in stage 2."""
         if self.distilled_router is None:
             return []
         return list(self.distilled_router.parameters())
 
     def restore_integers(self, name: str):
-        """Bring statistics and counts that other code has stored in another dtype back to integers.
-
-        Args:
-            name (`str`): of the router, for errors.
+        """Convert statistics and counts that other code has stored in another dtype back to integers.
 
         Raises:
-            ValueError: if they are no integers any more.
+            ValueError: naming router `name`, if they are not whole numbers any more.
         """
         for key in ("distilled_router", "memory"):
             part = getattr(self, key)
@@ -189,16 +185,15 @@ class Router(nn.Module):
                 restore_integers(part, f"{name}.{key}", part.integer_dtypes)
 
     def resize(self, vocab_size: int):
-        """Follow the vocabulary to a new size; see `DistilledRouter.resize`."""
+        """Resize what has a row per token id."""
         for part in (self.distilled_router, self.memory):
             if part is not None:
                 part.resize(vocab_size)
 
     def recall(self) -> dict[str, Tensor] | None:
-        """Copy what the choice of experts needs of the running statistics.
+        """Copy the running statistics that the choice of experts needs; `None` in evaluation, where they do not change.
 
-        For a training pass of stage 1 whose activations may be recomputed after the statistics have moved on; `None` in
-        evaluation, where they stand still.
+        For a training pass of stage 1 whose activations may be recomputed after the statistics have moved on.
         """
         if self.memory is None or not self.training:
             return None
@@ -209,10 +204,6 @@ class Router(nn.Module):
 
         A token whose hidden state is NaN or infinite counts as padding here: one that has diverged, or a step that a
         loss scaler will skip, leaves nothing behind.
-
-        Args:
-            routing (`Routing`): of the pass.
-            mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         """
         counts = self.distilled_router is not None and self.distilled_router.observes
         if self.memory is None and not counts:
@@ -231,11 +222,11 @@ class Router(nn.Module):
             name (`str`): of the MoE layer, for errors and warnings.
 
         Returns:
-            `tuple`: the expert of each token id, a `torch.LongTensor` of shape `(V,)`, or the weights by name of a
-            distilled router that looks back at earlier tokens; and what balancing the table came to, if it was.
+            `tuple`: the expert of each token id, `(V,)`, or the weights by name of a distilled router that looks back at
+                earlier tokens; and the table that was balanced, with its qualities, if it was.
 
         Raises:
-            ValueError: if such weights are NaN or infinite; see `DistilledRouter.check_weights`.
+            ValueError: if weights that are frozen as they are hold NaN or infinity.
         """
         self.distilled_router.check_weights(name)
         if self.max_frozen_load is None:
@@ -251,7 +242,7 @@ class Router(nn.Module):
 class LearnedRouter(Router):
     """A router that scores hidden states against centroids: s_{t,i} = E_i . h_t (eq. 5).
 
-    What tells one from another are two columns of table 1: `assignment` and `gate`.
+    They differ in two columns of table 1: `assignment` and `gate`.
     """
 
     # Whether the score of its own expert is all that a token's gate depends on, as the sigmoid's is: then a frozen routing
@@ -259,7 +250,7 @@ class LearnedRouter(Router):
     gates_by_own_score = True
 
     def __init_subclass__(cls, **kwargs):
-        """Give a class with a gate of its own all scores, unless it says that it needs but one."""
+        """Assume that a class with a gate of its own needs all scores, unless it says that one is enough."""
         super().__init_subclass__(**kwargs)
         if "gate" in vars(cls) and "gates_by_own_score" not in vars(cls):
             cls.gates_by_own_score = False
@@ -348,7 +339,7 @@ class StableRouter(LearnedRouter):
         self.centers_balance_loss = config.center_balance_loss
 
     def balance_loss(self, **tokens: Tensor) -> Tensor:
-        """Balance the loads (eq. 8); arguments and result as of `losses_stablemoe.balance_loss`, per token."""
+        """Balance the loads (eq. 8), one number per token."""
         return balance_loss(**tokens, reduction="none", centered=self.centers_balance_loss)
 
 
@@ -370,7 +361,7 @@ class BaseRouter(LearnedRouter):
     """
 
     def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Balance the real tokens while training; see `LearnedRouter.assignment`."""
+        """Balance the real tokens while training, `(T, E) -> (T,)`."""
         if not self.training:
             return router_logits.argmax(-1)
         balanced_assignment = from_package("balanced_assignment", "Training a BASE router")
@@ -406,7 +397,7 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def register_router(name: str, balance_loss_coef: float = 0.0) -> Callable[[type[Router]], type[Router]]:
-    """Make a router of your own known to configs; a decorator of the class.
+    """Decorate the class of a router of your own, so that configs know it by name.
 
     A config, and a checkpoint, of that name can be read where the file that registers it has been imported.
 
@@ -427,7 +418,7 @@ def register_router(name: str, balance_loss_coef: float = 0.0) -> Callable[[type
                 "(of a LearnedRouter `assignment` and `gate`): write these instead."
             )
         known = ROUTERS.get(name)
-        # A file that is run twice, in a notebook say, makes its class anew.
+        # A file that is run twice, in a notebook say, defines its class again.
         if known is not None and (known.__module__, known.__qualname__) != (
             router_class.__module__,
             router_class.__qualname__,
