@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The backbone: embeddings, blocks, the MoE layers between them, and what a forward pass says of its routing."""
+"""The backbone: embeddings, blocks, and the MoE layers between them."""
 
 import torch
 from torch import Tensor, nn
@@ -7,15 +7,11 @@ from transformers.cache_utils import Cache
 
 from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext, cached_context, new_columns, packed_sequences, whole_context
+from .context_stablemoe import Tokens, cached_sequences, new_columns, packed_sequences, token_mask, whole_sequences
 from .distillation_stablemoe import sees_context
 from .experts_stablemoe import Parts
-from .health_stablemoe import RoutingHealth, routing_health
-from .layer_stablemoe import StableMoELayer, dispatch_ahead, token_mask
-from .losses_stablemoe import RoutingLosses, routing_losses, token_weights
-from .outputs_stablemoe import StableMoEModelOutputWithPast
+from .layer_stablemoe import StableMoELayer, look_up_ahead
 from .pretrained_stablemoe import StableMoEPreTrainedModel, check_range
-from .routing_stablemoe import RoutingTrace
 
 
 class StableMoEBackbone(StableMoEPreTrainedModel):
@@ -53,7 +49,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return len(self.layers)
 
     def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Give `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
+        """Return `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
 
         Raises:
             ValueError: without both, for input without any token, or for a token id outside the vocabulary.
@@ -71,14 +67,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
-        """Scale the token embeddings and add those of positions: what the first block sees.
-
-        Args:
-            inputs_embeds (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): token embeddings.
-            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`): in [0, max_position_embeddings).
-
-        Returns:
-            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
+        """Scale token embeddings and add those of positions, `(batch, sequence, hidden_size)`.
 
         Raises:
             ValueError: for a position past `max_position_embeddings`.
@@ -93,84 +82,34 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         hidden_states = inputs_embeds * self.embed_scale + positions
         return nn.functional.dropout(hidden_states, p=self.config.dropout, training=self.training)
 
-    def transform(
+    def tokens_of(
         self,
-        hidden_states: Tensor,
-        *,
-        token_ids: Tensor,
-        token_mask: Tensor | None,
-        context: TokenContext | None,
-        route_by_backbone: bool = False,
-        **kwargs,
-    ) -> Tensor:
-        """Run `num_blocks` blocks, the MoE layers between them and the final norm.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): of `embed`.
-            token_ids (`torch.LongTensor` of shape `(batch, sequence)`): what the tokens are routed by.
-            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
-            context (`TokenContext`, *optional*): what came before, of `context_of`.
-            route_by_backbone (`bool`): see `StableMoEModel.forward`.
-            **kwargs: for the blocks.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, sequence, hidden_size)`.
-        """
-        for layer in self.moe_layers:
-            layer.frozen_router.follow()
-            if self.training:
-                layer.frozen_router.is_initial = False
-        sorts = self.config._experts_implementation == "grouped_mm"
-        places = zip(self.moe_layer_positions, self.moe_layers, strict=True)
-        reached = {position: layer for position, layer in places if position <= self.num_blocks}
-        ahead = dispatch_ahead(list(reached.values()), token_ids, token_mask, context, sorts)
-        output_scores = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
-        moe_layers = dict(zip(reached, zip(reached.values(), ahead, strict=True), strict=True))
-        for position in range(self.num_blocks + 1):
-            if position > 0:
-                hidden_states = self.layers[position - 1](hidden_states, **kwargs)
-            if position in moe_layers:
-                moe_layer, dispatch = moe_layers[position]
-                recalled = None if moe_layer.frozen_router.is_frozen else moe_layer.bare_router.recall()
-                hidden_states = moe_layer(
-                    hidden_states, token_ids, token_mask, context, recalled, dispatch, output_scores, route_by_backbone
-                )
-        return self.norm(hidden_states)
-
-    def routed_by(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
-        """Give the ids that tokens are routed by; `None` in a dense model. See `nearest_token_ids`."""
-        if not self.moe_layer_positions:
-            return input_ids
-        token_ids = self.nearest_token_ids(inputs_embeds) if input_ids is None else input_ids
-        self.warn_of_pruned_tokens(token_ids, self.side)
-        return token_ids
-
-    def context_of(
-        self,
-        token_ids: Tensor | None,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
         attention_mask: Tensor | None,
         cache: Cache | None = None,
         position_ids: Tensor | None = None,
         cu_seq_lens: Tensor | None = None,
-    ) -> TokenContext | None:
-        """Give the sequences so far to routers that look back at earlier tokens, and note new tokens in the cache.
+    ) -> tuple:
+        """Gather what routers see of the tokens, in the order of `Tokens`.
 
-        Args:
-            token_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): of `routed_by`.
-            attention_mask (`torch.Tensor`, *optional*): see `token_mask`.
-            cache (`Cache`, *optional*): of the self-attention, before the blocks add these tokens to it.
-            position_ids (`torch.LongTensor` of shape `(batch or 1, sequence)`, *optional*): where rows may hold several
-                sequences, which is where attention tells them apart: without a mask or earlier tokens in the cache.
-            cu_seq_lens (`torch.IntTensor` of shape `(sequences + 1,)`, *optional*): see `packed_sequences`.
-
-        Returns:
-            `TokenContext`, or `None` where routers see the token alone.
+        Without `input_ids` each vector is routed as the token whose embedding is nearest. Where routers look back, new
+        ids are noted in the cache. `position_ids` are given where rows may hold several sequences, as attention tells
+        them apart: without a mask or earlier tokens in the cache.
 
         Raises:
-            ValueError: see `cached_context`; also for packed sequences where `position_ids` are not given.
+            ValueError: for an `attention_mask` that ends before the tokens do. Where a router looks back at earlier
+                tokens,
+                also for a cache that is offloaded or that another model has filled, and for packed sequences without
+                `position_ids`.
         """
+        token_ids = input_ids
+        if self.moe_layer_positions:
+            token_ids = self.nearest_token_ids(inputs_embeds) if input_ids is None else input_ids
+            self.warn_of_pruned_tokens(token_ids, self.side)
+        mask = token_mask(attention_mask, inputs_embeds.shape[1], cache)
         if not self.sees_context:
-            return None
+            return tuple(Tokens(token_ids, mask))
         if cu_seq_lens is not None and position_ids is None:
             raise ValueError(
                 f"A {self.config.distilled_router!r} router looks back at earlier tokens, and tells apart sequences that are "
@@ -180,100 +119,38 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             )
         sequences = packed_sequences(token_ids.shape, position_ids, cu_seq_lens)
         if cache is None:
-            return whole_context(token_ids, token_mask(attention_mask, token_ids.shape[1]), sequences)
+            return whole_sequences(token_ids, mask, sequences)
         whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        ids, mask, positions, _ = cached_context(cache, self.num_blocks, token_ids, whole_mask)
-        return ids, mask, positions, sequences
+        return token_ids, mask, *cached_sequences(cache, self.num_blocks, token_ids, whole_mask), sequences
 
-    def routing_losses(
-        self,
-        outputs: StableMoEModelOutputWithPast,
-        attention_mask: Tensor | None,
-        is_learning: bool,
-        is_target: Tensor | None,
-    ) -> RoutingLosses:
-        """Compute the routing losses of a forward pass that recorded its routing.
-
-        Args:
-            outputs (`StableMoEModelOutputWithPast`): with `expert_indices`, `routing_traces` and, where there are any,
-                `router_logits` and `distilled_router_logits`.
-            attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
-            is_learning (`bool`): whether balance counts run over the tokens of all processes, of `is_learning`.
-            is_target (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): what the task loss predicts of each sequence,
-                by which they weigh; `None` weighs all tokens alike.
-
-        Returns:
-            `RoutingLosses`
-        """
-        traces = [RoutingTrace(*trace) for trace in outputs.routing_traces]
-        index, token_weight = outputs.expert_indices[0], None
-        if is_target is not None:
-            batch, length = index.shape
-            targets = is_target.to(index.device).reshape(batch, -1).sum(-1)
-            mask = self._flat_mask(outputs, attention_mask, index.device)
-            mask = None if mask is None else mask.view(batch, length)
-            token_weight = token_weights(targets, mask, length, traces[0].gate.dtype)
-        return routing_losses(
-            balance_loss_function=self.moe_layers[0].bare_router.balance_loss,
-            num_experts=self.config.num_experts,
-            router_logits=outputs.router_logits or (),
-            distilled_logits=outputs.distilled_router_logits or (),
-            expert_indices=[index.flatten() for index in outputs.expert_indices],
-            teachers=[trace.teacher_index for trace in traces if trace.teacher_index is not None],
-            mask=self._flat_mask(outputs, attention_mask, index.device),
-            # Evaluation and sampling may run on one process alone, where a collective would wait for ever.
-            training=is_learning,
-            token_weight=token_weight,
-            windows=[layer.bare_router.memory.load_of_window for layer in self.moe_layers]
-            if self.config.balance_window_tokens
-            else (),
-        )
-
-    def routing_health(
-        self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None
-    ) -> list[RoutingHealth]:
-        """Measure the health of each MoE layer's routing in a forward pass; arguments as of `observe_routing`."""
-        layers = []
-        scores = outputs.router_logits or [None] * len(outputs.routing_traces)  # a hash has none
-        for trace, logits in zip(outputs.routing_traces, scores, strict=True):
-            trace = RoutingTrace(*trace)
-            mask = self._flat_mask(outputs, attention_mask, trace.gate.device)
-            layers.append(
-                routing_health(**trace._asdict(), vocab_size=self.config.vocab_size, router_logits=logits, mask=mask)
-            )
-        return layers
-
-    def observe_routing(self, outputs: StableMoEModelOutputWithPast, attention_mask: Tensor | None):
-        """Let the routers follow a pass of stage 1 that learns with what no gradient brings them.
-
-        Every process must call this.
-
-        Args:
-            outputs (`StableMoEModelOutputWithPast`): with `expert_indices` and `routing_traces`.
-            attention_mask (`torch.Tensor`, *optional*): the mask of that pass.
-        """
-        for layer, trace in zip(self.moe_layers, outputs.routing_traces, strict=True):
-            if not layer.frozen_router.is_frozen:
-                device = RoutingTrace(*trace).gate.device
-                layer.bare_router.observe(trace, self._flat_mask(outputs, attention_mask, device))
-
-    @staticmethod
-    def _flat_mask(outputs, attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
-        mask = token_mask(attention_mask, outputs.expert_indices[0].shape[-1])
-        return None if mask is None else mask.flatten().to(device)
+    def transform(self, hidden_states: Tensor, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> Tensor:
+        """Run `num_blocks` blocks, the MoE layers between them and the final norm; `**kwargs` are for the blocks."""
+        for layer in self.moe_layers:
+            layer.frozen_router.follow()
+            if self.training:
+                layer.frozen_router.is_initial = False
+        places = zip(self.moe_layer_positions, self.moe_layers, strict=True)
+        moe_layers = {position: layer for position, layer in places if position <= self.num_blocks}
+        sorts = self.config._experts_implementation == "grouped_mm"
+        known = dict(zip(moe_layers, look_up_ahead(list(moe_layers.values()), tokens, sorts), strict=True))
+        output_router_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        for position in range(self.num_blocks + 1):
+            if position > 0:
+                hidden_states = self.layers[position - 1](hidden_states, **kwargs)
+            if position in moe_layers:
+                layer = moe_layers[position]
+                statistics = None if layer.frozen_router.is_frozen else layer.bare_router.recall()
+                hidden_states = layer(
+                    hidden_states, tokens, *known[position], statistics, output_router_logits, route_by_backbone
+                )
+        return self.norm(hidden_states)
 
     @torch.no_grad()
     def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
-        """Find the tokens whose embeddings are nearest, exactly the token itself where a vector is one.
+        """Find the token whose embedding is nearest to each vector, exactly the token itself where a vector is one.
 
-        Args:
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`): vectors to look up.
-            chunk_size (`int`): vectors compared with the vocabulary at a time, which bounds memory.
-            num_candidates (`int`): how many of the nearest by a matrix product, which rounds, are measured exactly.
-
-        Returns:
-            `torch.LongTensor` of shape `(batch, sequence)`: in [0, vocab_size); the lowest of equally near ids, any id
-            for a vector that is NaN. An embedding that is NaN is near to nothing.
+        The lowest of equally near ids; any id for a vector that is NaN. `chunk_size` vectors at a time bound memory;
+        of a matrix product, which rounds, the `num_candidates` nearest are measured exactly.
         """
         weight = self.embedded_vocabulary(inputs_embeds.device).float()
         squared_norm = weight.square().sum(-1)
@@ -287,11 +164,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return torch.cat(nearest).view(inputs_embeds.shape[:2])
 
     def embedded_vocabulary(self, device: torch.device) -> Tensor:
-        """Return what `embed_tokens` makes of every token id: `torch.Tensor` of shape `(vocab_size, hidden_size)`.
-
-        Args:
-            device (`torch.device`): where it is asked with ids.
-        """
+        """Return what `embed_tokens` makes of every token id, `(vocab_size, hidden_size)`."""
         embedding = self.embed_tokens
         # An adapter, a quantiser or a sharding engine has put another class there, which knows more than its `weight`; hooks
         # bring a weight that is offloaded. They are asked once for all ids, because each call may fetch or gather the weight.

@@ -13,6 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_stablemoe import StableMoEBaseConfig
+from .tensors_stablemoe import sinusoids
 from .versions_stablemoe import takes_cache_by_either_name, update_cache
 
 
@@ -172,9 +173,7 @@ class SinusoidalPositions(nn.Module):
     def forward(self, position_ids: Tensor) -> Tensor:
         """Map `(batch, sequence)` to `(batch, sequence, hidden_size)`, float32: all sines, then all cosines."""
         # Computed, not stored: a table would be a buffer, which loading on the meta device leaves empty.
-        exponent = torch.arange(0, self.hidden_size, 2, device=position_ids.device) / self.hidden_size
-        angle = position_ids.unsqueeze(-1) * 10000.0**-exponent
-        return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., : self.hidden_size]
+        return sinusoids(position_ids, self.hidden_size, torch.float32)
 
 
 __all__ = ["SinusoidalPositions", "StableMoEAttention", "StableMoEBlock", "StableMoEMLP", "eager_attention_forward"]

@@ -7,14 +7,14 @@ from transformers.cache_utils import Cache
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .layer_stablemoe import mask_of_pass, token_mask
+from .context_stablemoe import mask_of_pass, token_mask
 from .losses_stablemoe import share_of_targets
 from .outputs_stablemoe import StableMoESequenceClassifierOutputWithPast
 from .versions_stablemoe import takes_cache_by_either_name
 
 
 class SequenceClassificationMixin:
-    """What a model gains from `model`, a causal backbone, and `score`, a linear layer from its states to labels."""
+    """What a model gains that has `model`, a causal backbone, and `score`, a linear layer from its states to labels."""
 
     @takes_cache_by_either_name
     @can_return_tuple
@@ -30,20 +30,22 @@ class SequenceClassificationMixin:
         output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> StableMoESequenceClassifierOutputWithPast:
-        """Score each label for each sequence; see `StableMoEModel.forward` for what they share.
+        """Score each label for each sequence.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): padded on either side.
-            attention_mask (`torch.Tensor`, *optional*): see there.
-            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
-            cache (`Cache`, *optional*): see there.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): see there.
-            labels (`torch.Tensor`, *optional*): by `config.problem_type`, which is told by the first labels where it is
+            attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 on padding, not routed.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): by default counted over real tokens.
+            cache (`Cache`, *optional*): of earlier positions; `past_key_values` is another name of this argument.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): in place of
+                token embeddings, routed by `input_ids` too where given, else as the nearest tokens.
+            labels (`torch.Tensor`, *optional*): by `config.problem_type`, which the first labels determine where it is
                 `None`: classes, of shape `(batch,)`, -100 is ignored (`"single_label_classification"`); zeros and ones,
                 of shape `(batch, num_labels)` (`"multi_label_classification"`); numbers, of shape `(batch,)` or `(batch,
                 num_labels)` (`"regression"`).
-            use_cache (`bool`, *optional*): see there.
-            output_router_logits (`bool`, *optional*): as of `StableMoEForCausalLM.forward`.
+            use_cache (`bool`, *optional*): return the cache.
+            output_router_logits (`bool`, *optional*): return `router_logits`, `expert_indices` and, in eval mode too,
+                `aux_loss`; default `config.output_router_logits`.
             **kwargs: `num_items_in_batch`, the labels of the whole (accumulated, world-wide) batch that the loss is a
                 mean over, and those of `StableMoEModel.forward`.
 
@@ -51,12 +53,12 @@ class SequenceClassificationMixin:
             `StableMoESequenceClassifierOutputWithPast`
 
         Raises:
-            ValueError: for several sequences whose last tokens nothing tells; see also `StableMoEModel.forward`.
+            ValueError: for several sequences if neither `pad_token_id` nor a mask shows their ends; for bad input as of
+                the backbone.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        with_routing = self.training or output_router_logits
         mask = mask_of_pass(attention_mask, cache, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
@@ -76,9 +78,9 @@ class SequenceClassificationMixin:
         task_loss, routing = None, {}
         if labels is not None:
             task_loss = self._task_loss(logits, labels, targets, num_items_in_batch)
-        if with_routing:
+        if self.training or output_router_logits:
             is_target = None if labels is None else labels.ne(-100)
-            routing = self.model.routing_fields(outputs, mask, is_target, num_items_in_batch)
+            routing = self.routing_fields(outputs, (mask,), is_target, num_items_in_batch)
         return self.head_output(
             StableMoESequenceClassifierOutputWithPast,
             outputs,
@@ -104,10 +106,10 @@ class SequenceClassificationMixin:
         )
 
     def _last_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
-        """Find the last token of each sequence that is no padding, `(batch,)`, as transformers' own heads do.
+        """Find the last token of each sequence that is not padding, `(batch,)`, as transformers' own heads do.
 
-        That is the rightmost one that is not `pad_token_id`. Where there are no ids, or no such id is set, transformers
-        takes the last position; here `attention_mask`, where there is one, tells.
+        That is the rightmost one that is not `pad_token_id`. Without ids, or without such an id, transformers takes the
+        last position; here `attention_mask` decides, where there is one.
         """
         batch, length = hidden_states.shape[:2]
         pad_token_id, device = self.config.pad_token_id, hidden_states.device
@@ -126,19 +128,11 @@ class SequenceClassificationMixin:
         return (positions * is_token.to(device)).argmax(-1)
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
-        """Count the labels that the task loss is a mean over, as `Trainer` counts them.
-
-        Args:
-            labels (`torch.Tensor`): as given to `forward`.
-            shift_labels (`torch.LongTensor`, *optional*): a language model's; not used here.
-
-        Returns:
-            `torch.LongTensor` of shape `()`.
-        """
+        """Count the labels that the task loss is a mean over, as `Trainer` counts them."""
         return labels.ne(-100).sum()
 
     def routed_tokens(self, *args, **kwargs) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Tell what each MoE layer routes of a batch, for statistics; see `StableMoEModel.routed_tokens`."""
+        """Return what each MoE layer routes of a batch, for statistics: token ids and the mask of real tokens."""
         return self.model.routed_tokens(*args, **kwargs)
 
 

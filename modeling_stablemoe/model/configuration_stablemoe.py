@@ -17,7 +17,7 @@ from transformers.distributed import DistributedConfig
 # The default coefficient of the balance loss of each router of `routing_stablemoe.py`, whose `register_router` adds others:
 # paper table 7; Fedus et al. (2022), section 2.2; BASE is balanced by its assignment, a hash is not learned.
 ROUTER_TYPES = {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}
-# One entry a kind of distilled router, see `distillation_stablemoe.py` (paper table 6).
+# The kinds of distilled router of `distillation_stablemoe.py` (table 6).
 DISTILLED_ROUTERS = ("word_embedding", "counts", "bigram", "cnn", "transformer_1", "transformer_2", "transformer_3")
 # Of these the routing is a table over the vocabulary; the others look back at earlier tokens.
 TABLE_ROUTERS = ("word_embedding", "counts")
@@ -149,7 +149,7 @@ _POSITIONS = Rule(_are_integers, "must be a list of integers")
 
 
 def _expert_parallel_plan() -> dict[str, str]:
-    """Tell transformers what to deal out to the processes of expert parallelism, and where tokens are sent."""
+    """Return what transformers deals out to the processes of expert parallelism, and where it sends tokens."""
     stack = "moe_layers.*.expert_stack"
     plan = {f"{stack}.sublayers.*.{name}": "grouped_gemm" for name in EXPERT_PARAMETERS}
     if hasattr(DistributedConfig, "ep_size"):
@@ -191,10 +191,10 @@ class StableMoEBaseConfig(PreTrainedConfig):
         num_experts (`int`, *optional*, defaults to 32): experts N of each MoE layer.
         num_expert_sublayers (`int`, *optional*, defaults to 3): FFN sublayers stacked in one expert.
         router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy, a row of table 1: `"stable"`,
-            `"switch"`, `"base"`, `"hash"` or the name of a router of your own (see `register_router`).
+            `"switch"`, `"base"`, `"hash"` or the name of a router of your own, registered by `register_router`.
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
             frozen (table 6). `"word_embedding"` sees the token alone and freezes into a table. So does `"counts"`, which
-            waits for no gradient: each token id goes to the expert that it was sent to most often (see `CountRouter`).
+            waits for no gradient: each token id goes to the expert that it was sent to most often.
             These look back at earlier tokens, and freeze as weights: `"bigram"`, the mean of the embeddings of this token
             and the last; `"cnn"`, a causal convolution of width 5; `"transformer_1"`, `"transformer_2"` and `"transformer_3"`, so
             many causal layers. They cost more with every token of context, and float64 arithmetic, which MPS lacks.
@@ -212,7 +212,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             last tokens of stage 1, of all processes, by an exponential average; half a million is the paper's batch. 0 is the
             paper's form, which counts over the tokens of a forward pass.
         balance_gradient (`str`, *optional*, defaults to `"all"`): what learns from the balance loss: `"all"` is the
-            paper's, centroids and hidden states; `"centroids"` keeps it out of the hidden states, which else can shut
+            paper's, centroids and hidden states; `"centroids"` keeps it out of the hidden states, which otherwise can shut
             every gate at once by moving along the centroids' negative sum.
         balance_loss_warmup_tokens (`int`, *optional*, defaults to 0): the balance loss counts in full after so many
             tokens of stage 1, of all processes, and in proportion before; 0 is the paper's.
@@ -223,7 +223,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             nothing but them is used, never those of the batch. Default: `None`, the paper's raw states.
         router_half_life (`int`, *optional*, defaults to 65536): tokens, of all processes, after which a token counts
             half in the running statistics of `router_normalization`.
-        expert_bias_rate (`float`, *optional*, defaults to 0.0): balances without a loss (Wang et al., 2024): a bias an
+        expert_bias_rate (`float`, *optional*, defaults to 0.0): balances without a loss (Wang et al., 2024): a bias per
             expert is added to the scores that choose experts, not to the gate; after each forward pass of stage 1 it
             rises by so much where an expert had less than its share of the tokens of all processes, and falls where it
             had more. 0 is the paper's.
@@ -237,12 +237,12 @@ class StableMoEBaseConfig(PreTrainedConfig):
             backbone's choice its score is low, so its gate is shut, and a shut gate learns next to nothing. `False`, the
             paper's, keeps the centroids.
         max_frozen_load (`float`, *optional*): when the routing is frozen into a table, no expert gets more than this
-            times the mean of the tokens of stage 1; the table keeps as much agreement as that allows (see
-            `balanced_table`). A token id that alone outweighs it gets an expert of its own. Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1; `None`, the paper's,
-            freezes the distilled router as it is.
+            times the mean of the tokens of stage 1; the table keeps as much agreement as that allows. A token id that alone
+            outweighs it gets an expert of its own. Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1;
+            `None`, the paper's, freezes the distilled router as it is.
         frozen_load_bands (`int`, *optional*, defaults to 1): with `max_frozen_load`, cut the token ids into so many bands
             from frequent to rare, each with as many tokens, and keep to the limit after every band: frequent ids are
-            spread over all experts, too (see `balanced_table_in_bands`).
+            spread over all experts, too.
         router_aux_loss_coef (`float`, *optional*, defaults to 1.0): factor on the whole auxiliary loss,
             `loss = task_loss + router_aux_loss_coef * aux_loss` with
             `aux_loss = balance_loss_coef * L_bal + distillation_loss_coef * L_dis`. It is the one name that trainers
@@ -254,7 +254,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         router_fingerprint (`str`, *optional*): sha256 of the frozen routing, written by `freeze_router()` and
             checked on loading; `None` in stage 1.
         pruned_tokens (`list[str]`, *optional*): which token ids have lost an expert, written by `prune_experts` where
-            any have: of the language model, or of encoder and decoder, a bit an id (see `pack_ids`). A forward pass that
+            any have: of the language model, or of encoder and decoder, one bit per id in base 64. A forward pass that
             meets one of them says so once.
 
     Raises:
@@ -306,7 +306,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     router_fingerprint: str | None = None
     pruned_tokens: list[str] | None = None
 
-    # No fields themselves. What transformers shards under expert parallelism and FSDP2, by name in a language model's
+    # Not fields themselves. What transformers shards under expert parallelism and FSDP2, by name in a language model's
     # backbone, an encoder or a decoder. Routers stay whole: each decides over all experts. Embeddings, which may be tied,
     # and the last norm stay with the root.
     base_model_ep_plan = _expert_parallel_plan()
@@ -443,7 +443,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         return made
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the config, if it can be loaded again; see `PreTrainedConfig.save_pretrained`.
+        """Save the config, if it can be loaded again.
 
         Raises:
             ValueError: if fields have been set to what does not fit the others.
@@ -626,16 +626,16 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
 
     Args:
         vocab_size (`int`, *optional*, defaults to 64000): one vocabulary for source and target.
-        hidden_size (`int`, *optional*, defaults to 512): see `StableMoEBaseConfig`.
-        intermediate_size (`int`, *optional*, defaults to 2048): see `StableMoEBaseConfig`.
+        hidden_size (`int`, *optional*, defaults to 512): as in the base.
+        intermediate_size (`int`, *optional*, defaults to 2048): as in the base.
         num_attention_heads (`int`, *optional*, defaults to 8): of self- and cross-attention alike.
         max_position_embeddings (`int`, *optional*, defaults to 256): longest source and longest target.
-        position_embedding_type (`str`, *optional*, defaults to `"sinusoidal"`): see `StableMoEBaseConfig`.
-        scale_embedding (`bool`, *optional*, defaults to `True`): see `StableMoEBaseConfig`.
-        do_layer_norm_before (`bool`, *optional*, defaults to `False`): see `StableMoEBaseConfig`.
+        position_embedding_type (`str`, *optional*, defaults to `"sinusoidal"`): as in the base.
+        scale_embedding (`bool`, *optional*, defaults to `True`): as in the base.
+        do_layer_norm_before (`bool`, *optional*, defaults to `False`): as in the base.
         initializer_range (`float`, *optional*, defaults to 0.044): 1 / sqrt(512), so that scaled embeddings start with
             unit variance.
-        dropout (`float`, *optional*, defaults to 0.1): see `StableMoEBaseConfig`.
+        dropout (`float`, *optional*, defaults to 0.1): as in the base.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): encoder, decoder and head share one embedding.
         encoder_layers (`int`, *optional*, defaults to 6): Transformer blocks of the encoder.
         decoder_layers (`int`, *optional*, defaults to 6): Transformer blocks of the decoder.

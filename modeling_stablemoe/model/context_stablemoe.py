@@ -1,8 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The tokens that a router may look back at, and how a key/value cache carries them from one step to the next.
+"""What a forward pass says of its tokens: their ids, which are real, and the earlier ones that a router may look back at.
 
 Shape suffixes: B batch, S tokens to be routed, C tokens of the context.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,45 +13,48 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Stati
 from transformers.utils import is_torchdynamo_compiling
 
 
-# The sequences so far, as a plain tuple, which hooks of other programs may take apart and rebuild:
-#   ids, `torch.LongTensor` of shape `(B, C)`: from the start of each sequence; nothing depends on what follows the last
-#     token to be routed;
-#   mask, `torch.BoolTensor` of shape `(B, C)`, or None where every token is real: False on padding;
-#   positions, `torch.LongTensor` of shape `(S,)`: where in the context the tokens to be routed stand;
-#   sequences, `torch.LongTensor` of shape `(B, C)`, or None where a row is one sequence: of packed rows the number of each
-#     token's sequence in its row, which does not fall from one token to the next.
-TokenContext = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+class Tokens(NamedTuple):
+    """The tokens of a pass, as routers see them.
 
+    Between modules it is a plain tuple, read by `Tokens.of`: hooks of other programs take apart and rebuild what passes.
 
-def whole_context(token_ids: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> TokenContext:
-    """Make the context of whole sequences, every token of which is to be routed.
-
-    Args:
-        token_ids (`torch.LongTensor` of shape `(B, S)`): from the start of each sequence.
-        mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding.
-        sequences (`torch.LongTensor` of shape `(B, S)`, *optional*): see `TokenContext`.
-
-    Returns:
-        `TokenContext`
+    Attributes:
+        token_ids (`torch.LongTensor` of shape `(B, S)`): in [0, V).
+        token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding; `None` means all are real.
+        context_ids (`torch.LongTensor` of shape `(B, C)`, *optional*): from the start of each sequence; nothing depends on
+            what follows the last token to be routed. `None`, with all that follow, where routers see the token alone.
+        context_mask (`torch.BoolTensor` of shape `(B, C)`, *optional*): False on padding; `None` means all are real.
+        positions (`torch.LongTensor` of shape `(S,)`, *optional*): where in the context the tokens to be routed stand.
+        sequences (`torch.LongTensor` of shape `(B, C)`, *optional*): of packed rows the number of each token's sequence in
+            its row, which does not fall from one token to the next; `None` where a row is one sequence.
     """
+
+    token_ids: Tensor
+    token_mask: Tensor | None = None
+    context_ids: Tensor | None = None
+    context_mask: Tensor | None = None
+    positions: Tensor | None = None
+    sequences: Tensor | None = None
+
+    @classmethod
+    def of(cls, tokens: tuple | Tensor) -> "Tokens":
+        """Name the parts of a plain tuple; ids alone are real tokens, each seen by itself."""
+        return cls(tokens) if isinstance(tokens, Tensor) else cls(*tokens)
+
+
+def whole_sequences(token_ids: Tensor, mask: Tensor | None = None, sequences: Tensor | None = None) -> tuple:
+    """Return whole sequences, all of which are to be routed, `(B, S)` each, as a tuple in the order of `Tokens`."""
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)
-    return token_ids, mask, positions, sequences
+    return token_ids, mask, token_ids, mask, positions, sequences
 
 
 def packed_sequences(
     shape: tuple[int, int], position_ids: Tensor | None, cu_seq_lens: Tensor | None = None
 ) -> Tensor | None:
-    """Number the sequences that are packed into each row, as attention tells them apart.
+    """Number the sequences that are packed into each row, `(B, S)`, as attention tells them apart.
 
-    Args:
-        shape (`tuple[int, int]`): B and S.
-        position_ids (`torch.LongTensor` of shape `(B or 1, S)`, *optional*): a sequence begins wherever one is not the
-            one before it and 1.
-        cu_seq_lens (`torch.IntTensor` of shape `(sequences + 1,)`, *optional*): where sequences begin and end, of all rows
-            in one; goes before `position_ids`.
-
-    Returns:
-        `torch.LongTensor` of shape `(B, S)`, *optional*: see `TokenContext`.
+    A sequence begins wherever a position is not the one before it and 1; `cu_seq_lens`, where sequences begin and end,
+    of all rows in one, go before that. `None` without both.
     """
     if cu_seq_lens is not None:
         places = torch.arange(shape[0] * shape[1], dtype=cu_seq_lens.dtype, device=cu_seq_lens.device)
@@ -60,26 +65,17 @@ def packed_sequences(
     return begins.cumsum(-1).expand(shape)
 
 
-def cached_context(
+def cached_sequences(
     cache: Cache, num_blocks: int, token_ids: Tensor, attention_mask: Tensor | None = None
-) -> TokenContext:
-    """Add tokens to the ids that a cache holds, and give all of them.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Add tokens to the ids that a cache holds; return `context_ids`, `context_mask`, `positions` of `Tokens`.
 
-    The ids are one more layer of the cache, after those of the blocks, shaped like the keys of one head of width 1. So
-    whatever is done to keys and values (beams reordered, candidates cropped, rows repeated or selected) is done to them.
-
-    Args:
-        cache (`Cache`): before the blocks have added these tokens to it.
-        num_blocks (`int`): blocks that keep keys and values in it.
-        token_ids (`torch.LongTensor` of shape `(B, S)`): the new tokens.
-        attention_mask (`torch.Tensor` of shape `(B, past + S or more)`, *optional*): 0 on padding.
-
-    Returns:
-        `TokenContext`
+    The ids are one more layer of the cache, after those of `num_blocks` blocks, shaped like the keys of one head of
+    width 1. So whatever is done to keys and values (beams reordered, candidates cropped, rows repeated or selected) is
+    done to them.
 
     Raises:
-        ValueError: for a cache that is offloaded, or holds keys of tokens whose ids it does not hold; for an attention
-            mask of another width.
+        ValueError: for a cache that is offloaded, or holds keys of tokens whose ids it does not hold.
     """
     layer = _id_layer(cache, num_blocks)
     if cache.layers[0].is_initialized:
@@ -88,21 +84,15 @@ def cached_context(
     states = token_ids.long()[:, None, :, None]
     ids = layer.update(states, states)[0][:, 0, :, 0]
     if attention_mask is None:
-        return ids, None, positions, None
+        return ids, None, positions
     # A static cache has room for tokens to come; of a mask that is wider, nothing is read.
-    return ids, F.pad(attention_mask.bool(), (0, ids.shape[1] - attention_mask.shape[1])), positions, None
+    return ids, F.pad(attention_mask.bool(), (0, ids.shape[1] - attention_mask.shape[1])), positions
 
 
 def new_columns(values: Tensor, length: int, cache: Cache | None) -> Tensor:
-    """Pick those of a pass out of values that begin where the sequences do: attention reads a mask from the left.
+    """Pick the columns of a pass out of values that begin where the sequences do, such as an attention mask.
 
-    Args:
-        values (`torch.Tensor` of shape `(B, past + S or more)`): such as an attention mask.
-        length (`int`): S, tokens of the pass.
-        cache (`Cache`, *optional*): before the blocks have added these tokens to it.
-
-    Returns:
-        `torch.Tensor` of shape `(B, S)`
+    The cache is as before the blocks add the tokens of the pass.
 
     Raises:
         ValueError: if the values end before the tokens do, where looking costs nothing.
@@ -120,6 +110,46 @@ def new_columns(values: Tensor, length: int, cache: Cache | None) -> Tensor:
     if is_counted_on_device:
         return values.index_select(1, torch.arange(length, device=values.device) + past.to(values.device))
     return values[:, past : past + length]
+
+
+def token_mask(attention_mask: Tensor | None, sequence_length: int, cache: Cache | None = None) -> Tensor | None:
+    """Read which tokens of a pass are real, `(B, S)`; `None` means that all are.
+
+    An attention mask of another shape than `(B, past + S or more)` belongs to the attention implementation and does
+    not show padding. The cache is as before the blocks add the tokens of the pass.
+
+    Raises:
+        ValueError: if the mask ends before the tokens do, where looking costs nothing.
+    """
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return new_columns(attention_mask, sequence_length, cache).bool()
+
+
+def mask_of_pass(attention_mask: Tensor | None, cache: Cache | None, *inputs: Tensor | None) -> Tensor | None:
+    """Read which tokens of a pass are real before it runs, for use after it: by then the blocks have filled the cache.
+
+    Without a cache that is `attention_mask` itself. `inputs` are ids or embeddings of the pass.
+    """
+    given = next((tokens for tokens in inputs if tokens is not None), None)
+    if cache is None or given is None:
+        return attention_mask
+    return token_mask(attention_mask, given.shape[1], cache)
+
+
+def final_token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
+    """Read which tokens of a batch are real whose mask ends where it does, as in training: a cache may have moved on."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -sequence_length:].bool()
+
+
+def count_real_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Count the tokens of a batch of ids or embeddings, `(B, S, ...)`, that are not padding, on their device."""
+    mask = final_token_mask(attention_mask, tokens.shape[1])
+    if mask is None:
+        return torch.full((), tokens.shape[0] * tokens.shape[1], device=tokens.device)
+    return mask.sum()
 
 
 def _id_layer(cache: Cache, num_blocks: int) -> CacheLayerMixin:
@@ -153,4 +183,14 @@ def _check_lengths(block: CacheLayerMixin, layer: CacheLayerMixin):
         )
 
 
-__all__ = ["TokenContext", "cached_context", "new_columns", "packed_sequences", "whole_context"]
+__all__ = [
+    "Tokens",
+    "cached_sequences",
+    "count_real_tokens",
+    "final_token_mask",
+    "mask_of_pass",
+    "new_columns",
+    "packed_sequences",
+    "token_mask",
+    "whole_sequences",
+]

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Distilled routers: what a routing is distilled into while it is learned (StableMoE, eq. 12 and table 6).
 
-All score features of the token against centroids, s^_{t,i} = E^_i . f_t. The word embedding takes f_t = D(X_t), which
+All score features of the token against centroids, ŝ_{t,i} = Ê_i . f_t. The word embedding takes f_t = D(X_t), which
 sees the token alone, so its routing is a table over the vocabulary. The others look back at earlier tokens.
 
 Shape suffixes: B batch, S tokens to be routed, C tokens of the context, E experts, V vocabulary, R distilled router
@@ -15,16 +15,16 @@ from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext
+from .context_stablemoe import Tokens
 from .losses_stablemoe import histogram, sum_across_processes
-from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, to_bits
+from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, sinusoids, to_bits
 
 
 logger = logging.get_logger(__name__)
 
 
 class DistilledRouter(nn.Module):
-    """What all distilled routers share: an embedding D of their own and centroids E^.
+    """What all distilled routers share: an embedding D of their own and centroids Ê.
 
     All that it holds are tensors of this very module, none of a module inside it: sharding and offloading engines bring
     them together for `forward`, and the frozen router holds a copy of its parameters by name.
@@ -45,37 +45,27 @@ class DistilledRouter(nn.Module):
 
     @classmethod
     def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:
-        """Give the shape of each weight, by name; the input width of a matrix comes last."""
+        """Return the shape of each weight, by name; the input width of a matrix comes last."""
         return {
             "embedding": (config.vocab_size, config.distilled_router_dim),  # D
-            "centroids": (config.num_experts, config.distilled_router_dim),  # E^
+            "centroids": (config.num_experts, config.distilled_router_dim),  # Ê
         }
 
     def choose(self, token_ids: Tensor, logits: Tensor) -> Tensor:
-        """Tell what tokens would be sent to for which `forward` gave `logits`, `(T, E) -> (T,)`: the best one."""
+        """Return the experts that tokens would be sent to for which `forward` gave `logits`, `(T, E) -> (T,)`."""
         return logits.argmax(-1)
 
     def observe(self, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
-        """Follow where the backbone sends tokens in stage 1: a matter of gradients, unless a router counts.
-
-        Args:
-            token_ids (`torch.LongTensor` of shape `(T,)`): in [0, V).
-            expert_index (`torch.LongTensor` of shape `(T,)`): in [0, E).
-            mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        """
+        """Count where the backbone sends tokens in stage 1, `(T,)` each: nothing to do unless a router counts."""
 
     def check_weights(self, name: str):
-        """Look for NaN and infinity in what is about to be frozen; every process must call this.
+        """Check what is about to be frozen for NaN and infinity; every process must call this.
 
         Weights that are frozen as they are must be finite. A table can be made of any: a score that is not finite
-        counts as the lowest one of its token id, so an id without any finite score goes to expert 0. That is worth a
-        warning.
-
-        Args:
-            name (`str`): of the MoE layer.
+        counts as the lowest one of its token id, so an id without any finite score goes to expert 0. That is a warning.
 
         Raises:
-            ValueError: if a router that looks back at earlier tokens holds NaN or infinite weights.
+            ValueError: naming the MoE layer, if a router that looks back at earlier tokens holds NaN or infinite weights.
         """
         weights = {key: full_tensor(parameter).detach() for key, parameter in self.named_parameters()}
         # As they are stored: float64 may hold more than float32 does.
@@ -102,40 +92,30 @@ class DistilledRouter(nn.Module):
 
 
 class WordEmbeddingRouter(DistilledRouter):
-    """The router that sees only the token: s^_{t,i} = E^_i . D(X_t) (StableMoE, eq. 12)."""
+    """The router that sees only the token: ŝ_{t,i} = Ê_i . D(X_t) (StableMoE, eq. 12)."""
 
     sees_context = False
 
-    def forward(self, token_ids: Tensor | None = None, context: TokenContext | None = None) -> Tensor:
-        """Score tokens.
-
-        Args:
-            token_ids (`torch.LongTensor` of any shape `(...)`, *optional*): in [0, V); `None` is the whole vocabulary.
-            context (`TokenContext`, *optional*): of no consequence.
-
-        Returns:
-            `torch.Tensor` of shape `(..., E)`: distilled scores, float32 (float64 in a float64 model).
-        """
+    def forward(self, tokens: tuple | Tensor | None = None) -> Tensor:
+        """Score tokens, or the whole vocabulary, `(..., E)`: float32 (float64 in a float64 model)."""
         embedding, centroids = full_tensor(self.embedding), full_tensor(self.centroids)
-        return score(embedding if token_ids is None else F.embedding(token_ids, embedding), centroids)
+        features = embedding if tokens is None else F.embedding(Tokens.of(tokens).token_ids, embedding)
+        return score(features, centroids)
 
     def table(self) -> Tensor:
-        """Evaluate a^(v) = argmax_i E^_i . D(v) (eq. 13) for the whole vocabulary; ties go to the lowest index.
+        """Compute â(v) = argmax_i Ê_i . D(v) (eq. 13) for the whole vocabulary; ties go to the lowest index.
 
-        Evaluation in stage 1 and the freezing of the router both read this one product, so they agree to the bit.
-
-        Returns:
-            `torch.LongTensor` of shape `(V,)`: the expert of each token id.
+        Evaluation in stage 1 and the freezing of the router both read this one product, so they agree to the bit. `(V,)`.
         """
         with torch.no_grad():
             return self().argmax(-1)
 
-    def assign(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
-        """Give the experts that inference would use now, `torch.LongTensor` of the shape of `token_ids`."""
-        return self.table()[token_ids]
+    def assign(self, tokens: tuple | Tensor) -> Tensor:
+        """Return the experts that inference would use now, of the shape of the token ids."""
+        return self.table()[Tokens.of(tokens).token_ids]
 
     def freeze(self) -> Tensor:
-        """Give what stage 2 will route by: the table."""
+        """Return what stage 2 will route by: the table."""
         return self.table()
 
     @torch.no_grad()
@@ -147,14 +127,13 @@ class WordEmbeddingRouter(DistilledRouter):
 class CountRouter(WordEmbeddingRouter):
     """The router that needs no gradient: each id goes to the expert that the backbone sent it to most often.
 
-    For a router that sees only the token that is the best there is: no table over the vocabulary agrees with more of the
-    routing that was counted. An id that has not been seen goes where D and E^ send it, which learn beside the counts
+    No table over the vocabulary agrees with more of the routing that was counted. An id that has not been seen goes where D and Ê send it, which learn beside the counts
     (eq. 10). Ties go to the lowest index.
 
     Attributes:
         expert_counts (`torch.IntTensor` of shape `(V, E)`): how many tokens of each id went to each expert in
-            stage 1, of all processes, each counting half after `counts_half_life` more tokens; float32, kept by its bits
-            (see `running_stablemoe.py`).
+            stage 1, of all processes, each counting half after `counts_half_life` more tokens; float32, stored as the
+            integers of the same bits, so that no cast of the model changes them.
     """
 
     observes = True
@@ -165,35 +144,27 @@ class CountRouter(WordEmbeddingRouter):
         self.half_life = config.counts_half_life
         self.register_buffer("expert_counts", torch.zeros((config.vocab_size, config.num_experts), dtype=torch.int32))
 
-    def forward(
-        self, token_ids: Tensor | None = None, context: TokenContext | None = None, counts: bool = False
-    ) -> Tensor:
-        """Score tokens; as `WordEmbeddingRouter.forward` does.
-
-        Args:
-            token_ids (`torch.LongTensor`, *optional*): as there.
-            context (`TokenContext`, *optional*): as there.
-            counts (`bool`): give `counts()` instead, which the hooks of an offloaded model fetch for a forward pass alone.
-        """
-        return from_bits(self.expert_counts) if counts else super().forward(token_ids, context)
+    def forward(self, tokens: tuple | Tensor | None = None, counts: bool = False) -> Tensor:
+        """Score tokens, or the vocabulary; or return `counts()`, which the hooks of an offloaded model bring for `forward` only."""
+        return from_bits(self.expert_counts) if counts else super().forward(tokens)
 
     def counts(self) -> Tensor:
         """Return the counts, whole: `torch.FloatTensor` of shape `(V, E)`."""
         return self(counts=True)
 
     def table(self) -> Tensor:
-        """Evaluate the expert of each id, `torch.LongTensor` of shape `(V,)`."""
+        """Compute the expert of each id, `(V,)`."""
         counts = self.counts()
         return torch.where(counts.amax(-1) > 0, counts.argmax(-1), super().table())
 
     def choose(self, token_ids: Tensor, logits: Tensor) -> Tensor:
-        """See `DistilledRouter.choose`."""
+        """Choose by counts, by scores where an id has none, `(T, E) -> (T,)`."""
         counts = self.counts()[token_ids.flatten()]
         return torch.where(counts.amax(-1) > 0, counts.argmax(-1), logits.argmax(-1))
 
     @torch.no_grad()
     def expected_shares(self) -> Tensor:
-        """See `WordEmbeddingRouter.expected_shares`, which speaks for the ids that have not been seen."""
+        """Estimate the same from the counts; the scores speak for ids that have not been seen."""
         counts = self.counts()
         total = counts.sum(-1, keepdim=True)
         return torch.where(
@@ -202,7 +173,7 @@ class CountRouter(WordEmbeddingRouter):
 
     @torch.no_grad()
     def observe(self, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
-        """Count where the backbone sent tokens; every process must call this. Arguments as of `DistilledRouter.observe`."""
+        """Count where the backbone sent tokens; every process must call this."""
         counts = self.counts()
         pairs = token_ids * counts.shape[1] + expert_index
         new = sum_across_processes(histogram(pairs, mask, counts.numel(), torch.double))
@@ -214,7 +185,7 @@ class CountRouter(WordEmbeddingRouter):
 
     @torch.no_grad()
     def resize(self, vocab_size: int):
-        """See `DistilledRouter.resize`; new ids have not been seen."""
+        """Resize embedding and counts; new ids have not been seen."""
         super().resize(vocab_size)
         self.expert_counts = resize_rows(self.expert_counts, vocab_size)
 
@@ -227,34 +198,25 @@ class ContextRouter(DistilledRouter):
     around a token and on what a cache has taken out of it; in float64 the difference is so small that only a tie of
     two experts' scores could show it.
 
-    The price: every step computes over the whole context, whose ids it needs (see `cached_context`), and a device that
+    The price: every step computes over the whole context, whose ids it needs, and a device that
     has no float64, such as MPS, cannot route by it.
     """
 
     sees_context = True
 
-    def forward(self, token_ids: Tensor, context: TokenContext, exact: bool = False) -> Tensor:
-        """Score tokens.
-
-        Args:
-            token_ids (`torch.LongTensor` of shape `(B, S)`): the context holds them too.
-            context (`TokenContext`): what came before them.
-            exact (`bool`): score for inference, in float64, instead of for learning.
-
-        Returns:
-            `torch.Tensor` of shape `(B, S, E)`: distilled scores, float32 (float64 if `exact` or in a float64 model).
-        """
-        return self.scores({name: full_tensor(weight) for name, weight in self.named_parameters()}, context, exact)
+    def forward(self, tokens: tuple, exact: bool = False) -> Tensor:
+        """Score tokens with their context, `(B, S, E)`, float32; in float64 if `exact`, for inference."""
+        return self.scores({name: full_tensor(weight) for name, weight in self.named_parameters()}, tokens, exact)
 
     @classmethod
-    def scores(cls, weights: dict[str, Tensor], context: TokenContext, exact: bool) -> Tensor:
-        """Score the tokens of a context by weights that need not be a module's; see `forward`."""
+    def scores(cls, weights: dict[str, Tensor], tokens: tuple, exact: bool) -> Tensor:
+        """Score tokens by weights that need not be a module's, `(B, S, E)`."""
 
         def cast(values: Tensor) -> Tensor:
             return values.float().double() if exact else values.to(torch.promote_types(values.dtype, torch.float32))
 
         others = {name: cast(weight) for name, weight in weights.items() if name != "embedding"}
-        ids, mask, positions, sequences = context
+        _, _, ids, mask, positions, sequences = Tokens.of(tokens)
         if sequences is None:
             sequences = torch.zeros_like(ids)
         if mask is not None:
@@ -276,27 +238,25 @@ class ContextRouter(DistilledRouter):
 
         Args:
             embedded (`torch.Tensor` of shape `(B, C, R)`): D(X_t).
-            sequences (`torch.LongTensor` of shape `(B, C)`): the sequence of each token, see `TokenContext`; at least 0.
+            sequences (`torch.LongTensor` of shape `(B, C)`): the number of each token's sequence in its row; at least
+                0.
             weights (`dict[str, torch.Tensor]`): all but the embedding, in the dtype of `embedded`.
-
-        Returns:
-            `torch.Tensor` of shape `(B, C, R)`
         """
         raise NotImplementedError
 
-    def assign(self, token_ids: Tensor, context: TokenContext) -> Tensor:
-        """Give the experts that inference would use now, `torch.LongTensor` of the shape of `token_ids`, `(B, S)`."""
+    def assign(self, tokens: tuple) -> Tensor:
+        """Return the experts that inference would use now, `(B, S)`."""
         with torch.no_grad():
-            return self(token_ids, context, exact=True).argmax(-1)
+            return self(tokens, exact=True).argmax(-1)
 
     @classmethod
-    def assign_by(cls, weights: dict[str, Tensor], context: TokenContext) -> Tensor:
+    def assign_by(cls, weights: dict[str, Tensor], tokens: tuple) -> Tensor:
         """Do what `assign` does by weights that need not be a module's."""
         with torch.no_grad():
-            return cls.scores(weights, context, exact=True).argmax(-1)
+            return cls.scores(weights, tokens, exact=True).argmax(-1)
 
     def freeze(self) -> dict[str, Tensor]:
-        """Give what stage 2 will route by: all weights, as inference rounds them; see `check_weights` first."""
+        """Return what stage 2 will route by: all weights, as inference rounds them."""
         return {name: full_tensor(weight).detach().float() for name, weight in self.named_parameters()}
 
 
@@ -305,7 +265,7 @@ class BigramRouter(ContextRouter):
 
     @staticmethod
     def features(embedded: Tensor, sequences: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Average each embedding with the one before; arguments and result as of `ContextRouter.features`."""
+        """Average each embedding with the one before."""
         previous = F.pad(embedded, (0, 0, 1, 0))[:, :-1]
         has_previous = F.pad(sequences, (1, 0), value=-1)[:, :-1] == sequences
         return torch.where(has_previous.unsqueeze(-1), (embedded + previous) / 2, embedded)
@@ -318,14 +278,14 @@ class ConvolutionRouter(ContextRouter):
 
     @classmethod
     def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:
-        """See `DistilledRouter.shapes`."""
+        """Return the shape of each weight, by name."""
         R = config.distilled_router_dim
         # W_0 ... W_4 side by side, the oldest token's first.
         return {**super().shapes(config), "conv_weight": (R, cls.width * R), "conv_bias": (R,)}
 
     @staticmethod
     def features(embedded: Tensor, sequences: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Convolve the embeddings; arguments and result as of `ContextRouter.features`."""
+        """Convolve the embeddings."""
         C, width = embedded.shape[1], ConvolutionRouter.width
         padded = F.pad(embedded, (0, 0, width - 1, 0))
         of = F.pad(sequences, (width - 1, 0), value=-1)
@@ -343,7 +303,7 @@ class TransformerRouter(ContextRouter):
 
     @classmethod
     def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:
-        """See `DistilledRouter.shapes`."""
+        """Return the shape of each weight, by name."""
         L, R = int(config.distilled_router.removeprefix("transformer_")), config.distilled_router_dim
         return {
             **super().shapes(config),
@@ -365,11 +325,11 @@ class TransformerRouter(ContextRouter):
 
     @staticmethod
     def features(embedded: Tensor, sequences: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Run the layers; arguments and result as of `ContextRouter.features`."""
+        """Run the layers."""
         C, R = embedded.shape[1:]
         causal = torch.ones(C, C, dtype=torch.bool, device=sequences.device).tril()
         visible = causal & (sequences[:, :, None] == sequences[:, None, :])
-        hidden = embedded + _sinusoids(visible.sum(-1) - 1, R).to(embedded.dtype)
+        hidden = embedded + sinusoids(visible.sum(-1) - 1, R, torch.float64).to(embedded.dtype)
 
         def norm(values: Tensor, name: str, layer: int) -> Tensor:
             return F.layer_norm(values, (R,), weights[f"{name}_weight"][layer], weights[f"{name}_bias"][layer])
@@ -386,19 +346,12 @@ class TransformerRouter(ContextRouter):
 
 
 def _attend(qkv: Tensor, visible: Tensor) -> Tensor:
-    """Attend with as many heads as of 5, 2 and 1 divide the width, `(B, C, 3 R), (B, C, C) -> (B, C, R)`."""
+    """Attend with the most of 5, 2 and 1 heads that divide the width, `(B, C, 3 R), (B, C, C) -> (B, C, R)`."""
     width = qkv.shape[-1] // 3
     heads = next(number for number in (5, 2, 1) if width % number == 0)
     query, key, value = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.split(width, dim=-1))
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible.unsqueeze(1))
     return attended.transpose(1, 2).flatten(-2)
-
-
-def _sinusoids(positions: Tensor, width: int) -> Tensor:
-    """Give the sines, then the cosines of positions `(B, C)` at geometric wavelengths: `(B, C, R)`, float64."""
-    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-    angle = positions.unsqueeze(-1) * 10000.0**-exponent
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
 
 
 # By `distilled_router` (paper table 6).
@@ -414,12 +367,12 @@ _DISTILLED_ROUTERS: dict[str, type[DistilledRouter]] = {
 
 
 def distilled_router_class(config: StableMoEBaseConfig) -> type[DistilledRouter] | None:
-    """Find the class that `config.distilled_router` names; `None` where nothing is distilled."""
+    """Return the class that `config.distilled_router` names; `None` where nothing is distilled."""
     return None if config.distilled_router is None else _DISTILLED_ROUTERS[config.distilled_router]
 
 
 def sees_context(config: StableMoEBaseConfig) -> bool:
-    """Tell whether a token's expert depends on the tokens before it once the routing is frozen."""
+    """Return True if a token's expert depends on the tokens before it once the routing is frozen."""
     kind = distilled_router_class(config)
     return kind is not None and kind.sees_context
 

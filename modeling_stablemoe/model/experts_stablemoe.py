@@ -2,7 +2,7 @@
 """Experts: tokens and the expert of each in, the weighted change of each token out.
 
 An expert FFN_i is a stack of pre-norm residual sublayers x + W2 act(W1 LayerNorm_i(x)), each expert with a LayerNorm of
-its own (StableMoE; released code). All experts of a layer are stacked in one tensor a matrix. The backends answer to
+its own (StableMoE; released code). All experts of a layer are stacked, one tensor per matrix. The backends answer to
 transformers' `experts_implementation`; `eager` is the one to read, the others are tested against it.
 
 Shape suffixes: T tokens, R routed tokens (no sentinels), D hidden size, E experts, F expert hidden size, X and Y any.
@@ -43,42 +43,22 @@ class ExpertSublayer(nn.Module):
         self.eps = config.layer_norm_eps
         self.register_load_state_dict_pre_hook(_rename_earlier_keys)
 
-    def forward(
-        self, hidden_TD: Tensor, norm: Callable, linear: Callable, groups: list[tuple[int, slice]] | None = None
-    ) -> Tensor:
-        """Compute W2 act(W1 LayerNorm_i(x) + b1) + b2, each token with the parameters of its expert i.
+    def forward(self, hidden_TD: Tensor, compute: Callable) -> Tensor:
+        """Compute W2 act(W1 LayerNorm_i(x) + b1) + b2, each token with the parameters of its expert i, as a backend does.
+
+        A module's own parameters are brought for its `forward` by the engines that shard or offload them.
 
         Args:
             hidden_TD (`torch.Tensor` of shape `(T, D)`): x.
-            norm (`Callable`): `(T, D), (E, D), (E, D), eps -> (T, D)`, normalises each token with its expert's weight and
-                bias.
-            linear (`Callable`): `(T, X), (E, Y, X), (E, Y) -> (T, Y)`, multiplies each token by its expert's matrix
-                and adds the bias.
-            groups (`list[tuple[int, slice]]`, *optional*): experts and the places of their tokens, ascending. With it
-                experts run in turn, and `norm` and `linear` get the parameters of one, without the dimension E.
+            compute (`Callable`): `(x, parameters of the experts by name, act_fn, eps) -> (T, D)`.
 
         Returns:
-            `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x; 0 for tokens of no group.
+            `torch.Tensor` of shape `(T, D)`: what the sublayer adds to x.
         """
-        held = {name: self._held(name) for name in EXPERT_PARAMETERS}
-        if groups is None:
-            return self._change(hidden_TD, held, norm, linear)
-        changes = []
-        for expert, places in groups:
-            own = {name: values[expert] for name, values in held.items()}
-            changes.append(self._change(hidden_TD[places], own, norm, linear))
-        num_tokens = groups[-1][1].stop if groups else 0
-        if num_tokens < len(hidden_TD):
-            changes.append(torch.zeros_like(hidden_TD[num_tokens:]))
-        return changes[0] if len(changes) == 1 else torch.cat(changes)
-
-    def _change(self, x: Tensor, parameters: dict[str, Tensor], norm: Callable, linear: Callable) -> Tensor:
-        normed = norm(x, parameters["layernorm_weight"], parameters["layernorm_bias"], self.eps)
-        inner = self.act_fn(linear(normed, parameters["up_proj"], parameters["up_proj_bias"]))
-        return linear(inner, parameters["down_proj"], parameters["down_proj_bias"])
+        return compute(hidden_TD, {name: self._held(name) for name in EXPERT_PARAMETERS}, self.act_fn, self.eps)
 
     def _held(self, name: str) -> Tensor:
-        """Give a parameter's rows of this process's experts. Rows of others would be taken for theirs unnoticed."""
+        """Return a parameter's rows of this process's experts; rows of others would be taken for theirs unnoticed."""
         held = dequantized(local_tensor(getattr(self, name)))
         if held.shape[0] != self.num_experts:
             raise ValueError(
@@ -94,18 +74,34 @@ def _rename_earlier_keys(module: ExpertSublayer, state_dict: dict[str, Tensor], 
             state_dict.setdefault(f"{prefix}layernorm_{name}", state_dict.pop(f"{prefix}norm_{name}"))
 
 
-def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, *how) -> Tensor:
+def _stack(sublayers: nn.ModuleList, hidden_TD: Tensor, compute: Callable) -> Tensor:
     """Run the sublayers with their residuals; return the change S(x) - x, summed as such and so not rounded away."""
     delta_TD = None
     for sublayer in sublayers:
-        added_TD = sublayer(hidden_TD if delta_TD is None else hidden_TD + delta_TD, *how)
+        added_TD = sublayer(hidden_TD if delta_TD is None else hidden_TD + delta_TD, compute)
         added_TD = added_TD.to(torch.promote_types(added_TD.dtype, hidden_TD.dtype))
         delta_TD = added_TD if delta_TD is None else delta_TD + added_TD
     return delta_TD
 
 
+def _ffn(norm: Callable, linear: Callable) -> Callable:
+    """Make a sublayer's `compute` of what a backend does for all experts together.
+
+    Args:
+        norm (`Callable`): `(T, D), (E, D), (E, D), eps -> (T, D)`: normalise each token with its expert's weight and bias.
+        linear (`Callable`): `(T, X), (E, Y, X), (E, Y) -> (T, Y)`: multiply each token by its expert's matrix, add the bias.
+    """
+
+    def compute(x_TD: Tensor, experts: dict[str, Tensor], act_fn: Callable, eps: float) -> Tensor:
+        normed_TD = norm(x_TD, experts["layernorm_weight"], experts["layernorm_bias"], eps)
+        inner_TF = act_fn(linear(normed_TD, experts["up_proj"], experts["up_proj_bias"]))
+        return linear(inner_TF, experts["down_proj"], experts["down_proj_bias"])
+
+    return compute
+
+
 def _norm_by_rows(rows: Callable) -> Callable:
-    """Make a norm for `ExpertSublayer` of a function `(E, X) -> (T, X)` that gives each token its expert's row."""
+    """Make a norm for `_ffn` of a function `(E, X) -> (T, X)` that gives each token its expert's row."""
 
     def norm(x_TD: Tensor, weight_ED: Tensor, bias_ED: Tensor, eps: float) -> Tensor:
         standardized_TD = F.layer_norm(x_TD, x_TD.shape[-1:], eps=eps).to(weight_ED.dtype)
@@ -134,7 +130,7 @@ def eager_experts_forward(
         return torch.cat(products)[torch.cat(tokens_of_expert).argsort()] + bias_EY[index_R]
 
     norm = _norm_by_rows(lambda parameter_EX: parameter_EX[index_R])
-    delta_RD = _stack(self.sublayers, hidden_states[routed], norm, linear)
+    delta_RD = _stack(self.sublayers, hidden_states[routed], _ffn(norm, linear))
     weighted_RD = (delta_RD * top_k_weights[routed]).to(hidden_states.dtype)
     return torch.zeros_like(hidden_states).index_add(0, routed, weighted_RD)
 
@@ -168,7 +164,7 @@ def grouped_mm_experts_forward(
         return grouped_linear(x_TX, weight_EYX, bias_EY, expert_order)
 
     sorted_TD = masked(permute(hidden_states, expert_order.order, expert_order.inverse))
-    delta_TD = masked(_stack(self.sublayers, sorted_TD, norm, linear))
+    delta_TD = masked(_stack(self.sublayers, sorted_TD, _ffn(norm, linear)))
     return (permute(delta_TD, expert_order.inverse, expert_order.order) * top_k_weights).to(hidden_states.dtype)
 
 
@@ -201,7 +197,7 @@ def _order_of(expert_order: tuple | None, top_k_index: Tensor, num_experts: int)
 
 
 def _takes_turns(hidden_states: Tensor) -> bool:
-    """Tell whether experts had better run in turn: on a CPU, where nothing learns and nothing is compiled."""
+    """Return True if experts run faster in turn: on a CPU, where nothing learns and nothing is compiled."""
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not is_torchdynamo_compiling()
 
 
@@ -216,18 +212,38 @@ def _run_in_turn(
     if len(hidden_states) == 1:  # nothing to sort
         expert = int(top_k_index)
         groups = [(expert, slice(0, 1))] if expert < self.num_experts else []
-        delta_TD = _stack(self.sublayers, hidden_states, _norm_of_one, F.linear, groups)
+        delta_TD = _stack(self.sublayers, hidden_states, _in_turn(groups))
         return (delta_TD * top_k_weights).to(hidden_states.dtype)
     order = _order_of(expert_order, top_k_index, self.num_experts)
     sorted_TD = hidden_states.index_select(0, order.order)
-    delta_TD = _stack(self.sublayers, sorted_TD, _norm_of_one, F.linear, order.groups())
+    delta_TD = _stack(self.sublayers, sorted_TD, _in_turn(order.groups()))
     return (delta_TD.index_select(0, order.inverse) * top_k_weights).to(hidden_states.dtype)
 
 
-def _norm_of_one(x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    dtype = torch.promote_types(x_TD.dtype, weight_D.dtype)
-    normed_TD = F.layer_norm(x_TD.to(dtype), x_TD.shape[-1:], weight_D.to(dtype), bias_D.to(dtype), eps)
-    return normed_TD.to(weight_D.dtype)
+def _in_turn(groups: list[tuple[int, slice]]) -> Callable:
+    """Make a sublayer's `compute` that runs one expert after the other; tokens of no group, sentinels, get 0.
+
+    Args:
+        groups (`list[tuple[int, slice]]`): experts and the places of their tokens, ascending.
+    """
+
+    def compute(x_TD: Tensor, experts: dict[str, Tensor], act_fn: Callable, eps: float) -> Tensor:
+        changes = []
+        for expert, places in groups:
+            own = {name: values[expert] for name, values in experts.items()}
+            dtype = torch.promote_types(x_TD.dtype, own["layernorm_weight"].dtype)
+            weight_D, bias_D = own["layernorm_weight"].to(dtype), own["layernorm_bias"].to(dtype)
+            normed_RD = F.layer_norm(x_TD[places].to(dtype), x_TD.shape[-1:], weight_D, bias_D, eps)
+            inner_RF = act_fn(
+                F.linear(normed_RD.to(own["layernorm_weight"].dtype), own["up_proj"], own["up_proj_bias"])
+            )
+            changes.append(F.linear(inner_RF, own["down_proj"], own["down_proj_bias"]))
+        num_tokens = groups[-1][1].stop if groups else 0
+        if num_tokens < len(x_TD):
+            changes.append(torch.zeros_like(x_TD[num_tokens:]))
+        return changes[0] if len(changes) == 1 else torch.cat(changes)
+
+    return compute
 
 
 def batched_mm_experts_forward(
@@ -249,7 +265,7 @@ def batched_mm_experts_forward(
         return _batched_linear(x_TX, weight_EYX[index_T], rows(bias_EY))
 
     routed_TD = hidden_states.masked_fill(sentinel_T1, 0.0)
-    delta_TD = _stack(self.sublayers, routed_TD, _norm_by_rows(rows), linear).masked_fill(sentinel_T1, 0.0)
+    delta_TD = _stack(self.sublayers, routed_TD, _ffn(_norm_by_rows(rows), linear)).masked_fill(sentinel_T1, 0.0)
     return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 
@@ -264,24 +280,14 @@ def shared_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: 
         return F.linear(x_TX, weight_EYX.mean(0)) + bias_EY.mean(0)
 
     routed_TD = hidden_states.masked_fill(sentinel_T1, 0.0)
-    delta_TD = _stack(self.sublayers, routed_TD, _norm_by_rows(mean), linear).masked_fill(sentinel_T1, 0.0)
+    delta_TD = _stack(self.sublayers, routed_TD, _ffn(_norm_by_rows(mean), linear)).masked_fill(sentinel_T1, 0.0)
     return (delta_TD * top_k_weights).to(hidden_states.dtype)
 
 
 def spread_sentinels(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give sentinels an expert by turns, zeros to work on and no weight, for where every token is sent to some expert.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(T, D)`): h.
-        top_k_index (`torch.LongTensor` of shape `(T, 1)`): in [0, num_experts], `num_experts` marks a sentinel.
-        top_k_weights (`torch.Tensor` of shape `(T, 1)`): the gate.
-        num_experts (`int`): N, of all processes together.
-
-    Returns:
-        `tuple`: the three of them anew, every expert in [0, num_experts).
-    """
+    """Give sentinels an expert in rotation, zeros to work on and no weight: each is sent to some expert then."""
     sentinel_T1 = top_k_index >= num_experts
     by_turns_T1 = torch.arange(len(top_k_index), device=top_k_index.device).unsqueeze(-1) % num_experts
     index_T1 = torch.where(sentinel_T1, by_turns_T1, top_k_index)
@@ -289,37 +295,23 @@ def spread_sentinels(
 
 
 def expert_capacity(expert_load: Tensor, capacity_factor: float) -> Tensor:
-    """Compute how many tokens an expert keeps, of the loads of one forward pass of one process.
+    """Compute how many tokens an expert keeps, floor(capacity_factor * tokens / E), at least 1: `(..., E) -> (...)`.
 
-    Args:
-        expert_load (`torch.LongTensor` of shape `(..., E)`): tokens sent to each expert.
-        capacity_factor (`float`): > 0.
-
-    Returns:
-        `torch.Tensor` of shape `(...)`: floor(capacity_factor * tokens / E), at least 1.
+    Of the loads of one forward pass of one process.
     """
     return (expert_load.sum(-1) * capacity_factor / expert_load.shape[-1]).floor().clamp(min=1)
 
 
 def count_overflow(expert_load: Tensor, capacity_factor: float) -> Tensor:
-    """Count the tokens past capacity, which `drop_overflow` sends nowhere; arguments and shape as of `expert_capacity`."""
+    """Count the tokens past capacity, which `drop_overflow` sends nowhere, `(..., E) -> (...)`."""
     return (expert_load - expert_capacity(expert_load, capacity_factor).unsqueeze(-1)).clamp(min=0).sum(-1)
 
 
 def drop_overflow(expert_index: Tensor, *, num_experts: int, capacity_factor: float) -> Tensor:
-    """Replace the experts of the tokens past capacity by the sentinel, in the order of the tokens.
+    """Replace the experts of tokens past capacity by the sentinel `num_experts`, in the order of the tokens.
 
     An expert keeps floor(capacity_factor * tokens / num_experts) tokens, at least one (released code: a factor of 2).
     Tokens, experts' shares and so the capacity are those of this process.
-
-    Args:
-        expert_index (`torch.LongTensor` of shape `(T,)`): in [0, num_experts]; `num_experts` marks tokens that take
-            no part, such as padding.
-        num_experts (`int`): N.
-        capacity_factor (`float`): > 0.
-
-    Returns:
-        `torch.LongTensor` of shape `(T,)`: `expert_index`, with `num_experts` for dropped tokens.
     """
     sorted_T, order_T = torch.sort(expert_index, stable=True)
     ones_T = torch.ones_like(sorted_T)
@@ -344,7 +336,7 @@ ALL_STABLEMOE_EXPERTS_FUNCTIONS = StableMoEExpertsInterface()
 
 
 class Parts(nn.ModuleList):
-    """Modules that are no chain: what one gives is not what the next one gets.
+    """Modules that are not a chain: the output of one is not the input of the next.
 
     Block-wise quantisers (auto-round) take whatever class is called a `ModuleList` for such a chain.
     """
@@ -391,8 +383,8 @@ class StableMoEExperts(nn.Module):
     def forward_shared(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute what `forward` does where all experts are equal, and keep them equal while they learn.
 
-        No update is lost on an expert that will not serve the token later. Arguments and result as of `forward`; which
-        expert a token has makes no difference, but for sentinels.
+        No update is lost on an expert that will not serve the token later. Which expert a token has makes no difference,
+        except for sentinels.
 
         Raises:
             ValueError: under expert parallelism, where a process has not all experts to take the mean of.

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from transformers.utils import is_torchdynamo_compiling
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext
+from .context_stablemoe import Tokens
 from .distillation_stablemoe import distilled_router_class, sees_context
 from .losses_stablemoe import is_distributed
 from .tensors_stablemoe import copy_into, from_bits, local_tensor, restore_integers, restored_integers, to_bits
 
 
 class BalancedTable(NamedTuple):
-    """A table within a limit of load, and how good it is; of `balanced_table`."""
+    """A table within a limit of load, and how good it is."""
 
     table: Tensor  # `torch.LongTensor` of shape (V,): expert of each token id
     agreement: float  # tokens kept on the expert that they prefer (expected number)
@@ -36,7 +36,7 @@ class BalancedTable(NamedTuple):
 class FrozenRouting(nn.Module):
     """What both kinds share: whether they are frozen follows from what they hold, -1 everywhere while they are not.
 
-    Contents may get here in ways that this module is not told of: an engine fills a buffer in place, replaces it, or moves
+    Contents may get here without a call to this module: an engine fills a buffer in place, replaces it, or moves
     it. So a forward pass calls `follow`, which reads the contents again if they may have changed: if a buffer says so, and
     when an evaluation begins or ends. A routing that was frozen may become that of stage 1, never another one:
     an average of buffers, say, would move tokens to other experts.
@@ -64,29 +64,22 @@ class FrozenRouting(nn.Module):
         return {name: values.cpu() for name, values in self.named_buffers()}
 
     def check(self, contents: dict[str, Tensor], name: str) -> bool:
-        """Return True for frozen contents, False for contents that are not frozen yet.
-
-        Args:
-            contents (`dict[str, torch.Tensor]`): by buffer name.
-            name (`str`): of the router that holds them, for the error.
+        """Return True for frozen contents, False for contents that are not frozen yet, by buffer name.
 
         Raises:
-            ValueError: if they are damaged.
+            ValueError: naming the router, if they are damaged.
         """
         raise NotImplementedError
 
     def encode(self, contents: dict[str, Tensor]) -> bytes:
-        """Write contents for a checksum: the same on every machine, another for every other routing."""
+        """Write contents as bytes for a checksum: the same on every machine, different for every other routing."""
         raise NotImplementedError
 
     def refresh(self, name: str = "frozen_router"):
         """Derive the stage from the contents.
 
-        Args:
-            name (`str`): how to call this router in an error.
-
         Raises:
-            ValueError: if the contents are damaged, or were frozen and are another routing now.
+            ValueError: naming the router, if the contents are damaged, or were frozen and are another routing now.
         """
         for module_name, module in self.named_modules(prefix=name):
             restore_integers(module, module_name, dict.fromkeys(module._buffers, torch.int32))
@@ -98,7 +91,7 @@ class FrozenRouting(nn.Module):
         self._seen = self._signature()
 
     def check_replacement(self, contents: dict[str, Tensor], name: str):
-        """Refuse contents that would turn one frozen routing into another; arguments as of `check`.
+        """Refuse contents, by buffer name, that would turn one frozen routing into another.
 
         Raises:
             ValueError: if they are another routing, or damaged.
@@ -113,12 +106,13 @@ class FrozenRouting(nn.Module):
             raise ValueError(another_routing(self.noun, name))
 
     def follow(self, name: str = "frozen_router"):
-        """Do what `refresh` does if the contents may have changed; where they have not, no device is asked for a value.
+        """Derive the stage again if the contents may have changed; where they have not, no device is asked for a value.
 
         Contents that are elsewhere, on the meta device, are left alone.
 
         Raises:
-            ValueError: as `refresh` does; also for a routing of stage 1 that has been replaced by zeros.
+            ValueError: if the contents are damaged, are another routing than before, or a routing of stage 1 has been replaced
+                by zeros.
         """
         if is_torchdynamo_compiling():
             return
@@ -140,11 +134,11 @@ class FrozenRouting(nn.Module):
         )
 
     def forget(self):
-        """Take whatever comes next for right: contents are about to be replaced on purpose."""
+        """Accept whatever contents come next: they are about to be replaced on purpose."""
         self.digest, self.is_initial = None, False
 
     def expect(self, is_frozen: bool):
-        """Take the stage from elsewhere until other contents than those of now are here."""
+        """Take the stage from elsewhere until the contents change."""
         self.is_frozen, self.digest = is_frozen, None
         self._seen = self._signature()
 
@@ -184,24 +178,16 @@ class FrozenRouter(FrozenRouting):
         self.register_buffer("routing_table", table)
 
     def initial_table(self) -> Tensor:
-        """Make the table of a new model: a random one with a hash, -1 otherwise; `torch.IntTensor` of shape `(V,)`."""
+        """Return the table of a new model, `(V,)`: a random one with a hash, -1 otherwise."""
         empty = torch.full(self.routing_table.shape, -1, dtype=torch.int32)
         return empty.random_(self.num_experts) if self.is_hash else empty
 
-    def forward(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
-        """Look up the expert of each token.
-
-        Args:
-            token_ids (`torch.LongTensor` of any shape): in [0, V).
-            context (`TokenContext`, *optional*): not used.
-
-        Returns:
-            `torch.LongTensor` of the shape of `token_ids`: in [0, E).
-        """
-        return self.routing_table[token_ids].long()
+    def forward(self, tokens: tuple | Tensor) -> Tensor:
+        """Look up the expert of each token, of the shape of the ids: in [0, E)."""
+        return self.routing_table[Tokens.of(tokens).token_ids].long()
 
     def follow(self, name: str = "frozen_router"):
-        """Follow the contents, but for a hash on several processes; see `FrozenRouting.follow`.
+        """Follow the contents, except for a hash on several processes.
 
         DistributedDataParallel gives all processes the table of the first one, and writes it again before every pass.
         """
@@ -210,11 +196,7 @@ class FrozenRouter(FrozenRouting):
 
     @torch.no_grad()
     def freeze(self, table: Tensor):
-        """Store `table` and route by it from now on.
-
-        Args:
-            table (`torch.LongTensor` of shape `(V,)`): the expert of each token id, in [0, E).
-        """
+        """Store the expert of each token id, `(V,)`, and route by it from now on."""
         self.forget()
         copy_into(self.routing_table, table.to(self.routing_table.dtype))
         self.refresh()
@@ -227,15 +209,15 @@ class FrozenRouter(FrozenRouting):
         return self(ids).int().cpu()
 
     def contents(self) -> dict[str, Tensor]:
-        """Return the table, which may be offloaded; see `FrozenRouting.contents`."""
+        """Return the table, which may be offloaded, on the CPU."""
         return {"routing_table": self.values()}
 
     def check(self, contents: dict[str, Tensor], name: str) -> bool:
-        """See `FrozenRouting.check` and `is_frozen_table`."""
+        """Return True for a frozen table, False for one that is not frozen yet, or raise a `ValueError`."""
         return is_frozen_table(contents["routing_table"], self.num_experts, name)
 
     def encode(self, contents: dict[str, Tensor]) -> bytes:
-        """See `FrozenRouting.encode`."""
+        """Write the table as bytes, for a checksum."""
         table = contents["routing_table"]
         header = f"|{self.num_experts} experts, {table.shape[0]} tokens|"
         return header.encode() + _to_bytes(table)
@@ -263,12 +245,12 @@ class FrozenWeights(nn.Module):
             self.register_buffer(name, torch.full(shape, -1, dtype=torch.int32))
 
     def forward(self) -> dict[str, Tensor]:
-        """Return the weights by name, `torch.IntTensor`s: a module of its own, for the hooks of offloading."""
+        """Return the weights by name, as integers: a `forward`, for the hooks of offloading."""
         return dict(self.named_buffers())
 
 
 class FrozenContextRouter(FrozenRouting):
-    """A copy of the weights of a distilled router that looks back at earlier tokens; see `ContextRouter`.
+    """A copy of the weights of a distilled router that looks back at earlier tokens.
 
     Copied as bits, they are the same after a cast of the model to any dtype, and so is the routing.
     """
@@ -281,37 +263,25 @@ class FrozenContextRouter(FrozenRouting):
         self.distilled_router_class = distilled_router_class(config)
         self.weights = FrozenWeights(self.distilled_router_class.shapes(config))
 
-    def forward(self, token_ids: Tensor, context: TokenContext) -> Tensor:
-        """Compute the expert of each token, in float64.
-
-        Args:
-            token_ids (`torch.LongTensor` of shape `(B, S)`): the context holds them too.
-            context (`TokenContext`): what came before them.
-
-        Returns:
-            `torch.LongTensor` of shape `(B, S)`: in [0, E).
-        """
+    def forward(self, tokens: tuple) -> Tensor:
+        """Compute the expert of each token, `(B, S)`, in float64."""
         weights = {name: from_bits(bits) for name, bits in self.weights().items()}
-        return self.distilled_router_class.assign_by(weights, context)
+        return self.distilled_router_class.assign_by(weights, tokens)
 
     @torch.no_grad()
     def freeze(self, weights: dict[str, Tensor]):
-        """Store weights and route by them from now on.
-
-        Args:
-            weights (`dict[str, torch.Tensor]`): of the distilled router by name, finite, float32.
-        """
+        """Store finite float32 weights of the distilled router by name, and route by them from now on."""
         self.forget()
         for name, bits in self.weights.named_buffers():
             copy_into(bits, to_bits(weights[name]))
         self.refresh()
 
     def contents(self) -> dict[str, Tensor]:
-        """Return the weights, which may be offloaded; see `FrozenRouting.contents`."""
+        """Return the weights, which may be offloaded, on the CPU."""
         return {f"weights.{name}": bits.cpu() for name, bits in self.weights().items()}
 
     def check(self, contents: dict[str, Tensor], name: str) -> bool:
-        """See `FrozenRouting.check`: frozen weights are finite, all others -1."""
+        """Return True for frozen weights, which are finite, False where all are -1, or raise a `ValueError`."""
         if all(bool((bits == -1).all()) for bits in contents.values()):
             return False
         for key, bits in contents.items():
@@ -326,7 +296,7 @@ class FrozenContextRouter(FrozenRouting):
         return True
 
     def encode(self, contents: dict[str, Tensor]) -> bytes:
-        """See `FrozenRouting.encode`."""
+        """Write the weights as bytes, for a checksum."""
         parts = [f"|{self.kind}, {self.num_experts} experts|".encode()]
         for name, bits in sorted(contents.items()):
             parts += [f"|{name} {list(bits.shape)}|".encode(), _to_bytes(bits)]
@@ -346,7 +316,7 @@ class FrozenContextRouter(FrozenRouting):
 
 
 def another_routing(noun: str, name: str) -> str:
-    """Say that frozen contents have been replaced, and what does that unintended."""
+    """Return the error for frozen contents that have been replaced, naming what does that by accident."""
     return (
         f"What has been written to the {noun} of `{name}` is not the routing of this model: tokens would go to experts that have "
         "not learned them. Leave buffers out of averages of models (`use_buffers=False`), load the weights of one run only, "
@@ -355,21 +325,13 @@ def another_routing(noun: str, name: str) -> str:
 
 
 def contents_to_load(router: FrozenRouting, state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor] | None:
-    """Find the contents of a frozen router in a state dict, as integers on the CPU.
+    """Find the contents of a frozen router in a state dict, by buffer name, as integers on the CPU.
 
-    A merge or an average of checkpoints may have written them as floats, a sharding engine as replicated tensors: the state
-    dict gets integers in their place.
-
-    Args:
-        router (`FrozenRouting`): that will hold them.
-        state_dict (`dict[str, torch.Tensor]`): of a model, or of a part of it.
-        name (`str`): of the router in the state dict.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by buffer name; `None` where some are missing or of another shape.
+    A merge or an average of checkpoints may have written them as floats, a sharding engine as replicated tensors: the
+    state dict gets integers in their place. `None` where some are missing or of another shape.
 
     Raises:
-        ValueError: if they are no integers.
+        ValueError: if they are not whole numbers.
     """
     contents = {}
     for key, own in router.named_buffers():
@@ -395,15 +357,10 @@ def _follow_loaded_contents(router: FrozenRouting, incompatible_keys):
 
 
 def is_frozen_table(table: Tensor, num_experts: int, name: str) -> bool:
-    """Tell a frozen routing table from one that is not frozen yet.
-
-    Args:
-        table (`torch.IntTensor` of shape `(V,)`): expert of each token id, or -1.
-        num_experts (`int`): N.
-        name (`str`): of the router that holds the table, for the error.
+    """Return True for a frozen routing table, `(V,)`, False for one that is not frozen yet.
 
     Raises:
-        ValueError: if it is neither wholly -1 nor wholly a map into [0, N).
+        ValueError: naming the router, if it is neither wholly -1 nor wholly a map into [0, num_experts).
     """
     low, high = int(table.min()), int(table.max())
     if low == high == -1:

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What tells a healthy routing from a sick one: gates, the hidden states that are scored, agreement on rare tokens.
+"""What distinguishes a healthy routing from a sick one: gates, the hidden states that are scored, agreement on rare tokens.
 
 Nothing here has a gradient or waits for the device.
 
@@ -21,7 +21,7 @@ CLOSED_GATE = 0.05
 
 
 class RoutingHealth(NamedTuple):
-    """The health of a routing in one forward pass, of one MoE layer or the mean of several.
+    """The health of a routing in one forward pass, of one MoE layer or the mean over several.
 
     Each a `torch.Tensor` of shape `()`.
 
@@ -58,21 +58,7 @@ def routing_health(
     router_logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> RoutingHealth:
-    """Measure the health of one MoE layer's routing; arguments as of `RoutingTrace`.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(T, D)`): input of the MoE layer.
-        token_ids (`torch.LongTensor` of shape `(T,)`): in [0, vocab_size).
-        gate (`torch.Tensor` of shape `(T,)`): in [0, 1].
-        teacher_index (`torch.LongTensor` of shape `(T,)`, *optional*): choice of the backbone router.
-        distilled_index (`torch.LongTensor` of shape `(T,)`, *optional*): choice of the distilled router.
-        vocab_size (`int`): V.
-        router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores; a hash has none.
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-
-    Returns:
-        `RoutingHealth`
-    """
+    """Measure the health of one MoE layer's routing, of `(T, ...)` of what its router decided."""
     agreement = agreement_by_id = torch.full((), torch.nan, device=gate.device)
     if teacher_index is not None and distilled_index is not None:
         agreed = (teacher_index == distilled_index).float()
@@ -88,15 +74,7 @@ def routing_health(
 
 
 def mean_health(layers: Sequence[RoutingHealth], num_tokens: Tensor) -> RoutingHealth:
-    """Average the health of several layers over the tokens that they routed.
-
-    Args:
-        layers (sequence of `RoutingHealth`): at least one; they may stand on several devices.
-        num_tokens (`torch.LongTensor` of shape `(layers,)`): tokens that each routed.
-
-    Returns:
-        `RoutingHealth`: on the device of `num_tokens`.
-    """
+    """Average the health of several layers, on any devices, over the tokens that each routed, `(layers,)`."""
     weight = num_tokens / num_tokens.sum().clamp(min=1)
     values = torch.stack([torch.stack(layer).to(weight.device) for layer in layers])
     return RoutingHealth(*(values * weight.unsqueeze(-1)).sum(0).unbind())
@@ -123,17 +101,7 @@ def router_entropy(router_logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def mean_by_id(values: Tensor, token_ids: Tensor, vocab_size: int, mask: Tensor | None = None) -> Tensor:
-    """Average values over the tokens of each id, then over the ids that occur; 0 where no token is real.
-
-    Args:
-        values (`torch.Tensor` of shape `(T,)`): any float dtype.
-        token_ids (`torch.LongTensor` of shape `(T,)`): in [0, vocab_size).
-        vocab_size (`int`): V.
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-
-    Returns:
-        `torch.Tensor` of shape `()`.
-    """
+    """Average values over the tokens of each id, then over the ids that occur; 0 where no token is real."""
     real = torch.ones_like(values) if mask is None else mask.to(values.dtype)
     occurrences = values.new_zeros(vocab_size).scatter_add_(0, token_ids, real)
     weight = real / occurrences[token_ids].clamp(min=1)

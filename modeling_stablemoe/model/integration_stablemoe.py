@@ -21,11 +21,11 @@ class IntegrationMixin:
     # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
     _auto_map: dict[str, str] = {}
     # Called with the model and the folder it was saved to: a run puts its model card beside it. Training forgets it, as what
-    # it says of the weights is true no longer; a run that goes on sets it again after each step.
+    # it says of the weights is no longer true; a run that goes on sets it again after each step.
     after_saving: Callable[["IntegrationMixin", Path], object] | None = None
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save weights, frozen routers, config and the code files that load them; see `PreTrainedModel.save_pretrained`.
+        """Save weights, frozen routers, config and the code files that load them, as `PreTrainedModel` does.
 
         A model that transformers has sharded is gathered: every process must call this. `after_saving`, if set, is
         called with model and folder in the process that writes.
@@ -85,13 +85,13 @@ class IntegrationMixin:
 
     @classmethod
     def _written_class(cls) -> type:
-        """Find the class that is in a file of ours: a subclass of one's own is in another, what FSDP2 makes in torch's."""
+        """Return the class that is in a file of ours: a user's subclass is in another, what FSDP2 makes in one of torch."""
         ours = set(cls._auto_map.values())
         return next((c for c in cls.__mro__ if f"{c.__module__.rpartition('.')[2]}.{c.__name__}" in ours), cls)
 
     @classmethod
     def is_remote_code(cls) -> bool:
-        """See `PreTrainedModel.is_remote_code`: whether transformers copies the file that the class is in.
+        """Return True if transformers is to copy the file that the class is in.
 
         That of a subclass only if it was registered itself (`register_for_auto_class`): else its checkpoints are those of
         the class above it. The package writes one file for all of its own, with the config.
@@ -101,7 +101,7 @@ class IntegrationMixin:
 
     @classmethod
     def maybe_distribute_model(cls, model, distributed_config, *args, **kwargs):
-        """Shard a model before its weights are loaded; see `DistributedMixin.maybe_distribute_model`.
+        """Shard a model before its weights are loaded.
 
         Tied weights are tied first: FSDP2 keeps those one that are one when it shards. transformers ties them later, when
         they are two copies that go separate ways with the first step.
@@ -125,7 +125,7 @@ class IntegrationMixin:
         return dict(_without_recorders(self, {}).__dict__)
 
     def __setstate__(self, state: dict):
-        """Install those hooks again; see `__getstate__`."""
+        """Install again the hooks that `__getstate__` leaves out."""
         super().__setstate__(state)
         # transformers notes what a class records when it builds a model, which unpickling does not do.
         dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(type(self)), self._can_record_outputs)
@@ -137,7 +137,7 @@ class IntegrationMixin:
         """Switch between training and evaluation.
 
         Raises:
-            ValueError: see `save_pretrained`: what cannot be saved is not trained.
+            ValueError: for a model that could not be saved, under expert parallelism of an older transformers.
         """
         if mode:
             self._require_gathering("train")
@@ -198,9 +198,8 @@ class IntegrationMixin:
 def _without_recorders(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
     """Copy a module down to those that transformers has hooked to record outputs, without the hooks; share all else.
 
-    Args:
-        module (`torch.nn.Module`): stays as it is. Models inside it are shared: they are pickled by their own rule.
-        twins (`dict`): what stands for each module so far: one that is held twice stays one.
+    Models inside it are shared, too: they are pickled by their own rule. `twins` are the copies so far: a module that
+    is held twice stays one.
     """
     if module not in twins:
         children = {

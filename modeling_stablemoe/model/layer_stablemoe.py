@@ -1,28 +1,30 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""One MoE layer: router, experts, gate and residual, and what the routing is frozen into."""
+"""One MoE layer: router, experts, gate and residual, and what the routing is frozen into.
+
+Shape suffixes: T tokens, K experts per token (one), E experts.
+"""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .blocks_stablemoe import StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import TokenContext, new_columns
+from .context_stablemoe import Tokens
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
 from .losses_stablemoe import is_distributed
 from .products_stablemoe import sort_by_expert
-from .routing_stablemoe import Router, build_router
+from .routing_stablemoe import Router, Routing, build_router
 from .tensors_stablemoe import is_at_hand, zero_through
 
 
 class ExpertDispatch(nn.Module):
-    """Sends tokens to the experts that the router chose, but for padding and, while training, tokens over capacity.
+    """Sends tokens to the experts that the router chose, except for padding and, while training, tokens over capacity.
 
-    A module, for transformers before 5.19 hooks what hands out expert ids: to make them this process's own.
+    A module because transformers before 5.19 hooks whatever returns expert ids, to make them those of this process.
     """
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -31,32 +33,23 @@ class ExpertDispatch(nn.Module):
         self.capacity_factor = config.expert_capacity_factor
 
     def forward(
-        self, router_logits: Tensor | None, gate: Tensor, expert_index: Tensor, token_mask: Tensor | None
+        self,
+        router_logits: Tensor | None,
+        routing_weights: Tensor,
+        selected_experts: Tensor,
+        token_mask: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Turn a router's decision into what experts take.
-
-        Args:
-            router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): the scores.
-            gate (`torch.Tensor` of shape `(batch, sequence)`): weights of the experts.
-            expert_index (`torch.LongTensor` of shape `(batch, sequence)`): the expert of each token.
-            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding.
-
-        Returns:
-            `tuple`: the scores, unchanged, `(T, E)`; the gate, `(T, 1)`; and the expert of each token, `(T, 1)`, the
-            sentinel `num_experts` for one that takes no part.
-        """
-        return router_logits, gate.reshape(-1, 1), self.send(expert_index, token_mask)
-
-    def send(self, index: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Turn the experts that a router chose into those that get a token, `(batch, sequence) -> (T, 1)`; see `forward`."""
+        """Replace the experts of a token that takes no part by the sentinel `num_experts`; leave logits and weights."""
         if token_mask is not None:
-            index = index.masked_fill(~token_mask, self.num_experts)
+            selected_experts = selected_experts.masked_fill(~token_mask.reshape(-1, 1), self.num_experts)
         if self.training and self.capacity_factor is not None:
-            index = drop_overflow(index.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor)
-        return index.view(-1, 1)
+            selected_experts = drop_overflow(
+                selected_experts.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor
+            ).view(-1, 1)
+        return router_logits, routing_weights, selected_experts
 
     def may_drop(self, token_mask: Tensor | None) -> bool:
-        """Tell whether some tokens may be sent nowhere."""
+        """Return True if some tokens may be sent nowhere."""
         return token_mask is not None or (self.training and self.capacity_factor is not None)
 
 
@@ -67,7 +60,8 @@ class StableMoELayer(GradientCheckpointingLayer):
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
 
-    # Called with the experts that tokens are sent to, `(T, 1)`, before the first block runs: experts that are kept elsewhere are fetched ahead.
+    # Called with the experts that tokens are sent to, `(T, K)`, before the first block runs: experts that are kept elsewhere
+    # are fetched ahead.
     fetch_experts: Callable[[Tensor], object] | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -83,47 +77,40 @@ class StableMoELayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        token_ids: Tensor,
-        token_mask: Tensor | None = None,
-        context: TokenContext | None = None,
-        recalled: dict[str, Tensor] | None = None,
-        frozen_dispatch: tuple | None = None,
-        output_scores: bool = False,
-        by_backbone: bool = False,
+        tokens: tuple | Tensor,
+        frozen_experts: Tensor | None = None,
+        expert_order: tuple | None = None,
+        statistics: dict[str, Tensor] | None = None,
+        output_router_logits: bool = False,
+        route_by_backbone: bool = False,
     ) -> Tensor:
         """Send each token through its expert.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): h.
-            token_ids (`torch.LongTensor` of shape `(batch, sequence)`): the tokens that the distilled router sees.
-            token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): False on padding, which passes
-                unchanged; `None` means there is none.
-            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
-            recalled (`dict[str, torch.Tensor]`, *optional*): the router's running statistics, see `Router.recall`.
-            frozen_dispatch (`tuple`, *optional*): of `dispatch_ahead`; without it the layer finds out itself.
-            output_scores (`bool`): whether the router's scores are wanted though it is frozen; see `LearnedRouter.forward`.
-            by_backbone (`bool`): likewise.
+            tokens (`tuple` or `torch.LongTensor` of shape `(batch, sequence)`): in the order of `Tokens`, or ids alone.
+                Padding passes unchanged.
+            frozen_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): of `look_up_ahead`, as the next one; without
+                them the layer looks them up itself.
+            expert_order (`tuple`, *optional*): those tokens sorted by expert, in the order of `ExpertOrder`.
+            statistics (`dict[str, torch.Tensor]`, *optional*): of `Router.recall`, for a pass that may be recomputed.
+            output_router_logits (`bool`): whether the scores of a frozen router are asked for.
+            route_by_backbone (`bool`): evaluate stage 1 by the scores and not by the distilled router.
 
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
         """
-        frozen_index = None
-        if frozen_dispatch is not None:
-            frozen_index = frozen_dispatch[0]
-        elif self.frozen_router.is_frozen:
-            frozen_index = self.frozen_router(token_ids, context)
-        # Said only where it is asked for: a router of one's own need not know of it.
-        asked = {"by_backbone": True} if by_backbone and frozen_index is None else {}
-        router_logits, expert_index, gate, *_ = self.router(
-            hidden_states, token_ids, frozen_index, token_mask, context, recalled, output_scores, **asked
+        tokens = Tokens.of(tokens)
+        if frozen_experts is None and self.frozen_router.is_frozen:
+            frozen_experts = self.frozen_router(tuple(tokens)).view(-1, 1)
+        *_, routing = self.router(
+            hidden_states, tuple(tokens), frozen_experts, statistics, output_router_logits, route_by_backbone
         )
-        tokens = hidden_states.flatten(0, -2)
-        if frozen_dispatch is None:
-            _, gate, index = self.dispatch(router_logits, gate, expert_index, token_mask)
-            delta = self._run_experts(tokens, index, gate)
-        else:
-            _, index, expert_order = frozen_dispatch
-            delta = self.expert_stack(tokens, index, gate.reshape(-1, 1), expert_order)
+        routing = Routing(*routing)
+        _, weights_TK, sent_TK = self.dispatch(
+            routing.router_logits, routing.routing_weights, routing.selected_experts, tokens.token_mask
+        )
+        delta = self._run_experts(hidden_states.flatten(0, -2), sent_TK, weights_TK, expert_order)
         hidden_states = hidden_states + delta.view_as(hidden_states)
         idle = self.bare_router.stage1_parameters()
         if idle and self.frozen_router.is_frozen and self.training and is_distributed():
@@ -132,25 +119,31 @@ class StableMoELayer(GradientCheckpointingLayer):
             hidden_states = hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
 
-    def _run_experts(self, tokens: Tensor, index: Tensor, gate: Tensor) -> Tensor:
-        """Compute what the experts add to the tokens, `(T, D), (T, 1), (T, 1) -> (T, D)`."""
+    def _run_experts(
+        self, tokens: Tensor, selected_experts: Tensor, routing_weights: Tensor, expert_order: tuple | None
+    ) -> Tensor:
+        """Compute what the experts add to the tokens, `(T, hidden_size)`."""
+        if expert_order is not None:
+            return self.expert_stack(tokens, selected_experts, routing_weights, expert_order)
         if self.expert_stack.num_experts < self.num_experts:
             # Expert parallelism sends every token to some process.
-            tokens, index, gate = spread_sentinels(tokens, index, gate, self.num_experts)
+            tokens, selected_experts, routing_weights = spread_sentinels(
+                tokens, selected_experts, routing_weights, self.num_experts
+            )
         if self.shares_experts and not self.frozen_router.is_frozen:
-            return self.expert_stack.forward_shared(tokens, index, gate)
-        return self.expert_stack(tokens, index, gate)
+            return self.expert_stack.forward_shared(tokens, selected_experts, routing_weights)
+        return self.expert_stack(tokens, selected_experts, routing_weights)
 
-    def knows_ahead(self, token_ids: Tensor) -> bool:
-        """Tell whether this layer's dispatch can be computed before its own forward pass begins.
+    def knows_ahead(self, device: torch.device) -> bool:
+        """Return True if the layer's experts can be looked up on `device` before its own forward pass begins.
 
-        Not where a sharding engine or an offloading hook brings the frozen router with the layer, nor under expert
+        They cannot where a sharding engine or an offloading hook brings the frozen router with the layer, nor under expert
         parallelism, whose hooks turn experts into those of each process.
         """
         return (
             self.frozen_router.is_frozen
             and self.expert_stack.num_experts == self.num_experts
-            and all(is_at_hand(values, token_ids.device) for values in self.frozen_router.buffers())
+            and all(is_at_hand(values, device) for values in self.frozen_router.buffers())
         )
 
     @property
@@ -158,20 +151,9 @@ class StableMoELayer(GradientCheckpointingLayer):
         """`Router`: the router itself, where PEFT has wrapped it to adapt its parameters (`target_parameters`)."""
         return self.router.get_base_layer() if hasattr(self.router, "get_base_layer") else self.router
 
-    def route(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
-        """Give the experts that inference would use: the frozen ones, or the distilled router's while it learns.
-
-        Args:
-            token_ids (`torch.LongTensor` of any shape; of shape `(batch, sequence)` where there is a context): in
-                [0, vocab_size).
-            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
-
-        Returns:
-            `torch.LongTensor` of the shape of `token_ids`: in [0, num_experts).
-        """
-        if self.frozen_router.is_frozen:
-            return self.frozen_router(token_ids, context)
-        return self.bare_router.assign(token_ids, context)
+    def route(self, tokens: tuple | Tensor) -> Tensor:
+        """Return the experts that inference would use, of the shape of the ids: frozen, or the distilled router's."""
+        return self.frozen_router(tokens) if self.frozen_router.is_frozen else self.bare_router.assign(tokens)
 
     @property
     def is_routed_by_token(self) -> bool:
@@ -179,7 +161,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         return self.frozen_router.is_frozen or self.bare_router.distilled_router is not None
 
     def resize(self, vocab_size: int):
-        """Follow the vocabulary to a new size; see `resize` of the frozen router for the experts of new ids."""
+        """Follow the vocabulary to a new size; the frozen router has a rule for the experts of new ids."""
         self.bare_router.resize(vocab_size)
         self.frozen_router.resize(vocab_size)
 
@@ -200,100 +182,31 @@ def _replicate_buffers(layer: StableMoELayer, state_dict: dict[str, Tensor], pre
             state_dict[name] = DTensor.from_local(entry, mesh, placements, run_check=False)
 
 
-def dispatch_ahead(
-    layers: Sequence[StableMoELayer],
-    token_ids: Tensor | None,
-    token_mask: Tensor | None,
-    context: TokenContext | None,
-    sort: bool,
-) -> list[tuple | None]:
-    """Look up and sort the tokens of all frozen MoE layers at once, from the token ids alone.
+def look_up_ahead(
+    layers: Sequence[StableMoELayer], tokens: tuple, sort: bool
+) -> list[tuple[Tensor | None, tuple | None]]:
+    """Look up and sort the tokens of all frozen MoE layers at once, before the first block runs.
 
-    Args:
-        layers (sequence of `StableMoELayer`): of one backbone.
-        token_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see `StableMoELayer.forward`.
-        token_mask (`torch.BoolTensor` of shape `(batch, sequence)`, *optional*): likewise.
-        context (`TokenContext`, *optional*): likewise.
-        sort (`bool`): whether the experts' backend wants them sorted.
-
-    Returns:
-        `list`: one plain tuple per layer: the expert of each token, `(batch, sequence)`; the same for the experts, which get
-        sentinels of what takes no part, `(T, 1)`; and that sorted, in the order of `ExpertOrder`, or `None`. `None` for each
-        layer where one of them cannot know: see `knows_ahead`.
+    Returns `frozen_experts` and `expert_order` of each layer's `forward`; both `None` where a layer cannot know, the
+    order where the experts' backend does not `sort`.
     """
-    if not layers or not all(layer.knows_ahead(token_ids) for layer in layers):
-        return [None] * len(layers)
-    chosen = [layer.frozen_router(token_ids, context) for layer in layers]
-    sent = [layer.dispatch.send(index, token_mask) for layer, index in zip(layers, chosen, strict=True)]
-    for layer, index in zip(layers, sent, strict=True):
+    tokens = Tokens.of(tokens)
+    if not layers or not all(layer.knows_ahead(tokens.token_ids.device) for layer in layers):
+        return [(None, None)] * len(layers)
+    selected = [layer.frozen_router(tuple(tokens)).view(-1, 1) for layer in layers]
+    if not sort and all(layer.fetch_experts is None for layer in layers):
+        return [(selected_TK, None) for selected_TK in selected]
+    sent = []
+    for layer, selected_TK in zip(layers, selected, strict=True):
+        *_, sent_TK = layer.dispatch(None, selected_TK, selected_TK, tokens.token_mask)
+        sent.append(sent_TK)
         if layer.fetch_experts is not None:
-            layer.fetch_experts(index)
-    orders: list[tuple | None] = [None] * len(layers)
-    if sort:
-        may_drop = any(layer.dispatch.may_drop(token_mask) for layer in layers)
-        sorted_tokens = sort_by_expert(torch.stack(sent).squeeze(-1), layers[0].num_experts, may_drop)
-        orders = [tuple(order) for order in sorted_tokens]
-    return list(zip(chosen, sent, orders, strict=True))
-
-
-def token_mask(attention_mask: Tensor | None, sequence_length: int, cache: Cache | None = None) -> Tensor | None:
-    """Read from an attention mask which of the tokens of a pass are real.
-
-    Args:
-        attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence or more)`, 0 on padding. A mask of
-            any other kind belongs to the attention implementation and tells nothing of padding.
-        sequence_length (`int`): tokens of the pass.
-        cache (`Cache`, *optional*): of earlier tokens, before the blocks add those of the pass.
-
-    Returns:
-        `torch.BoolTensor` of shape `(batch, sequence)`, or `None`: every token is real.
-
-    Raises:
-        ValueError: see `new_columns`.
-    """
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    return new_columns(attention_mask, sequence_length, cache).bool()
-
-
-def mask_of_pass(attention_mask: Tensor | None, cache: Cache | None, *inputs: Tensor | None) -> Tensor | None:
-    """Read what `token_mask` does, for use after the pass: by then the blocks have added its tokens to the cache.
-
-    Args:
-        attention_mask (`torch.Tensor`, *optional*): as given to the pass.
-        cache (`Cache`, *optional*): as given to the pass.
-        *inputs (`torch.Tensor`, *optional*): ids or embeddings of the pass, of shape `(batch, sequence, ...)`.
-
-    Returns:
-        `torch.Tensor`, *optional*: without a cache `attention_mask` itself.
-    """
-    given = next((tokens for tokens in inputs if tokens is not None), None)
-    if cache is None or given is None:
-        return attention_mask
-    return token_mask(attention_mask, given.shape[1], cache)
-
-
-def final_token_mask(attention_mask: Tensor | None, sequence_length: int) -> Tensor | None:
-    """Do what `token_mask` does for a batch whose mask ends where it does, as in training: a cache may have moved on."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -sequence_length:].bool()
-
-
-def count_real_tokens(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Count the tokens of a batch that are not padding.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(batch, sequence, ...)`): ids or embeddings.
-        attention_mask (`torch.Tensor`, *optional*): see `final_token_mask`.
-
-    Returns:
-        `torch.LongTensor` of shape `()`, on the device of `tokens`.
-    """
-    mask = final_token_mask(attention_mask, tokens.shape[1])
-    if mask is None:
-        return torch.full((), tokens.shape[0] * tokens.shape[1], device=tokens.device)
-    return mask.sum()
+            layer.fetch_experts(sent_TK)
+    if not sort:
+        return [(selected_TK, None) for selected_TK in selected]
+    may_drop = any(layer.dispatch.may_drop(tokens.token_mask) for layer in layers)
+    orders = sort_by_expert(torch.stack(sent).squeeze(-1), layers[0].num_experts, may_drop)
+    return [(selected_TK, tuple(order)) for selected_TK, order in zip(selected, orders, strict=True)]
 
 
 def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
@@ -313,12 +226,4 @@ def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     return found
 
 
-__all__ = [
-    "StableMoELayer",
-    "count_real_tokens",
-    "dispatch_ahead",
-    "final_token_mask",
-    "mask_of_pass",
-    "moe_layers_of",
-    "token_mask",
-]
+__all__ = ["StableMoELayer", "look_up_ahead", "moe_layers_of"]

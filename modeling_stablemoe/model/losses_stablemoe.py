@@ -3,11 +3,10 @@
 
 Pure functions, no coefficients.
 
-Shape suffixes: T tokens, E experts.
+Shape suffixes: T tokens, K experts per token (one), E experts.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ BalanceLoss = Callable[..., Tensor]
 
 
 def is_distributed() -> bool:
-    """Tell whether several processes train together."""
+    """Return True if several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
@@ -33,60 +32,24 @@ def sum_across_processes(values: Tensor) -> Tensor:
 
 
 def histogram(index: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype = torch.long) -> Tensor:
-    """Count how often each of `size` numbers occurs on real tokens.
-
-    Args:
-        index (`torch.LongTensor` of shape `(T,)`): in [0, size).
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        size (`int`): bins.
-        dtype (`torch.dtype`): of the counts.
-
-    Returns:
-        `torch.Tensor` of shape `(size,)`.
-    """
+    """Count how often each of `size` numbers occurs on real tokens, `(T,) -> (size,)`."""
     # A fixed number of bins and no boolean indexing: nothing here waits for the device.
     ones_T = torch.ones_like(index, dtype=dtype) if mask is None else mask.to(dtype)
     return torch.zeros(size, dtype=dtype, device=index.device).scatter_add_(0, index, ones_T)
 
 
 def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
-    """Count the tokens sent to each expert, |A_i| of eq. 8.
-
-    Args:
-        expert_index (`torch.LongTensor` of shape `(T,)`): the expert of each token, in [0, num_experts).
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        num_experts (`int`): N.
-
-    Returns:
-        `torch.LongTensor` of shape `(E,)`: tokens of each expert.
-    """
+    """Count the real tokens sent to each expert, |A_i| of eq. 8, `(T,) -> (E,)`."""
     return histogram(expert_index, mask, num_experts)
 
 
 def divisor_of(num_items_in_batch: Tensor | int, targets: Tensor) -> Tensor:
-    """Give what a sum over target tokens is divided by: 1 without targets, so that a sum of 0 stays 0 and is not 0 / 0.
-
-    Args:
-        num_items_in_batch (`torch.Tensor` or `int`): target tokens of the whole batch.
-        targets (`torch.LongTensor` of shape `()`): those of this micro-batch, on the same device.
-
-    Returns:
-        `torch.Tensor`: as `num_items_in_batch`.
-    """
+    """Return the divisor of a sum over target tokens: 1 without targets, so that it stays 0 and is not 0 / 0."""
     return torch.where(targets > 0, num_items_in_batch, 1)
 
 
 def share_of_targets(targets: Tensor, num_items_in_batch: Tensor | int, device: torch.device) -> Tensor:
-    """Give the share of a whole batch's targets that are in this micro-batch: the weight of a mean over it.
-
-    Args:
-        targets (`torch.LongTensor` of shape `()`): those of this micro-batch.
-        num_items_in_batch (`torch.Tensor` or `int`): those of the whole batch.
-        device (`torch.device`): where it is wanted.
-
-    Returns:
-        `torch.Tensor` of shape `()`: 0 without targets.
-    """
+    """Return the share of a whole batch's targets that are in this micro-batch, `()`: the weight of a mean over it."""
     if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(device)
     targets = targets.to(device)
@@ -96,18 +59,16 @@ def share_of_targets(targets: Tensor, num_items_in_batch: Tensor | int, device: 
 def token_weights(targets: Tensor, token_mask: Tensor | None, length: int, dtype: torch.dtype) -> Tensor:
     """Weigh the tokens of each sequence so that together they count for its share of the targets of this micro-batch.
 
-    A mean over the tokens of a micro-batch depends on which sequences are in it; sum_r targets_r mean_r over its sequences
-    does not, so k + k sequences give what 2k together give. Where all sequences have the same targets per token, every
-    weight is exactly 1, and the weighted mean is the plain one to the bit.
+    A mean over the tokens of a micro-batch depends on which sequences are in it; sum_r targets_r mean_r over its
+    sequences does not, so k + k sequences give what 2k together give. Where all sequences have the same targets per
+    token, every weight is exactly 1, and the weighted mean is the plain one to the bit.
 
     Args:
         targets (`torch.LongTensor` of shape `(B,)`): how many tokens of each sequence the task loss predicts.
         token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): True on real tokens; `None` means all are real.
         length (`int`): S.
-        dtype (`torch.dtype`): of the weights.
-
-    Returns:
-        `torch.Tensor` of shape `(B * S,)`: with mean 1 over the real tokens; 0 where there are no targets.
+        dtype (`torch.dtype`): of the weights, `(B * S,)`: with mean 1 over the real tokens; 0 where there are no
+            targets.
     """
     tokens_B = torch.full_like(targets, length) if token_mask is None else token_mask.sum(-1)
     # Products of integers: those of equal shares are equal, and their quotient is 1.
@@ -117,15 +78,7 @@ def token_weights(targets: Tensor, token_mask: Tensor | None, length: int, dtype
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Average `values` over the real tokens; 0 where no token is real.
-
-    Args:
-        values (`torch.Tensor` of shape `(T,)`): any float dtype.
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-
-    Returns:
-        `torch.Tensor` of shape `()`.
-    """
+    """Average `values` over the real tokens, `(T,) -> ()`; 0 where no token is real."""
     if mask is None:
         return values.mean()
     # `where` and not a product: padding may hold NaN.
@@ -199,7 +152,7 @@ def switch_balance_loss(
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         expert_load (`torch.Tensor` of shape `(E,)`, *optional*): tokens sent to each expert, of all processes; default:
             counted here.
-        reduction (`str`): as of `balance_loss`.
+        reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
         `torch.Tensor` of shape `()`: in [0, N]; 1 when loads or probabilities are even. Of shape `(T,)` with
@@ -209,7 +162,7 @@ def switch_balance_loss(
     if expert_load is None:
         expert_load = count_expert_load(expert_index=expert_index, mask=mask, num_experts=num_experts)
     share_E = expert_load.to(router_logits.dtype) / expert_load.sum().clamp(min=1)
-    # sum_i f_i P_i, the sum over experts first: one number a token, to be averaged.
+    # sum_i f_i P_i, the sum over experts first: one number per token, to be averaged.
     return num_experts * _reduce(torch.softmax(router_logits, dim=-1) @ share_E, mask, reduction)
 
 
@@ -225,7 +178,7 @@ def distillation_loss(
         distilled_logits (`torch.Tensor` of shape `(T, E)`): unnormalised scores of the distilled router, eq. 12.
         teacher_index (`torch.LongTensor` of shape `(T,)`): a_t of eq. 6, in [0, E).
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        reduction (`str`): as of `balance_loss`.
+        reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
         `torch.Tensor` of shape `()`, >= 0; of shape `(T,)` with `reduction="none"`.
@@ -237,129 +190,78 @@ def _reduce(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     return values if reduction == "none" else masked_mean(values, mask)
 
 
-class RoutingLosses(NamedTuple):
-    """What the MoE layers of a model add to its loss, and what tells how they fare.
-
-    Attributes:
-        balance_loss (`torch.Tensor` of shape `()`): that of the strategy without its coefficient, summed over layers:
-            L_bal in gate mass a token (StableMoE), or N sum_i f_i P_i (Switch); 0 for the others.
-        distillation_loss (`torch.Tensor` of shape `()`): L_dis without its coefficient, summed over layers, nats a token.
-        expert_load (`torch.LongTensor` of shape `(moe layers, E)`): tokens of this process sent to each expert.
-        weighted_balance_loss (`torch.Tensor` of shape `()`): `balance_loss` with tokens weighed by `token_weight`, as it
-            enters the loss.
-        weighted_distillation_loss (`torch.Tensor` of shape `()`): `distillation_loss` likewise.
-    """
-
-    balance_loss: Tensor
-    distillation_loss: Tensor
-    expert_load: Tensor
-    weighted_balance_loss: Tensor
-    weighted_distillation_loss: Tensor
-
-
 def routing_losses(
     *,
     balance_loss_function: BalanceLoss | None,
     num_experts: int,
-    router_logits: Sequence[Tensor],
-    distilled_logits: Sequence[Tensor],
-    expert_indices: Sequence[Tensor],
-    teachers: Sequence[Tensor] = (),
+    router_logits: Sequence[Tensor | None],
+    distilled_logits: Sequence[Tensor | None],
+    selected_experts: Sequence[Tensor],
+    teacher_experts: Sequence[Tensor | None],
     mask: Tensor | None = None,
-    training: bool = False,
+    across_processes: bool = False,
     token_weight: Tensor | None = None,
     windows: Sequence[Callable[[Tensor], Tensor]] = (),
-) -> RoutingLosses:
-    """Sum the losses of a routing that learns over the MoE layers (StableMoE, eq. 11) and count the loads.
+) -> dict[str, Tensor]:
+    """Sum the losses of a routing that learns over the MoE layers of one side (StableMoE, eq. 11) and count the loads.
+
+    The sequences have one entry per MoE layer.
 
     Args:
-        balance_loss_function (`Callable`, *optional*): that of the routing strategy, if it has one: `balance_loss` or what takes the
-            same arguments.
+        balance_loss_function (`Callable`, *optional*): that of the routing strategy, if it has one: `balance_loss` or what
+            takes the same arguments.
         num_experts (`int`): N.
-        router_logits (sequence of `torch.Tensor` of shape `(T, E)`): backbone scores, one a layer; empty for a hash.
-        distilled_logits (sequence of `torch.Tensor` of shape `(T, E)`): distilled scores, one a layer; empty where
-            nothing is distilled.
-        expert_indices (sequence of `torch.LongTensor` of shape `(T,)`): the expert each token was sent to; at least one.
-        teachers (sequence of `torch.LongTensor` of shape `(T,)`): the choice of the backbone router, one a layer: in
-            training the same, in evaluation not where tokens go by the distilled router. Empty once the routing is
-            fixed: in stage 2 there is no loss but the task's.
+        router_logits (sequence of `torch.Tensor` of shape `(T, E)`): backbone scores; `None` for a hash.
+        distilled_logits (sequence of `torch.Tensor` of shape `(T, E)`): distilled scores; `None` where nothing is distilled.
+        selected_experts (sequence of `torch.LongTensor` of shape `(T, K)`): where the tokens were sent.
+        teacher_experts (sequence of `torch.LongTensor` of shape `(T, K)`): the choice of the backbone router; `None` once the
+            routing is fixed: in stage 2 there is no loss but the task's.
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        training (`bool`): whether balance counts run over the tokens of all processes (a collective).
+        across_processes (`bool`): count the loads of the balance loss over the tokens of all processes (a collective).
         token_weight (`torch.Tensor` of shape `(T,)`, *optional*): of `token_weights`; `None` weighs all tokens alike.
-        windows (sequence of `Callable`): one per layer that in training adds earlier loads to those of this pass, `(E,)`
-            each; empty where there are none to add.
+        windows (sequence of `Callable`): add earlier loads to those counted over all processes, `(E,)` each; empty where
+            there are none to add.
 
     Returns:
-        `RoutingLosses`
+        `dict`: `balance_loss` and `distillation_loss`, without coefficients, `()`; the same with tokens weighed, as they enter
+            the loss, `weighted_balance_loss` and `weighted_distillation_loss`; and `expert_load`, `(layers, E)`, tokens of
+            this process sent to each expert. On the device of the first layer.
     """
-    device = expert_indices[0].device
-    # A model may be spread over several devices.
-    router_logits, distilled_logits, expert_indices, teachers = (
-        [tensor.to(device) for tensor in tensors]
-        for tensors in (router_logits, distilled_logits, expert_indices, teachers)
-    )
-    mask, token_weight = (None if tensor is None else tensor.to(device) for tensor in (mask, token_weight))
-    zero = router_logits[0].new_zeros(()) if router_logits else torch.zeros((), device=device)
-    balance = distillation = (zero, zero)
-    if teachers and balance_loss_function is not None:
-        values = _balance_losses(balance_loss_function, router_logits, teachers, mask, training, windows)
-        balance = _sum_of_means(values, mask, token_weight)
-    if teachers and distilled_logits:
-        pairs = zip(distilled_logits, teachers, strict=True)
-        values = [distillation_loss(distilled_logits=d, teacher_index=t, reduction="none") for d, t in pairs]
-        distillation = _sum_of_means(values, mask, token_weight)
-    loads = [count_expert_load(expert_index=index, mask=mask, num_experts=num_experts) for index in expert_indices]
-    return RoutingLosses(balance[0], distillation[0], torch.stack(loads), balance[1], distillation[1])
-
-
-def _balance_losses(
-    balance_loss_function: BalanceLoss,
-    router_logits: list[Tensor],
-    teachers: list[Tensor],
-    mask: Tensor | None,
-    training: bool,
-    windows: Sequence[Callable[[Tensor], Tensor]],
-) -> list[Tensor]:
-    """Compute the balance loss of each MoE layer, each `(T,)`, or `()` of a strategy that gives means."""
-    losses = []
-    for layer, (logits, teacher) in enumerate(zip(router_logits, teachers, strict=True)):
-        load = count_expert_load(expert_index=teacher, mask=mask, num_experts=logits.shape[-1])
-        if training:
-            sum_across_processes(load)
-            if windows:
-                load = windows[layer](load)
-        losses.append(balance_loss_function(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load))
+    device = selected_experts[0].device
+    mask, token_weight = (None if values is None else values.to(device) for values in (mask, token_weight))
+    balance, distillation, loads = [], [], []
+    for layer, selected in enumerate(selected_experts):
+        loads.append(
+            count_expert_load(expert_index=selected.to(device).squeeze(-1), mask=mask, num_experts=num_experts)
+        )
+        if teacher_experts[layer] is None:
+            continue
+        teacher = teacher_experts[layer].to(device).squeeze(-1)
+        if balance_loss_function is not None:
+            load = count_expert_load(expert_index=teacher, mask=mask, num_experts=num_experts)
+            if across_processes:
+                sum_across_processes(load)
+                load = windows[layer](load) if windows else load
+            logits = router_logits[layer].to(device)
+            balance.append(
+                balance_loss_function(router_logits=logits, expert_index=teacher, mask=mask, expert_load=load)
+            )
+        if distilled_logits[layer] is not None:
+            logits = distilled_logits[layer].to(device)
+            distillation.append(distillation_loss(distilled_logits=logits, teacher_index=teacher, reduction="none"))
+    losses = {"expert_load": torch.stack(loads)}
+    scores = next((logits for logits in router_logits if logits is not None), None)
+    zero = torch.zeros((), device=device, dtype=None if scores is None else scores.dtype)
+    for name, layers in (("balance_loss", balance), ("distillation_loss", distillation)):
+        losses[name] = losses[f"weighted_{name}"] = zero
+        if layers:
+            # A strategy may give means, `()`, in place of numbers per token: these cannot be weighed.
+            means = [values if values.dim() == 0 else masked_mean(values, mask) for values in layers]
+            losses[name] = losses[f"weighted_{name}"] = torch.stack(means).sum()
+        if layers and token_weight is not None:
+            weighted = [values if values.dim() == 0 else masked_mean(values * token_weight, mask) for values in layers]
+            losses[f"weighted_{name}"] = torch.stack(weighted).sum()
     return losses
-
-
-def _sum_of_means(layers: list[Tensor], mask: Tensor | None, token_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum the means of the layers, each of shape `(T,)`, or `()` if it is one already: plain ones, and weighted ones."""
-
-    def mean(values: Tensor, weight: Tensor | None) -> Tensor:
-        if values.dim() == 0:
-            return values
-        return masked_mean(values if weight is None else values * weight, mask)
-
-    plain = torch.stack([mean(values, None) for values in layers]).sum()
-    if token_weight is None:
-        return plain, plain
-    return plain, torch.stack([mean(values, token_weight) for values in layers]).sum()
-
-
-def combine_routing_losses(sides: Sequence[RoutingLosses]) -> RoutingLosses:
-    """Sum the routing losses of an encoder and a decoder.
-
-    Args:
-        sides (sequence of `RoutingLosses`): at least one.
-
-    Returns:
-        `RoutingLosses`: on the device of the last one.
-    """
-    device = sides[-1].balance_loss.device
-    fields = dict(zip(RoutingLosses._fields, zip(*sides, strict=True), strict=True))
-    fields = {name: [value.to(device) for value in values] for name, values in fields.items()}
-    loads = torch.cat(fields.pop("expert_load"))
-    return RoutingLosses(expert_load=loads, **{name: torch.stack(values).sum() for name, values in fields.items()})
 
 
 def label_smoothed_loss(
@@ -370,19 +272,16 @@ def label_smoothed_loss(
     label_smoothing: float = 0.0,
     **kwargs,
 ) -> Tensor:
-    """Cross-entropy of logits and labels at the same positions, in nats per target token.
+    """Compute the cross-entropy of logits and labels at the same positions, in nats per target token, in float32.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, S, V)`): any float dtype; taken in float32.
+        logits (`torch.Tensor` of shape `(B, S, V)`): any float dtype.
         labels (`torch.LongTensor` of shape `(B, S)`): -100 is ignored.
         vocab_size (`int`): V.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): what the sum is divided by; default: the targets
-            of this batch.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): divisor of the sum; default: the targets of this
+            batch.
         label_smoothing (`float`): share of the target's probability that is spread evenly over the vocabulary.
         **kwargs: other arguments that transformers gives to loss functions.
-
-    Returns:
-        `torch.Tensor` of shape `()`: 0 where there are no targets.
     """
     labels_T = labels.flatten().to(logits.device)
     total = F.cross_entropy(
@@ -399,33 +298,21 @@ def label_smoothed_loss(
 def causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
     """Mark the tokens that a causal language-modelling loss predicts, as `Trainer` counts them.
 
-    Args:
-        labels (`torch.LongTensor` of shape `(B, S)`, *optional*): unshifted; -100 is ignored and position 0 is no target.
-        shift_labels (`torch.LongTensor`, *optional*): labels that are shifted already; used where given.
-
-    Returns:
-        `torch.BoolTensor` of shape `(B, S - 1)`, or that of `shift_labels`.
+    Of `labels`, not shifted, `(B, S) -> (B, S - 1)`; or of `shift_labels`, where given.
     """
     targets = labels[..., 1:] if shift_labels is None else shift_labels
     return targets.ne(-100)
 
 
 def count_causal_targets(labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
-    """Count the tokens that a causal language-modelling loss predicts, `torch.LongTensor` of shape `()`.
-
-    Args:
-        labels (`torch.LongTensor` of shape `(B, S)`, *optional*): as of `causal_targets`.
-        shift_labels (`torch.LongTensor`, *optional*): as of `causal_targets`.
-    """
+    """Count the tokens that a causal language-modelling loss predicts, as `causal_targets` marks them."""
     return causal_targets(labels, shift_labels).sum()
 
 
 __all__ = [
     "BalanceLoss",
-    "RoutingLosses",
     "balance_loss",
     "causal_targets",
-    "combine_routing_losses",
     "count_causal_targets",
     "count_expert_load",
     "distillation_loss",

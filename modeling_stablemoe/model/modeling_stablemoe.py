@@ -18,7 +18,8 @@ from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig, from_package
-from .layer_stablemoe import final_token_mask, mask_of_pass, token_mask
+from .context_stablemoe import final_token_mask, mask_of_pass
+from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
@@ -43,7 +44,7 @@ class StableMoEModel(StableMoEBackbone):
 
     @property
     def num_blocks(self) -> int:
-        """`int`: blocks that a pass runs; a draft of `generate(assistant_early_exit=)` sets the config to fewer of them."""
+        """`int`: blocks that a pass runs; `generate(assistant_early_exit=)` sets the config to fewer for its draft."""
         return min(self.config.num_hidden_layers, len(self.layers))
 
     @takes_cache_by_either_name
@@ -63,22 +64,20 @@ class StableMoEModel(StableMoEBackbone):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): in [0, vocab_size).
-            attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding, which is
-                not routed; of a wider one, such as that of a static cache or of a whole prompt that is read in pieces, the
-                rest is not looked at. Or a mask that the attention implementation takes as it is, where every token is
-                routed.
-            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): default: counted over the
+            attention_mask (`torch.Tensor`, *optional*): of shape `(batch, past + sequence)`, 0 on padding, which is not
+                routed; columns beyond that, as of a static cache, are not read. Or a mask that the attention implementation
+                takes as it is; then every token is routed.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): by default counted over the
                 tokens that `attention_mask` shows. Without a mask and a cache, a row whose positions begin again holds
                 several sequences, which do not see each other.
-            cache (`Cache`, *optional*): keys and values of earlier positions; and their ids, which this model adds, where
+            cache (`Cache`, *optional*): keys and values of earlier positions, and their ids, which this model adds, where
                 the distilled router looks back at them. `past_key_values` is another name of this argument.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): in place of
                 token embeddings. Without `input_ids` each vector is routed as the token whose embedding is nearest.
             use_cache (`bool`, *optional*): return the cache.
             **kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_expert_indices`,
-                `output_distilled_router_logits`, and what attention implementations take; `route_by_backbone=True` has a
-                model that is evaluated in stage 1 route by its backbone's scores, as training does, and not by the
-                distilled router.
+                `output_distilled_router_logits`, and what attention implementations take. With `route_by_backbone=True` a
+                model evaluated in stage 1 routes by its backbone's scores, as in training, not by the distilled router.
 
         Returns:
             `StableMoEModelOutputWithPast`
@@ -86,8 +85,8 @@ class StableMoEModel(StableMoEBackbone):
         Raises:
             ValueError: without `input_ids` and `inputs_embeds`; for input without any token; for a token id outside
                 the vocabulary or a position past `max_position_embeddings` (on an accelerator the embedding's own
-                device assertion fires); for an `attention_mask` that ends before the input does; see `context_of` for a
-                distilled router that looks back.
+                device assertion fires); for an `attention_mask` that ends before the input does; where the distilled
+                router looks back, for a cache whose ids are not known.
         """
         self._warn_of_lost_losses(kwargs.get("output_routing_traces", False))
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
@@ -105,18 +104,10 @@ class StableMoEModel(StableMoEBackbone):
         )
         if position_ids is None:
             position_ids = count_positions(inputs_embeds, attention_mask, cache)
-        token_ids = self.routed_by(input_ids, inputs_embeds)
+        packing = position_ids if may_be_packed else None
         hidden_states = self.transform(
             self.embed(inputs_embeds, position_ids),
-            token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1], cache),
-            context=self.context_of(
-                token_ids,
-                attention_mask,
-                cache,
-                position_ids if may_be_packed else None,
-                kwargs.get("cu_seq_lens_q"),
-            ),
+            self.tokens_of(input_ids, inputs_embeds, attention_mask, cache, packing, kwargs.get("cu_seq_lens_q")),
             attention_mask=causal_mask,
             position_ids=position_ids,
             **{CACHE_NAME: cache},
@@ -126,7 +117,7 @@ class StableMoEModel(StableMoEBackbone):
         return StableMoEModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _warn_of_lost_losses(self, is_recorded: bool):
-        """Say so, once, if the backbone is trained in stage 1 by a head that asks for nothing to make routing losses of."""
+        """Warn once if the backbone is trained in stage 1 by a head that records no routing to compute losses from."""
         if is_recorded or not self.training or not torch.is_grad_enabled() or is_torchdynamo_compiling():
             return
         if not all(layer.frozen_router.is_frozen for layer in self.moe_layers):
@@ -136,46 +127,10 @@ class StableMoEModel(StableMoEBackbone):
                 "Trainer, or with a subclass of SFTTrainer that has `compute_loss = Trainer.compute_loss`."
             )
 
-    def routing_fields(
-        self,
-        outputs: StableMoEModelOutputWithPast,
-        attention_mask: Tensor | None,
-        is_target: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> dict[str, Any]:
-        """Make what a head's output says of the routing, and let the routers follow a pass that learns.
-
-        Args:
-            outputs (`StableMoEModelOutputWithPast`): of a pass that recorded its routing; see `routing_losses`.
-            attention_mask (`torch.Tensor`, *optional*): of that pass, see `mask_of_pass`.
-            is_target (`torch.BoolTensor` of shape `(batch, ...)`, *optional*): what the task loss predicts of each
-                sequence, if there are labels.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): see `auxiliary_loss`.
-
-        Returns:
-            `dict`: `aux_loss`, a scalar on the device of the last hidden state, and the fields of `describe_routing`; of
-            a pass through no MoE layer an `aux_loss` of 0 alone.
-        """
-        device = outputs.last_hidden_state.device  # layers may stand on several
-        if not outputs.expert_indices:
-            return {"aux_loss": torch.zeros((), device=device)}
-        is_learning = self.is_learning(
-            outputs.last_hidden_state, outputs.router_logits, outputs.distilled_router_logits
-        )
-        weighing = None if num_items_in_batch is None else is_target
-        losses = self.routing_losses(outputs, attention_mask, is_learning, weighing)
-        aux_loss = self.auxiliary_loss(losses, is_target, num_items_in_batch).to(device)
-        fields = self.describe_routing([losses], self.routing_health(outputs, attention_mask))
-        if is_learning:
-            self.observe_routing(outputs, attention_mask)
-            if is_target is None:
-                self.warn_of_missing_labels()
-        return {"aux_loss": aux_loss, **fields}
-
     def routed_tokens(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Tell what each MoE layer routes of a batch, for statistics.
+        """Return what each MoE layer routes of a batch, for statistics.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
@@ -183,14 +138,14 @@ class StableMoEModel(StableMoEBackbone):
             **kwargs: the other arguments of `forward`, which change nothing here.
 
         Returns:
-            `list[tuple]`: one a MoE layer: token ids, `None` where embeddings were given instead, and the mask of real
-            tokens, `None` where all are real; of shape `(batch, sequence)` each.
+            `list[tuple]`: per MoE layer the token ids, `None` where embeddings were given instead, and the mask of real
+                tokens, `None` where all are real; of shape `(batch, sequence)` each.
         """
         mask = None if input_ids is None else final_token_mask(attention_mask, input_ids.shape[-1])
         return [(input_ids, mask)] * self.config.num_moe_layers
 
 
-class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
+class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoEGenerationMixin):
     """The language model of StableMoE: the backbone and a head that shares the token embedding.
 
     Args:
@@ -214,11 +169,11 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         moe_layer_positions: list[int] | None = None,
         **options: Any,
     ) -> "StableMoEForCausalLM":
-        """Make a StableMoE of a dense GPT-2 or OPT, with the same logits, ready for both stages of training.
+        """Convert a dense GPT-2 or OPT to a StableMoE with the same logits, ready for both stages of training.
 
         MoE layers are put between its blocks, and their new experts add nothing until they are trained. Weights, dtype,
-        device, generation settings and attention implementation are those of the dense model. So is its rate of dropout
-        (`resid_pdrop` and `embd_pdrop` of GPT-2; that of OPT falls on the embeddings here, too).
+        device, generation settings, attention implementation and rate of dropout are those of the dense model
+        (`resid_pdrop` and `embd_pdrop` of GPT-2; that of OPT is applied to the embeddings here, too).
 
         Args:
             dense (`GPT2LMHeadModel`, `OPTForCausalLM`, `str` or `PathLike`): the model, or its Hub name or folder.
@@ -229,15 +184,15 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
                 `num_expert_sublayers` (3), those of routing and stage 1, `dropout`, `attention_dropout`,
                 `initializer_range` (of the experts), `use_cache` and special token ids. `attn_implementation` and
                 `experts_implementation` as in `from_pretrained`; with a name or folder also `revision`, `token`,
-                `cache_dir`, `dtype` and the like (see `LOADING_OPTIONS`).
+                `cache_dir`, `dtype` and the like.
 
         Returns:
             `StableMoEForCausalLM`: in stage 1, and in the dense model's mode: evaluation, if it was loaded here.
 
         Raises:
             OSError: if there is no such checkpoint.
-            ValueError: for another architecture, a setting of the dense model that these blocks do not have, a tensor too
-                many or missing, or an option that is none; the message names it.
+            ValueError: for another architecture, a setting of the dense model that these blocks do not have, a surplus or
+                missing tensor, or an unknown option; the message names it.
         """
         options |= {"num_experts": num_experts, "moe_layer_positions": moe_layer_positions}
         return from_package("convert_dense", "`from_dense`")(cls, dense, options)
@@ -257,17 +212,18 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> StableMoECausalLMOutputWithPast:
-        """Predict the next token of each position; see `StableMoEModel.forward` for what they share.
+        """Predict the next token of each position.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
-            attention_mask (`torch.Tensor`, *optional*): see there.
-            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): see there.
-            cache (`Cache`, *optional*): see there.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): see there.
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, *optional*): 0 on padding, not routed.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): by default counted over real tokens.
+            cache (`Cache`, *optional*): of earlier positions; `past_key_values` is another name of this argument.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, sequence, hidden_size)`, *optional*): in place of
+                token embeddings, routed by `input_ids` too where given, else as the nearest tokens.
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): token ids, not shifted; -100 is
                 routed but not predicted. Without anything to predict, as in sequences of one token, `task_loss` is 0.
-            use_cache (`bool`, *optional*): see there.
+            use_cache (`bool`, *optional*): return the cache.
             output_router_logits (`bool`, *optional*): return `router_logits`, `expert_indices` and, in eval mode too,
                 `aux_loss`; default `config.output_router_logits`.
             logits_to_keep (`int` or `torch.Tensor`): compute logits for the last positions only, or for these.
@@ -279,7 +235,6 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        with_routing = self.training or output_router_logits
         mask = mask_of_pass(attention_mask, cache, input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
@@ -301,8 +256,8 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
             task_loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             # A mean over no targets is NaN: 0 / 0.
             task_loss = torch.where(is_target.any().to(task_loss.device), task_loss, 0.0)
-        if with_routing:
-            routing = self.model.routing_fields(outputs, mask, is_target, kwargs.get("num_items_in_batch"))
+        if self.training or output_router_logits:
+            routing = self.routing_fields(outputs, (mask,), is_target, kwargs.get("num_items_in_batch"))
         return self.head_output(
             StableMoECausalLMOutputWithPast,
             outputs,
@@ -313,7 +268,7 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         )
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
-        """Count the tokens that the task loss predicts; see `losses_stablemoe.count_causal_targets`.
+        """Count the tokens that the task loss predicts.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): not shifted.
@@ -325,11 +280,11 @@ class StableMoEForCausalLM(StableMoEPreTrainedModel, StableMoEGenerationMixin):
         return count_causal_targets(labels, shift_labels)
 
     def routed_tokens(self, *args, **kwargs) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Tell what each MoE layer routes of a batch, for statistics; see `StableMoEModel.routed_tokens`."""
+        """Return what each MoE layer routes of a batch, for statistics: token ids and the mask of real tokens."""
         return self.model.routed_tokens(*args, **kwargs)
 
 
-class StableMoEForSequenceClassification(SequenceClassificationMixin, StableMoEPreTrainedModel):
+class StableMoEForSequenceClassification(SequenceClassificationMixin, RoutingHeadMixin, StableMoEPreTrainedModel):
     """The backbone and a head that classifies whole sequences, or scores them; a language model's checkpoint loads.
 
     Args:

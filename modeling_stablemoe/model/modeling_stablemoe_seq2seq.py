@@ -14,7 +14,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
 from .configuration_stablemoe import StableMoESeq2SeqConfig
-from .layer_stablemoe import count_real_tokens, final_token_mask, mask_of_pass, token_mask
+from .context_stablemoe import count_real_tokens, final_token_mask, mask_of_pass
+from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import label_smoothed_loss
 from .outputs_stablemoe import (
     StableMoEDecoderOutput,
@@ -22,17 +23,18 @@ from .outputs_stablemoe import (
     StableMoESeq2SeqLMOutput,
     StableMoESeq2SeqModelOutput,
 )
-from .pretrained_stablemoe import ROUTING_FIELDS, StableMoEPreTrainedModel
+from .pretrained_stablemoe import StableMoEPreTrainedModel
+from .routing_stablemoe import RECORDED
 from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cache_by_either_name
 
 
 def may_look_at(attention_mask: Tensor | None) -> bool:
-    """Tell whether to look if a mask hides anything: a mask of sentences does as a rule, and looking makes a GPU wait."""
+    """Return True if checking whether a mask hides anything costs no wait: masks of sentences hide something as a rule."""
     return not isinstance(attention_mask, Tensor) or attention_mask.device.type == "cpu"
 
 
 class StableMoECrossAttention(StableMoEAttention):
-    """Attention from the decoder to the encoder's output, whose keys and values are made once a generation."""
+    """Attention from the decoder to the encoder's output, whose keys and values are computed once per generation."""
 
     def forward(
         self,
@@ -119,21 +121,19 @@ class StableMoEEncoder(StableMoEBackbone):
             attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding, on either side.
             inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): in place of
                 token embeddings; routed by `input_ids` too where given, else as the nearest tokens.
-            **kwargs: see `StableMoEModel.forward`.
+            **kwargs: what to record (`output_hidden_states`, `output_router_logits`, ...) and how to route, as for
+                `StableMoEModel`.
 
         Returns:
             `StableMoEModelOutputWithPast`
 
         Raises:
-            ValueError: see `StableMoEModel.forward`.
+            ValueError: without input or any token; for an id outside the vocabulary, or a source that is too long.
         """
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
-        token_ids = self.routed_by(input_ids, inputs_embeds)
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, None)),
-            token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1]),
-            context=self.context_of(token_ids, attention_mask, cu_seq_lens=kwargs.get("cu_seq_lens_q")),
+            self.tokens_of(input_ids, inputs_embeds, attention_mask, cu_seq_lens=kwargs.get("cu_seq_lens_q")),
             attention_mask=create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -185,22 +185,21 @@ class StableMoEDecoder(StableMoEBackbone):
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): in [0, vocab_size).
-            attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding; of a wider one
-                the rest is not looked at.
+            attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding.
             encoder_hidden_states (`torch.FloatTensor` of shape `(batch, source, hidden_size)`): the encoder's output.
             encoder_attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
             cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see
-                `StableMoEEncoder.forward`.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): in place of
+                token embeddings; routed by `input_ids` too where given, else as the nearest tokens.
             use_cache (`bool`, *optional*): return the cache.
-            **kwargs: see `StableMoEModel.forward`.
+            **kwargs: what to record and how to route, as for `StableMoEModel`.
 
         Returns:
             `StableMoEDecoderOutput`
 
         Raises:
-            ValueError: see `StableMoEModel.forward`; also without `encoder_hidden_states`, and for a cache of another
-                kind.
+            ValueError: without input, any token or `encoder_hidden_states`; for an id outside the vocabulary, a target that
+                is too long, or a cache of another kind.
         """
         if input_ids is None and inputs_embeds is None:
             raise ValueError(
@@ -217,14 +216,10 @@ class StableMoEDecoder(StableMoEBackbone):
                 f"a {type(cache).__name__}."
             )
         self_attention_cache = None if cache is None else cache.self_attention_cache
-        token_ids = self.routed_by(input_ids, inputs_embeds)
+        cu_seq_lens = kwargs.get("cu_seq_lens_q")
         hidden_states = self.transform(
             self.embed(inputs_embeds, count_positions(inputs_embeds, attention_mask, self_attention_cache)),
-            token_ids=token_ids,
-            token_mask=token_mask(attention_mask, inputs_embeds.shape[1], self_attention_cache),
-            context=self.context_of(
-                token_ids, attention_mask, self_attention_cache, cu_seq_lens=kwargs.get("cu_seq_lens_q")
-            ),
+            self.tokens_of(input_ids, inputs_embeds, attention_mask, self_attention_cache, cu_seq_lens=cu_seq_lens),
             attention_mask=create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -261,7 +256,7 @@ class StableMoESeq2SeqPreTrainedModel(StableMoEPreTrainedModel):
     _can_record_outputs = {}
 
     def tie_weights(self, missing_keys: set[str] | None = None, recompute_mapping: bool = True):
-        """Tie weights; see `PreTrainedModel.tie_weights`. Sides of one embedding have its module in common, too.
+        """Tie weights as `PreTrainedModel` does, and let both sides share the module of one embedding.
 
         accelerate gives the embeddings that it is told of a FSDP2 group of their own, and another module that holds the
         same parameter would be in a second group, which torch refuses.
@@ -277,7 +272,7 @@ class StableMoESeq2SeqPreTrainedModel(StableMoEPreTrainedModel):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """Resize the vocabulary of both sides; see `TwoStageRoutingMixin.resize_token_embeddings`."""
+        """Resize the vocabulary of both sides, routers included."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         decoder, size = self.base_model.decoder, embeddings.weight.shape[0]
         if decoder.embed_tokens.weight.shape[0] != size:  # not tied
@@ -337,24 +332,19 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         """Encode a source and decode a target.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): see `StableMoEEncoder.forward`.
-            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
-            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): see
-                `StableMoEDecoder.forward`.
-            decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): see there.
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
+            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): in [0, vocab_size).
+            decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): 0 on padding.
             encoder_outputs (`ModelOutput` or `tuple`, *optional*): of the encoder, in place of its inputs.
-            cache (`EncoderDecoderCache`, *optional*): see `StableMoEDecoder.forward`.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see
-                `StableMoEEncoder.forward`.
-            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
+            cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): in place of embeddings.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): the same.
             use_cache (`bool`, *optional*): return the cache.
-            **kwargs: see `StableMoEModel.forward`.
+            **kwargs: what to record and how to route, as for `StableMoEModel`.
 
         Returns:
             `StableMoESeq2SeqModelOutput`
-
-        Raises:
-            ValueError: see `StableMoEModel.forward`.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -372,14 +362,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        recorded = (
-            "hidden_states",
-            "attentions",
-            "router_logits",
-            "expert_indices",
-            "distilled_router_logits",
-            "routing_traces",
-        )
+        recorded = ("hidden_states", "attentions", *RECORDED)
         return StableMoESeq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
             **{CACHE_NAME: decoder_outputs.cache},
@@ -390,7 +373,7 @@ class StableMoESeq2SeqModel(StableMoESeq2SeqPreTrainedModel):
         )
 
 
-class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableMoEGenerationMixin):
+class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTrainedModel, StableMoEGenerationMixin):
     """The sequence-to-sequence model with a head that shares the token embedding.
 
     Args:
@@ -410,9 +393,14 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         self.loss_function = label_smoothed_loss
         self.post_init()
 
+    @property
+    def sides(self) -> dict[str, StableMoEBackbone]:
+        """`dict[str, StableMoEBackbone]`: encoder and decoder, by what their fields of the output begin with."""
+        return {"encoder_": self.model.encoder, "decoder_": self.model.decoder}
+
     @classmethod
     def maybe_distribute_model(cls, *args, **kwargs):
-        """Shard a model before its weights are loaded; see `IntegrationMixin.maybe_distribute_model`."""
+        """Shard a model before its weights are loaded, ready for `generate`."""
         model = super().maybe_distribute_model(*args, **kwargs)
         if torch.distributed.is_available():
             from torch.distributed.fsdp import register_fsdp_forward_method
@@ -460,38 +448,37 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> StableMoESeq2SeqLMOutput:
-        """Predict the target; see `StableMoESeq2SeqModel.forward` for what they share.
+        """Predict the target.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): see there.
-            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): see there.
+            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): in [0, vocab_size).
+            attention_mask (`torch.Tensor` of shape `(batch, source)`, *optional*): 0 on padding of the source.
             decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): default: `labels`, shifted.
             decoder_attention_mask (`torch.Tensor` of shape `(batch, past + target)`, *optional*): default with
                 `labels`: padding is the run of -100 at the end of each target, and the run of `pad_token_id` that
                 `decoder_input_ids` begin with.
-            encoder_outputs (`ModelOutput` or `tuple`, *optional*): see there; while training stage 1 they must hold
-                the routing (`output_router_logits`, `output_expert_indices`, `output_distilled_router_logits`).
-            cache (`EncoderDecoderCache`, *optional*): see there.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): see there.
-            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): see there.
+            encoder_outputs (`ModelOutput` or `tuple`, *optional*): of the encoder, in place of its inputs; while training
+                stage 1 they must hold the routing (`output_routing_traces=True`).
+            cache (`EncoderDecoderCache`, *optional*): keys and values of earlier positions and the source.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): in place of embeddings.
+            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): the same.
             labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): the target itself, not shifted; -100 is
                 not predicted, and padding at either end. Of a target of -100 alone the first position is routed all the
                 same; without anything to predict `task_loss` is 0.
-            use_cache (`bool`, *optional*): see there.
+            use_cache (`bool`, *optional*): return the cache.
             output_router_logits (`bool`, *optional*): return router logits, expert indices and `aux_loss`; default
                 `config.output_router_logits`.
             **kwargs: `num_items_in_batch`, the target tokens of the whole (accumulated, world-wide) batch that the
-                loss is divided by, and those of `StableMoEModel.forward`.
+                loss is divided by; what to record and how to route, as for `StableMoEModel`.
 
         Returns:
             `StableMoESeq2SeqLMOutput`
 
         Raises:
-            ValueError: see `StableMoEModel.forward`.
+            ValueError: for bad input of encoder or decoder; if `encoder_outputs` lack the routing that stage 1 trains on.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        with_routing = self.training or output_router_logits
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
             decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, labels, cache
         )
@@ -511,46 +498,25 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         )
         logits = self.lm_head(outputs.last_hidden_state)
 
-        loss = task_loss = None
+        is_target = None if labels is None else labels.ne(-100)
+        task_loss, routing = None, {}
         if labels is not None:
             smoothing = self.config.label_smoothing if self.training else 0.0
             task_loss = self.loss_function(logits, labels, self.config.vocab_size, label_smoothing=smoothing, **kwargs)
-            loss = task_loss
-        losses = {}
-        if with_routing:
-            masks = {"encoder": attention_mask, "decoder": target_mask}
-            losses = self._auxiliary_losses(outputs, masks, labels, kwargs.get("num_items_in_batch"))
-            if self.training and loss is not None:
-                loss = loss + self.config.routing_loss_factor * losses["aux_loss"]
-        return StableMoESeq2SeqLMOutput(
-            loss=loss,
+        if self.training or output_router_logits:
+            masks = (attention_mask, target_mask)
+            routing = self.routing_fields(outputs, masks, is_target, kwargs.get("num_items_in_batch"))
+        return self.head_output(
+            StableMoESeq2SeqLMOutput,
+            outputs,
             logits=logits,
-            **{CACHE_NAME: outputs.cache},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-            encoder_router_logits=(outputs.encoder_router_logits or None) if output_router_logits else None,
-            decoder_router_logits=(outputs.decoder_router_logits or None) if output_router_logits else None,
-            encoder_expert_indices=outputs.encoder_expert_indices if output_router_logits else None,
-            decoder_expert_indices=outputs.decoder_expert_indices if output_router_logits else None,
             task_loss=task_loss,
-            # By name: a symbolic trace of the head has a value for `losses` that cannot be unpacked.
-            **{name: losses.get(name) for name in ("encoder_aux_loss", "decoder_aux_loss", *ROUTING_FIELDS)},
+            routing=routing,
+            output_router_logits=output_router_logits,
         )
 
     def count_targets(self, labels: Tensor | None = None, shift_labels: Tensor | None = None) -> Tensor:
-        """Count the tokens that the task loss predicts.
-
-        Args:
-            labels (`torch.LongTensor` of shape `(batch, target)`): -100 is not predicted.
-            shift_labels (`torch.LongTensor`, *optional*): a causal model's; not used here.
-
-        Returns:
-            `torch.LongTensor` of shape `()`.
-        """
+        """Count the tokens of `labels`, `(batch, target)`, that the task loss predicts."""
         return labels.ne(-100).sum()
 
     def count_tokens(
@@ -565,19 +531,7 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         labels: Tensor | None = None,
         **kwargs,
     ) -> Tensor:
-        """Count the tokens of source and target together that are not padding, for statistics.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): as given to `forward`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            decoder_attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            encoder_outputs (`ModelOutput` or `tuple`, *optional*): as given to `forward`.
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, source, hidden_size)`, *optional*): as given to `forward`.
-            decoder_inputs_embeds (`torch.FloatTensor` of shape `(batch, target, hidden_size)`, *optional*): as given to
-                `forward`.
-            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            **kwargs: the other arguments of `forward`.
+        """Count the tokens of source and target that are not padding, for statistics; arguments are those of `forward`.
 
         Returns:
             `torch.LongTensor` of shape `()`. A source that comes as `encoder_outputs` alone is not counted.
@@ -600,18 +554,11 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
         labels: Tensor | None = None,
         **kwargs,
     ) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Tell what each MoE layer routes of a batch, the encoder's layers first.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, source)`, *optional*): as given to `forward`.
-            attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            decoder_input_ids (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            decoder_attention_mask (`torch.Tensor`, *optional*): as given to `forward`.
-            labels (`torch.LongTensor` of shape `(batch, target)`, *optional*): as given to `forward`.
-            **kwargs: the other arguments of `forward`.
+        """Return what each MoE layer routes of a batch, the encoder's first; arguments are those of `forward`.
 
         Returns:
-            `list[tuple]`: see `StableMoEModel.routed_tokens`.
+            `list[tuple]`: per MoE layer the token ids, `None` where embeddings were given instead, and the mask of real
+                tokens, `None` where all are real; `(batch, source)` or `(batch, target)` each.
         """
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
             decoder_input_ids, decoder_attention_mask, kwargs.get("decoder_inputs_embeds"), labels
@@ -654,66 +601,6 @@ class StableMoEForConditionalGeneration(StableMoESeq2SeqPreTrainedModel, StableM
                 past = int(cache.get_seq_length())
                 decoder_attention_mask = nn.functional.pad(decoder_attention_mask, (past, 0), value=1)
         return decoder_input_ids, decoder_attention_mask
-
-    def _auxiliary_losses(
-        self,
-        outputs: StableMoESeq2SeqModelOutput,
-        masks: dict[str, Tensor | None],
-        labels: Tensor | None,
-        num_items_in_batch: Tensor | int | None,
-    ) -> dict[str, Tensor]:
-        """Compute what the output holds of the routing losses, by field; `masks` are those of encoder and decoder."""
-        # Generation needs no loss, and takes the encoder's outputs without its routing.
-        needed = self.training and labels is not None and self.routing_stage == 1
-        recorded = self._recorded_routing(outputs, needed)
-        stacks = {"encoder": self.model.encoder, "decoder": self.model.decoder}
-        # One answer for both sides: a step may train one of them, on outputs of the other that were made before.
-        scores = [s for side in recorded.values() for s in (side.router_logits, side.distilled_router_logits)]
-        is_learning = self.is_learning(outputs.last_hidden_state, *scores)
-        is_target = None if labels is None else labels.ne(-100)
-        weighing = None if num_items_in_batch is None else is_target
-        sides = {
-            name: stacks[name].routing_losses(side, masks[name], is_learning, weighing)
-            for name, side in recorded.items()
-        }
-        device = outputs.last_hidden_state.device  # layers may stand on several
-        losses = {
-            f"{name}_aux_loss": self.auxiliary_loss(side, is_target, num_items_in_batch).to(device)
-            for name, side in sides.items()
-        }
-        losses["aux_loss"] = sum(losses.values(), start=torch.zeros((), device=device))
-        if not sides:
-            return losses
-        health = [layer for name, side in recorded.items() for layer in stacks[name].routing_health(side, masks[name])]
-        if is_learning:
-            for name, side in recorded.items():
-                stacks[name].observe_routing(side, masks[name])
-            if labels is None:
-                self.warn_of_missing_labels()
-        return losses | self.describe_routing(list(sides.values()), health)
-
-    def _recorded_routing(
-        self, outputs: StableMoESeq2SeqModelOutput, needed: bool
-    ) -> dict[str, StableMoEModelOutputWithPast]:
-        """Pick out the sides whose routing was recorded: `"encoder"`, `"decoder"`."""
-        sides = {}
-        names = ("expert_indices", "routing_traces", "router_logits", "distilled_router_logits")
-        # A hash has no scores, and in stage 2 nothing is distilled.
-        learned = 3 if self.config.distilled_router is None else 4
-        expected = names[:learned] if self.routing_stage == 1 else names[:2]
-        for name, stack in (("encoder", self.model.encoder), ("decoder", self.model.decoder)):
-            if not stack.moe_layers:
-                continue
-            recorded = StableMoEModelOutputWithPast(**{key: outputs.get(f"{name}_{key}") for key in names})
-            if all(recorded.get(key) is not None for key in expected):
-                sides[name] = recorded
-            elif needed:
-                raise ValueError(
-                    "`encoder_outputs` hold no routing, which training needs for the routing losses. Run the encoder "
-                    "with `output_router_logits=True, output_expert_indices=True, output_distilled_router_logits=True, "
-                    "output_routing_traces=True`, or pass `input_ids`."
-                )
-        return sides
 
 
 StableMoESeq2SeqConfig.register_for_auto_class()

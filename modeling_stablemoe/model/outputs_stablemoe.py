@@ -25,16 +25,16 @@ class StableMoEModelOutputWithPast(BaseModelOutputWithPast, CacheByEitherName):
         hidden_states (`tuple[torch.FloatTensor]`, *optional*): with `output_hidden_states`: the input of the first
             block and the output of each block.
         attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
-            `(batch, heads, sequence, sequence)` a block.
+            `(batch, heads, sequence, sequence)` per block.
         router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_router_logits`: backbone scores s (eq. 5),
-            not normalised, one of shape `(batch * sequence, num_experts)` a MoE layer; without a gradient once the
+            not normalised, one of shape `(batch * sequence, num_experts)` per MoE layer; without a gradient once the
             routing is frozen. A hash has none.
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`: the expert of each
-            token, padding included, one of shape `(batch, sequence)` a MoE layer.
+            token, padding included, one of shape `(batch, sequence)` per MoE layer.
         distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in
             stage 1: distilled scores (eq. 12), shaped like `router_logits`.
         routing_traces (`tuple[tuple]`, *optional*): with `output_routing_traces`: what losses and statistics are made
-            of, one plain tuple per MoE layer, in the order of `RoutingTrace`.
+            of, one plain tuple per MoE layer, in the order of `Routing`.
     """
 
     router_logits: tuple[torch.FloatTensor, ...] | None = None
@@ -52,12 +52,12 @@ class StableMoECausalLMOutputWithPast(CausalLMOutputWithPast, CacheByEitherName)
             eq. 15 in stage 2: `task_loss + router_aux_loss_coef * aux_loss`. In eval mode `task_loss` alone.
         logits (`torch.FloatTensor` of shape `(batch, sequence, vocab_size)`).
         cache (`Cache`, *optional*): with `use_cache`; `past_key_values` is another name of this field.
-        hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
-        attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
+        attentions (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
         aux_loss (`torch.FloatTensor` of shape `()`, *optional*): while training or with `output_router_logits`:
             `balance_loss_coef * balance_loss + distillation_loss_coef * distillation_loss`; where `num_items_in_batch` is
             given, with the losses averaged over each sequence's tokens and weighed by its share of those targets. 0 in stage 2.
-        router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        router_logits (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
         task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: cross-entropy, nats per target token
             (over `num_items_in_batch` where that is given).
@@ -69,7 +69,7 @@ class StableMoECausalLMOutputWithPast(CausalLMOutputWithPast, CacheByEitherName)
             the distilled router sends where the backbone router does; NaN where nothing is distilled (stage 2).
         expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
             sent to each expert.
-        routing_health (`RoutingHealth`, *optional*): with `aux_loss`: what tells a healthy routing from a sick one, mean
+        routing_health (`RoutingHealth`, *optional*): with `aux_loss`: what distinguishes a healthy routing from a sick one, mean
             over layers.
     """
 
@@ -86,7 +86,7 @@ class StableMoECausalLMOutputWithPast(CausalLMOutputWithPast, CacheByEitherName)
 
 @dataclass
 class StableMoESequenceClassifierOutputWithPast(StableMoECausalLMOutputWithPast):
-    """Output of the sequence classifier; see `StableMoECausalLMOutputWithPast` for the other fields.
+    """Output of the sequence classifier; the other fields are those of `StableMoECausalLMOutputWithPast`.
 
     Args:
         logits (`torch.FloatTensor` of shape `(batch, num_labels)`): scores of the labels; numbers in a regression.
@@ -97,11 +97,11 @@ class StableMoESequenceClassifierOutputWithPast(StableMoECausalLMOutputWithPast)
 
 @dataclass
 class StableMoEDecoderOutput(StableMoEModelOutputWithPast):
-    """Output of a decoder with cross-attention; see `StableMoEModelOutputWithPast` for what they share.
+    """Output of a decoder with cross-attention.
 
     Args:
         cross_attentions (`tuple[torch.FloatTensor]`, *optional*): with `output_attentions`, one of shape
-            `(batch, heads, target, source)` a block.
+            `(batch, heads, target, source)` per block.
     """
 
     cross_attentions: tuple[torch.FloatTensor, ...] | None = None
@@ -149,20 +149,20 @@ class StableMoESeq2SeqLMOutput(Seq2SeqLMOutput, CacheByEitherName):
             eq. 15 in stage 2: `task_loss + router_aux_loss_coef * aux_loss`. In eval mode `task_loss` alone.
         logits (`torch.FloatTensor` of shape `(batch, target, vocab_size)`).
         cache (`EncoderDecoderCache`, *optional*): with `use_cache`; `past_key_values` is another name of this field.
-        decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
-        decoder_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
-        cross_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEDecoderOutput`.
+        decoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
+        decoder_attentions (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*): as of the decoder.
         encoder_last_hidden_state (`torch.FloatTensor` of shape `(batch, source, hidden_size)`).
-        encoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
-        encoder_attentions (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        encoder_hidden_states (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
+        encoder_attentions (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
         aux_loss (`torch.FloatTensor` of shape `()`, *optional*): while training or with `output_router_logits`: the sum
             of the two that follow.
         encoder_aux_loss (`torch.FloatTensor` of shape `()`, *optional*): `balance_loss_coef * balance_loss +
             distillation_loss_coef * distillation_loss` of the encoder's layers; with `num_items_in_batch` weighed as of
             `StableMoECausalLMOutputWithPast`. 0 in stage 2.
         decoder_aux_loss (`torch.FloatTensor` of shape `()`, *optional*): the same of the decoder's layers.
-        encoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
-        decoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): see `StableMoEModelOutputWithPast`.
+        encoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
+        decoder_router_logits (`tuple[torch.FloatTensor]`, *optional*): as of the backbone.
         encoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
         decoder_expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_router_logits`.
         task_loss (`torch.FloatTensor` of shape `()`, *optional*): with `labels`: cross-entropy, nats per target token
@@ -175,7 +175,7 @@ class StableMoESeq2SeqLMOutput(Seq2SeqLMOutput, CacheByEitherName):
             the distilled router sends where the backbone router does, over all layers; NaN in stage 2.
         expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
             sent to each expert, the encoder's layers first.
-        routing_health (`RoutingHealth`, *optional*): with `aux_loss`: see `StableMoECausalLMOutputWithPast`.
+        routing_health (`RoutingHealth`, *optional*): with `aux_loss`: health of the routing, mean over layers.
     """
 
     aux_loss: torch.FloatTensor | None = None
@@ -194,7 +194,7 @@ class StableMoESeq2SeqLMOutput(Seq2SeqLMOutput, CacheByEitherName):
 
     @property
     def expert_indices(self) -> tuple[torch.LongTensor, ...]:
-        """`tuple[torch.LongTensor]`: the expert of each token, one of shape `(batch, sequence)` a MoE layer."""
+        """`tuple[torch.LongTensor]`: the expert of each token, one of shape `(batch, sequence)` per MoE layer."""
         return (self.encoder_expert_indices or ()) + (self.decoder_expert_indices or ())
 
 

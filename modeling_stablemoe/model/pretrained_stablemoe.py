@@ -1,14 +1,12 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What all StableMoE models share, of any head: initialisation, checks, and how routing losses enter a loss."""
-
-from typing import Any
+"""What all StableMoE models share: initialisation, what they record, and checks."""
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import is_torchdynamo_compiling, logging
+from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
@@ -16,36 +14,14 @@ from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEConfig
 from .distillation_stablemoe import CountRouter, DistilledRouter, sees_context
 from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
-from .health_stablemoe import RoutingHealth, mean_health
 from .integration_stablemoe import IntegrationMixin
-from .losses_stablemoe import RoutingLosses, combine_routing_losses, share_of_targets
-from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
-from .routing_stablemoe import LearnedRouter, Router
+from .routing_stablemoe import RECORDED, LearnedRouter, Router
 from .running_stablemoe import RouterMemory
 from .stages_stablemoe import TwoStageRoutingMixin
 from .tensors_stablemoe import may_ask, unpack_ids
-from .versions_stablemoe import CACHE_NAME
 
 
 logger = logging.get_logger(__name__)
-
-# What a forward pass records of its routing for losses and statistics: arguments of every backbone.
-ROUTING_OUTPUTS = (
-    "output_router_logits",
-    "output_expert_indices",
-    "output_distilled_router_logits",
-    "output_routing_traces",
-)
-
-# What a head's output says of its routing.
-ROUTING_FIELDS = (
-    "aux_loss",
-    "balance_loss",
-    "distillation_loss",
-    "expert_load",
-    "distillation_agreement",
-    "routing_health",
-)
 
 
 def init_as_linear(parameter: Tensor, in_features: int):
@@ -77,10 +53,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
     _can_record_outputs = {
         "hidden_states": StableMoEBlock,
         "attentions": StableMoEAttention,
-        "router_logits": OutputRecorder(Router, index=0),
-        "expert_indices": OutputRecorder(Router, index=1),
-        "distilled_router_logits": OutputRecorder(Router, index=3),
-        "routing_traces": OutputRecorder(Router, index=4),
+        **{name: OutputRecorder(Router, index=index) for index, name in enumerate(RECORDED)},
     }
 
     @torch.no_grad()
@@ -153,50 +126,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
             elif name.endswith("_weight"):  # features of the size of the embedding's
                 init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
 
-    def routing_outputs(self, output_router_logits: bool) -> dict[str, bool]:
-        """Say what a head has its backbone record: all that losses and statistics need, in training.
-
-        Scores of a frozen routing are left out unless someone asks for them: nothing is learned of them, and they would
-        cost what the number of experts is.
-
-        Args:
-            output_router_logits (`bool`): whether someone does.
-
-        Returns:
-            `dict[str, bool]`: arguments of the backbone.
-        """
-        recorded = dict.fromkeys(ROUTING_OUTPUTS, self.training or output_router_logits)
-        if not output_router_logits and self.routing_stage == 2:
-            recorded["output_router_logits"] = False
-        return recorded
-
-    def is_learning(self, last_hidden_state: Tensor, *scores: tuple[Tensor, ...] | None) -> bool:
-        """Return True if a forward pass belongs to a step that learns: in training mode, and with a gradient.
-
-        Only such a step moves counts and running statistics. Programs sample between steps without leaving training mode,
-        and run a second pass under `torch.no_grad()`.
-
-        Args:
-            last_hidden_state (`torch.Tensor`): of the backbone.
-            *scores (`tuple[torch.Tensor]`, *optional*): of the routers, which may learn where the backbone does not.
-        """
-        tensors = [last_hidden_state, *(layer for layers in scores for layer in layers or ())]
-        return self.training and any(tensor.requires_grad for tensor in tensors)
-
-    def warn_of_missing_labels(self):
-        """Say so, once, if a pass that learns in stage 1 has no labels, so that its loss is made elsewhere.
-
-        Trainer's `compute_loss_func` and its label smoothing take them away.
-        """
-        if self.routing_stage == 1 and not is_torchdynamo_compiling():
-            logger.warning_once(
-                "Stage 1 is trained without `labels`, on a loss that is not the model's: the routing is balanced and distilled "
-                "only if `config.router_aux_loss_coef * outputs.aux_loss` is added to that loss. Where Trainer's "
-                "`compute_loss_func` makes the loss, it is given these outputs."
-            )
-
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
-        """Make the mask that `generate` gives with a static cache, as `transformers.masking_utils` does.
+        """Make the mask that `generate` passes with a static cache, as `transformers.masking_utils` does.
 
         A router that looks back at earlier tokens must know which of them are padding, which the ready mask of four
         dimensions hides: there the mask stays as it is.
@@ -219,12 +150,7 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         )
 
     def warn_of_pruned_tokens(self, token_ids: Tensor, side: int):
-        """Say so, once, if a token has lost its expert to pruning, on the CPU and outside compiled code.
-
-        Args:
-            token_ids (`torch.LongTensor`): what tokens are routed by, of any shape.
-            side (`int`): 0 for a language model or an encoder, 1 for a decoder.
-        """
+        """Warn once if a token has lost its expert to pruning, on the CPU and outside compiled code."""
         if self.config.pruned_tokens is None or not may_ask(token_ids):
             return
         has_lost = unpack_ids(self.config.pruned_tokens[side])
@@ -237,105 +163,11 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
                 "whole checkpoint."
             )
 
-    @staticmethod
-    def describe_routing(sides: list[RoutingLosses], health: list[RoutingHealth]) -> dict[str, Any]:
-        """Gather the fields of an output that tell how the routing fares.
-
-        Args:
-            sides (`list[RoutingLosses]`): of the backbone, or of encoder and decoder.
-            health (`list[RoutingHealth]`): of all MoE layers, in the same order.
-
-        Returns:
-            `dict`: `balance_loss`, `distillation_loss`, `expert_load`, `distillation_agreement` and `routing_health`.
-        """
-        losses = combine_routing_losses(sides)
-        mean = mean_health(health, losses.expert_load.sum(-1))
-        return {
-            "balance_loss": losses.balance_loss,
-            "distillation_loss": losses.distillation_loss,
-            "expert_load": losses.expert_load,
-            "distillation_agreement": mean.distillation_agreement,
-            "routing_health": mean,
-        }
-
-    def _balance_weight(self) -> Tensor | float:
-        """Give the share of the balance loss that counts by now, of `balance_loss_warmup_tokens`."""
-        if not self.config.balance_loss_warmup_tokens:
-            return 1.0
-        first = next(iter(self.moe_layers_by_name.values()))
-        return (first.bare_router.memory()["tokens"][0] / self.config.balance_loss_warmup_tokens).clamp(max=1.0)
-
-    def auxiliary_loss(
-        self, routing: RoutingLosses, is_target: Tensor | None, num_items_in_batch: Tensor | int | None
-    ) -> Tensor:
-        """Weigh the routing losses as they enter the loss, up to `router_aux_loss_coef` (eq. 11).
-
-        The task loss is divided by `num_items_in_batch`, so the auxiliary loss of each micro-batch, a mean, must count
-        for its share of it: else it would grow with the number of micro-batches and processes.
-
-        Args:
-            routing (`RoutingLosses`): of this micro-batch, its sequences weighed by their targets where
-                `num_items_in_batch` is given (see `token_weights`).
-            is_target (`torch.BoolTensor`, *optional*): True on the target tokens of this micro-batch, if it has labels.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): those of the whole batch.
-
-        Returns:
-            `torch.Tensor` of shape `()`: 0 where there are labels but no target tokens, and `num_items_in_batch` is
-                given.
-        """
-        aux_loss = self.config.distillation_loss_coef * routing.weighted_distillation_loss
-        if self.config.balance_loss_coef:
-            weight = self.config.balance_loss_coef * self._balance_weight()
-            aux_loss = aux_loss + weight * routing.weighted_balance_loss
-        if num_items_in_batch is None or is_target is None:
-            return aux_loss
-        return aux_loss * share_of_targets(is_target.sum(), num_items_in_batch, aux_loss.device)
-
-    def head_output(
-        self,
-        output_class: type[StableMoECausalLMOutputWithPast],
-        outputs: StableMoEModelOutputWithPast,
-        *,
-        logits: Tensor,
-        task_loss: Tensor | None,
-        routing: dict[str, Any],
-        output_router_logits: bool,
-    ) -> StableMoECausalLMOutputWithPast:
-        """Put together what a head on a causal backbone returns: the loss that is trained (eqs. 11 and 15), and the rest.
-
-        Args:
-            output_class (`type`): of the output.
-            outputs (`StableMoEModelOutputWithPast`): of the backbone.
-            logits (`torch.Tensor`): of the head.
-            task_loss (`torch.Tensor` of shape `()`, *optional*): without labels there is no loss.
-            routing (`dict`): of `StableMoEModel.routing_fields`; empty where the routing was not recorded.
-            output_router_logits (`bool`): whether router logits and expert indices were asked for.
-        """
-        loss = task_loss
-        if self.training and loss is not None and self.config.moe_layer_positions:
-            loss = loss + self.config.routing_loss_factor * routing["aux_loss"].to(loss.device)
-        return output_class(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: outputs.cache},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=(outputs.router_logits or None) if output_router_logits else None,
-            expert_indices=outputs.expert_indices if output_router_logits else None,
-            task_loss=task_loss,
-            # By name: a symbolic trace of the head has a value for `routing` that cannot be unpacked.
-            **{name: routing.get(name) for name in ROUTING_FIELDS},
-        )
-
 
 def check_range(ids: Tensor, limit: int, what: str, remedy: str):
     """Refuse ids outside [0, limit), on the CPU and outside compiled code.
 
-    Args:
-        ids (`torch.LongTensor`): of any shape.
-        limit (`int`): how many there are.
-        what (`str`): one id.
-        remedy (`str`): the field that sets the limit, and what to do.
+    `what` is one id, `remedy` the field that sets the limit, and what to do.
 
     Raises:
         ValueError: naming an offending id.
@@ -347,4 +179,4 @@ def check_range(ids: Tensor, limit: int, what: str, remedy: str):
         raise ValueError(f"There is a {what} {low if low < 0 else high}, outside 0..{limit - 1} of {remedy}.")
 
 
-__all__ = ["ROUTING_FIELDS", "ROUTING_OUTPUTS", "StableMoEPreTrainedModel", "check_range"]
+__all__ = ["StableMoEPreTrainedModel", "check_range"]

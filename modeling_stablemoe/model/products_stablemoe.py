@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Products of tokens that are sorted by expert: one call for all experts, whatever the device.
 
-Accelerators have a grouped kernel (`torch.nn.functional.grouped_mm`). On a CPU a grouped product is one product an expert
-in any case, so operators of our own take them, and do there what a kernel of one call cannot: normalise, multiply and
+Accelerators have a grouped kernel (`torch.nn.functional.grouped_mm`). On a CPU a grouped product is one product per expert
+in any case, so operators of our own compute them, and do there what a kernel of one call cannot: normalise, multiply and
 add the bias while an expert's tokens are in the cache, and write the gradient of all experts into one tensor. They are
 custom operators where `torch.compile` looks, so that it sees one node each, forward and backward.
 
@@ -47,13 +47,11 @@ def sort_by_expert(expert_index: Tensor, num_experts: int, has_sentinels: bool =
     """Sort the tokens of MoE layers by expert, all layers at once; nothing here waits for the device.
 
     Args:
-        expert_index (`torch.LongTensor` of shape `(layers, T)`): the expert of each token; `num_experts` or more marks a
+        expert_index (`torch.LongTensor` of shape `(layers, T)`): the expert of each token; `num_experts` or more marks
+            a
             sentinel.
         num_experts (`int`): E.
         has_sentinels (`bool`): False promises that there is none.
-
-    Returns:
-        `list[ExpertOrder]`: one a layer. Tokens of one expert keep their order.
     """
     if has_sentinels:
         expert_index = expert_index.clamp(max=num_experts)
@@ -83,31 +81,14 @@ class _Permutation(torch.autograd.Function):
 # Dynamo would take the function above apart, and lose the derivatives of its gradient on the way.
 @torch.compiler.allow_in_graph
 def permute(rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Put rows in another order.
-
-    Args:
-        rows (`torch.Tensor` of shape `(T, ...)`): any.
-        order (`torch.LongTensor` of shape `(T,)`): the row that comes to each place.
-        inverse (`torch.LongTensor` of shape `(T,)`): the place that each row comes to.
-
-    Returns:
-        `torch.Tensor` of the shape of `rows`.
-    """
+    """Put rows in another order, of which `inverse` is the way back."""
     return _Permutation.apply(rows, order, inverse)
 
 
 def grouped_layer_norm(x_TX: Tensor, weight_EX: Tensor, bias_EX: Tensor, order: ExpertOrder, eps: float) -> Tensor:
-    """Normalise each token with weight and bias of its expert, `(T, X) -> (T, X)`, dtype of the weight.
+    """Normalise each token, sorted, with weight and bias of its expert, `(T, X), (E, X), (E, X) -> (T, X)`.
 
-    Args:
-        x_TX (`torch.Tensor` of shape `(T, X)`): tokens, sorted.
-        weight_EX (`torch.Tensor` of shape `(E, X)`): of each expert's LayerNorm.
-        bias_EX (`torch.Tensor` of shape `(E, X)`): likewise.
-        order (`ExpertOrder`): of the tokens.
-        eps (`float`): added to the variance.
-
-    Returns:
-        `torch.Tensor` of shape `(T, X)`: 0 for sentinels on a CPU, anything finite elsewhere.
+    In the dtype of the weight; for sentinels 0 on a CPU, anything finite elsewhere.
     """
     if _on_cpu(weight_EX):
         dtype = torch.promote_types(x_TX.dtype, weight_EX.dtype)
@@ -123,16 +104,9 @@ def grouped_layer_norm(x_TX: Tensor, weight_EX: Tensor, bias_EX: Tensor, order: 
 
 
 def grouped_linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor, order: ExpertOrder) -> Tensor:
-    """Multiply each token by the matrix of its expert and add the bias, in one product.
+    """Multiply each token, sorted, by its expert's matrix and add the bias, `(T, X), (E, Y, X), (E, Y) -> (T, Y)`.
 
-    Args:
-        x_TX (`torch.Tensor` of shape `(T, X)`): tokens, sorted.
-        weight_EYX (`torch.Tensor` of shape `(E, Y, X)`): of each expert.
-        bias_EY (`torch.Tensor` of shape `(E, Y)`): likewise.
-        order (`ExpertOrder`): of the tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(T, Y)`, dtype of the weight or of autocast: for sentinels 0 on a CPU, anything elsewhere.
+    In the dtype of the weight or of autocast; for sentinels 0 on a CPU, anything elsewhere.
     """
     device = weight_EYX.device.type
     if torch.is_autocast_enabled(device):  # grouped products are not on autocast's list
@@ -154,7 +128,7 @@ def grouped_linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor, order: Exp
 
 
 def _rows(parameter_EX: Tensor, order: ExpertOrder) -> Tensor:
-    """Give each token its expert's row, sentinels a row of zeros."""
+    """Return each token's row, that of its expert; zeros for sentinels."""
     if order.has_sentinels:
         parameter_EX = F.pad(parameter_EX, (0, 0, 0, 1))
     return F.embedding(order.expert_index, parameter_EX)
@@ -165,7 +139,7 @@ def _on_cpu(parameter: Tensor) -> bool:
 
 
 def _bounds(offsets: Tensor) -> list[tuple[int, int]]:
-    """Give the first place of each expert, and one past its last."""
+    """Return the first place of each expert, and one past its last."""
     ends = offsets.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
@@ -260,7 +234,7 @@ def _plain_linear(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor) -> T
 
 
 def _plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float) -> Tensor:
-    """Compute `_layer_norm` likewise."""
+    """Compute `_layer_norm` with such operators."""
     return _plain(lambda x_e, *own: F.layer_norm(x_e, x_e.shape[-1:], *own, eps), x, weight, bias, offsets)
 
 
@@ -273,7 +247,7 @@ def _plain(function: Callable, x: Tensor, weight: Tensor, bias: Tensor, offsets:
 
 
 def _plain_backward(function: Callable, grad: Tensor, inputs: tuple) -> tuple[Tensor | None, ...]:
-    """Give the gradients of a plain function's inputs, which have derivatives, too; `None` for what needs no gradient."""
+    """Return the gradients of a plain function's inputs, which have derivatives, too; `None` for what needs no gradient."""
     is_wanted = [isinstance(value, Tensor) and value.requires_grad for value in inputs]
     wanted = list(compress(inputs, is_wanted))
     grads = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=True))
@@ -299,7 +273,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 class _GroupedLayerNorm(torch.autograd.Function):
-    """Likewise."""
+    """The operator of the norm, in the same way."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, eps: float) -> Tensor:
@@ -320,44 +294,33 @@ def _register():
     """Register the operators, once in a process: a checkpoint's code may be imported beside the package's."""
     if hasattr(torch.ops.stablemoe, "grouped_linear"):
         return
-    three = "(Tensor, Tensor, Tensor)"
-    for function, fake, name, schema in (
+    for name, function, fake in (
+        ("grouped_linear", _linear, lambda x, weight, bias, offsets: x.new_empty(x.shape[0], weight.shape[1])),
         (
-            _linear,
-            lambda x, weight, bias, offsets: x.new_empty(x.shape[0], weight.shape[1]),
-            "grouped_linear",
-            "(Tensor x, Tensor weight, Tensor bias, Tensor offsets) -> Tensor",
-        ),
-        (
+            "grouped_linear_backward",
             _linear_backward,
             lambda grad, x, weight, offsets: (
                 torch.empty_like(x),
                 torch.empty_like(weight, memory_format=torch.contiguous_format),
                 weight.new_empty(weight.shape[:2]),
             ),
-            "grouped_linear_backward",
-            f"(Tensor grad, Tensor x, Tensor weight, Tensor offsets) -> {three}",
         ),
         (
+            "grouped_layer_norm",
             _layer_norm,
             lambda x, weight, bias, offsets, eps: (torch.empty_like(x), _statistics_like(x), _statistics_like(x)),
-            "grouped_layer_norm",
-            f"(Tensor x, Tensor weight, Tensor bias, Tensor offsets, float eps) -> {three}",
         ),
         (
+            "grouped_layer_norm_backward",
             _layer_norm_backward,
             lambda grad, x, mean, rstd, weight, bias, offsets: (
                 torch.empty_like(x),
                 torch.empty_like(weight),
                 torch.empty_like(bias),
             ),
-            "grouped_layer_norm_backward",
-            "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor offsets) -> "
-            + three,
         ),
     ):
-        operator = torch.library.custom_op(f"stablemoe::{name}", function, mutates_args=(), schema=schema)
-        operator.register_fake(fake)
+        torch.library.custom_op(f"stablemoe::{name}", function, mutates_args=()).register_fake(fake)
     torch.library.register_autograd("stablemoe::grouped_linear", _grad_linear, setup_context=_save_linear)
     torch.library.register_autograd("stablemoe::grouped_layer_norm", _grad_layer_norm, setup_context=_save_layer_norm)
 

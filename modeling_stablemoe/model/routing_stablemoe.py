@@ -1,9 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Routers: hidden states and token ids in, which expert and which gate out. One class a row of paper table 1.
+"""Routers: hidden states and tokens in, experts and their weights out. One class per row of table 1 of the paper.
 
-A router knows nothing of experts or losses, and does not keep its frozen routing: see `frozen_stablemoe.py`.
+A router knows nothing of experts and does not keep its frozen routing, which the layer looks up in `frozen_stablemoe.py`.
 
-Shape suffixes: B batch, S sequence, T = B * S tokens, D hidden size, E experts, V vocabulary.
+Shape suffixes: B batch, S sequence, T = B * S tokens, K experts per token (one), D hidden size, E experts, V vocabulary.
+Everywhere: `router_logits_TE`, `routing_weights_TK`, `selected_experts_TK`.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stablemoe import ROUTER_TYPES, StableMoEBaseConfig, from_package
-from .context_stablemoe import TokenContext
+from .context_stablemoe import Tokens
 from .distillation_stablemoe import distilled_router_class
 from .frozen_stablemoe import BalancedTable
 from .losses_stablemoe import BalanceLoss, balance_loss, switch_balance_loss
@@ -22,45 +23,48 @@ from .running_stablemoe import RouterMemory, needs_memory
 from .tensors_stablemoe import copy_into, finite_tokens, restore_integers, score, score_chosen, whole_shape
 
 
-class RoutingTrace(NamedTuple):
-    """What a router saw and decided, for losses and statistics; nothing here has a gradient.
+class Routing(NamedTuple):
+    """What a router decided about the tokens of a pass, for the experts, for losses and for statistics.
 
-    Between modules it is a plain tuple, and `RoutingTrace(*trace)` reads it: hooks of other programs rebuild what passes.
+    Between modules it is a plain tuple, read by `Routing(*routing)`: hooks of other programs take apart and rebuild what
+    passes. Only logits and weights have gradients.
 
     Attributes:
+        router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores s, float32 (float64 in a float64
+            model). A hash has none, nor has a frozen routing unless they are asked for.
+        routing_weights (`torch.Tensor` of shape `(T, K)`): the gate in [0, 1], float32 (float64 in a float64 model).
+        selected_experts (`torch.LongTensor` of shape `(T, K)`): where tokens go, in [0, E).
+        teacher_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): while the routing is learned, the choice of the
+            backbone scores: in training where tokens go, in evaluation where they would go by them.
+        distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
+        distilled_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): the choice of the distilled router then.
         hidden_states (`torch.Tensor` of shape `(T, D)`): input of the MoE layer, not normalised.
-        token_ids (`torch.LongTensor` of shape `(T,)`): in [0, V).
-        gate (`torch.Tensor` of shape `(T,)`): in [0, 1].
-        teacher_index (`torch.LongTensor` of shape `(T,)`, *optional*): the backbone router's choice while it learns: where
-            the tokens went in training, where they would go by its scores in evaluation.
-        distilled_index (`torch.LongTensor` of shape `(T,)`, *optional*): the choice of the distilled router while there
-            is one that learns.
+        token_ids (`torch.LongTensor` of shape `(B, S)`): in [0, V).
     """
 
+    router_logits: Tensor | None
+    routing_weights: Tensor
+    selected_experts: Tensor
+    teacher_experts: Tensor | None
+    distilled_logits: Tensor | None
+    distilled_experts: Tensor | None
     hidden_states: Tensor
     token_ids: Tensor
-    gate: Tensor
-    teacher_index: Tensor | None
-    distilled_index: Tensor | None
+
+
+# What a router's `forward` returns, in this order, and a model's output can hold for each MoE layer.
+RECORDED = ("router_logits", "expert_indices", "distilled_router_logits", "routing_traces")
 
 
 class Router(nn.Module):
-    """What all routers share.
+    """What all routers share: who chooses the experts in which stage.
 
-    `forward` returns a plain tuple, which hooks of other programs may take apart and rebuild:
-
-    - router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores s, float32 (float64 in a float64
-      model); a hash has none, nor has a frozen routing that nobody asked for them.
-    - expert_index (`torch.LongTensor` of shape `(B, S)`): the expert of each token, in [0, E).
-    - gate (`torch.Tensor` of shape `(B, S)`): its weight, in [0, 1], float32 (float64 in a float64 model).
-    - distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
-    - trace (`tuple`): what losses and statistics are made of, in the order of `RoutingTrace`.
-
-    A learned routing that is distilled evaluates with the distilled router, as the released code does, so that freezing
-    it changes nothing. One that is not evaluates greedily, and cannot be frozen.
+    A strategy has `learn`, how it decides while the routing is learned, and `follow`, how it weighs experts that are
+    frozen. A learned routing that is distilled evaluates with the distilled router, as the released code does, so that
+    freezing it changes nothing. One that is not distilled evaluates by its scores, and cannot be frozen.
     """
 
-    # The balance loss of the strategy, if it has one, a static method: see `losses_stablemoe.BalanceLoss`.
+    # The balance loss of the strategy, if it has one: a static method with the arguments of `balance_loss`.
     balance_loss: BalanceLoss | None = None
 
     def __init__(self, config: StableMoEBaseConfig):
@@ -71,57 +75,109 @@ class Router(nn.Module):
         self.memory = RouterMemory(config) if needs_memory(config) else None
         self.max_frozen_load, self.frozen_load_bands = config.max_frozen_load, config.frozen_load_bands
 
-    def index_by_token(
-        self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None, by_backbone: bool = False
-    ) -> Tensor | None:
-        """Give the experts of tokens where the ids alone decide; `None` where the hidden states do.
+    def forward(
+        self,
+        hidden_states: Tensor,
+        tokens: tuple | Tensor,
+        frozen_experts: Tensor | None = None,
+        statistics: dict[str, Tensor] | None = None,
+        output_router_logits: bool = True,
+        by_backbone: bool = False,
+    ) -> tuple:
+        """Decide about each token.
 
         Args:
-            token_ids (`torch.LongTensor` of shape `(B, S)`): in [0, V).
-            frozen_index (`torch.LongTensor` of shape `(B, S)`, *optional*): the frozen experts; `None` in stage 1.
-            context (`TokenContext`, *optional*): see `assign`.
-            by_backbone (`bool`): leave the distilled router out; see `LearnedRouter.forward`.
-        """
-        if frozen_index is not None:
-            return frozen_index
-        if self.training or by_backbone or self.distilled_router is None:
-            return None
-        return self.assign(token_ids, context)
-
-    def distilled_logits(
-        self, token_ids: Tensor, frozen_index: Tensor | None, context: TokenContext | None
-    ) -> Tensor | None:
-        """Score tokens with the distilled router while it learns, `(T, E)`; see `index_by_token`."""
-        if frozen_index is not None or self.distilled_router is None:
-            return None
-        return self.distilled_router(token_ids, context).flatten(0, -2)
-
-    def assign(self, token_ids: Tensor, context: TokenContext | None = None) -> Tensor:
-        """Give the experts that inference would use now, of a routing that is distilled.
-
-        Args:
-            token_ids (`torch.LongTensor` of any shape; of shape `(B, S)` where there is a context): in [0, V).
-            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
+            hidden_states (`torch.Tensor` of shape `(B, S, D)`): input h of the MoE layer.
+            tokens (`tuple` or `torch.LongTensor` of shape `(B, S)`): in the order of `Tokens`, or ids alone.
+            frozen_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): the experts of a frozen routing (eq. 13).
+            statistics (`dict[str, torch.Tensor]`, *optional*): of `recall`; default: as they are now.
+            output_router_logits (`bool`): return the scores of a frozen routing, too.
+            by_backbone (`bool`): evaluate by the scores, as in training, and not by the distilled router.
 
         Returns:
-            `torch.LongTensor` of the shape of `token_ids`: in [0, E).
+            `tuple`: in the order of `RECORDED`: `router_logits`, `(T, E)`; the selected experts, `(B, S)`;
+                `distilled_logits`, `(T, E)`; and all of the `Routing`, a plain tuple.
         """
-        return self.distilled_router.assign(token_ids, context)
+        tokens = Tokens.of(tokens)
+        hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        teacher_TK = distilled_logits_TE = distilled_TK = None
+        if frozen_experts is not None:
+            selected_TK = frozen_experts
+            logits_TE, weights_TK = self.follow(hidden_TD, selected_TK, output_router_logits)
+        else:
+            selected_TK = None
+            if self.distilled_router is not None:
+                distilled_logits_TE = self.distilled_router(tuple(tokens)).flatten(0, -2)
+                distilled_T = self.distilled_router.choose(tokens.token_ids, distilled_logits_TE.detach())
+                distilled_TK = distilled_T.unsqueeze(-1)
+                if not (self.training or by_backbone):
+                    selected_TK = self.assign(tuple(tokens)).view(-1, 1)
+            logits_TE, weights_TK, teacher_TK = self.learn(hidden_TD, selected_TK, tokens.token_mask, statistics)
+            selected_TK = teacher_TK if selected_TK is None else selected_TK
+        routing = Routing(
+            router_logits=logits_TE,
+            routing_weights=weights_TK,
+            selected_experts=selected_TK,
+            teacher_experts=teacher_TK,
+            distilled_logits=distilled_logits_TE,
+            distilled_experts=distilled_TK,
+            hidden_states=hidden_TD.detach(),
+            token_ids=tokens.token_ids,
+        )
+        return logits_TE, selected_TK.view_as(tokens.token_ids), distilled_logits_TE, tuple(routing)
+
+    def learn(
+        self,
+        hidden_states: Tensor,
+        selected_experts: Tensor | None,
+        token_mask: Tensor | None,
+        statistics: dict[str, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Decide while the routing is learned.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`): h.
+            selected_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): what the distilled router chose, in
+                evaluation; by default the strategy chooses.
+            token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding, whose experts do not matter.
+            statistics (`dict[str, torch.Tensor]`, *optional*): of `recall`; default: as they are now.
+
+        Returns:
+            `tuple`: `router_logits`, `(T, E)`; weights of the selected experts, `(T, K)`; and the strategy's own choice,
+                `(T, K)`.
+        """
+        raise NotImplementedError
+
+    def follow(
+        self, hidden_states: Tensor, selected_experts: Tensor, output_router_logits: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Weigh experts that are frozen.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, D)`): h.
+            selected_experts (`torch.LongTensor` of shape `(T, K)`): the frozen experts.
+            output_router_logits (`bool`): whether scores are asked for.
+
+        Returns:
+            `tuple`: `router_logits`, `(T, E)`, where there are any and they are asked for; and the weights, `(T, K)`.
+        """
+        raise NotImplementedError
+
+    def assign(self, tokens: tuple | Tensor) -> Tensor:
+        """Return the experts that inference would use now, of a routing that is distilled, `(B, S)`: in [0, E)."""
+        return self.distilled_router.assign(tokens)
 
     def stage1_parameters(self) -> list[nn.Parameter]:
-        """List the parameters that learn in stage 1 only, D and E^: the frozen routing stands for them in stage 2."""
+        """List the parameters that learn in stage 1 only, D and Ê: the frozen routing stands for them in stage 2."""
         if self.distilled_router is None:
             return []
         return list(self.distilled_router.parameters())
 
     def restore_integers(self, name: str):
-        """Bring statistics and counts that other code has stored in another dtype back to integers.
-
-        Args:
-            name (`str`): of the router, for errors.
+        """Convert statistics and counts that other code has stored in another dtype back to integers.
 
         Raises:
-            ValueError: if they are no integers any more.
+            ValueError: naming router `name`, if they are not whole numbers any more.
         """
         for key in ("distilled_router", "memory"):
             part = getattr(self, key)
@@ -129,40 +185,35 @@ class Router(nn.Module):
                 restore_integers(part, f"{name}.{key}", part.integer_dtypes)
 
     def resize(self, vocab_size: int):
-        """Follow the vocabulary to a new size; see `DistilledRouter.resize`."""
+        """Resize what has a row per token id."""
         for part in (self.distilled_router, self.memory):
             if part is not None:
                 part.resize(vocab_size)
 
     def recall(self) -> dict[str, Tensor] | None:
-        """Copy what the choice of experts needs of the running statistics.
+        """Copy the running statistics that the choice of experts needs; `None` in evaluation, where they do not change.
 
-        For a training pass of stage 1 whose activations may be recomputed after the statistics have moved on; `None` in
-        evaluation, where they stand still.
+        For a training pass of stage 1 whose activations may be recomputed after the statistics have moved on.
         """
         if self.memory is None or not self.training:
             return None
         return {name: values.clone() for name, values in self.memory().items() if name != "token_counts"}
 
-    def observe(self, trace: tuple, mask: Tensor | None):
-        """Follow a training pass of stage 1 with running statistics and counts; every process must call this.
+    def observe(self, routing: Routing, mask: Tensor | None):
+        """Update running statistics and counts by a training pass of stage 1; every process must call this.
 
         A token whose hidden state is NaN or infinite counts as padding here: one that has diverged, or a step that a
         loss scaler will skip, leaves nothing behind.
-
-        Args:
-            trace (`tuple`): of the pass, in the order of `RoutingTrace`.
-            mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         """
         counts = self.distilled_router is not None and self.distilled_router.observes
         if self.memory is None and not counts:
             return
-        trace = RoutingTrace(*trace)
-        mask = finite_tokens(trace.hidden_states, mask)
+        mask = finite_tokens(routing.hidden_states, mask)
+        token_ids_T, teacher_T = routing.token_ids.flatten(), routing.teacher_experts.squeeze(-1)
         if self.memory is not None:
-            self.memory.observe(trace.hidden_states, trace.token_ids, trace.teacher_index, mask)
+            self.memory.observe(routing.hidden_states, token_ids_T, teacher_T, mask)
         if counts:
-            self.distilled_router.observe(trace.token_ids, trace.teacher_index, mask)
+            self.distilled_router.observe(token_ids_T, teacher_T, mask)
 
     def freeze(self, name: str) -> tuple[Tensor | dict[str, Tensor], BalancedTable | None]:
         """Decide what stage 2 will route by (eq. 13), within `max_frozen_load` where that is set.
@@ -171,11 +222,11 @@ class Router(nn.Module):
             name (`str`): of the MoE layer, for errors and warnings.
 
         Returns:
-            `tuple`: the expert of each token id, a `torch.LongTensor` of shape `(V,)`, or the weights by name of a
-            distilled router that looks back at earlier tokens; and what balancing the table came to, if it was.
+            `tuple`: the expert of each token id, `(V,)`, or the weights by name of a distilled router that looks back at
+                earlier tokens; and the table that was balanced, with its qualities, if it was.
 
         Raises:
-            ValueError: if such weights are NaN or infinite; see `DistilledRouter.check_weights`.
+            ValueError: if weights that are frozen as they are hold NaN or infinity.
         """
         self.distilled_router.check_weights(name)
         if self.max_frozen_load is None:
@@ -191,10 +242,18 @@ class Router(nn.Module):
 class LearnedRouter(Router):
     """A router that scores hidden states against centroids: s_{t,i} = E_i . h_t (eq. 5).
 
-    What tells one from another are two columns of paper table 1: `assignment` and `gate`. With `router_normalization` the
-    choice of experts and the balance loss go by the scores of normalised states; the gate is of the raw ones in either
-    stage, as the paper's, so stage 2 does not need the statistics.
+    They differ in two columns of table 1: `assignment` and `gate`.
     """
+
+    # Whether the score of its own expert is all that a token's gate depends on, as the sigmoid's is: then a frozen routing
+    # takes one score per token, however many experts there are.
+    gates_by_own_score = True
+
+    def __init_subclass__(cls, **kwargs):
+        """Assume that a class with a gate of its own needs all scores, unless it says that one is enough."""
+        super().__init_subclass__(**kwargs)
+        if "gate" in vars(cls) and "gates_by_own_score" not in vars(cls):
+            cls.gates_by_own_score = False
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
@@ -202,105 +261,71 @@ class LearnedRouter(Router):
         self.is_normalized = config.router_normalization is not None
         self.balances_hidden_states = config.balance_gradient == "all"
 
-    def forward(
+    def learn(
         self,
         hidden_states: Tensor,
-        token_ids: Tensor,
-        frozen_index: Tensor | None = None,
-        token_mask: Tensor | None = None,
-        context: TokenContext | None = None,
-        recalled: dict[str, Tensor] | None = None,
-        output_scores: bool = True,
-        by_backbone: bool = False,
-    ) -> tuple:
-        """Decide for each token.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(B, S, D)`): input h of the MoE layer.
-            token_ids (`torch.LongTensor` of shape `(B, S)`): X, in [0, V).
-            frozen_index (`torch.LongTensor` of shape `(B, S)`, *optional*): the frozen expert of each token (eq. 13);
-                `None` in stage 1.
-            token_mask (`torch.BoolTensor` of shape `(B, S)`, *optional*): False on padding, whose expert is of no
-                consequence.
-            context (`TokenContext`, *optional*): what came before, for a distilled router that looks back.
-            recalled (`dict[str, torch.Tensor]`, *optional*): the running statistics; default: as they are now.
-            output_scores (`bool`): return `router_logits` of a frozen routing, too, which takes the scores of the
-                chosen experts alone.
-            by_backbone (`bool`): evaluate stage 1 by the scores, which training goes by, and not by the distilled router.
-
-        Returns:
-            `tuple`: see `Router`.
-        """
-        hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if frozen_index is not None:
-            return self._follow(hidden_states, token_ids, frozen_index, output_scores)
-        if self.memory is not None and recalled is None:
-            recalled = self.memory()
-        scores = gate_scores = score(hidden_states, self.centroids)
-        features = hidden_states
-        if self.is_normalized:
-            features = self.memory.normalize(hidden_states, recalled)
-            scores = score(features, self.centroids)
-        expert_index = self.index_by_token(token_ids, frozen_index, context, by_backbone)
-        teacher_index = self.assignment(self._with_bias(scores, recalled), token_mask)
-        expert_index = teacher_index.view_as(token_ids) if expert_index is None else expert_index
+        selected_experts: Tensor | None,
+        token_mask: Tensor | None,
+        statistics: dict[str, Tensor] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score, choose and weigh (eqs. 5 to 7)."""
+        scores_TE = score(hidden_states, self.centroids)
+        logits_TE, preference_TE = self._with_settings_of_stage1(hidden_states, scores_TE, statistics)
+        teacher_TK = self.assignment(preference_TE, token_mask).unsqueeze(-1)
+        selected_TK = teacher_TK if selected_experts is None else selected_experts
         # Evaluation weighs as a frozen routing does, so that freezing does not change so much as the rounding of a gate.
-        by_all = self.training or not self.gates_by_own_score
-        gate = self._weigh(hidden_states, expert_index, gate_scores if by_all else None)
-        distilled_logits = self.distilled_logits(token_ids, frozen_index, context)
-        if not self.balances_hidden_states:
-            # The same numbers, of which the balance loss reaches the centroids alone.
-            scores = score(features.detach(), self.centroids)
-        trace = self._trace(hidden_states, token_ids, gate, teacher_index, distilled_logits)
-        return scores, expert_index, gate, distilled_logits, trace
+        is_by_all = self.training or not self.gates_by_own_score
+        return logits_TE, self._weigh(hidden_states, selected_TK, scores_TE if is_by_all else None), teacher_TK
 
-    def _follow(self, hidden_states, token_ids, frozen_index, output_scores) -> tuple:
-        """Decide where the experts are frozen, and only the gates are left to decide."""
-        scores = None
-        if output_scores or not self.gates_by_own_score:
-            scores = score(hidden_states, self.centroids)
-        gate = self._weigh(hidden_states, frozen_index, None if self.gates_by_own_score else scores)
-        trace = self._trace(hidden_states, token_ids, gate, None, None)
+    def follow(
+        self, hidden_states: Tensor, selected_experts: Tensor, output_router_logits: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Weigh by the backbone score (eq. 14)."""
+        scores_TE = None
+        if output_router_logits or not self.gates_by_own_score:
+            scores_TE = score(hidden_states, self.centroids)
+        weights_TK = self._weigh(hidden_states, selected_experts, None if self.gates_by_own_score else scores_TE)
         # Nothing is learned of a fixed routing: a trainer that adds a balance loss of its own (TRL) moves no gate by it.
-        return scores.detach() if output_scores else None, frozen_index, gate, None, trace
-
-    def _weigh(self, hidden_states: Tensor, expert_index: Tensor, scores: Tensor | None) -> Tensor:
-        """Weigh the expert of each token, `(T, D), (B, S), (T, E) -> (B, S)`; without scores by that of its expert alone."""
-        chosen = expert_index.view(-1, 1)
-        if scores is None:
-            scores = score_chosen(hidden_states, self.centroids, expert_index.flatten())
-            chosen = torch.zeros_like(chosen)
-        return self.gate(scores, chosen).view_as(expert_index)
-
-    @property
-    def gates_by_own_score(self) -> bool:
-        """`bool`: whether the score of its own expert is all that a token's gate depends on, as the sigmoid's is."""
-        return type(self).gate is LearnedRouter.gate
-
-    def _trace(self, hidden_states, token_ids, gate, teacher_index, distilled_logits) -> tuple:
-        distilled_index = None
-        if distilled_logits is not None:
-            distilled_index = self.distilled_router.choose(token_ids, distilled_logits.detach())
-        return hidden_states.detach(), token_ids.flatten(), gate.detach().flatten(), teacher_index, distilled_index
-
-    def _with_bias(self, router_logits: Tensor, recalled: dict[str, Tensor] | None) -> Tensor:
-        """Add what balances the choice of experts, and leaves the gates alone."""
-        if recalled is None or "expert_bias" not in recalled:
-            return router_logits
-        return router_logits.detach() + recalled["expert_bias"]
+        return scores_TE.detach() if output_router_logits else None, weights_TK
 
     def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Choose the expert of each token by its scores, `(T, E) -> (T,)`: greedily, unless a strategy says else."""
+        """Choose the expert of each token by its scores, `(T, E) -> (T,)`: greedily, unless a strategy differs."""
         return router_logits.argmax(-1)
+
+    def gate(self, router_logits: Tensor, selected_experts: Tensor) -> Tensor:
+        """Weigh the experts of each token, `(T, E), (T, K) -> (T, K)`: by the sigmoid of their scores by default."""
+        return torch.sigmoid(router_logits.gather(-1, selected_experts))
+
+    def _weigh(self, hidden_states: Tensor, selected_experts: Tensor, scores: Tensor | None) -> Tensor:
+        """Weigh the experts of each token by all scores or, without them, by that of its expert alone."""
+        if scores is None:
+            scores = score_chosen(hidden_states, self.centroids, selected_experts.flatten())
+            selected_experts = torch.zeros_like(selected_experts)
+        return self.gate(scores, selected_experts)
 
     @torch.no_grad()
     def reset_gates(self):
         """Forget the centroids, which a frozen routing does not need: every score is 0, every sigmoid gate 1/2."""
         copy_into(self.centroids, self.centroids.new_zeros(whole_shape(self.centroids)))
 
-    def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
-        """Weigh the expert of each token, `(T, E), (T, 1) -> (T, 1)`: by the sigmoid of its score, unless told else."""
-        return torch.sigmoid(router_logits.gather(-1, expert_index))
+    def _with_settings_of_stage1(
+        self, hidden_states: Tensor, scores: Tensor, statistics: dict[str, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Apply settings that the paper does not have; return what is balanced and what experts are chosen by, `(T, E)`.
+
+        The gate is of the raw scores in any case, so that stage 2 does not need the statistics.
+        """
+        if self.memory is not None and statistics is None:
+            statistics = self.memory()
+        if self.is_normalized:  # `router_normalization`
+            hidden_states = self.memory.normalize(hidden_states, statistics)
+            scores = score(hidden_states, self.centroids)
+        preference = scores
+        if statistics is not None and "expert_bias" in statistics:  # `expert_bias_rate`
+            preference = scores.detach() + statistics["expert_bias"]
+        if not self.balances_hidden_states:  # `balance_gradient`: the same numbers, through the centroids alone
+            scores = score(hidden_states.detach(), self.centroids)
+        return scores, preference
 
 
 class StableRouter(LearnedRouter):
@@ -314,7 +339,7 @@ class StableRouter(LearnedRouter):
         self.centers_balance_loss = config.center_balance_loss
 
     def balance_loss(self, **tokens: Tensor) -> Tensor:
-        """Balance the loads (eq. 8); arguments and result as of `losses_stablemoe.balance_loss`, per token."""
+        """Balance the loads (eq. 8), one number per token."""
         return balance_loss(**tokens, reduction="none", centered=self.centers_balance_loss)
 
 
@@ -323,9 +348,9 @@ class SwitchRouter(LearnedRouter):
 
     balance_loss = staticmethod(partial(switch_balance_loss, reduction="none"))
 
-    def gate(self, router_logits: Tensor, expert_index: Tensor) -> Tensor:
-        """Weigh the expert of each token by its probability; see `LearnedRouter.gate`."""
-        return torch.softmax(router_logits, dim=-1).gather(-1, expert_index)
+    def gate(self, router_logits: Tensor, selected_experts: Tensor) -> Tensor:
+        """Weigh the experts of each token by their probability, `(T, E), (T, K) -> (T, K)`."""
+        return torch.softmax(router_logits, dim=-1).gather(-1, selected_experts)
 
 
 class BaseRouter(LearnedRouter):
@@ -336,7 +361,7 @@ class BaseRouter(LearnedRouter):
     """
 
     def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Balance the real tokens while training; see `LearnedRouter.assignment`."""
+        """Balance the real tokens while training, `(T, E) -> (T,)`."""
         if not self.training:
             return router_logits.argmax(-1)
         balanced_assignment = from_package("balanced_assignment", "Training a BASE router")
@@ -354,21 +379,12 @@ class HashRouter(Router):
     It has no parameters: the table is the layer's frozen router, random until `set_routing_tables` sets another.
     """
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        token_ids: Tensor,
-        frozen_index: Tensor,
-        token_mask: Tensor | None = None,
-        context: TokenContext | None = None,
-        recalled: dict[str, Tensor] | None = None,
-        output_scores: bool = True,
-    ) -> tuple:
-        """Decide for each token; arguments and result as of `LearnedRouter.forward`."""
+    def follow(
+        self, hidden_states: Tensor, selected_experts: Tensor, output_router_logits: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        """Weigh by 1; there are no scores."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        gate = torch.ones(frozen_index.shape, dtype=dtype, device=hidden_states.device)
-        trace = hidden_states.detach().flatten(0, -2), token_ids.flatten(), gate.flatten(), None, None
-        return None, frozen_index, gate, None, trace
+        return None, torch.ones(selected_experts.shape, dtype=dtype, device=hidden_states.device)
 
 
 # The names of `router_type`; the one place where a strategy is chosen.
@@ -381,7 +397,7 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def register_router(name: str, balance_loss_coef: float = 0.0) -> Callable[[type[Router]], type[Router]]:
-    """Make a router of your own known to configs; a decorator of the class.
+    """Decorate the class of a router of your own, so that configs know it by name.
 
     A config, and a checkpoint, of that name can be read where the file that registers it has been imported.
 
@@ -390,14 +406,19 @@ def register_router(name: str, balance_loss_coef: float = 0.0) -> Callable[[type
         balance_loss_coef (`float`): default of the config's field, for a class with a `balance_loss`.
 
     Raises:
-        ValueError: for the name of another router, or a class that is no [`Router`].
+        ValueError: for the name of another router, a class that is no [`Router`], or one with a `forward` of its own.
     """
 
     def register(router_class: type[Router]) -> type[Router]:
         if not issubclass(router_class, Router):
             raise ValueError(f"`{router_class.__name__}` must be a subclass of Router or LearnedRouter.")
+        if router_class.forward is not Router.forward:
+            raise ValueError(
+                f"`{router_class.__name__}` has a `forward` of its own. What differs between routers are `learn` and `follow` "
+                "(of a LearnedRouter `assignment` and `gate`): write these instead."
+            )
         known = ROUTERS.get(name)
-        # A file that is run twice, in a notebook say, makes its class anew.
+        # A file that is run twice, in a notebook say, defines its class again.
         if known is not None and (known.__module__, known.__qualname__) != (
             router_class.__module__,
             router_class.__qualname__,
@@ -421,11 +442,12 @@ def build_router(config: StableMoEBaseConfig) -> Router:
 
 
 __all__ = [
+    "RECORDED",
     "BaseRouter",
     "HashRouter",
     "LearnedRouter",
     "Router",
-    "RoutingTrace",
+    "Routing",
     "StableRouter",
     "SwitchRouter",
     "build_router",

@@ -1,8 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What a router remembers of the tokens of stage 1: numbers that no gradient reaches.
 
-Kept as integers, floats by their bits, like the frozen routing and for the same reasons (see `frozen_stablemoe.py`):
-they survive a cast of the model, mixed precision and sharding engines without losing a bit, so routing and gates
+Kept as integers, floats by their bits, like the frozen routing and for the same reasons: they survive a cast of the model, mixed precision and sharding engines without losing a bit, so routing and gates
 are the same everywhere. They follow the tokens of all processes and stand still in stage 2.
 
 Shape suffixes: T tokens, D hidden size, E experts, V vocabulary.
@@ -57,57 +56,36 @@ class RouterMemory(nn.Module):
         self.integer_dtypes[name] = dtype
 
     def forward(self) -> dict[str, Tensor]:
-        """Return what is kept by name, floats as floats: a module of its own, for the hooks of offloading."""
+        """Return what is kept, by name, floats as floats: a `forward`, for the hooks of offloading."""
         return {
             name: from_bits(values) if self.integer_dtypes[name] == torch.int32 else values
             for name, values in self.named_buffers()
         }
 
-    def normalize(self, hidden_states: Tensor, recalled: dict[str, Tensor]) -> Tensor:
-        """Center, and standardize, hidden states by running statistics; float32 at least.
+    def normalize(self, hidden_states: Tensor, statistics: dict[str, Tensor]) -> Tensor:
+        """Center, and standardize, hidden states by running statistics, `(T, D) -> (T, D)`; float32 at least.
 
-        Args:
-            hidden_states (`torch.Tensor` of shape `(T, D)`): h.
-            recalled (`dict[str, torch.Tensor]`): the statistics, of `forward`.
-
-        Returns:
-            `torch.Tensor` of shape `(T, D)`: what is scored; h itself until tokens have been observed, and without
-            `router_normalization`.
+        h itself until tokens have been observed, and without `router_normalization`. `statistics` are those of `forward`.
         """
         if self.normalization is None:
             return hidden_states
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        features = hidden_states.to(dtype) - recalled["feature_mean"]
+        features = hidden_states.to(dtype) - statistics["feature_mean"]
         if self.normalization == "center":
             return features
-        deviation = (recalled["feature_variance"] + VARIANCE_EPSILON).sqrt()
-        return features / torch.where(recalled["tokens"] > 0, deviation, 1.0)
+        deviation = (statistics["feature_variance"] + VARIANCE_EPSILON).sqrt()
+        return features / torch.where(statistics["tokens"] > 0, deviation, 1.0)
 
     @torch.no_grad()
     def load_of_window(self, expert_load: Tensor, recent_load: Tensor | None = None) -> Tensor:
-        """Add the loads of a pass to those of the last `balance_window_tokens` tokens, of which as many are forgotten.
-
-        Args:
-            expert_load (`torch.Tensor` of shape `(E,)`): tokens of the pass sent to each expert, of all processes.
-            recent_load (`torch.Tensor` of shape `(E,)`, *optional*): before it; default: as it is kept.
-
-        Returns:
-            `torch.Tensor` of shape `(E,)`
-        """
+        """Add the loads of a pass to those of the last `balance_window_tokens` tokens, and forget as many."""
         if recent_load is None:
             recent_load = self()["recent_load"]
         return recent_load * (1 - expert_load.sum() / self.window).clamp(min=0.0) + expert_load
 
     @torch.no_grad()
     def observe(self, hidden_states: Tensor, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
-        """Follow the tokens of a training pass of stage 1; every process must call this.
-
-        Args:
-            hidden_states (`torch.Tensor` of shape `(T, D)`): h.
-            token_ids (`torch.LongTensor` of shape `(T,)`): in [0, V).
-            expert_index (`torch.LongTensor` of shape `(T,)`): where the tokens went.
-            mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-        """
+        """Update the statistics by the tokens of a training pass of stage 1; every process must call this."""
         kept = self()
         sums = {"tokens": self._count(token_ids, mask)}
         if self.normalization is not None:
@@ -163,13 +141,13 @@ class RouterMemory(nn.Module):
 
     @torch.no_grad()
     def resize(self, vocab_size: int):
-        """Follow the vocabulary to a new size; new ids have not been seen."""
+        """Resize the counts of token ids; new ids have not been seen."""
         if hasattr(self, "token_counts"):
             self.token_counts = resize_rows(self.token_counts, vocab_size)
 
 
 def needs_memory(config: StableMoEBaseConfig) -> bool:
-    """Tell whether a config asks for any running statistics."""
+    """Return True if a config asks for any running statistics."""
     return (
         config.router_normalization is not None
         or config.expert_bias_rate > 0

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
-from .context_stablemoe import whole_context
+from .context_stablemoe import token_mask, whole_sequences
 from .distillation_stablemoe import sees_context
 from .frozen_stablemoe import BalancedTable, contents_to_load
-from .layer_stablemoe import StableMoELayer, moe_layers_of, token_mask
+from .layer_stablemoe import StableMoELayer, moe_layers_of
 from .tensors_stablemoe import is_quantized
 
 
@@ -102,14 +102,14 @@ class TwoStageRoutingMixin:
         moment before, unless `config.max_frozen_load` sends some elsewhere to balance the table.
 
         Returns:
-            `list[BalancedTable]`: with `max_frozen_load`, what that came to, one a MoE layer; else empty. Its
-                `alone` are the token ids that outweigh the limit by themselves.
+            `list[BalancedTable]`: with `max_frozen_load` the balanced table of each MoE layer and its qualities, else empty.
+                Its `alone` are the token ids that outweigh the limit by themselves.
 
         Raises:
             RuntimeError: if the routing is frozen already.
             ValueError: if the model has no MoE layer, is the encoder or decoder of another model, or learns a routing
                 that is not distilled; if weights to be frozen are NaN or infinite, naming the layer (where they make a
-                table, that is a warning: see `DistilledRouter.check_weights`).
+                table, that is a warning).
         """
         self._require_whole("freeze_router()")
         if self.routing_stage == 2:
@@ -197,15 +197,15 @@ class TwoStageRoutingMixin:
 
     @torch.no_grad()
     def route(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Give the experts that inference would use.
+        """Return the experts that inference would use.
 
         Where the distilled router looks back at earlier tokens, `input_ids` are whole sequences from their start. So
         they are where hidden states decide, as in Switch and BASE: a forward pass finds out.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`): in [0, vocab_size).
-            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 on padding, whose experts are of
-                no consequence.
+            attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 on padding, whose experts do not
+                matter.
 
         Returns:
             `torch.LongTensor` of shape `(moe layers, batch, sequence)`: in [0, num_experts).
@@ -217,8 +217,8 @@ class TwoStageRoutingMixin:
         layers = self.moe_layers_by_name.values()
         if not all(layer.is_routed_by_token for layer in layers):
             return self._route_by_hidden_states(input_ids, attention_mask)
-        context = whole_context(input_ids, token_mask(attention_mask, input_ids.shape[1]))
-        routes = [layer.route(input_ids, context) for layer in layers]
+        tokens = whole_sequences(input_ids, token_mask(attention_mask, input_ids.shape[1]))
+        routes = [layer.route(tokens) for layer in layers]
         return torch.stack(routes) if routes else input_ids.new_zeros((0, *input_ids.shape))
 
     def _route_by_hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -268,14 +268,14 @@ class TwoStageRoutingMixin:
         check_fingerprint(self.router_fingerprint(), expected, layers)
 
     def follow_loaded_routing(self):
-        """Bring stage and fingerprint in line with frozen routers that have just been loaded.
+        """Update stage and fingerprint after frozen routers have been loaded.
 
         `load_state_dict` does this itself; an engine that loads its shards past it (ZeRO-3) leaves it to
         `StageTransitionCallback`. A config is not part of a state dict, so a fingerprint follows the routers into a stage.
         It never follows them to another routing.
 
         Raises:
-            ValueError: see `check_routing`.
+            ValueError: if what was loaded is damaged, or not the routing that the config was saved with.
         """
         if not self._read_routing() or _is_side(self):
             return
@@ -309,7 +309,7 @@ class TwoStageRoutingMixin:
             layer.frozen_router.expect(self.config.router_fingerprint is not None)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """Resize the vocabulary, routers included; arguments as in `PreTrainedModel.resize_token_embeddings`.
+        """Resize the vocabulary as `PreTrainedModel` does, routers included.
 
         All old ids keep their expert. While the routing is learned, new rows of D start at N(0, 1); in a frozen model
         the new id v goes to expert v mod num_experts (where the router looks back at earlier tokens: is taken for the id
@@ -327,7 +327,7 @@ class TwoStageRoutingMixin:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, and check its routing.
 
         Raises:
-            ValueError: see `check_routing`; also for weights that cannot be read, with the file's own complaint, or
+            ValueError: for a frozen routing that is damaged or not the config's; for weights that cannot be read, with the file's own complaint, or
                 that have other shapes than the config says (a RuntimeError, too, as transformers'), and for routers that
                 would be quantised, naming the tensors.
         """
@@ -362,7 +362,7 @@ _RESTORE = "The checkpoint is damaged or mixed from two runs; restore it from it
 
 
 def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:
-    """Name the tensors that do not fit the config: transformers' own error only points at its log."""
+    """Name the tensors that do not fit the config: the error of transformers only points at its log."""
     tensors = [
         f"{name} is {list(stored)} in the weights, {list(built)} by the config"
         for name, stored, built in sorted(loading_info["mismatched_keys"])
@@ -392,7 +392,7 @@ def _refuse_quantized_routers(layers: dict[str, StableMoELayer]):
 
 
 def fingerprint_of(routers: Iterable[bytes]) -> str:
-    """Take the checksum of the frozen routers of a model, in order, each as of `FrozenRouting.encode`."""
+    """Compute the checksum of the frozen routers of a model, in order, each written as bytes."""
     digest = hashlib.sha256(b"stablemoe-routing-1")
     for router in routers:
         digest.update(router)
@@ -402,13 +402,8 @@ def fingerprint_of(routers: Iterable[bytes]) -> str:
 def check_fingerprint(actual: str | None, expected: str | None, layers: dict[str, StableMoELayer]):
     """Refuse a routing that is not the one that a config was saved with.
 
-    Args:
-        actual (`str`, *optional*): fingerprint of what was loaded.
-        expected (`str`, *optional*): fingerprint in the config.
-        layers (`dict[str, StableMoELayer]`): the MoE layers, for the error.
-
     Raises:
-        ValueError: if they differ.
+        ValueError: naming the layers, if the `actual` fingerprint is not the `expected` one of the config.
     """
     if actual != expected:
         raise ValueError(
@@ -419,12 +414,12 @@ def check_fingerprint(actual: str | None, expected: str | None, layers: dict[str
 
 
 def _noun(layers: dict[str, StableMoELayer]) -> str:
-    """Say what the routing of all layers is frozen into; layers of one model do not differ in it."""
+    """Return what the routing of all layers is frozen into; layers of one model do not differ in it."""
     return next((layer.frozen_router.noun for layer in layers.values()), "routing table")
 
 
 def _is_side(model: TwoStageRoutingMixin) -> bool:
-    """Tell an encoder or a decoder, which shares the config of the whole model but has not all of its MoE layers."""
+    """Return True for an encoder or a decoder: it shares the config of the whole model, but not all of its MoE layers."""
     return len(model.moe_layers_by_name) != model.config.num_moe_layers
 
 

@@ -78,17 +78,15 @@ def _all_finite(values: Tensor) -> bool:
     return math.isfinite(values.detach().sum().item()) or bool(torch.isfinite(values).all())
 
 
+def sinusoids(positions: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Compute the sines, then the cosines of positions at geometrically spaced wavelengths, `(...) -> (..., width)`."""
+    exponent = torch.arange(0, width, 2, dtype=dtype, device=positions.device) / width
+    angle = positions.unsqueeze(-1) * 10000.0**-exponent
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)[..., :width]
+
+
 def finite_tokens(hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Leave out, as if they were padding, the tokens that no statistic can use.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(T, D)`): any float dtype.
-        mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
-
-    Returns:
-        `torch.BoolTensor` of shape `(T,)`: True on real tokens whose hidden state holds no NaN and no infinity; `None`
-        where all tokens are.
-    """
+    """Mask tokens whose hidden state holds NaN or infinity, as if they were padding."""
     if may_ask(hidden_states) and _all_finite(hidden_states):
         return mask
     finite = torch.isfinite(hidden_states).all(-1)
@@ -104,7 +102,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def is_at_hand(tensor: Tensor, device: torch.device) -> bool:
-    """Tell whether a tensor can be read here and now: on this device, whole, and not on its way from elsewhere."""
+    """Return True if a tensor can be read here and now: on this device, whole, and not on its way from elsewhere."""
     return tensor.device == device and not hasattr(tensor, "device_mesh") and tensor.numel() > 0
 
 
@@ -114,7 +112,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def is_quantized(tensor: Tensor) -> bool:
-    """Tell a tensor that a quantiser stores in few bits: torchao's are subclasses that say how to write them out."""
+    """Return True for a tensor that a quantiser stores in few bits: torchao's are subclasses that say how to write them out."""
     kind = type(tensor)
     return kind is not Tensor and kind is not nn.Parameter and kind.dequantize is not Tensor.dequantize
 
@@ -125,17 +123,13 @@ def dequantized(tensor: Tensor) -> Tensor:
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """Give the shape that a tensor has when nothing is sharded; ZeRO-3 leaves an empty one behind."""
+    """Return the shape that a tensor has when nothing is sharded; ZeRO-3 leaves an empty one behind."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 @torch.no_grad()
 def copy_into(target: Tensor, values: Tensor):
-    """Copy whole `values` into `target`, each process its own part where `target` is sharded.
-
-    Args:
-        target (`torch.Tensor`): a parameter.
-        values (`torch.Tensor`): of the whole shape of `target`; the same on every process.
+    """Copy whole `values` into a parameter or buffer, each process its own part where that is sharded.
 
     Raises:
         ValueError: if `target` is offloaded: hooks bring its values before a forward pass, and would not keep these.
@@ -161,15 +155,7 @@ def copy_into(target: Tensor, values: Tensor):
 
 
 def zero_through(parameters: list[nn.Parameter], module: nn.Module) -> Tensor:
-    """Make a 0 that gives parameters a gradient of zero.
-
-    Args:
-        parameters (`list[torch.nn.Parameter]`): not empty.
-        module (`torch.nn.Module`): the one whose forward pass this is.
-
-    Returns:
-        `torch.Tensor` of shape `()`.
-    """
+    """Return a 0 that gives parameters, at least one, a gradient of zero in the forward pass of `module`."""
     # Once gathered for a module, DeepSpeed brings them before each of its passes, forward and backward.
     missing = [parameter for parameter in parameters if _is_elsewhere(parameter)]
     with _deepspeed().zero.GatheredParameters(missing, fwd_module=module) if missing else nullcontext():
@@ -177,7 +163,7 @@ def zero_through(parameters: list[nn.Parameter], module: nn.Module) -> Tensor:
 
 
 def _is_elsewhere(tensor: Tensor) -> bool:
-    """Tell a parameter that ZeRO-3 has taken apart, as it does outside of its module's forward pass."""
+    """Return True for a parameter that ZeRO-3 has taken apart, as it does outside of its module's forward pass."""
     return hasattr(tensor, "ds_id") and tensor.numel() != tensor.ds_numel
 
 
@@ -187,20 +173,11 @@ def _deepspeed():
 
 
 def restored_integers(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Give the integers that other code has stored in another dtype.
-
-    Averages of equal models differ from them by rounding, which is undone.
-
-    Args:
-        values (`torch.Tensor`): of any dtype and shape.
-        dtype (`torch.dtype`): an integer one.
-        name (`str`): of the tensor, for the error.
-
-    Returns:
-        `torch.Tensor`: of `dtype`; `values` itself where it has that.
+    """Return the integers that other code has stored in another dtype, undoing the rounding of averages.
 
     Raises:
-        ValueError: for values that are no whole numbers, or larger than those that their dtype tells apart.
+        ValueError: naming the tensor, for values that are not whole numbers, or larger than those that their dtype
+            tells apart.
     """
     if values.dtype == dtype:
         return values
@@ -219,13 +196,7 @@ def restored_integers(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def restore_integers(module: nn.Module, name: str, dtypes: dict[str, torch.dtype]):
-    """Bring buffers that an engine has made in the dtype of the model back to integers; see `restored_integers`.
-
-    Args:
-        module (`torch.nn.Module`): that holds them.
-        name (`str`): of the module, for errors.
-        dtypes (`dict[str, torch.dtype]`): of its buffers, by name.
-    """
+    """Convert buffers that an engine has made in the dtype of the model back to integers, by name in `dtypes`."""
     for key, dtype in dtypes.items():
         values = getattr(module, key)
         if values.dtype != dtype and not values.is_meta:
@@ -233,12 +204,12 @@ def restore_integers(module: nn.Module, name: str, dtypes: dict[str, torch.dtype
 
 
 def to_bits(values: Tensor) -> Tensor:
-    """Give the integers, `int32`, that have the bits of `float32` values: no cast of a model changes them."""
+    """Return the integers, `int32`, that have the bits of `float32` values: no cast of a model changes them."""
     return values.contiguous().view(torch.int32)
 
 
 def from_bits(bits: Tensor) -> Tensor:
-    """Give the `float32` values that `to_bits` was given.
+    """Return the `float32` values that `to_bits` was given.
 
     Raises:
         ValueError: for other numbers than those, which a cast to another dtype leaves; in `torch.jit.trace`, which cannot
@@ -258,11 +229,7 @@ def from_bits(bits: Tensor) -> Tensor:
 
 
 def pack_ids(is_in_set: Tensor) -> str:
-    """Write a set of ids for a config: a bit an id, the lowest id in the lowest bit of the first byte, in base 64.
-
-    Args:
-        is_in_set (`torch.BoolTensor` of shape `(V,)`): True for the ids of the set.
-    """
+    """Write a set of ids for a config: one bit per id, the lowest in the lowest bit of the first byte, in base 64."""
     bits = F.pad(is_in_set.cpu().int(), (0, -len(is_in_set) % 8)).view(-1, 8)
     values = (bits << torch.arange(8)).sum(-1)
     return base64.b64encode(bytes(values.tolist())).decode()
@@ -298,6 +265,7 @@ __all__ = [
     "restored_integers",
     "score",
     "score_chosen",
+    "sinusoids",
     "to_bits",
     "unpack_ids",
     "whole_shape",

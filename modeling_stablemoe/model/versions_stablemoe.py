@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What transformers 5.15 to 5.23 name otherwise than 5.24 and later: the key/value cache, `past_key_values` before `cache`."""
+"""What transformers 5.15 to 5.23 name differently from 5.24 and later: the key/value cache, `past_key_values` before `cache`."""
 
 import inspect
 from collections.abc import Callable
@@ -54,14 +54,9 @@ def takes_cache_by_either_name(forward: Callable) -> Callable:
 def update_cache(
     cache: Cache, key: Tensor, value: Tensor, layer_idx: int, attention_kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """Add keys and values to a cache, and return those to attend to, `(batch, heads, length, head_dim)` each.
+    """Add keys and values, `(batch, heads, sequence, head_dim)`, to a cache, and return those to attend to.
 
-    Args:
-        cache (`Cache`): or the paged cache of continuous batching.
-        key (`torch.Tensor` of shape `(batch, heads, sequence, head_dim)`): of new positions.
-        value (`torch.Tensor` of shape `(batch, heads, sequence, head_dim)`): of new positions.
-        layer_idx (`int`): place of the block.
-        attention_kwargs (`dict`): what the attention function will get; a paged cache changes it.
+    It may be the paged cache of continuous batching, which changes the arguments that the attention function will get.
     """
     if CACHE_NAME == "cache" or isinstance(cache, Cache):
         return cache.update(key, value, layer_idx, kwargs=attention_kwargs)
@@ -74,18 +69,18 @@ class StableMoEGenerationMixin(GenerationMixin):
     """`GenerationMixin`, for which callers may name a cache `cache` or `past_key_values`."""
 
     def generate(self, *args, **kwargs):
-        """Generate token ids; see `GenerationMixin.generate`."""
+        """Generate token ids as `GenerationMixin` does."""
         return super().generate(*args, **name_cache(kwargs))
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` looks `inputs_embeds` up in its signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        """Make the inputs of the next step; see `GenerationMixin.prepare_inputs_for_generation`."""
+        """Make the inputs of the next step as `GenerationMixin` does."""
         return super().prepare_inputs_for_generation(*args, **name_cache(kwargs))
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        """See `GenerationMixin`: the first that knows inputs and final lengths.
+        """Make the cache as `GenerationMixin` does; the first place where inputs and final lengths are known.
 
         Raises:
             ValueError: if generation may pass `max_position_embeddings`, instead of at the step that does.

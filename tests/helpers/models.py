@@ -10,7 +10,7 @@ from modeling_stablemoe import (
     StableMoEForConditionalGeneration,
     StableMoESeq2SeqConfig,
 )
-from modeling_stablemoe.model.routing_stablemoe import RoutingTrace
+from modeling_stablemoe.model.routing_stablemoe import Routing
 
 
 # Odd and all different, so that swapped axes fail.
@@ -110,11 +110,13 @@ class Decision(NamedTuple):
     expert_index: torch.Tensor
     gate: torch.Tensor
     distilled_logits: torch.Tensor | None
-    trace: RoutingTrace
+    trace: Routing
 
     @classmethod
     def of(cls, output: tuple) -> "Decision":
-        return cls(*output[:4], RoutingTrace(*output[4]))
+        routing, expert_index = Routing(*output[-1]), output[1]
+        gate = routing.routing_weights.view_as(expert_index)
+        return cls(routing.router_logits, expert_index, gate, routing.distilled_logits, routing)
 
 
 def gradients(model: StableMoEForCausalLM) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from modeling_stablemoe import (
     StageTransitionCallback,
 )
 from modeling_stablemoe.model.configuration_stablemoe import DISTILLED_ROUTERS, TABLE_ROUTERS
-from modeling_stablemoe.model.context_stablemoe import whole_context
+from modeling_stablemoe.model.context_stablemoe import whole_sequences
 from modeling_stablemoe.model.distillation_stablemoe import ContextRouter, sees_context
 
 
@@ -147,11 +147,11 @@ def test_each_kind_is_what_its_definition_says(kind, width):
     for layer, router in enumerate(distilled_of(model)):
         for row in ROWS:
             expected = reference_scores(kind, router, row)
-            context = whole_context(row.unsqueeze(0))
-            actual = router(row.unsqueeze(0), context, exact=True)
+            tokens = whole_sequences(row.unsqueeze(0))
+            actual = router(tokens, exact=True)
             assert actual.dtype == torch.float64
             np.testing.assert_allclose(actual[0].detach().numpy(), expected, rtol=1e-10, atol=1e-10)
-            np.testing.assert_allclose(router(row, context)[0].detach().numpy(), expected, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(router(tokens)[0].detach().numpy(), expected, rtol=1e-4, atol=1e-4)
             assert model.route(row.unsqueeze(0))[layer, 0].tolist() == expected.argmax(-1).tolist()
 
 
@@ -166,10 +166,10 @@ def test_a_transformer_router_has_as_many_layers_as_it_says_and_the_widest_is_th
 def test_a_token_sees_what_is_within_reach_and_nothing_that_follows(kind):
     router = distilled_of(build(kind))[0]
     ids = random_ids(1, 12)
-    before = router(ids, whole_context(ids), exact=True)[0]
+    before = router(whole_sequences(ids), exact=True)[0]
     other = ids.clone()
     other[0, 4] = 98
-    change = (router(other, whole_context(other), exact=True)[0] - before).abs().amax(-1)
+    change = (router(whole_sequences(other), exact=True)[0] - before).abs().amax(-1)
     seen = range(4, 4 + REACH.get(kind, 8) + 1)
     assert [bool(c > 1e-9) for c in change] == [t in seen for t in range(12)]
 
@@ -202,7 +202,7 @@ def test_weights_start_orthogonal_normal_one_or_zero(kind):
         elif name.endswith("_weight"):
             assert_close(parameter.std(), torch.tensor(parameter.shape[-1] ** -0.5), rtol=0.1, atol=0)
     ids = random_ids(4, 16)
-    features = router(ids, whole_context(ids)) @ router.centroids * 100  # centroids are orthogonal: what they see of f
+    features = router(whole_sequences(ids)) @ router.centroids * 100  # centroids are orthogonal: what they see of f
     assert torch.isfinite(features).all()
     assert (layers_of(model)[0].frozen_router.weights.embedding == -1).all()
     assert (model.routing_stage, model.router_fingerprint()) == (1, None)
@@ -233,7 +233,7 @@ def test_a_row_of_padding_only_stays_finite(kind):
     router = distilled_of(build(kind))[0]
     ids = random_ids(2, 6)
     mask = torch.tensor([[False] * 6, [True] * 6])
-    scores = router(ids, whole_context(ids, mask))
+    scores = router(whole_sequences(ids, mask))
     assert torch.isfinite(scores).all()
     scores[1].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in router.parameters())

@@ -298,7 +298,7 @@ def test_padding_takes_no_capacity():
     hidden = torch.randn(2, 10, 32)
     mask = torch.ones(2, 10, dtype=torch.bool)
     mask[0] = False
-    changed = (layer(hidden, random_ids(2, 10), mask) != hidden).any(-1)
+    changed = (layer(hidden, (random_ids(2, 10), mask)) != hidden).any(-1)
     assert changed.flatten().tolist() == [False] * 10 + [True] * 2 + [False] * 8  # 1 * 10 / 5
 
 

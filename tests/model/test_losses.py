@@ -248,13 +248,13 @@ def test_routing_losses_sum_over_layers():
         **STABLE,
         router_logits=router_logits,
         distilled_logits=distilled_logits,
-        expert_indices=indices,
-        teachers=indices,
+        selected_experts=[index.unsqueeze(-1) for index in indices],
+        teacher_experts=[index.unsqueeze(-1) for index in indices],
     )
     parts = [losses_of(*scores) for scores in zip(router_logits, distilled_logits, strict=True)]
-    torch.testing.assert_close(losses.balance_loss, parts[0][0] + parts[1][0], **CLOSE)
-    torch.testing.assert_close(losses.distillation_loss, parts[0][1] + parts[1][1], **CLOSE)
-    assert losses.expert_load.tolist() == [torch.bincount(index, minlength=3).tolist() for index in indices]
+    torch.testing.assert_close(losses["balance_loss"], parts[0][0] + parts[1][0], **CLOSE)
+    torch.testing.assert_close(losses["distillation_loss"], parts[0][1] + parts[1][1], **CLOSE)
+    assert losses["expert_load"].tolist() == [torch.bincount(index, minlength=3).tolist() for index in indices]
 
 
 def test_evaluation_measures_the_losses_of_the_backbone_router_and_the_loads_of_the_distilled_one():
@@ -264,24 +264,25 @@ def test_evaluation_measures_the_losses_of_the_backbone_router_and_the_loads_of_
         **STABLE,
         router_logits=[router_logits],
         distilled_logits=[distilled_logits],
-        expert_indices=[distilled_logits.argmax(-1)],
-        teachers=[router_logits.argmax(-1)],
+        selected_experts=[distilled_logits.argmax(-1, keepdim=True)],
+        teacher_experts=[router_logits.argmax(-1, keepdim=True)],
     )
     balance, distillation = losses_of(router_logits, distilled_logits)
-    torch.testing.assert_close(losses.balance_loss, balance, **CLOSE)
-    torch.testing.assert_close(losses.distillation_loss, distillation, **CLOSE)
-    assert losses.expert_load[0].tolist() == torch.bincount(distilled_logits.argmax(-1), minlength=3).tolist()
+    torch.testing.assert_close(losses["balance_loss"], balance, **CLOSE)
+    torch.testing.assert_close(losses["distillation_loss"], distillation, **CLOSE)
+    assert losses["expert_load"][0].tolist() == torch.bincount(distilled_logits.argmax(-1), minlength=3).tolist()
 
 
 def test_in_stage_2_both_losses_are_zero_and_loads_are_still_counted():
     losses = routing_losses(
         **STABLE,
         router_logits=[torch.randn(4, 3)],
-        distilled_logits=[],
-        expert_indices=[torch.tensor([0, 2, 2, 2])],
+        distilled_logits=[None],
+        selected_experts=[torch.tensor([[0], [2], [2], [2]])],
+        teacher_experts=[None],
     )
-    assert float(losses.balance_loss) == float(losses.distillation_loss) == 0.0
-    assert losses.expert_load.tolist() == [[1, 0, 3]]
+    assert float(losses["balance_loss"]) == float(losses["distillation_loss"]) == 0.0
+    assert losses["expert_load"].tolist() == [[1, 0, 3]]
 
 
 def test_a_model_in_stage_2_trains_on_the_task_alone_with_a_zero_tensor_as_auxiliary_loss():
@@ -360,17 +361,17 @@ def test_routing_losses_ask_other_processes_only_when_told_to(monkeypatch):
         "num_experts": 2,
         "router_logits": [router_logits],
         "distilled_logits": [router_logits],
-        "expert_indices": [router_logits.argmax(-1)],
-        "teachers": [router_logits.argmax(-1)],
+        "selected_experts": [router_logits.argmax(-1, keepdim=True)],
+        "teacher_experts": [router_logits.argmax(-1, keepdim=True)],
     }
     alone = routing_losses(**arguments)
     assert not asked
     gate = 1 / (1 + math.exp(-1))
-    torch.testing.assert_close(alone.balance_loss, double(gate), **CLOSE)
-    together = routing_losses(**arguments, training=True)
+    torch.testing.assert_close(alone["balance_loss"], double(gate), **CLOSE)
+    together = routing_losses(**arguments, across_processes=True)
     assert [load.tolist() for load in asked] == [[0, 4]]
-    torch.testing.assert_close(together.balance_loss, double(0.0), **CLOSE)
-    assert together.expert_load.tolist() == [[0, 4]], "the reported load is this process's own"
+    torch.testing.assert_close(together["balance_loss"], double(0.0), **CLOSE)
+    assert together["expert_load"].tolist() == [[0, 4]], "the reported load is this process's own"
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_layer_output_equals_the_reference(routing, backend, width):
     hidden, token_ids, mask, _ = layer_input()
     table = layer.frozen_router.values().tolist() if routing == "frozen" else None
     expected, *_ = reference_layer(arrays(layer), hidden.detach().numpy(), token_ids, mask, routing, table)
-    actual = layer(hidden, token_ids, mask)
+    actual = layer(hidden, (token_ids, mask))
     torch.testing.assert_close(actual.detach().view(-1, 32), torch.from_numpy(expected), **EXACT)
     assert (actual - hidden)[mask].abs().max() > 0.1, "experts that change nothing would prove nothing"
 
@@ -57,7 +57,7 @@ def test_router_takes_the_experts_and_scores_of_the_reference(routing):
     _, scores, distilled, assigned = reference_layer(
         arrays(layer), hidden.detach().numpy(), token_ids, mask, routing, table
     )
-    frozen_index = layer.frozen_router(token_ids) if routing == "frozen" else None
+    frozen_index = layer.frozen_router(token_ids).view(-1, 1) if routing == "frozen" else None
     decision = Decision.of(layer.router(hidden, token_ids, frozen_index))
     assert decision.expert_index.flatten().tolist() == assigned.tolist()
     assert len(set(assigned.tolist())) > 2
@@ -76,7 +76,7 @@ def test_layer_gradients_equal_finite_differences_of_the_reference(routing, back
     layer = double_model(routing, backend).model.moe_layers[0]
     hidden, token_ids, mask, weights = layer_input()
     table = layer.frozen_router.values().tolist() if routing == "frozen" else None
-    (layer(hidden, token_ids, mask) * weights).sum().backward()
+    (layer(hidden, (token_ids, mask)) * weights).sum().backward()
 
     def objective(params):
         output, *_ = reference_layer(params, params["hidden"], token_ids, mask, routing, table)

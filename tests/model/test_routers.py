@@ -79,7 +79,7 @@ def test_layer_output_equals_the_reference(kind, training, backend):
     layer = model.model.moe_layers[0].train(training)
     hidden, token_ids, mask, _ = masked_input()
     expected, _, _, assigned = reference_of(kind, layer, hidden.detach().numpy(), token_ids, mask, training)
-    actual = layer(hidden, token_ids, mask)
+    actual = layer(hidden, (token_ids, mask))
     assert_close(actual.detach().view(-1, 32), torch.from_numpy(expected), **EXACT)
     assert torch.equal(actual[~mask], hidden[~mask])
     assert len(set(assigned.tolist())) > 2
@@ -89,7 +89,7 @@ def test_layer_output_equals_the_reference(kind, training, backend):
 def test_layer_gradients_equal_finite_differences_of_the_reference(kind):
     layer = model_of(kind).double().model.moe_layers[0].train()
     hidden, token_ids, mask, weights = masked_input()
-    (layer(hidden, token_ids, mask) * weights).sum().backward()
+    (layer(hidden, (token_ids, mask)) * weights).sum().backward()
     table = layer.frozen_router.values().tolist()
 
     def objective(params):
@@ -452,10 +452,16 @@ def test_balance_counts_run_over_all_processes_for_switch_too(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     logits = torch.tensor([[0.0, 1.0]] * 4)
-    chosen = [logits.argmax(-1)]
-    arguments = {"router_logits": [logits], "distilled_logits": [], "expert_indices": chosen, "teachers": chosen}
-    losses = routing_losses(balance_loss_function=switch_balance_loss, num_experts=2, training=True, **arguments)
-    assert_close(losses.balance_loss, torch.tensor(1.0))  # 4 tokens each: f = (1/2, 1/2)
+    chosen = [logits.argmax(-1, keepdim=True)]
+    arguments = {"distilled_logits": [None], "selected_experts": chosen, "teacher_experts": chosen}
+    losses = routing_losses(
+        balance_loss_function=switch_balance_loss,
+        num_experts=2,
+        router_logits=[logits],
+        across_processes=True,
+        **arguments,
+    )
+    assert_close(losses["balance_loss"], torch.tensor(1.0))  # 4 tokens each: f = (1/2, 1/2)
 
 
 # The configuration

@@ -116,7 +116,11 @@ def test_the_gate_is_the_sigmoid_of_the_backbone_score_of_the_chosen_expert_in_e
     hidden, ids = torch.randn(3, 33, 32), ALL_IDS
     router = layer_of(model).router
     table = model.route(ids)[0]
-    decisions = [router.train()(hidden, ids), router.eval()(hidden, ids), router.train()(hidden, ids, table)]
+    decisions = [
+        router.train()(hidden, ids),
+        router.eval()(hidden, ids),
+        router.train()(hidden, ids, table.view(-1, 1)),
+    ]
     for decision in map(Decision.of, decisions):
         chosen = decision.router_logits.gather(-1, decision.expert_index.view(-1, 1)).view(3, 33)
         assert_close(decision.gate, chosen.sigmoid(), rtol=1e-6, atol=1e-6)

@@ -339,7 +339,7 @@ def recount(decisions, half_life: int | None = None) -> torch.Tensor:
         if half_life is not None:
             counts *= 0.5 ** (decision.trace.token_ids.numel() / half_life)
         for token_id, expert in zip(
-            decision.trace.token_ids.tolist(), decision.expert_index.flatten().tolist(), strict=True
+            decision.trace.token_ids.flatten().tolist(), decision.expert_index.flatten().tolist(), strict=True
         ):
             counts[token_id, expert] += 1
     return counts
