@@ -242,7 +242,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             freezes the distilled router as it is.
         frozen_load_bands (`int`, *optional*, defaults to 1): with `max_frozen_load`, cut the token ids into so many bands
             from frequent to rare, each with as many tokens, and keep to the limit after every band: frequent ids are
-            spread over all experts, too (see `balanced_table_in_bands`).
+            spread over all experts, too.
         router_aux_loss_coef (`float`, *optional*, defaults to 1.0): factor on the whole auxiliary loss,
             `loss = task_loss + router_aux_loss_coef * aux_loss` with
             `aux_loss = balance_loss_coef * L_bal + distillation_loss_coef * L_dis`. It is the one name that trainers
