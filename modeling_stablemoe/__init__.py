@@ -27,7 +27,7 @@ from .model.pretrained_stablemoe import StableMoEPreTrainedModel
 from .model.routing_stablemoe import register_router
 from .offload.offloading import experts_on_disk, offload_experts
 from .solvers.assignment import balanced_assignment
-from .solvers.balancing import balanced_table_in_bands
+from .solvers.balancing import balanced_table
 from .training.transition import (
     ModelCardCallback,
     RoutingFluctuationCallback,
@@ -61,7 +61,7 @@ def _convert_dense(*args):
 register_earlier_names()
 PACKAGE_FUNCTIONS.update(
     balanced_assignment=balanced_assignment,
-    balanced_table_in_bands=balanced_table_in_bands,
+    balanced_table=balanced_table,
     convert_dense=_convert_dense,
     write_code=write_code,
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from modeling_stablemoe.measure.inspection import LayerRouting, RoutedText
 from modeling_stablemoe.measure.report import format_table
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
-from modeling_stablemoe.solvers.balancing import balanced_table_in_bands
+from modeling_stablemoe.solvers.balancing import balanced_table
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def rebalance(
         model (`TwoStageRoutingMixin`): with a table, or with a routing that one can stand for.
         texts (sequence of `RoutedText`): what every MoE layer has routed; see `route_texts`.
         max_load (`float`): tokens allowed on one expert, in mean loads; see `balanced_table`.
-        num_bands (`int`): see `balanced_table_in_bands`.
+        num_bands (`int`): see `balanced_table`.
 
     Returns:
         `list[LayerBalance]`: one a MoE layer.
@@ -92,7 +92,7 @@ def _balance(
     stays = module.route(ids) if module.is_routed_by_token else ids % num_experts
     agreement[unseen, stays.cpu()[unseen]] = 1.0
     weights[unseen] = 1.0
-    balanced = balanced_table_in_bands(agreement, weights, max_load, num_bands)
+    balanced = balanced_table(agreement, weights, max_load, num_bands)
     kept, best = (counts.gather(1, table.unsqueeze(-1)).sum().item() for table in (balanced.table, counts.argmax(-1)))
     tokens = counts.sum().item()
     loads = [

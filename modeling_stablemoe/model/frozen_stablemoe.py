@@ -27,7 +27,7 @@ class BalancedTable(NamedTuple):
     table: Tensor  # `torch.LongTensor` of shape (V,): expert of each token id
     agreement: float  # tokens kept on the expert that they prefer (expected number)
     best_agreement: float  # the same for the best table without a limit
-    bound: float  # no table within the limit keeps more; equal to `agreement` where the table is proved optimal
+    bound: float  # no table within the limit keeps more; equal to `agreement` where the table is surely the best
     limit: float  # tokens allowed on one expert, but for one of `alone`
     load: Tensor  # `torch.DoubleTensor` of shape (E,): tokens of each expert
     alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has an expert of its own

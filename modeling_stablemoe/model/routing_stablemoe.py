@@ -234,7 +234,7 @@ class Router(nn.Module):
         # An id that was never seen counts as seen once: many of them make a load, too.
         counts = self.memory()["token_counts"].clamp(min=1).double().cpu()
         agreement = self.distilled_router.expected_shares().double().cpu() * counts.unsqueeze(-1)
-        balance = from_package("balanced_table_in_bands", "Freezing under a load limit (`max_frozen_load`)")
+        balance = from_package("balanced_table", "Freezing under a load limit (`max_frozen_load`)")
         balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands)
         return balanced.table, balanced
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from modeling_stablemoe.model.losses_stablemoe import count_expert_load
 
+from .prices import newton_prices
+
 
 # Scores are rounded to about 1e-6 of their mean spread. Scores that differ by rounding errors of float32 (a token that
 # repeats) become equal, so many tokens move at once, and sums of rounded scores are exact.
@@ -26,10 +28,6 @@ GRID_BITS = 20
 RANGE_BITS = 40
 # One look costs about as much as one step of the prices, and makes an accelerator wait.
 STEPS_PER_LOOK = 4
-# Keeps the equations solvable where few tokens hesitate between experts.
-DAMPING = 1e-3
-# In temperatures. The temperature halves with every step, so prices can still get anywhere.
-LONGEST_STEP = 4.0
 
 
 def round_to_grid(scores_TE: Tensor) -> Tensor:
@@ -77,22 +75,19 @@ def clearing_prices(scores_TE: Tensor) -> Tensor:
     # What all tokens share of an expert's score belongs to its price, and would cost float32 its precision.
     mean_E = scores_TE.mean(0)
     values_TE = (scores_TE - mean_E).float()
+
+    def demand(price_E: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        share_TE = ((values_TE - price_E) / temperature).softmax(-1)
+        return share_TE.sum(0), share_TE.T @ share_TE
+
     temperature = values_TE.abs().max().item()
-    price_E = torch.zeros_like(values_TE[0])
-    for step in range(math.frexp(temperature)[1]):
+    prices = newton_prices(demand, quota, quota, torch.zeros_like(values_TE[0]), temperature)
+    for step, (price_E, _) in zip(range(math.frexp(temperature)[1] + 1), prices, strict=False):
         if step % STEPS_PER_LOOK == 0:
             expert_T = (values_TE - price_E).argmax(-1)
             load_E = count_expert_load(expert_index=expert_T, mask=None, num_experts=num_experts)
             if (load_E - math.ceil(quota)).clamp(min=0).sum() <= num_experts / 2:
                 break
-        share_TE = ((values_TE - price_E) / temperature).softmax(-1)
-        load_E = share_TE.sum(0)
-        # An expert that nobody wants has no curvature: its quota stands in, and its price falls by one temperature.
-        diagonal_E = load_E.clamp(min=quota) + DAMPING * quota
-        hessian_EE = torch.diag(diagonal_E).double() - (share_TE.T @ share_TE).double()
-        newton_E = torch.linalg.solve_ex(hessian_EE, (load_E - quota).double()).result
-        price_E = price_E + temperature * newton_E.clamp(-LONGEST_STEP, LONGEST_STEP).float()
-        temperature /= 2
     return (mean_E + price_E.double()).round()
 
 
