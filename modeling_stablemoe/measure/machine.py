@@ -115,14 +115,3 @@ def first_line(error: Exception) -> str:
     """Return the first line of an error's message."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else "no message"
-
-
-__all__ = [
-    "ChildError",
-    "available_memory",
-    "environment",
-    "first_line",
-    "peak_memory",
-    "reset_peak_memory",
-    "run_alone",
-]
