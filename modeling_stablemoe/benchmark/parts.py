@@ -70,12 +70,12 @@ class Cell(NamedTuple):
 def cells_of(args: BenchmarkArguments) -> Iterator[Cell]:
     """List what there is to measure; nothing is built before it is measured."""
     parts = {
-        "layer": (layer_cells, expert_cells),
+        "layer": (partial(layer_cells, part="layer"), expert_cells),
         "step": (step_cells,),
         "generation": (generation_cells,),
         "memory": (partial(process_cells, part="memory"),),
         "loading": (partial(process_cells, part="loading"),),
-        "shares": (share_cells,),
+        "shares": (partial(layer_cells, part="shares"),),
     }
     for part in args.parts:
         for cells in parts[part]:
@@ -100,7 +100,7 @@ def begin_compiling():
 class Layers:
     """Contenders of one shape, built when the first cell needs them."""
 
-    def __init__(self, args: BenchmarkArguments, dtype: str, experts: int, sublayers: int, names=tuple(BUILDERS)):
+    def __init__(self, args: BenchmarkArguments, dtype: str, experts: int, sublayers: int, names: tuple[str, ...]):
         self.args, self.device, self.dtype, self.names = args, torch.device(args.device), DTYPES[dtype], names
         self.shape = LayerShape(
             args.hidden_size, args.intermediate_size, experts, sublayers, max_tokens=max(args.tokens)
@@ -195,23 +195,18 @@ class Layers:
         return {"arms": profile_operators(run, self.device), "left_out": {}}
 
 
-def layer_cells(args: BenchmarkArguments) -> Iterator[Cell]:
-    """List the cells of the layer beside its contenders."""
+def layer_cells(args: BenchmarkArguments, part: str) -> Iterator[Cell]:
+    """List the cells of the layer beside its contenders, or of what our layer's time goes to."""
+    is_shares = part == "shares"
     for dtype, sublayers, experts in product(args.dtypes, args.sublayers, args.experts):
-        layers = Layers(args, dtype, experts, sublayers)
-        for tokens, compiled, direction in product(args.tokens, args.modes, PASSES):
-            cell = {"dtype": dtype, "compiled": compiled, "tokens": tokens, "experts": experts}
-            cell |= {"sublayers": sublayers, "pass": direction}
-            yield Cell("layer", cell, partial(layers.measure, tokens, compiled, direction))
-
-
-def share_cells(args: BenchmarkArguments) -> Iterator[Cell]:
-    """List the cells of what our layer's time goes to."""
-    for dtype, sublayers, experts in product(args.dtypes, args.sublayers, args.experts):
-        layers = Layers(args, dtype, experts, sublayers, names=("stablemoe",))
-        for tokens, direction in product(args.tokens, PASSES):
-            cell = {"dtype": dtype, "tokens": tokens, "experts": experts, "sublayers": sublayers, "pass": direction}
-            yield Cell("shares", cell, partial(layers.measure_shares, tokens, direction))
+        layers = Layers(args, dtype, experts, sublayers, ("stablemoe",) if is_shares else tuple(BUILDERS))
+        for tokens, compiled, direction in product(args.tokens, (False,) if is_shares else args.modes, PASSES):
+            cell = {"dtype": dtype} | ({} if is_shares else {"compiled": compiled})
+            cell |= {"tokens": tokens, "experts": experts, "sublayers": sublayers, "pass": direction}
+            if is_shares:
+                yield Cell(part, cell, partial(layers.measure_shares, tokens, direction))
+            else:
+                yield Cell(part, cell, partial(layers.measure, tokens, compiled, direction))
 
 
 def expert_cells(args: BenchmarkArguments) -> Iterator[Cell]:
@@ -226,7 +221,7 @@ def expert_cells(args: BenchmarkArguments) -> Iterator[Cell]:
 def _measure_experts(args: BenchmarkArguments, dtype: str, tokens: int, numbers: list[int], sublayers: int) -> dict:
     runs, left_out = {}, {}
     for number in numbers:
-        layers = Layers(args, dtype, number, sublayers, names=("stablemoe",))
+        layers = Layers(args, dtype, number, sublayers, ("stablemoe",))
         reason = layers.reason_against("stablemoe", args.own_backend, tokens, BACKWARD)
         if reason is None and "stablemoe" in layers.contenders:
             runs[str(number)] = layers.run_of("stablemoe", args.own_backend, tokens, BACKWARD)

@@ -3,8 +3,8 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 from torch.utils.benchmark import Compare, Measurement, TaskSpec
 
@@ -32,60 +32,46 @@ HEADINGS = {
 FASTEST, FLOPS = "ours / fastest block", "stage 2 / dense x FLOPs"
 
 
-@dataclass(frozen=True)
-class Aim:
+class Aim(NamedTuple):
     """How large a ratio may be.
 
-    Args:
-        title (`str`): what is compared.
-        part (`str`): of the benchmark.
-        ratio (`str`): its name among `ratios_of`; `OWN` in it stands for our own backend.
-        limit (`Callable`): given a cell and whether it ran on a GPU, the largest ratio; `None` where the aim does not apply.
+    `ratio` is its name among `ratios_of`, where OWN stands for our own backend. `applies` is asked with a cell and the least
+    number of tokens that is large for the device.
     """
 
     title: str
     part: str
     ratio: str
-    limit: Callable[[dict, bool], float | None]
+    on_cpu: float
+    on_gpu: float
+    applies: Callable[[dict, int], bool] = lambda cell, large: True
 
 
-def _large_layer(direction: str, on_cpu: float, on_gpu: float) -> Callable[[dict, bool], float | None]:
-    def limit(cell: dict, is_gpu: bool) -> float | None:
-        is_large = cell["experts"] == 32 and cell["tokens"] >= (32768 if is_gpu else 4096)
-        return (on_gpu if is_gpu else on_cpu) if is_large and cell["pass"] == direction else None
-
-    return limit
+def _is_large(direction: str) -> Callable[[dict, int], bool]:
+    return lambda cell, large: cell["pass"] == direction and cell["experts"] == 32 and cell["tokens"] >= large
 
 
-# docs/benchmark.md and RESULTS.md state them.
+def _is_512_beside_8(cell: dict, large: int) -> bool:
+    return cell["tokens"] == 32768 and cell["experts"].startswith("8 ")
+
+
+# RESULTS.md says how far they are met.
+DENSE_TITLE = "layer / dense stack of equal FLOPs, {}, 32 experts, >= 4096 tokens (GPU: 32768)"
 AIMS = (
-    Aim(
-        "layer / dense stack of equal FLOPs, forward + backward, 32 experts, >= 4096 tokens (GPU: 32768)",
-        "layer",
-        "stablemoe OWN",
-        _large_layer(BACKWARD, 1.25, 1.15),
-    ),
-    Aim(
-        "layer / dense stack of equal FLOPs, forward, 32 experts, >= 4096 tokens (GPU: 32768)",
-        "layer",
-        "stablemoe OWN",
-        _large_layer(FORWARD, 1.1, 1.1),
-    ),
-    Aim("layer / the fastest of transformers' own blocks", "layer", FASTEST, lambda cell, is_gpu: 1.0),
-    Aim(
-        "512 experts / 8 experts, 32768 tokens",
-        "experts",
-        "512",
-        lambda cell, is_gpu: 1.3 if cell["tokens"] == 32768 and cell["experts"].startswith("8 ") else None,
-    ),
-    Aim("training step, stage 2 / Hash", "step", "stage 2 / hash", lambda cell, is_gpu: 1.0),
-    Aim("training step, stage 1 / stage 2", "step", "stage 1 / stage 2", lambda cell, is_gpu: 1.05),
-    Aim("training step, stage 2 / what its FLOPs cost in the dense model", "step", FLOPS, lambda cell, is_gpu: 1.15),
+    Aim(DENSE_TITLE.format(BACKWARD), "layer", "stablemoe OWN", 1.25, 1.15, _is_large(BACKWARD)),
+    Aim(DENSE_TITLE.format(FORWARD), "layer", "stablemoe OWN", 1.1, 1.1, _is_large(FORWARD)),
+    Aim("layer / the fastest of transformers' own blocks", "layer", FASTEST, 1.0, 1.0),
+    Aim("512 experts / 8 experts, 32768 tokens", "experts", "512", 1.3, 1.3, _is_512_beside_8),
+    Aim("training step, stage 2 / Hash", "step", "stage 2 / hash", 1.0, 1.0),
+    Aim("training step, stage 1 / stage 2", "step", "stage 1 / stage 2", 1.05, 1.05),
+    Aim("training step, stage 2 / what its FLOPs cost in the dense model", "step", FLOPS, 1.15, 1.15),
     Aim(
         "a token at batch 1 / the dense model of equal active parameters",
         "generation",
         "stage 2 OWN, token",
-        lambda cell, is_gpu: 1.1 if cell["batch"] == 1 else None,
+        1.1,
+        1.1,
+        lambda cell, large: cell["batch"] == 1,
     ),
 )
 
@@ -136,12 +122,12 @@ def check_all(cells: Sequence[dict], own_backend: str, is_gpu: bool) -> list[dic
     """Check every cell by every aim that applies: `aim`, `part`, `cell`, `name`, `ratio`, `at_most` and `is_met` of each."""
     checks = []
     for aim in AIMS:
-        name = aim.ratio.replace("OWN", own_backend)
+        name, limit = aim.ratio.replace("OWN", own_backend), aim.on_gpu if is_gpu else aim.on_cpu
         for record in cells:
-            if record["part"] != aim.part or not record["arms"]:
+            if record["part"] != aim.part or not aim.applies(record["cell"], 32768 if is_gpu else 4096):
                 continue
-            ratio, limit = ratios_of(record, own_backend).get(name), aim.limit(record["cell"], is_gpu)
-            if ratio is not None and limit is not None:
+            ratio = ratios_of(record, own_backend).get(name)
+            if ratio is not None:
                 check = {"aim": aim.title, "part": aim.part, "cell": record["cell"], "name": name, "ratio": ratio}
                 checks.append({**check, "at_most": limit, "is_met": ratio["median"] <= limit})
     return checks

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .meter import evenness
 from .report import format_table
@@ -193,10 +194,10 @@ def _route_batch(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> It
     output = model(**inputs, use_cache=False, output_router_logits=True)
     for kind in rows[0]:
         experts = output.get(f"{_OUTPUT_PREFIX[kind]}expert_indices")
-        scores = output.get(f"{_OUTPUT_PREFIX[kind]}router_logits")
+        scores = output.get(f"{_OUTPUT_PREFIX[kind]}router_logits") or [None]
         if experts:
             yield kind, "experts", torch.stack([index.cpu() for index in experts])
-        if experts and scores:
+        if experts and scores[0] is not None:  # a hash has none
             backbone = [score.argmax(-1).view_as(index).cpu() for score, index in zip(scores, experts, strict=True)]
             yield kind, "backbone", torch.stack(backbone)
 
@@ -215,7 +216,7 @@ def measure_load(experts: Tensor, num_experts: int) -> dict:
         "tokens": load.tolist(),
         "share": share.tolist(),
         "max_over_mean": even["load_max_over_mean"].item(),
-        "entropy": torch.special.entr(share).sum().item(),
+        "entropy": torch.special.entr(share).sum().item() + 0.0,  # not -0.0
         "entropy_share": even["load_entropy"].item() if num_experts > 1 else None,
         "idle_experts": (load == 0).nonzero().flatten().tolist(),
     }
@@ -276,9 +277,8 @@ def inspect_routing(
     Returns:
         `dict`, JSON-ready: `checkpoint`, `router_type`, `routing_stage`, `router_fingerprint` (`None` in stage 1),
             `num_experts`, and `layers`: of each its `name`, `text` (kind), `tokens`, `distinct_tokens`, `load`
-    (`tokens`,
-            `share`, `max_over_mean`, `entropy` in nats, `entropy_share`, `idle_experts`), `experts` (of each its
-            number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`),
+            (`tokens`, `share`, `max_over_mean`, `entropy` in nats, `entropy_share`, `idle_experts`), `experts` (of each
+            its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`),
             `tokens_of_several_experts` (`distinct_tokens` and `tokens`, how many there are, and `most_frequent`) and
             `agreement` (`overall` and `by_frequency`; `None` where the router has no scores).
     """
@@ -303,20 +303,13 @@ def _measure_layer(text: RoutedText, layer: LayerRouting, num_experts: int, toke
     experts = []
     for expert, num_tokens in enumerate(load["tokens"]):
         own = [(token_id, count) for token_id, index, count in counted if index == expert]
-        listed = own[:top_k]
-        names = readable_tokens(tokenizer, [token_id for token_id, _ in listed])
+        names = readable_tokens(tokenizer, [token_id for token_id, _ in own[:top_k]])
         most_frequent = [
             {"id": token_id, "token": token, "count": count}
-            for (token_id, count), token in zip(listed, names, strict=True)
+            for (token_id, count), token in zip(own, names, strict=False)
         ]
-        experts.append(
-            {
-                "expert": expert,
-                "tokens": num_tokens,
-                "distinct_tokens": len(own),
-                "most_frequent": most_frequent,
-            }
-        )
+        experts.append({"expert": expert, "tokens": num_tokens, "distinct_tokens": len(own)})
+        experts[-1]["most_frequent"] = most_frequent
     return {
         "name": layer.name,
         "text": text.kind,
@@ -354,7 +347,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
         token_ids (sequence of `int`): an id that the tokenizer does not know is spelt "<7>".
     """
     decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
-    byte_of = _byte_of_character() if "ByteLevel" in repr(decoder) else None
+    byte_of = (
+        {character: byte for byte, character in bytes_to_unicode().items()} if "ByteLevel" in repr(decoder) else None
+    )
     added = set(tokenizer.get_added_vocab())
     spelt = []
     for token_id, piece in zip(token_ids, tokenizer.convert_ids_to_tokens(list(token_ids)), strict=True):
@@ -372,32 +367,16 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     return spelt
 
 
-def _byte_of_character() -> dict[str, int]:
-    """Invert the alphabet of byte-level BPE (GPT-2): bytes that print stand for themselves, the rest for U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
 def readable_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
     """Spell tokens for people: white space shows, bytes that are no whole character appear as in "\\xc3"."""
     return [spelt.decode(errors="backslashreplace").translate(_VISIBLE) for spelt in token_bytes(tokenizer, token_ids)]
 
 
-_EXPERT_HEADINGS = {
-    "expert": "expert",
-    "tokens": "tokens",
-    "share": "share",
-    "distinct_tokens": "distinct tokens",
-    "most_frequent": "most frequent tokens",
-}
+_EXPERT_HEADINGS = {name: name.replace("_", " ") for name in ("expert", "tokens", "share", "distinct_tokens")}
+_EXPERT_HEADINGS["most_frequent"] = "most frequent tokens"
 _SEVERAL_HEADINGS = {"token": "token of several experts", "count": "tokens", "experts": "expert: tokens"}
-_AGREEMENT_HEADINGS = {
-    "occurrences": "occurrences of a token",
-    "distinct_tokens": "distinct tokens",
-    "tokens": "tokens",
-    "agreement": "agreement",
-}
+_AGREEMENT_HEADINGS = {"occurrences": "occurrences of a token", "distinct_tokens": "distinct tokens"}
+_AGREEMENT_HEADINGS |= {"tokens": "tokens", "agreement": "agreement"}
 
 
 def format_report(report: dict) -> str:
