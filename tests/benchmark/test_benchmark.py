@@ -9,7 +9,6 @@ import torch
 
 from helpers import ROOT
 from helpers.workplaces import load_script, refuse
-
 from modeling_stablemoe.benchmark import parts as benchmark_parts
 from modeling_stablemoe.benchmark.layers import (
     BUILDERS,
