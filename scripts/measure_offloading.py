@@ -12,12 +12,10 @@ python scripts/measure_offloading.py --model MY_CHECKPOINT --experts_on_device 4
 import json
 import logging
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,9 +23,10 @@ import transformers
 from transformers import AutoConfig, HfArgumentParser, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
+from modeling_stablemoe.benchmark import ARMS, combine_rounds, compare_arms, files_of, measure_arm, to_markdown
 from modeling_stablemoe.checkpoints import replace_file
+from modeling_stablemoe.measure import ChildError, run_alone
 from modeling_stablemoe.model import moe_layers_of
-from modeling_stablemoe.offload import ARMS, combine_rounds, files_of, measure_arm, to_markdown
 from modeling_stablemoe.runs import load_preset
 
 
@@ -69,10 +68,6 @@ class OffloadingArguments:
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for offloading.json and offloading.md."})
     seed: int = field(default=0, metadata={"help": "Of weights, routing and tokens."})
-    arm: str | None = field(
-        default=None,
-        metadata={"help": f"Measure one alone, in this process, and print it as JSON: {', '.join(ARMS)}."},
-    )
 
     def __post_init__(self):
         """Check the numbers and names."""
@@ -80,13 +75,9 @@ class OffloadingArguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be >= 1, got {getattr(self, name)}")
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        for name, known in (("arm", [None, *ARMS]), ("device", ["cpu", "cuda"]), ("dtype", ["float32", "bfloat16"])):
+        for name, known in (("device", ["cpu", "cuda"]), ("dtype", ["float32", "bfloat16"])):
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"--{name} must be one of {[each for each in known if each]}, got {getattr(self, name)}"
-                )
-        if self.arm is not None and self.model is None:
-            raise ValueError("--arm needs --model: a random model is made for all of them together.")
+                raise ValueError(f"--{name} must be one of {known}, got {getattr(self, name)}")
         if self.drop_cache and not hasattr(os, "posix_fadvise"):
             raise ValueError("--drop_cache needs `posix_fadvise`, which this system does not have.")
 
@@ -141,35 +132,8 @@ def check_lengths(args: OffloadingArguments, config) -> int:
     return args.experts_on_device or max(config.num_experts // 4, 1)
 
 
-def run_arm(args: OffloadingArguments) -> dict:
-    """Measure one arm in this process."""
-    config = AutoConfig.from_pretrained(args.model)
-    slots = check_lengths(args, config)
-    set_seed(args.seed)
-    size = (args.prompts + 1, args.batch_size, args.prompt_length)
-    return measure_arm(
-        args.arm,
-        args.model,
-        device=args.device,
-        experts_on_device=slots,
-        prompts=torch.randint(config.vocab_size, size),
-        tokens=torch.randint(config.vocab_size, (args.batch_size, args.steps + 2)),
-        drop_cache=args.drop_cache,
-    )
-
-
-def start_arm(args: OffloadingArguments, checkpoint: Path, name: str) -> dict:
-    """Measure one arm in a process of its own, whose memory is then that of this arm alone."""
-    values = {**asdict(args), "arm": name, "model": str(checkpoint), "output_dir": None}
-    options = [str(part) for key, value in values.items() if value is not None for part in (f"--{key}", value)]
-    finished = subprocess.run([sys.executable, __file__, *options], text=True, capture_output=True, check=False)
-    if finished.returncode:
-        raise ValueError(f"measuring {name} failed: {finished.stderr.strip().splitlines()[-1]}")
-    return json.loads(finished.stdout.splitlines()[-1])
-
-
-def measure(args: OffloadingArguments) -> tuple[dict, dict]:
-    """Measure all arms by turns; return what was measured, and the settings for the report."""
+def measure(args: OffloadingArguments) -> tuple[dict[str, list[dict]], dict]:
+    """Measure all arms by turns, each in a fresh process; return what each round gave, and the settings for the report."""
     # Without a GPU, what is offloaded to the CPU is where it is computed with: accelerate leaves it in place.
     names = [name for name in ARMS if args.device == "cuda" or name != "accelerate-host"]
     rounds: dict[str, list[dict]] = {name: [] for name in names}
@@ -177,10 +141,20 @@ def measure(args: OffloadingArguments) -> tuple[dict, dict]:
         config = AutoConfig.from_pretrained(checkpoint)
         slots = check_lengths(args, config)
         total = sum(path.stat().st_size for path in files_of(checkpoint))
+        set_seed(args.seed)
+        size = (args.prompts + 1, args.batch_size, args.prompt_length)
+        task = {
+            "checkpoint": str(checkpoint),
+            "device": args.device,
+            "experts_on_device": slots,
+            "prompts": torch.randint(config.vocab_size, size),
+            "tokens": torch.randint(config.vocab_size, (args.batch_size, args.steps + 2)),
+            "drop_cache": args.drop_cache,
+        }
         for turn in range(args.rounds):
             for name in names:
                 print(f"round {turn + 1} of {args.rounds}: {ARMS[name]} ...", flush=True)
-                rounds[name].append(start_arm(args, checkpoint, name))
+                rounds[name].append(run_alone(measure_arm, name=name, **task))
     settings = {
         "model": f"{total / 1e6:.0f} MB of weights, {config.num_moe_layers} MoE layer(s) of {config.num_experts} experts",
         "slots": f"{slots} experts of each MoE layer on the device",
@@ -199,7 +173,7 @@ def measure(args: OffloadingArguments) -> tuple[dict, dict]:
         settings["accelerate, checkpoint"] = (
             "maps the file: of the bytes that a pass asks for it reads those that it uses"
         )
-    return {name: combine_rounds(each) for name, each in rounds.items()}, settings
+    return rounds, settings
 
 
 def main(argv=None):
@@ -210,18 +184,17 @@ def main(argv=None):
         logging.basicConfig(format="%(name)s: %(message)s")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if args.arm is not None:
-            print(json.dumps(run_arm(args)))
-            return
-        measured, settings = measure(args)
-        report = to_markdown(settings, measured)
+        rounds, settings = measure(args)
+        report = to_markdown(settings, rounds)
         if args.output_dir is not None:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            content = json.dumps({"settings": settings, "measured": measured}, indent=2)
+            measured = {name: combine_rounds(each) for name, each in rounds.items()}
+            results = {"settings": settings, "measured": measured, "ratios": compare_arms(rounds)}
+            content = json.dumps(results, indent=2)
             replace_file(folder / "offloading.json", lambda path: path.write_text(content + "\n"))
             replace_file(folder / "offloading.md", lambda path: path.write_text(report))
-    except (OSError, ValueError) as error:
+    except (ChildError, OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"\n{report}")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from .layers import BACKENDS, own_backend
+from .layers import BACKENDS, DEFAULT_BACKEND
 from .models import Preset
-from .timing import LEAST_ROUNDS, Pace
+from .turns import LEAST_ROUNDS
 
 
-PARTS = ("layer", "step", "generation", "memory", "shares")
+PARTS = ("layer", "step", "generation", "memory", "loading", "shares")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -25,7 +25,9 @@ class BenchmarkArguments:
         metadata={"help": "Folder of benchmark.json and benchmark.md. A run with the same settings goes on there."},
     )
     parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Any of {', '.join(PARTS)}."})
-    overwrite: bool = field(default=False, metadata={"help": "Forget what the folder holds, and measure anew."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Forget what the folder holds, and measure all of it again."}
+    )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; default: cuda where there is one."})
     dtypes: list[str] | None = field(
         default=None,
@@ -35,13 +37,13 @@ class BenchmarkArguments:
         },
     )
     compile: bool = field(default=False, metadata={"help": "Measure with torch.compile, too."})
-    rounds: int = field(default=7, metadata={"help": "Turns of each contender, after two that are not counted."})
+    rounds: int = field(default=7, metadata={"help": "Turns of each contender."})
     seconds_per_cell: float = field(
         default=60.0,
-        metadata={"help": f"Begin no further round of a cell then; {LEAST_ROUNDS} there are in any case."},
+        metadata={"help": f"Start no further round of a cell after so long; {LEAST_ROUNDS} there are in any case."},
     )
     give_up: float = field(
-        default=10.0, metadata={"help": "Leave out what takes so many times as long as the fastest of its cell."}
+        default=10.0, metadata={"help": "Leave out what takes this many times as long as the fastest of its cell."}
     )
     tokens: list[int] = field(default_factory=lambda: [512, 4096, 32768], metadata={"help": "Of a layer's batch."})
     experts: list[int] = field(default_factory=lambda: [8, 32, 128, 512], metadata={"help": "Of a layer."})
@@ -97,7 +99,7 @@ class BenchmarkArguments:
         for name, bound in {**least, "new_tokens": 2, "seconds_per_cell": 0, "give_up": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} must be >= {bound}, got {getattr(self, name)}")
-        if any(part in self.parts for part in ("step", "generation", "memory")):
+        if any(part in self.parts for part in ("step", "generation", "memory", "loading")):
             positions = self.preset.config().max_position_embeddings
             if "generation" in self.parts and self.prompt_length + self.new_tokens > positions:
                 raise ValueError(
@@ -107,7 +109,7 @@ class BenchmarkArguments:
 
     @property
     def preset(self) -> Preset:
-        """`Preset`: the shape of whole models; `OSError` and `ValueError` as of that class."""
+        """`Preset`: the shape of whole models."""
         try:
             overrides = dict(json.loads(self.config_overrides))
         except (TypeError, ValueError) as error:
@@ -116,18 +118,13 @@ class BenchmarkArguments:
 
     @property
     def own_backend(self) -> str:
-        """`str`: see the function of that name."""
-        return own_backend(self.backends)
+        """`str`: the backend that aims are checked with: that of models which are told nothing, if it is measured."""
+        return DEFAULT_BACKEND if DEFAULT_BACKEND in self.backends else self.backends[0]
 
     @property
     def modes(self) -> tuple[bool, ...]:
         """`tuple[bool, ...]`: whether cells are compiled."""
         return (False, True) if self.compile else (False,)
-
-    def pace(self, is_compiled: bool = False) -> Pace:
-        """Give the `Pace` of a cell, by whether its first runs compile."""
-        warm_up = 3 if is_compiled else 2
-        return Pace(self.rounds, warm_up, self.seconds_per_cell, self.give_up, first_runs_compile=is_compiled)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -135,6 +132,3 @@ class BenchmarkArguments:
         names = """hidden_size intermediate_size model_preset config_overrides batch_size prompt_length new_tokens rounds
             seconds_per_cell give_up backends seed device"""
         return {name: getattr(self, name) for name in names.split()}
-
-
-__all__ = ["DTYPES", "PARTS", "BenchmarkArguments"]

@@ -1,12 +1,12 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The MoE layer beside what it is measured against, at equal work: a dense stack, and the sparse blocks of transformers.
+"""The MoE layer and its contenders of equal FLOPs: a dense stack, and the sparse blocks of transformers.
 
-A StableMoE layer of s sublayers is s pre-norm residual FFNs a token. So is the dense stack. A sparse block of transformers
-is one FFN without norm and residual: s of them are stacked, each with its own model's norm and a residual. Where an FFN is
-gated it has three matrices in place of two, so it is two thirds as wide.
+A StableMoE layer of s sublayers is s pre-norm residual FFNs per token. So is the dense stack. A sparse block of transformers
+is one FFN without norm and residual: s of them are stacked, each with its own model's norm and a residual. A gated FFN has
+three matrices in place of two, so it is two thirds as wide.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,61 +26,46 @@ from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
 from modeling_stablemoe.model.layer_stablemoe import StableMoELayer
 
 
-# Names of transformers' backends.
+# transformers' names; models that are told nothing get the second.
 BACKENDS = ("eager", "grouped_mm", "batched_mm")
-# What models get unless told otherwise.
 DEFAULT_BACKEND = "grouped_mm"
-
-
 # Tokens of a sequence, where they divide the tokens of a cell.
 SEQUENCE_LENGTH = 512
-
-
-def own_backend(backends: Sequence[str]) -> str:
-    """Choose the backend that aims are checked with: that of models which are told nothing, if it is measured."""
-    return DEFAULT_BACKEND if DEFAULT_BACKEND in backends else backends[0]
+VOCAB_SIZE = 32768
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a layer.
-
-    Args:
-        hidden_size (`int`): D.
-        intermediate_size (`int`): F, of an FFN of two matrices.
-        num_experts (`int`): E.
-        num_sublayers (`int`): s.
-        vocab_size (`int`): tokens ids that are routed.
-        max_tokens (`int`): most tokens of a batch, which capacities are set to: nothing is dropped.
-    """
+    """Sizes of a layer: D, F of an FFN of two matrices, E, s, and the most tokens of a batch."""
 
     hidden_size: int
     intermediate_size: int
     num_experts: int
     num_sublayers: int
-    vocab_size: int = 32768
     max_tokens: int = 32768
 
     @property
     def gated_size(self) -> int:
-        """`int`: inner width of a gated FFN of as many parameters, a multiple of 8 as kernels like it."""
+        """`int`: inner width of a gated FFN with as many parameters."""
         return equal_gated_size(self.intermediate_size)
+
+    def expert_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of one expert."""
+        return 2 * self.hidden_size * self.intermediate_size * self.num_sublayers * dtype.itemsize
+
+    def activation_bytes(self, tokens: int, dtype: torch.dtype) -> int:
+        """Estimate what a training pass keeps, besides weights and gradients."""
+        by_token = 12 * self.hidden_size + 6 * self.intermediate_size
+        return tokens * by_token * self.num_sublayers * dtype.itemsize
 
 
 def equal_gated_size(intermediate_size: float) -> int:
-    """Give the inner width at which a gated FFN, of three matrices, is nearest to one of two; a multiple of 8."""
+    """Return the inner width at which a gated FFN is nearest to one of two matrices; a multiple of 8, as kernels like it."""
     return max(8, round(intermediate_size * 2 / 3 / 8) * 8)
 
 
 class DenseStack(nn.Module):
-    """A stack of pre-norm residual FFNs: what one expert of a StableMoE layer does, for all tokens alike.
-
-    Args:
-        hidden_size (`int`): D.
-        intermediate_size (`int`): F.
-        num_sublayers (`int`): s.
-        hidden_act (`str`): activation.
-    """
+    """A stack of pre-norm residual FFNs: what one expert of a StableMoE layer does, for all tokens alike."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_sublayers: int, hidden_act: str = "relu"):
         super().__init__()
@@ -90,25 +75,17 @@ class DenseStack(nn.Module):
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, hidden_states: Tensor, token_ids: Tensor | None = None) -> Tensor:
-        """Map `(..., hidden_size)` to `(..., hidden_size)`; token ids, which a MoE layer takes, make no difference."""
+        """Map `(..., hidden_size)` to the same; token ids make no difference."""
         for norm, up_proj, down_proj in zip(self.norms, self.up_projs, self.down_projs, strict=True):
             hidden_states = hidden_states + down_proj(self.act_fn(up_proj(norm(hidden_states))))
         return hidden_states
 
 
 class SparseStack(nn.Module):
-    """Sparse blocks of transformers with a norm and a residual each.
-
-    Args:
-        config (`PreTrainedConfig`): of the blocks.
-        block_class (`type`): takes `config`.
-        norm_class (`type`): takes the hidden size.
-        num_sublayers (`int`): s.
-    """
+    """Sparse blocks of transformers, each with a norm and a residual."""
 
     def __init__(self, config, block_class: type[nn.Module], norm_class: type[nn.Module], num_sublayers: int):
         super().__init__()
-        self.config = config
         self.norms = nn.ModuleList([norm_class(config.hidden_size) for _ in range(num_sublayers)])
         self.blocks = nn.ModuleList([block_class(config) for _ in range(num_sublayers)])
 
@@ -121,26 +98,20 @@ class SparseStack(nn.Module):
 
 @dataclass
 class Contender:
-    """A module to measure, under one backend or several.
-
-    Args:
-        module (`torch.nn.Module`): maps `(hidden_states, token_ids)` to hidden states.
-        config (`PreTrainedConfig`, *optional*): its experts read their backend from it; `None`: it has but one.
-    """
+    """A module that maps `(hidden_states, token_ids)` to hidden states, and the config that its experts read."""
 
     module: nn.Module
     config: object | None = None
 
     def use(self, backend: str | None):
-        """Choose a backend; `None` for a module that has but one."""
-        if self.config is not None and backend is not None:
-            self.config._experts_implementation = backend
+        """Choose a backend of the experts; a module without config has but one."""
+        if self.config is not None:
+            self.config._experts_implementation = backend or DEFAULT_BACKEND
 
 
-def build_stablemoe(shape: LayerShape) -> Contender:
-    """Build a StableMoE layer, to be frozen into a table."""
+def _build_stablemoe(shape: LayerShape) -> Contender:
     config = StableMoEConfig(
-        vocab_size=shape.vocab_size,
+        vocab_size=VOCAB_SIZE,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
         num_hidden_layers=1,
@@ -148,226 +119,115 @@ def build_stablemoe(shape: LayerShape) -> Contender:
         num_experts=shape.num_experts,
         num_expert_sublayers=shape.num_sublayers,
     )
-    config._experts_implementation = DEFAULT_BACKEND
-    return Contender(StableMoELayer(config), config)
+    layer = StableMoELayer(config)
+    layer.frozen_router.freeze(torch.randint(shape.num_experts, (VOCAB_SIZE,)))
+    return Contender(layer, config)
 
 
-def build_dense(shape: LayerShape) -> Contender:
-    """Build the dense stack of equal work: the limit."""
+def _build_dense(shape: LayerShape) -> Contender:
     return Contender(DenseStack(shape.hidden_size, shape.intermediate_size, shape.num_sublayers))
 
 
-def _build_sparse(shape: LayerShape, config, block_class, norm_class) -> Contender:
-    config._experts_implementation = DEFAULT_BACKEND
-    return Contender(SparseStack(config, block_class, norm_class, shape.num_sublayers), config)
+def _build_gated(config_class, block_class, norm_class, size_name: str, experts_name: str) -> Callable:
+    def build(shape: LayerShape) -> Contender:
+        sizes = {size_name: shape.gated_size, experts_name: shape.num_experts}
+        config = config_class(hidden_size=shape.hidden_size, num_experts_per_tok=1, **sizes)
+        return Contender(SparseStack(config, block_class, norm_class, shape.num_sublayers), config)
+
+    return build
 
 
-def build_mixtral(shape: LayerShape) -> Contender:
-    """Build Mixtral's blocks, one expert a token."""
-    config = MixtralConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.gated_size,
-        num_local_experts=shape.num_experts,
-        num_experts_per_tok=1,
-    )
-    return _build_sparse(shape, config, MixtralSparseMoeBlock, MixtralRMSNorm)
-
-
-def build_olmoe(shape: LayerShape) -> Contender:
-    """Build OLMoE's blocks, one expert a token."""
-    config = OlmoeConfig(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.gated_size,
-        num_experts=shape.num_experts,
-        num_experts_per_tok=1,
-    )
-    return _build_sparse(shape, config, OlmoeSparseMoeBlock, OlmoeRMSNorm)
-
-
-def build_qwen3_moe(shape: LayerShape) -> Contender:
-    """Build Qwen3-MoE's blocks, one expert a token."""
-    config = Qwen3MoeConfig(
-        hidden_size=shape.hidden_size,
-        moe_intermediate_size=shape.gated_size,
-        num_experts=shape.num_experts,
-        num_experts_per_tok=1,
-    )
-    return _build_sparse(shape, config, Qwen3MoeSparseMoeBlock, Qwen3MoeRMSNorm)
-
-
-def build_switch(shape: LayerShape) -> Contender:
-    """Build the blocks of Switch Transformers, which loop over their experts whatever the backend."""
+def _build_switch(shape: LayerShape) -> Contender:
     config = SwitchTransformersConfig(
         d_model=shape.hidden_size,
         d_ff=shape.intermediate_size,
         num_experts=shape.num_experts,
-        expert_capacity=shape.max_tokens,
+        expert_capacity=shape.max_tokens,  # no token is dropped
         router_jitter_noise=0.0,
         dropout_rate=0.0,
     )
-    module = SparseStack(config, SwitchTransformersSparseMLP, SwitchTransformersLayerNorm, shape.num_sublayers)
-    return Contender(module)
+    stack = SparseStack(config, SwitchTransformersSparseMLP, SwitchTransformersLayerNorm, shape.num_sublayers)
+    return Contender(stack)  # loops over its experts whatever the backend
 
 
 # In the order in which they get memory.
 BUILDERS: dict[str, Callable[[LayerShape], Contender]] = {
-    "stablemoe": build_stablemoe,
-    "dense": build_dense,
-    "mixtral": build_mixtral,
-    "olmoe": build_olmoe,
-    "qwen3_moe": build_qwen3_moe,
-    "switch": build_switch,
+    "stablemoe": _build_stablemoe,
+    "dense": _build_dense,
+    "mixtral": _build_gated(
+        MixtralConfig, MixtralSparseMoeBlock, MixtralRMSNorm, "intermediate_size", "num_local_experts"
+    ),
+    "olmoe": _build_gated(OlmoeConfig, OlmoeSparseMoeBlock, OlmoeRMSNorm, "intermediate_size", "num_experts"),
+    "qwen3_moe": _build_gated(
+        Qwen3MoeConfig, Qwen3MoeSparseMoeBlock, Qwen3MoeRMSNorm, "moe_intermediate_size", "num_experts"
+    ),
+    "switch": _build_switch,
 }
 TRANSFORMERS_BLOCKS = ("mixtral", "olmoe", "qwen3_moe", "switch")
-# Experts of one shape, which the gated blocks share: three times as many would not fit.
 GATED_BLOCKS = ("mixtral", "olmoe", "qwen3_moe")
 
 
-def build_contenders(
-    shape: LayerShape, names: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> dict[str, Contender]:
-    """Build modules with random weights, zero nowhere; gated blocks share their experts.
+def build_contender(
+    name: str, shape: LayerShape, device: torch.device, dtype: torch.dtype, owner: Contender | None = None
+) -> Contender:
+    """Build a module with random weights, zero nowhere: no kernel is to see zeros.
 
     Args:
-        shape (`LayerShape`): of all.
-        names (sequence of `str`): keys of `BUILDERS`.
+        name (`str`): a key of `BUILDERS`.
+        shape (`LayerShape`): its sizes.
         device (`torch.device`): where.
         dtype (`torch.dtype`): of all weights.
-
-    Returns:
-        `dict[str, Contender]`
+        owner (`Contender`, *optional*): a gated block whose experts this one, gated as well, shares: three times as many
+            would not fit.
     """
-    contenders: dict[str, Contender] = {}
-    for name in names:
-        with torch.device("meta"):
-            contender = BUILDERS[name](shape)
-        owner = next((other for other in contenders if other in GATED_BLOCKS), None)
-        if name in GATED_BLOCKS and owner is not None:
-            _share_experts(contender.module, contenders[owner].module)
-        _fill(contender.module, device, dtype)
-        if isinstance(contender.module, StableMoELayer):
-            contender.module.frozen_router.freeze(torch.randint(shape.num_experts, (shape.vocab_size,), device=device))
-        contenders[name] = contender
-    return contenders
-
-
-def _share_experts(module: SparseStack, owner: SparseStack):
-    for block, other in zip(module.blocks, owner.blocks, strict=True):
-        block.experts.gate_up_proj, block.experts.down_proj = other.experts.gate_up_proj, other.experts.down_proj
-
-
-def _fill(module: nn.Module, device: torch.device, dtype: torch.dtype):
-    """Give every parameter and buffer that is on the meta device values on another one."""
-    for path, owner in module.named_modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            if not parameter.is_meta:
-                continue
-            values = torch.empty(parameter.shape, device=device, dtype=dtype)
-            randomize(values, is_norm="norm" in f"{path}.{name}" and name.endswith("weight"))
-            setattr(owner, name, nn.Parameter(values, requires_grad=parameter.requires_grad))
-        for name, values in list(owner.named_buffers(recurse=False)):
-            if values.is_meta:
-                setattr(owner, name, randomize(torch.empty_like(values, device=device)))
+    with torch.device(device):
+        contender = BUILDERS[name](shape)
+    if owner is not None:
+        for block, other in zip(contender.module.blocks, owner.module.blocks, strict=True):
+            block.experts.gate_up_proj, block.experts.down_proj = other.experts.gate_up_proj, other.experts.down_proj
+    contender.module.to(dtype)
+    randomize(contender.module)
+    contender.use(DEFAULT_BACKEND)
+    return contender
 
 
 @torch.no_grad()
-def randomize(values: Tensor, is_norm: bool = False) -> Tensor:
-    """Fill a parameter as training leaves one: no kernel is to see zeros.
-
-    Args:
-        values (`torch.Tensor`): to fill. Matrices of experts, of three dimensions, are all alike, which no kernel sees
-            and which takes a fraction of the time; integers become -1.
-        is_norm (`bool`): whether it is the weight of a norm, which is 1.
-
-    Returns:
-        `torch.Tensor`: `values`.
-    """
-    if not values.is_floating_point():
-        return values.fill_(-1)
-    if is_norm:
-        return values.fill_(1.0)
-    if values.dim() == 3:
-        return values.copy_(torch.empty_like(values[0]).normal_(std=0.02).expand_as(values))
-    return values.normal_(std=0.02)
+def randomize(module: nn.Module, experts_only: bool = False):
+    """Fill parameters as training leaves them; the matrices of experts are all alike, which no kernel sees and is fast."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 3:
+            parameter.copy_(torch.empty_like(parameter[0]).normal_(std=0.02).expand_as(parameter))
+        elif parameter.is_floating_point() and not experts_only:
+            is_scale = "norm" in name and name.endswith("weight")
+            parameter.fill_(1.0) if is_scale else parameter.normal_(std=0.02)
 
 
 def draw_tokens(shape: LayerShape, num_tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Draw what a layer sees: hidden states `(batch, sequence, D)` and token ids `(batch, sequence)`, all equally likely."""
+    """Draw hidden states `(batch, sequence, D)` and token ids `(batch, sequence)`, all ids equally likely."""
     length = SEQUENCE_LENGTH if num_tokens % SEQUENCE_LENGTH == 0 else num_tokens
     size = (num_tokens // length, length)
     hidden_states = torch.randn(*size, shape.hidden_size, device=device).to(dtype)
-    return hidden_states, torch.randint(shape.vocab_size, size, device=device)
-
-
-def run_forward(module: nn.Module, hidden_states: Tensor, token_ids: Tensor):
-    """Run a module as inference does."""
-    with torch.no_grad():
-        module(hidden_states, token_ids)
-
-
-def run_training(module: nn.Module, hidden_states: Tensor, token_ids: Tensor, gradient: Tensor):
-    """Run a module forward and backward, to all its weights and to `hidden_states`."""
-    module(hidden_states, token_ids).backward(gradient)
-
-
-def clear_gradients(module: nn.Module, hidden_states: Tensor):
-    """Forget the gradients of `run_training`."""
-    module.zero_grad(set_to_none=True)
-    hidden_states.grad = None
-
-
-def is_expert_weight(name: str) -> bool:
-    """Tell by its qualified name whether a parameter belongs to experts, ours or transformers'."""
-    return "expert_stack." in name or ".experts." in name
+    return hidden_states, torch.randint(VOCAB_SIZE, size, device=device)
 
 
 def count_active(module: nn.Module, num_experts: int) -> tuple[int, int]:
-    """Count parameters.
+    """Count the parameters that a token meets, and all, of a module whose experts serve one token each.
 
-    Args:
-        module (`torch.nn.Module`): a layer or a model whose experts serve one token each.
-        num_experts (`int`): E of every layer.
-
-    Returns:
-        `tuple[int, int]`: those that a token meets, and all. What a router was distilled into is a table then, not counted.
+    What a router was distilled into is a table at inference, and not counted.
     """
     counted = [(n, p.numel()) for n, p in module.named_parameters() if p.is_floating_point()]
     counted = [(name, count) for name, count in counted if "distilled_router" not in name]
-    experts = sum(count for name, count in counted if is_expert_weight(name))
+    experts = sum(count for name, count in counted if "expert_stack." in name or ".experts." in name)
     total = sum(count for _, count in counted)
     return total - experts + experts // num_experts, total
 
 
 def flops_per_token(contender: Contender, shape: LayerShape, num_tokens: int = 16) -> float:
-    """Count the floating-point operations of the matrix products of a forward pass, by token."""
+    """Count the floating-point operations of the matrix products of a forward pass, per token."""
     weight = next(parameter for parameter in contender.module.parameters() if parameter.is_floating_point())
     hidden_states, token_ids = draw_tokens(shape, num_tokens, weight.device, weight.dtype)
     contender.use("eager")  # fused kernels are not all known to the counter
-    with FlopCounterMode(display=False) as counter:
-        run_forward(contender.module, hidden_states, token_ids)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        contender.module(hidden_states, token_ids)
     contender.use(DEFAULT_BACKEND)
     return counter.get_total_flops() / num_tokens
-
-
-__all__ = [
-    "BACKENDS",
-    "BUILDERS",
-    "DEFAULT_BACKEND",
-    "GATED_BLOCKS",
-    "TRANSFORMERS_BLOCKS",
-    "Contender",
-    "DenseStack",
-    "LayerShape",
-    "SparseStack",
-    "build_contenders",
-    "clear_gradients",
-    "count_active",
-    "draw_tokens",
-    "equal_gated_size",
-    "flops_per_token",
-    "is_expert_weight",
-    "own_backend",
-    "randomize",
-    "run_forward",
-    "run_training",
-]

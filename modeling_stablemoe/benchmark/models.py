@@ -1,11 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Whole models to measure side by side: StableMoE in both stages, its rivals, dense ones, and two of transformers' own.
+"""Whole models side by side: StableMoE in both stages, its rivals, dense ones, and two of transformers' own.
 
 All have the blocks, heads, vocabulary and sequences of one preset. transformers' models have a MoE in every block: their
 experts are as wide as makes the parameters that a token meets equal in number to StableMoE's.
 """
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,32 +28,26 @@ from modeling_stablemoe.model.modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 from modeling_stablemoe.runs.recipes import load_preset
 
-from .layers import DEFAULT_BACKEND, DenseStack, count_active, equal_gated_size, is_expert_weight, randomize
+from .layers import DenseStack, count_active, equal_gated_size, randomize
 
 
-# The dense models: of the shared shape alone, and with the FLOPs of an expert added.
+# The dense models: of the shared shape alone, with the FLOPs of an expert added, and with the size of all experts added.
 DENSE = "dense"
 EQUAL_DENSE = "dense, equal FLOPs"
+EQUAL_SIZE = "dense, equal size"
 STEP_ARMS = ("stage 1", "stage 2", "hash", "switch", "base", DENSE, EQUAL_DENSE, "olmoe", "mixtral")
 GENERATION_ARMS = ("stage 2", EQUAL_DENSE, "olmoe")
-SEED = 0
 
 
 class BlockWithStack(nn.Module):
-    """A block with a dense stack beside it, where a StableMoE model has a MoE layer.
-
-    Args:
-        block (`torch.nn.Module`): of the model.
-        stack (`DenseStack`): what every token passes in place of an expert.
-        is_before (`bool`): whether the stack comes before the block.
-    """
+    """A block with a dense stack beside it, where a StableMoE model has a MoE layer: before the block or after it."""
 
     def __init__(self, block: nn.Module, stack: DenseStack, is_before: bool):
         super().__init__()
         self.block, self.stack, self.is_before = block, stack, is_before
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """Map `(batch, sequence, hidden_size)` to the same; what else there is goes to the block."""
+        """Map `(batch, sequence, hidden_size)` to the same; all else goes to the block."""
         if self.is_before:
             return self.block(self.stack(hidden_states), *args, **kwargs)
         return self.stack(self.block(hidden_states, *args, **kwargs))
@@ -65,11 +58,12 @@ class Preset:
     """A shape that all models share.
 
     Args:
-        path (`str` or `Path`): see `load_preset`.
+        path (`str` or `Path`): a JSON file or a name, as `load_preset` takes it.
         overrides (`dict`): fields to change.
 
     Raises:
-        OSError, ValueError: see `load_preset`; for a preset that is no StableMoE language model with a table.
+        OSError, ValueError: for a preset that is not there, has unknown fields, or is no StableMoE language model with a
+            table.
     """
 
     path: str | Path
@@ -93,90 +87,70 @@ class Preset:
         """Make the config, with some fields changed."""
         return load_preset(self.path, **{**self.overrides, **fields})
 
-    def rival(self, router_type: str) -> StableMoEConfig:
-        """Make the config of another router, with the coefficient it was published with."""
-        return self.config(router_type=router_type, distilled_router=None, balance_loss_coef=None)
+    def config_of(self, name: str) -> StableMoEConfig | OlmoeConfig | MixtralConfig:
+        """Make the config of a model, of those that `build_model` knows."""
+        config = self.config()
+        if name in ("hash", "switch", "base"):
+            # With the coefficient of the balance loss that it was published with.
+            return self.config(router_type=name, distilled_router=None, balance_loss_coef=None)
+        if name in (DENSE, EQUAL_DENSE):
+            return self.config(moe_layer_positions=[])
+        # FFNs of a model of the same active parameters without MoE layers, and of one of the same size.
+        ffns = config.num_hidden_layers + config.num_moe_layers * config.num_expert_sublayers
+        if name == EQUAL_SIZE:
+            ffns += config.num_moe_layers * config.num_expert_sublayers * (config.num_experts - 1)
+            width = config.intermediate_size * ffns // config.num_hidden_layers
+            return self.config(moe_layer_positions=[], intermediate_size=width)
+        if name not in ("olmoe", "mixtral"):
+            return config
+        shared = {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": equal_gated_size(config.intermediate_size * ffns / config.num_hidden_layers),
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_attention_heads,
+            "max_position_embeddings": config.max_position_embeddings,
+            "num_experts_per_tok": 1,
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
+        if name == "olmoe":
+            return OlmoeConfig(num_experts=config.num_experts, **shared)
+        return MixtralConfig(num_local_experts=config.num_experts, **shared)
 
 
-def _build_rival(preset: Preset, router_type: str) -> PreTrainedModel:
-    return StableMoEForCausalLM(preset.rival(router_type))
+MODEL_CLASSES = {"olmoe": OlmoeForCausalLM, "mixtral": MixtralForCausalLM}
 
 
-def _build_equal_dense(preset: Preset) -> PreTrainedModel:
-    """Build the dense model, and a dense stack in the place of every MoE layer."""
-    config = preset.config()
-    model = StableMoEForCausalLM(preset.config(moe_layer_positions=[]))
-    layers = model.model.layers
-    for position in config.moe_layer_positions:
-        stack = DenseStack(
-            config.hidden_size, config.intermediate_size, config.num_expert_sublayers, config.hidden_act
-        )
-        index = max(0, position - 1)
-        layers[index] = BlockWithStack(layers[index], stack, is_before=position == 0)
+def _construct(preset: Preset, name: str) -> PreTrainedModel:
+    model = MODEL_CLASSES.get(name, StableMoEForCausalLM)(preset.config_of(name))
+    if name == EQUAL_DENSE:
+        config, layers = preset.config(), model.model.layers
+        sizes = config.hidden_size, config.intermediate_size, config.num_expert_sublayers, config.hidden_act
+        for position in config.moe_layer_positions:
+            index = max(0, position - 1)
+            layers[index] = BlockWithStack(layers[index], DenseStack(*sizes), is_before=position == 0)
     return model
 
 
-def _shared_fields(config: StableMoEConfig) -> dict[str, Any]:
-    """Give what OLMoE and Mixtral take over; their FFNs share out those of blocks and experts, and are gated."""
-    ffns = config.num_hidden_layers + config.num_moe_layers * config.num_expert_sublayers
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": equal_gated_size(config.intermediate_size * ffns / config.num_hidden_layers),
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_attention_heads,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_experts_per_tok": 1,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-
-
-def _build_olmoe(preset: Preset) -> PreTrainedModel:
-    config = preset.config()
-    return OlmoeForCausalLM(OlmoeConfig(num_experts=config.num_experts, **_shared_fields(config)))
-
-
-def _build_mixtral(preset: Preset) -> PreTrainedModel:
-    config = preset.config()
-    return MixtralForCausalLM(MixtralConfig(num_local_experts=config.num_experts, **_shared_fields(config)))
-
-
-BUILDERS: dict[str, Callable[[Preset], PreTrainedModel]] = {
-    "stage 1": lambda preset: StableMoEForCausalLM(preset.config()),
-    "stage 2": lambda preset: StableMoEForCausalLM(preset.config()),
-    "hash": lambda preset: _build_rival(preset, "hash"),
-    "switch": lambda preset: _build_rival(preset, "switch"),
-    "base": lambda preset: _build_rival(preset, "base"),
-    DENSE: lambda preset: StableMoEForCausalLM(preset.config(moe_layer_positions=[])),
-    EQUAL_DENSE: _build_equal_dense,
-    "olmoe": _build_olmoe,
-    "mixtral": _build_mixtral,
-}
-
-
-def build_model(preset: Preset, name: str, device: torch.device) -> PreTrainedModel:
+def build_model(preset: Preset, name: str, device: torch.device, seed: int = 0) -> PreTrainedModel:
     """Build a model with random weights, its experts as if they had learned something.
 
     Args:
         preset (`Preset`): the shape.
-        name (`str`): a key of `BUILDERS`. Stage 2 and hash are routed by the same random tables.
+        name (`str`): one of `STEP_ARMS`, or `EQUAL_SIZE`. Stage 2 and hash are routed by the same random tables.
         device (`torch.device`): where.
-
-    Returns:
-        `PreTrainedModel`
+        seed (`int`): of weights and tables.
     """
-    set_seed(SEED)
-    model = BUILDERS[name](preset)
-    for path, parameter in model.named_parameters():
-        if is_expert_weight(path) and parameter.dim() == 3:
-            randomize(parameter.data)
+    set_seed(seed)
+    model = _construct(preset, name)
+    randomize(model, experts_only=True)
     if name in ("stage 2", "hash"):
         config = model.config
-        generator = torch.Generator().manual_seed(SEED)
+        generator = torch.Generator().manual_seed(seed)
         size = (config.num_moe_layers, config.vocab_size)
         model.set_routing_tables(torch.randint(config.num_experts, size, generator=generator))
     return model.to(device)
@@ -186,21 +160,12 @@ def count_parameters(preset: Preset, name: str) -> int:
     """Count all parameters of a model without building it."""
     with torch.device("meta"):
         # A rival's router has as many as ours or fewer, and a hash cannot be made on that device.
-        model = BUILDERS["stage 1" if name in ("hash", "switch", "base") else name](preset)
+        model = _construct(preset, "stage 1" if name in ("hash", "switch", "base") else name)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def describe(model: PreTrainedModel, num_experts: int, sequence_length: int) -> dict[str, float]:
-    """Tell the size of a model.
-
-    Args:
-        model (`PreTrainedModel`): of `build_model`.
-        num_experts (`int`): of each of its MoE layers.
-        sequence_length (`int`): tokens.
-
-    Returns:
-        `dict[str, float]`: `active_parameters`, `parameters`, and `flops`, of a forward pass, by token.
-    """
+    """Return `active_parameters` and `parameters`, and `flops` of a forward pass per token."""
     active, total = count_active(model, num_experts)
     flops = forward_flops(model, sequence_length) / sequence_length
     return {"active_parameters": active, "parameters": total, "flops": flops}
@@ -241,8 +206,8 @@ class Generation:
         model (`PreTrainedModel`): to generate with.
         ids (`torch.LongTensor` of shape `(batch, sequence)`): prompts.
         backend (`str`, *optional*): of the experts; `None` for a dense model.
-        static_length (`int`, *optional*): tokens that a static cache has room for, as a model needs whose forward pass
-            `torch.compile` has made. `None`: the cache grows.
+        static_length (`int`, *optional*): tokens that a static cache has room for, which a compiled model needs.
+            `None`: the cache grows.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, backend: str | None, static_length: int | None = None):
@@ -252,7 +217,9 @@ class Generation:
             self.cache = StaticCache(config=model.config, max_cache_len=static_length)
 
     def run(self, num_tokens: int):
-        """Generate so many tokens a prompt."""
+        """Generate so many tokens per prompt."""
+        if self.cache is not None:
+            self.cache.reset()
         if self.backend is not None:
             self.model.set_experts_implementation(self.backend)
         self.model.generate(
@@ -266,25 +233,3 @@ class Generation:
             **{CACHE_NAME: self.cache},
             disable_compile=True,  # nothing but what was asked for
         )
-
-    def reset(self):
-        """Empty the cache."""
-        if self.cache is not None:
-            self.cache.reset()
-
-
-__all__ = [
-    "BUILDERS",
-    "DEFAULT_BACKEND",
-    "DENSE",
-    "EQUAL_DENSE",
-    "GENERATION_ARMS",
-    "STEP_ARMS",
-    "BlockWithStack",
-    "Generation",
-    "Preset",
-    "TrainingStep",
-    "build_model",
-    "count_parameters",
-    "describe",
-]

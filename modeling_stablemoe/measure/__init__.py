@@ -4,7 +4,7 @@
 from .flops import count_parameters, forward_flops
 from .inspection import format_report, inspect_routing, route_texts
 from .inspection_page import build_page
-from .machine import environment
+from .machine import ChildError, environment, run_alone
 from .ngram import ngram_perplexities
 from .report import describe_saved_model, format_results, format_stages, format_table, perplexity_of, summarize_run
 from .run_figures import read_run, write_run_figures
@@ -12,6 +12,7 @@ from .translation_metrics import TranslationMetrics, format_scores
 
 
 __all__ = [
+    "ChildError",
     "TranslationMetrics",
     "build_page",
     "count_parameters",
@@ -28,6 +29,7 @@ __all__ = [
     "perplexity_of",
     "read_run",
     "route_texts",
+    "run_alone",
     "summarize_run",
     "write_run_figures",
 ]

@@ -13,14 +13,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def require_matplotlib() -> type:
-    """Give matplotlib's class of figures, which needs no display.
-
-    Returns:
-        `type`: `matplotlib.figure.Figure`.
-
-    Raises:
-        ValueError: where matplotlib is not installed, naming the extra.
-    """
+    """Return `matplotlib.figure.Figure`, which needs no display; without matplotlib a ValueError names the extra."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -32,23 +25,14 @@ def require_matplotlib() -> type:
 
 
 def save_figure(figure, path: str | Path, dpi: int = 150) -> Path:
-    """Write a figure, whole or not at all.
-
-    Args:
-        figure (`matplotlib.figure.Figure`): to write.
-        path (`str` or `Path`): file; its ending says the format.
-        dpi (`int`): dots per inch, of formats that have dots.
-
-    Returns:
-        `Path`: of the file.
-    """
+    """Write a figure, whole or not at all, in the format that the path ends in; return the path."""
     path = Path(path)
     replace_file(path, lambda partial: figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=dpi))
     return path
 
 
 def line_style(index: int) -> dict[str, str]:
-    """Give the n-th line of a figure a colour and a dash of its own."""
+    """Return a colour and a dash for the n-th line of a figure."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "linestyle": LINE_STYLES[index // len(PALETTE) % len(LINE_STYLES)],
@@ -56,11 +40,9 @@ def line_style(index: int) -> dict[str, str]:
 
 
 def mark_transitions(axes, steps: Mapping[str, int | None]):
-    """Draw where the routing was frozen: one line for all runs where they agree, one a run in its colour else.
+    """Draw where the routing was frozen: one line for all runs where they agree, otherwise one per run in its colour.
 
-    Args:
-        axes (`matplotlib.axes.Axes`): whose horizontal axis is the step.
-        steps (`Mapping[str, int]`): step of the transition by run, in the order of their colours; `None`: there was none.
+    `steps` has the step of the transition by run, in the order of their colours; `None` where there was none.
     """
     known = {step for step in steps.values() if step is not None}
     if len(known) == 1:
@@ -75,7 +57,7 @@ def mark_transitions(axes, steps: Mapping[str, int | None]):
 
 
 def add_legend(figure, panels: Sequence):
-    """Put one legend for all panels under them, where it hides nothing; none for a single nameless line."""
+    """Put one legend for all panels under them, where it hides nothing; none if no line has a name."""
     entries = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -83,14 +65,3 @@ def add_legend(figure, panels: Sequence):
     if entries:
         columns = min(len(entries), 4)
         figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False)
-
-
-__all__ = [
-    "LINE_STYLES",
-    "PALETTE",
-    "add_legend",
-    "line_style",
-    "mark_transitions",
-    "require_matplotlib",
-    "save_figure",
-]

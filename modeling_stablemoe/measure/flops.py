@@ -11,15 +11,12 @@ from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
 def forward_flops(model: PreTrainedModel, sequence_length: int) -> int:
     """Count the floating-point operations of a forward pass over one sequence, as inference makes it.
 
-    Matrix products only, two operations a multiply-accumulate; the paper counts multiply-accumulates (table 2), so its
-    figures are half of these. Attention is counted over all pairs of positions, as there.
+    Matrix products only, two operations per multiply-accumulate; the paper counts multiply-accumulates (table 2), so
+    its figures are half of these. Attention is counted over all pairs of positions, as there.
 
     Args:
-        model (`PreTrainedModel`): a StableMoE language model.
+        model (`PreTrainedModel`): a language model of this package, or one of transformers.
         sequence_length (`int`): tokens.
-
-    Returns:
-        `int`
     """
     # Fused kernels are not all known to the counter.
     implementations = model.config._attn_implementation, model.config._experts_implementation
@@ -38,15 +35,11 @@ def forward_flops(model: PreTrainedModel, sequence_length: int) -> int:
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Count parameters as table 2 does.
+    """Count parameters as table 2 does; tables are not parameters in this sense.
 
     Returns:
-        `dict[str, int]`: `shared`, by all tokens, routers included; `experts`, of all experts of all MoE layers. Tables
-        are no parameters in this sense.
+        `dict[str, int]`: `shared` by all tokens, routers included, and `experts`, of all experts of all MoE layers.
     """
     experts = sum(p.numel() for layer in moe_layers_of(model).values() for p in layer.expert_stack.parameters())
     learned = sum(p.numel() for p in model.parameters())
     return {"shared": learned - experts, "experts": experts}
-
-
-__all__ = ["count_parameters", "forward_flops"]

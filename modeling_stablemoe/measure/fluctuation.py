@@ -53,12 +53,12 @@ class RoutingHistory:
         return self.changes()[-1]
 
     def changes(self) -> list[float | None]:
-        """Give for each check the share of tokens whose expert changed since the one before; `None` for the first."""
+        """Return for each check the share of tokens whose expert changed since the one before; `None` for the first."""
         pairs = zip(self.experts, self.experts[1:], strict=False)
         return [None, *((before != after).float().mean().item() for before, after in pairs)][: len(self.steps)]
 
     def stage2_change(self) -> float | None:
-        """Give the largest share of tokens that changed between two checks of stage 2; `None` with fewer than two."""
+        """Return the largest share of tokens that changed between two checks of stage 2; `None` with fewer than two."""
         within = [
             change
             for change, before, after in zip(self.changes()[1:], self.stages, self.stages[1:], strict=False)
@@ -67,11 +67,7 @@ class RoutingHistory:
         return max(within, default=None)
 
     def last_fluctuation_steps(self) -> Tensor:
-        """Find for each token the last step at which its expert differed from its final one.
-
-        Returns:
-            `torch.LongTensor` of shape `(tokens,)`: a step of `steps`; 0 for tokens that never differed.
-        """
+        """Return for each token the last step at which its expert was not its final one; 0 if there was none."""
         differs = torch.stack(self.experts) != self.experts[-1]
         steps = torch.tensor(self.steps).unsqueeze(-1)
         return torch.where(differs, steps, 0).amax(0)
@@ -81,8 +77,8 @@ class RoutingHistory:
 
         Returns:
             `dict`: `steps`, `stages`, `change_since_last_check`; `largest_change_in_stage2`; `last_fluctuation` with
-            `steps` and `cumulative_share`, the share of tokens that have settled for good by each step; and
-            `share_still_changing_after`, the share of tokens not settled by 20, 50 and 80 % of the last step.
+                `steps` and `cumulative_share`, the share of tokens that have settled for good by each step; and
+                `share_still_changing_after`, the share of tokens not settled by 20, 50 and 80 % of the last step.
         """
         last = self.last_fluctuation_steps()
         total = self.steps[-1]
@@ -121,11 +117,7 @@ class RoutingHistory:
             self.experts = list(file.get_tensor("experts")[:kept])
 
     def write_report(self, folder: str | os.PathLike) -> list[Path]:
-        """Write `routing_fluctuation.json` and, where matplotlib is installed, `routing_fluctuation.png`.
-
-        Returns:
-            `list[Path]`: the files written.
-        """
+        """Write the summary as JSON and, where matplotlib is installed, a figure; return the files."""
         summary = self.summary()
         path = Path(folder) / REPORT_FILE
         replace_file(path, lambda partial: Path(partial).write_text(json.dumps(summary, indent=2) + "\n"))
@@ -136,14 +128,7 @@ class RoutingHistory:
 
 
 def plot_fluctuation(summary: dict):
-    """Draw figures 2 and 7 for one run.
-
-    Args:
-        summary (`dict`): of `RoutingHistory.summary`.
-
-    Returns:
-        `matplotlib.figure.Figure`, or `None` where matplotlib is not installed.
-    """
+    """Draw figures 2 and 7 for the summary of one run; `None` where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -164,30 +149,14 @@ def plot_fluctuation(summary: dict):
 
 
 def draw_changes(axes, steps: Sequence[int], changes: Sequence[float | None], **style):
-    """Draw the share of tokens whose expert changed between checks (figure 2).
-
-    Args:
-        axes (`matplotlib.axes.Axes`): to draw on.
-        steps (sequence of `int`): of the checks.
-        changes (sequence of `float`): share at each, in [0, 1]; `None` where there was no check before.
-        **style: of the line, its label included.
-    """
+    """Draw the share of tokens, in [0, 1], whose expert changed between checks (figure 2)."""
     points = [(step, 100 * change) for step, change in zip(steps, changes, strict=True) if change is not None]
     axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", **style)
     axes.set(xlabel="step", ylabel="tokens (%)", title="Expert changed since the last check", ylim=(-2, 102))
 
 
 def draw_settled(axes, summary: dict, **style):
-    """Draw the share of tokens whose expert has settled for good, by step (figure 7).
-
-    Args:
-        axes (`matplotlib.axes.Axes`): to draw on.
-        summary (`dict`): of `RoutingHistory.summary`.
-        **style: of the line, its label included.
-    """
+    """Draw the share of tokens whose expert has settled for good, by step (figure 7)."""
     curve = summary["last_fluctuation"]
     axes.plot(curve["steps"], [100 * share for share in curve["cumulative_share"]], **style)
     axes.set(xlabel="last fluctuation step", ylabel="tokens (%), cumulative", ylim=(-2, 102))
-
-
-__all__ = ["FIGURE_FILE", "REPORT_FILE", "RoutingHistory", "draw_changes", "draw_settled", "plot_fluctuation"]

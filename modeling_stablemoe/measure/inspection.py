@@ -5,7 +5,6 @@
 experts and backbone scores are read off forward passes, so routing may depend on the context of a token.
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .meter import imbalance
+from .meter import evenness
 from .report import format_table
 
 
@@ -99,23 +100,26 @@ def route_texts(
     if not rows:
         raise ValueError("There is no token in the text: nothing to route.")
     _check_rows(rows, model.config)
-    routed: list[dict[str, list[tuple[Tensor, Tensor | None]]]] = [{} for _ in rows]
+    places = {kind: list(accumulate((len(row[kind]) for row in rows), initial=0)) for kind in rows[0]}
+    # By kind of text and of choice, `(moe layers, T)`.
+    routed: dict[str, dict[str, Tensor]] = {kind: {} for kind in places}
     model.eval()
     with tqdm(total=len(rows), desc="Routing", unit=" sequences", disable=not show_progress) as progress:
         for batch in _batches(rows, batch_tokens):
-            for row, layers in zip(batch, _route_batch(model, [rows[row] for row in batch]), strict=True):
-                routed[row] = layers
+            for kind, choice, index_LBS in _route_batch(model, [rows[row] for row in batch]):
+                ends = places[kind]
+                chosen = routed[kind].setdefault(choice, index_LBS.new_empty(len(index_LBS), ends[-1]))
+                for index_LS, row in zip(index_LBS.unbind(1), batch, strict=True):
+                    chosen[:, ends[row] : ends[row + 1]] = index_LS[:, : ends[row + 1] - ends[row]]
             progress.update(len(batch))
-    kinds = [kind for kind in routed[0] if kind != "targets" or targets is not None]
-    texts = []
-    names = iter(model.moe_layers_by_name)
-    for kind in kinds:
-        layers = [
-            _join(next(names), [layers[kind][layer] for layers in routed]) for layer in range(len(routed[0][kind]))
-        ]
-        if layers:
-            token_ids = torch.tensor([token_id for row in rows for token_id in row[kind]])
-            texts.append(RoutedText(kind, token_ids, starts[kind], layers))
+    texts, names = [], iter(model.moe_layers_by_name)
+    for kind, chosen in routed.items():
+        if not chosen or (kind == "targets" and targets is None):
+            continue
+        backbone = chosen.get("backbone", [None] * len(chosen["experts"]))
+        layers = [LayerRouting(next(names), *of_layer) for of_layer in zip(chosen["experts"], backbone, strict=True)]
+        token_ids = torch.tensor([token_id for row in rows for token_id in row[kind]])
+        texts.append(RoutedText(kind, token_ids, starts[kind], layers))
     if not texts:
         raise ValueError("Only the decoder of this model has MoE layers: give targets for them to route.")
     return texts
@@ -124,7 +128,7 @@ def route_texts(
 def _rows(
     config, documents: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None
 ) -> tuple[list[dict[str, list[int]]], dict[str, list[int]]]:
-    """Lay out what the model reads at once, by kind of text, and the starts of documents among all tokens of a kind."""
+    """Lay out what the model reads at once, by kind of text, and where documents start among all tokens of a kind."""
     if config.is_encoder_decoder:
         begin = config.decoder_start_token_id
         pairs = zip(documents, targets if targets is not None else [[]] * len(documents), strict=True)
@@ -174,77 +178,52 @@ def _batches(rows: list[dict[str, list[int]]], batch_tokens: int) -> Iterator[li
 
 
 @torch.inference_mode()
-def _route_batch(
-    model: PreTrainedModel, rows: list[dict[str, list[int]]]
-) -> list[dict[str, list[tuple[Tensor, Tensor | None]]]]:
-    """Run the model; give of each row and kind of text what `LayerRouting` holds of each layer."""
-    inputs, lengths = {}, {}
+def _route_batch(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> Iterator[tuple[str, str, Tensor]]:
+    """Run the model; yield by kind of text the "experts" and, where there are scores, the "backbone" choice, `(L, B, S)`."""
+    inputs = {}
     for kind in rows[0]:
-        lengths[kind] = torch.tensor([len(row[kind]) for row in rows])
-        width = int(lengths[kind].max())
-        ids = torch.tensor([row[kind] + [0] * (width - len(row[kind])) for row in rows])
-        mask = (torch.arange(width) < lengths[kind].unsqueeze(-1)).long()
+        ids = [torch.tensor(row[kind]) for row in rows]
+        mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
         prefix = _INPUT_PREFIX[kind]
-        inputs |= {f"{prefix}input_ids": ids.to(model.device), f"{prefix}attention_mask": mask.to(model.device)}
+        inputs[f"{prefix}input_ids"] = pad_sequence(ids, batch_first=True).to(model.device)
+        inputs[f"{prefix}attention_mask"] = mask.to(model.device)
     if model.base_model is model:
         inputs["output_expert_indices"] = True  # a head asks for them with the scores
-    elif "text" in lengths and model.can_generate():
+    elif "text" in rows[0] and model.can_generate():
         inputs["logits_to_keep"] = 1  # nobody reads the predictions
     output = model(**inputs, use_cache=False, output_router_logits=True)
-    routed: list[dict[str, list[tuple[Tensor, Tensor | None]]]] = [{} for _ in rows]
-    for kind, of_rows in lengths.items():
-        experts = output.get(f"{_OUTPUT_PREFIX[kind]}expert_indices") or ()
-        scores = output.get(f"{_OUTPUT_PREFIX[kind]}router_logits") or [None] * len(experts)
-        backbone = [None if s is None else s.argmax(-1).view_as(e).cpu() for e, s in zip(experts, scores, strict=True)]
-        experts = [index.cpu() for index in experts]
-        for row, length in enumerate(of_rows.tolist()):
-            routed[row][kind] = [
-                (e[row, :length], None if b is None else b[row, :length])
-                for e, b in zip(experts, backbone, strict=True)
-            ]
-    return routed
-
-
-def _join(name: str, rows: list[tuple[Tensor, Tensor | None]]) -> LayerRouting:
-    backbone = [experts for _, experts in rows if experts is not None]
-    return LayerRouting(name, torch.cat([experts for experts, _ in rows]), torch.cat(backbone) if backbone else None)
+    for kind in rows[0]:
+        experts = output.get(f"{_OUTPUT_PREFIX[kind]}expert_indices")
+        scores = output.get(f"{_OUTPUT_PREFIX[kind]}router_logits") or [None]
+        if experts:
+            yield kind, "experts", torch.stack([index.cpu() for index in experts])
+        if experts and scores[0] is not None:  # a hash has none
+            backbone = [score.argmax(-1).view_as(index).cpu() for score, index in zip(scores, experts, strict=True)]
+            yield kind, "backbone", torch.stack(backbone)
 
 
 def measure_load(experts: Tensor, num_experts: int) -> dict:
-    """Measure how evenly tokens are spread over experts.
-
-    Args:
-        experts (`torch.LongTensor` of shape `(T,)`): in [0, num_experts), T > 0.
-        num_experts (`int`): N.
+    """Measure how evenly tokens `(T,)` are spread over experts, T > 0.
 
     Returns:
         `dict`: `tokens` and `share`, lists of N; `max_over_mean`, in [1, N]; `entropy` of the shares, nats;
-        `entropy_share`, of log N (`None` for one expert); `idle_experts`, the experts without a token.
+            `entropy_share`, of log N (`None` for one expert); `idle_experts`, the experts without a token.
     """
     load = torch.bincount(experts, minlength=num_experts)
     share = load.double() / load.sum()
-    # + 0.0: the sum of nothing but zeros is -0.0.
-    entropy = -torch.special.xlogy(share, share).sum().item() + 0.0
+    even = evenness(load.double())
     return {
         "tokens": load.tolist(),
         "share": share.tolist(),
-        "max_over_mean": imbalance(load.double().unsqueeze(0)),
-        "entropy": entropy,
-        "entropy_share": entropy / math.log(num_experts) if num_experts > 1 else None,
+        "max_over_mean": even["load_max_over_mean"].item(),
+        "entropy": torch.special.entr(share).sum().item() + 0.0,  # not -0.0
+        "entropy_share": even["load_entropy"].item() if num_experts > 1 else None,
         "idle_experts": (load == 0).nonzero().flatten().tolist(),
     }
 
 
 def count_token_experts(token_ids: Tensor, experts: Tensor) -> list[tuple[int, int, int]]:
-    """Count how often each token id went to each expert.
-
-    Args:
-        token_ids (`torch.LongTensor` of shape `(T,)`): any ids.
-        experts (`torch.LongTensor` of shape `(T,)`): the expert of each token.
-
-    Returns:
-        `list[tuple[int, int, int]]`: token id, expert, tokens; the most frequent first, then by id and expert.
-    """
+    """Return `(token id, expert, tokens)` of all pairs that occur; the most frequent first, then by id and expert."""
     pairs, counts = torch.stack([token_ids, experts]).unique(dim=1, return_counts=True)
     found = zip(*pairs.tolist(), counts.tolist(), strict=True)
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
@@ -297,10 +276,11 @@ def inspect_routing(
 
     Returns:
         `dict`, JSON-ready: `checkpoint`, `router_type`, `routing_stage`, `router_fingerprint` (`None` in stage 1),
-        `num_experts`, and `layers`: of each its `name`, `text` (kind), `tokens`, `distinct_tokens`, `load` (see
-        `measure_load`), `experts` (see below), `tokens_of_several_experts` (`distinct_tokens` and `tokens`, how many
-        there are, and `most_frequent`) and `agreement` (see `measure_agreement`; `None` where the router has no
-        scores). An expert has its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`.
+            `num_experts`, and `layers`: of each its `name`, `text` (kind), `tokens`, `distinct_tokens`, `load`
+            (`tokens`, `share`, `max_over_mean`, `entropy` in nats, `entropy_share`, `idle_experts`), `experts` (of each
+            its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`),
+            `tokens_of_several_experts` (`distinct_tokens` and `tokens`, how many there are, and `most_frequent`) and
+            `agreement` (`overall` and `by_frequency`; `None` where the router has no scores).
     """
     return {
         "checkpoint": name,
@@ -323,20 +303,13 @@ def _measure_layer(text: RoutedText, layer: LayerRouting, num_experts: int, toke
     experts = []
     for expert, num_tokens in enumerate(load["tokens"]):
         own = [(token_id, count) for token_id, index, count in counted if index == expert]
-        listed = own[:top_k]
-        names = readable_tokens(tokenizer, [token_id for token_id, _ in listed])
+        names = readable_tokens(tokenizer, [token_id for token_id, _ in own[:top_k]])
         most_frequent = [
             {"id": token_id, "token": token, "count": count}
-            for (token_id, count), token in zip(listed, names, strict=True)
+            for (token_id, count), token in zip(own, names, strict=False)
         ]
-        experts.append(
-            {
-                "expert": expert,
-                "tokens": num_tokens,
-                "distinct_tokens": len(own),
-                "most_frequent": most_frequent,
-            }
-        )
+        experts.append({"expert": expert, "tokens": num_tokens, "distinct_tokens": len(own)})
+        experts[-1]["most_frequent"] = most_frequent
     return {
         "name": layer.name,
         "text": text.kind,
@@ -372,12 +345,11 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a byte-level BPE, or one that writes a space as U+2581.
         token_ids (sequence of `int`): an id that the tokenizer does not know is spelt "<7>".
-
-    Returns:
-        `list[bytes]`: one a token.
     """
     decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
-    byte_of = _byte_of_character() if "ByteLevel" in repr(decoder) else None
+    byte_of = (
+        {character: byte for byte, character in bytes_to_unicode().items()} if "ByteLevel" in repr(decoder) else None
+    )
     added = set(tokenizer.get_added_vocab())
     spelt = []
     for token_id, piece in zip(token_ids, tokenizer.convert_ids_to_tokens(list(token_ids)), strict=True):
@@ -395,43 +367,20 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
     return spelt
 
 
-def _byte_of_character() -> dict[str, int]:
-    """Invert the alphabet of byte-level BPE (GPT-2): bytes that print stand for themselves, the rest for U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
-
-
 def readable_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
     """Spell tokens for people: white space shows, bytes that are no whole character appear as in "\\xc3"."""
     return [spelt.decode(errors="backslashreplace").translate(_VISIBLE) for spelt in token_bytes(tokenizer, token_ids)]
 
 
-_EXPERT_HEADINGS = {
-    "expert": "expert",
-    "tokens": "tokens",
-    "share": "share",
-    "distinct_tokens": "distinct tokens",
-    "most_frequent": "most frequent tokens",
-}
+_EXPERT_HEADINGS = {name: name.replace("_", " ") for name in ("expert", "tokens", "share", "distinct_tokens")}
+_EXPERT_HEADINGS["most_frequent"] = "most frequent tokens"
 _SEVERAL_HEADINGS = {"token": "token of several experts", "count": "tokens", "experts": "expert: tokens"}
-_AGREEMENT_HEADINGS = {
-    "occurrences": "occurrences of a token",
-    "distinct_tokens": "distinct tokens",
-    "tokens": "tokens",
-    "agreement": "agreement",
-}
+_AGREEMENT_HEADINGS = {"occurrences": "occurrences of a token", "distinct_tokens": "distinct tokens"}
+_AGREEMENT_HEADINGS |= {"tokens": "tokens", "agreement": "agreement"}
 
 
 def format_report(report: dict) -> str:
-    """Lay out a report for people, as Markdown.
-
-    Args:
-        report (`dict`): of `inspect_routing`.
-
-    Returns:
-        `str`: lines without a newline at the end.
-    """
+    """Lay out a report of `inspect_routing` as Markdown, without a newline at the end."""
     frozen = f"frozen routing {report['router_fingerprint']}" if report["routing_stage"] == 2 else "not frozen"
     head = (
         f"# {report['checkpoint']}\n\nStage {report['routing_stage']} ({frozen}), router {report['router_type']!r}, "
@@ -496,17 +445,3 @@ def _code(token: str) -> str:
     ticks = max(map(len, re.findall("`+", token)), default=0)
     fence, space = "`" * (ticks + 1), " " * bool(ticks)
     return f"{fence}{space}{token}{space}{fence}".replace("|", "\\|")
-
-
-__all__ = [
-    "LayerRouting",
-    "RoutedText",
-    "count_token_experts",
-    "format_report",
-    "inspect_routing",
-    "measure_agreement",
-    "measure_load",
-    "readable_tokens",
-    "route_texts",
-    "token_bytes",
-]

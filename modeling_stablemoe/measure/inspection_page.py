@@ -40,16 +40,11 @@ def build_page(report: dict, texts: Sequence[RoutedText], tokenizer: PreTrainedT
 def page_data(report: dict, texts: Sequence[RoutedText], tokenizer: PreTrainedTokenizerBase) -> dict:
     """Gather what the page shows, in little space: a token is an index into the vocabulary of its text.
 
-    Args:
-        report (`dict`): of `inspect_routing`.
-        texts (sequence of `RoutedText`): that the report was measured on.
-        tokenizer (`PreTrainedTokenizerBase`): that made them.
-
     Returns:
         `dict`, JSON-ready: the header of the report; `texts`: of each its `kind`, `starts` (of documents), `tokens`,
-        and `vocabulary` and `ids` of its distinct tokens, the most frequent first (a token that is not whole UTF-8 is a
-        list of its bytes); `layers`: of each its `name`, the index of its `text`, `load` and `agreement` of the
-        report, and `experts` and `backbone`, the experts of each token (`None` where there are no scores).
+            and `vocabulary` and `ids` of its distinct tokens, the most frequent first (a token that is not whole UTF-8
+            is a list of its bytes); `layers`: of each its `name`, the index of its `text`, `load` and `agreement` of
+            the report, and `experts` and `backbone`, the experts of each token (`None` where there are no scores).
     """
     measured = iter(report["layers"])
     layers = []
@@ -88,6 +83,3 @@ def _text_or_bytes(spelt: bytes) -> str | list[int]:
         return spelt.decode()
     except UnicodeDecodeError:
         return list(spelt)
-
-
-__all__ = ["build_page", "page_data"]

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.experts_stablemoe import count_overflow
+from modeling_stablemoe.model.health_stablemoe import RoutingHealth
 from modeling_stablemoe.model.losses_stablemoe import is_distributed, sum_across_processes
 from modeling_stablemoe.model.outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoESeq2SeqLMOutput
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
@@ -21,7 +22,7 @@ from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 
 logger = logging.get_logger(__name__)
 
-# What `RoutingTotals.sums` holds, in this order.
+# What `RoutingTotals.sums` holds, in this order, which checkpoints rely on.
 SUMS = (
     "targets",
     "task_loss",  # nats
@@ -29,12 +30,12 @@ SUMS = (
     "balance_loss",  # gate mass, times tokens
     "distillation_loss",  # nats, times tokens
     "tokens_of_stage1",
-    # As of `RoutingHealth`: a mean over layers, times tokens.
+    # The fields of `RoutingHealth`: means over layers, times tokens.
     "mean_gate",
     "closed_gates",
     "common_direction",
-    "agreement",  # of the tokens of stage 1
-    "agreement_by_id",
+    "distillation_agreement",  # of the tokens of stage 1
+    "distillation_agreement_by_id",
     "router_entropy",
     "overflow",  # tokens past capacity; a mean over layers
     "tokens_read",  # of source and target together
@@ -46,8 +47,8 @@ class RoutingTotals:
     """Sums over the tokens of some forward passes.
 
     Attributes:
-        sums (`torch.DoubleTensor` of shape `(14,)`): as of `SUMS`. NaN is what there is none of: agreement where nothing
-            is distilled, entropy where there are no scores, overflow where there is no capacity.
+        sums (`torch.DoubleTensor` of shape `(14,)`): in the order of `SUMS`. NaN stands for what there is none of:
+            agreement where nothing is distilled, entropy where there are no scores, overflow where there is no capacity.
         load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
     """
 
@@ -65,7 +66,7 @@ class RoutingTotals:
         return RoutingTotals(packed[: len(self.sums)], packed[len(self.sums) :].view_as(self.load))
 
     def total(self, name: str) -> float:
-        """Give one of the sums, by its name in `SUMS`."""
+        """Return one of the sums, by its name in `SUMS`."""
         return self.sums[SUMS.index(name)].item()
 
     def metrics(self, stage: int) -> dict[str, float]:
@@ -80,10 +81,9 @@ class RoutingTotals:
 
         Returns:
             `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean`, `load_min_over_mean` and
-            `load_entropy` (of the worst layer, see `LayerLoads`), `dead_experts` (of all layers), `mean_gate`,
-            `closed_gates`, `common_direction` and, where the routing learns, `router_entropy` (see `RoutingHealth`), with
-            a capacity `overflow` (share of the routed tokens that were past it) and `routing_stage`; where there are
-            tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
+            `load_entropy` of the worst layer, `dead_experts` of all layers, `mean_gate`, `closed_gates`,
+            `common_direction` and, where the routing learns, `router_entropy`, with a capacity `overflow` (share of the
+            routed tokens that were past it) and `routing_stage`; where there are tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
             over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that is
             trained), `distillation_agreement` (share of the tokens of stage 1) and `distillation_agreement_by_id`.
         """
@@ -98,50 +98,57 @@ class RoutingTotals:
             metrics["task_loss"] = sums["task_loss"] / sums["targets"]
         if learned:
             metrics["balance_loss"] = sums["balance_loss"] / tokens
-        if learned and not math.isnan(sums["agreement"]):
+        if learned and not math.isnan(sums["distillation_agreement"]):
             metrics["distillation_loss"] = sums["distillation_loss"] / tokens
-            metrics["distillation_agreement"] = sums["agreement"] / learned
-            metrics["distillation_agreement_by_id"] = sums["agreement_by_id"] / learned
+            for name in ("distillation_agreement", "distillation_agreement_by_id"):
+                metrics[name] = sums[name] / learned
         return metrics
 
 
+def evenness(load: Tensor) -> dict[str, Tensor]:
+    """Measure how even the load of each MoE layer's experts is.
+
+    Args:
+        load (`torch.DoubleTensor` of shape `(..., num_experts)`): tokens sent to each expert of each layer.
+
+    Returns:
+        `dict[str, torch.Tensor]` of shape `(...)`: `load_max_over_mean`, in [1, num_experts]; `load_min_over_mean`, in
+            [0, 1]; `load_entropy`, the entropy of the experts' shares over ln(num_experts), in [0, 1], 1 where all are
+            equal; and `dead_experts`, how many got no token. All but the last are NaN without tokens.
+    """
+    mean, share = load.mean(-1), load / load.sum(-1, keepdim=True)
+    entropy = torch.special.entr(share).sum(-1) / math.log(load.shape[-1]) if load.shape[-1] > 1 else share[..., 0]
+    return {
+        "load_max_over_mean": load.amax(-1) / mean,
+        "load_min_over_mean": load.amin(-1) / mean,
+        "load_entropy": entropy.clamp(max=1.0),  # rounding
+        "dead_experts": (load == 0).sum(-1),
+    }
+
+
 class LayerLoads:
-    """How even the load of each MoE layer's experts is.
+    """The loads of the experts of each MoE layer, as they are logged.
 
     Args:
         load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert, on the CPU.
 
     Attributes:
         relative (`list[list[float]]`): of each layer and expert, tokens over the mean of the layer's experts; NaN without
-            tokens. 1 is even.
-        by_layer (`dict[str, torch.Tensor]` of shape `(moe layers,)`): of each layer `load_max_over_mean`, in [1, num_experts];
-            `load_min_over_mean`, in [0, 1], 0 where an expert got no token at all; `load_entropy`, the entropy of the
-            experts' shares over ln(num_experts), in [0, 1], 1 where all are equal; and `dead_experts`, how many got no
-            token.
+            tokens.
+        by_layer (`dict[str, torch.Tensor]` of shape `(moe layers,)`): `evenness`.
     """
 
     def __init__(self, load: Tensor):
-        relative = load / load.mean(-1, keepdim=True)
-        share = load / load.sum(-1, keepdim=True)
-        entropy = torch.special.entr(share).sum(-1) / math.log(load.shape[-1]) if load.shape[-1] > 1 else share[:, 0]
-        self.relative = relative.tolist()
-        self.by_layer = {
-            "load_max_over_mean": relative.amax(-1),
-            "load_min_over_mean": relative.amin(-1),
-            "load_entropy": entropy.clamp(max=1.0),  # rounding
-            "dead_experts": (load == 0).sum(-1),
-        }
+        self.relative = (load / load.mean(-1, keepdim=True)).tolist()
+        self.by_layer = evenness(load)
 
     def worst(self) -> dict[str, float]:
-        """Give each number of the layer that it is worst in; of dead experts their sum over layers."""
+        """Return each number of the layer that it is worst in; of dead experts their sum over layers."""
         combine = {"load_max_over_mean": torch.max, "dead_experts": torch.sum}
         return {name: combine.get(name, torch.min)(values).item() for name, values in self.by_layer.items()}
 
     def named(self, layers: Sequence[str]) -> dict[str, float]:
-        """Give the numbers of each layer, but for the least load, as `load_entropy/layer_0`.
-
-        Empty where there is one layer: `worst` is that one.
-        """
+        """Return the numbers of each layer except the least load, as `load_entropy/layer_0`; none of a single layer."""
         if len(layers) == 1:
             return {}
         return {
@@ -151,7 +158,7 @@ class LayerLoads:
         }
 
     def experts(self, layers: Sequence[str]) -> dict[str, float]:
-        """Give `relative` as `expert_load/layer_0/expert_0`."""
+        """Return `relative` as `expert_load/layer_0/expert_0`."""
         return {
             f"expert_load/{layer}/expert_{expert}": value
             for layer, values in zip(layers, self.relative, strict=True)
@@ -168,15 +175,8 @@ def layer_names(config: StableMoEBaseConfig) -> list[str]:
 
 
 def imbalance(load: Tensor) -> float:
-    """Compute max/mean of the experts' loads, of the worst layer; 1 is balanced.
-
-    Args:
-        load (`torch.Tensor` of shape `(moe layers, num_experts)`): tokens.
-
-    Returns:
-        `float`: in [1, num_experts]; NaN without tokens.
-    """
-    return (load.amax(-1) / load.mean(-1)).max().item()
+    """Return max/mean of the experts' loads, `(moe layers, num_experts)`, of the worst layer; 1 is balanced."""
+    return evenness(load)["load_max_over_mean"].max().item()
 
 
 class RoutingMeter:
@@ -215,16 +215,17 @@ class RoutingMeter:
             targets = module.count_targets(labels, kwargs.get("shift_labels")).to(load.device)
             divisor = kwargs.get("num_items_in_batch")
             task = output.task_loss * (targets if divisor is None else divisor)
-        means = torch.stack([output.balance_loss, output.distillation_loss, *output.routing_health]).double()
-        *losses, mean_gate, closed_gates, direction, agreement, by_id, entropy = (means * tokens).unbind()
-        watched = [mean_gate, closed_gates, direction]
-        sums = [targets, task.squeeze(), tokens, *losses]
+        losses = {"balance_loss": output.balance_loss, "distillation_loss": output.distillation_loss}
+        means = losses | dict(zip(RoutingHealth._fields, output.routing_health, strict=True))
+        weighted = torch.stack(list(means.values())).double() * tokens
+        sums = dict(zip(means, weighted.unbind(), strict=True))
+        sums |= {"targets": targets, "task_loss": task.squeeze(), "tokens": tokens, "tokens_of_stage1": tokens}
+        sums |= {"overflow": self._overflow(load), "tokens_read": self._tokens_read(load, args, kwargs)}
         learns = module.routing_stage == 1
-        none = torch.zeros_like(tokens)
-        # In stage 2 there is nothing to agree on: NaN.
-        sums += [tokens, *watched, agreement, by_id] if learns else [none, *watched, none, none]
-        sums += [entropy, self._overflow(load), self._tokens_read(load, args, kwargs)]
-        totals = RoutingTotals(torch.stack([value.detach().double() for value in sums]), load)
+        if not learns:  # there is nothing to agree on
+            of_stage1 = ("tokens_of_stage1", "distillation_agreement", "distillation_agreement_by_id")
+            sums |= dict.fromkeys(of_stage1, torch.zeros_like(tokens))
+        totals = RoutingTotals(torch.stack([sums[name].detach().double() for name in SUMS]), load)
         self._step = totals if self._step is None else self._step + totals
         if learns:
             self._count_tokens(module.routed_tokens(*args, **kwargs))
@@ -242,11 +243,7 @@ class RoutingMeter:
         return self.model.count_tokens(*args, **kwargs).to(load.device)
 
     def _is_known(self, output) -> bool:
-        """Tell whether a forward pass gives what is measured; refuse one of stage 1 that does not.
-
-        Raises:
-            ValueError: in stage 1, where the routing losses are missing, too.
-        """
+        """Return True if a forward pass gives what is measured; refuse one of stage 1 that does not."""
         if isinstance(output, (StableMoECausalLMOutputWithPast, StableMoESeq2SeqLMOutput)):
             return True
         problem = (
@@ -297,10 +294,9 @@ class RoutingMeter:
         return sum(list(self._recent)[1:], start=self._recent[0]).across_processes()
 
     def recent_steps(self) -> dict[str, Tensor] | None:
-        """Give the totals of the last steps, one row a step, for `resume_recent`; every process must call this.
+        """Return the totals of the last steps, `sums` and `load` with a row per step, of all processes, on the CPU.
 
-        Returns:
-            `dict[str, torch.Tensor]`: `sums` and `load` as of `RoutingTotals`, of all processes, on the CPU.
+        Every process must call this. `resume_recent` takes it.
         """
         if not self._recent:
             return None
@@ -335,6 +331,3 @@ class RoutingMeter:
     def resume_counts(self, counts: Tensor):
         """Go on from the `counted_tokens` of an earlier part of the run."""
         self._resumed_counts = counts.double()
-
-
-__all__ = ["SUMS", "LayerLoads", "RoutingMeter", "RoutingTotals", "imbalance", "layer_names"]

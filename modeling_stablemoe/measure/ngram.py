@@ -54,13 +54,10 @@ def _pairs(ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def _interpolated_perplexity(models: list[Tensor], em_steps: int) -> float:
-    """Fit the weights of a mixture to the tokens and give the perplexity of it."""
+    """Fit the weights of a mixture to the tokens and return its perplexity."""
     probabilities = torch.stack(models)
     weights = torch.full((len(models), 1), 1 / len(models), dtype=torch.double)
     for _ in range(em_steps):
         joint = weights * probabilities
         weights = (joint / joint.sum(0)).mean(1, keepdim=True)
     return math.exp(-(weights * probabilities).sum(0).log().mean().item())
-
-
-__all__ = ["ngram_perplexities"]

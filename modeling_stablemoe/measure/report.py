@@ -22,7 +22,7 @@ _SPEEDS = ("_runtime", "_per_second", "_time")
 
 
 def perplexity_of(loss: float) -> float:
-    """Give the perplexity of a mean loss in nats; infinity for a loss that diverged."""
+    """Return the perplexity of a mean loss in nats; infinity for a loss that diverged."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -30,7 +30,7 @@ def perplexity_of(loss: float) -> float:
 
 
 def measure_of(loss: float | None, has_language_head: bool) -> dict[str, float | None]:
-    """Give what an evaluation loss says by the name of it: `perplexity` of a language head, `loss` of any other."""
+    """Name what an evaluation loss says: `perplexity` of a language head, `loss` of any other."""
     if not has_language_head:
         return {"loss": loss}
     return {"perplexity": None if loss is None else perplexity_of(loss)}
@@ -42,7 +42,7 @@ def stage_rows(
     last_step: int | None = None,
     has_language_head: bool = True,
 ) -> list[dict]:
-    """Sum up each stage of a run.
+    """Sum up each stage that a run went through.
 
     Args:
         log_history (sequence of `dict`): `trainer.state.log_history` of a run, with `StageTransitionCallback` or not.
@@ -51,9 +51,10 @@ def stage_rows(
         has_language_head (`bool`): whether the evaluation loss is that of tokens, so that it has a perplexity.
 
     Returns:
-        `list[dict]`: one row a stage that the run went through, with `stage`, `steps` (the last step), `perplexity`
-        (of the last evaluation in it; without a language head `loss`), `load_max_over_mean` (of the last training log) and `fluctuation` (stage 1: at
-        the last check before the transition, stage 2: the largest after it); `None` where it was not measured.
+        `list[dict]`: a row per stage, with `stage`, `steps` (the last step), `perplexity` (of the last evaluation in
+            it; without a language head `loss`), `load_max_over_mean` (of the last training log) and `fluctuation`
+            (stage 1: at the last check before the transition, stage 2: the largest after it); `None` where it was not
+            measured.
     """
     transition = next((entry["step"] for entry in log_history if "transition_step" in entry), None)
     if last_step is None:
@@ -93,14 +94,11 @@ def _row(
 
 
 def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
-    """Lay out rows as a Markdown table.
+    """Lay out rows as a Markdown table, without a newline at the end.
 
     Args:
         rows (sequence of `dict`): values by column; `None` or missing prints as a dash, floats with 4 digits.
         headings (`dict[str, str]`): column -> heading, in order.
-
-    Returns:
-        `str`: lines without a newline at the end.
     """
 
     def cell(value) -> str:
@@ -118,7 +116,7 @@ def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
 
 
 def format_stages(rows: Sequence[dict]) -> str:
-    """Lay out the rows of `stage_rows` as a Markdown table."""
+    """Lay out the stages of a run as a Markdown table."""
     return format_table(rows, {column: heading for column, heading in _STAGE_HEADINGS.items() if column in rows[0]})
 
 
@@ -128,17 +126,11 @@ def summarize(
     last_step: int | None = None,
     has_language_head: bool = True,
 ) -> dict:
-    """Gather what a run's log history says of its routing.
-
-    Args:
-        log_history (sequence of `dict`): see `stage_rows`.
-        frozen (`bool`): see `stage_rows`.
-        last_step (`int`, *optional*): see `stage_rows`.
-        has_language_head (`bool`): see `stage_rows`.
+    """Gather what a run's log history says of its routing; the arguments are those of `stage_rows`.
 
     Returns:
-        `dict`: `stages`, the rows of `stage_rows`, and `distillation_agreement_at_transition`, the share of tokens on
-        which distilled and backbone router agreed when the routing was frozen; `None` if it was not.
+        `dict`: `stages`, a row per stage, and `distillation_agreement_at_transition`, the share of tokens on which
+            distilled and backbone router agreed when the routing was frozen; `None` if it was not.
     """
     transition = next((entry for entry in log_history if "transition_step" in entry), {})
     return {
@@ -148,14 +140,7 @@ def summarize(
 
 
 def describe_saved_model(results: dict) -> str | None:
-    """Say which model was saved, if it is not that of the last step.
-
-    Args:
-        results (`dict`): of `summarize`, with `step` and `routing_stage` of the saved model.
-
-    Returns:
-        `str`: a sentence; `None` for a model of the last step.
-    """
+    """Return a sentence that says which model was saved; `None` if it is that of the last step."""
     last_step = results["stages"][-1]["steps"]
     if results.get("step") in (None, last_step):
         return None
@@ -168,7 +153,7 @@ def describe_saved_model(results: dict) -> str | None:
 
 
 def summarize_run(model: PreTrainedModel, state: TrainerState, step: int) -> dict:
-    """Gather what a run of any kind came to, JSON-ready: its size, its routing and its stages (see `summarize`).
+    """Gather the results of a run of any kind, JSON-ready.
 
     Args:
         model (`PreTrainedModel`): of this package.
@@ -176,7 +161,8 @@ def summarize_run(model: PreTrainedModel, state: TrainerState, step: int) -> dic
         step (`int`): that the model's weights are of, which may be those of a best checkpoint.
 
     Returns:
-        `dict`: `parameters`, `step`, `routing_stage` (`None` for a dense model), `router_fingerprint`, and `summarize`.
+        `dict`: `parameters`, `step`, `routing_stage` (`None` for a dense model), `router_fingerprint`, `stages` and
+            `distillation_agreement_at_transition`.
     """
     fingerprint = model.config.router_fingerprint
     stage = 1 if fingerprint is None else 2
@@ -190,16 +176,16 @@ def summarize_run(model: PreTrainedModel, state: TrainerState, step: int) -> dic
 
 
 def last_evaluation(log_history: Sequence[dict], step: int | None = None, has_language_head: bool = True) -> dict:
-    """Give what the last evaluation of a run measured, as a model card takes it.
+    """Return what the last evaluation of a run measured, as a model card takes it.
 
     Args:
         log_history (sequence of `dict`): `trainer.state.log_history`.
         step (`int`, *optional*): the evaluation of this step is wanted. Default: the last there is.
-        has_language_head (`bool`): see `stage_rows`.
+        has_language_head (`bool`): whether the evaluation loss is that of tokens.
 
     Returns:
         `dict`: `evaluated_step`, `split`, `perplexity`, and `bleu` and `chrf` if there were; without a language head
-        `loss` in their place, and `metrics`, all numbers that were logged with it; empty without evaluation.
+            `loss` in their place, and `metrics`, all numbers that were logged with it; empty without evaluation.
     """
     entries = [entry for entry in log_history if "eval_loss" in entry and step in (None, entry["step"])]
     if not entries:
@@ -218,14 +204,10 @@ def last_evaluation(log_history: Sequence[dict], step: int | None = None, has_la
 
 
 def format_results(results: dict) -> str:
-    """Lay out the results of a language model for people.
+    """Lay out the results of a language model for people, without a newline at the end.
 
     Args:
-        results (`dict`): of `summarize`, with `perplexity` and, optionally, `baselines`, perplexities by name, and `step`
-            and `routing_stage` of the saved model.
-
-    Returns:
-        `str`: lines without a newline at the end.
+        results (`dict`): of `summarize_run`, with `perplexity` and, optionally, `baselines`, perplexities by name.
     """
     lines = [format_stages(results["stages"])]
     agreement = results["distillation_agreement_at_transition"]
@@ -237,16 +219,3 @@ def format_results(results: dict) -> str:
     if saved is not None:
         lines.append(saved)
     return "\n".join([*lines, f"validation perplexity, this model: {results['perplexity']:.2f}"])
-
-
-__all__ = [
-    "describe_saved_model",
-    "format_results",
-    "format_stages",
-    "format_table",
-    "last_evaluation",
-    "perplexity_of",
-    "stage_rows",
-    "summarize",
-    "summarize_run",
-]

@@ -7,10 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+
+from modeling_stablemoe.checkpoints.architectures import MODELS
+from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
 
 from .figures import add_legend, line_style, mark_transitions, require_matplotlib, save_figure
 from .fluctuation import RoutingHistory, draw_changes, draw_settled
+from .meter import evenness
 
 
 @dataclass
@@ -21,28 +26,26 @@ class RunHistory:
         label (`str`): name in the figures.
         log_history (`list[dict]`): of the Trainer.
         fluctuation (`dict`, *optional*): of `RoutingHistory.summary`.
+        has_language_head (`bool`): whether the evaluation loss is that of tokens, so that it has a perplexity.
     """
 
     label: str
     log_history: list[dict]
     fluctuation: dict | None = None
+    has_language_head: bool = True
 
     @property
     def transition_step(self) -> int | None:
-        """`int`: step at whose end the routing was frozen; `None` if it was not."""
+        """`int`, *optional*: step at whose end the routing was frozen."""
         return next((entry["transition_step"] for entry in self.log_history if "transition_step" in entry), None)
 
     def curve(self, name: str) -> tuple[list[int], list]:
-        """Give the steps and the values of what was logged under a name."""
+        """Return the steps and the values of what was logged under a name."""
         points = [(entry["step"], entry[name]) for entry in self.log_history if entry.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
     def expert_load(self) -> tuple[list[int], dict[str, list[list[float]]]]:
-        """Give the load of each expert, over the mean of its layer.
-
-        Returns:
-            `tuple`: the steps of the logs, and by MoE layer, in order, one list of loads a step.
-        """
+        """Return the steps of the logs and, by MoE layer, the loads of its experts over their mean, a list per step."""
         steps, layers = [], {}
         names = self._layer_names()
         for entry in self.log_history:
@@ -62,22 +65,21 @@ class RunHistory:
         return list(names)
 
     def layer_curves(self) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-        """Give, by number and MoE layer, how even the loads were: steps and values.
+        """Return the `evenness` of the loads, by number and MoE layer: steps and values.
 
-        The numbers are those of `LayerLoads`. Of each layer where its loads were logged, else of the worst one, which has
-        the name "".
+        Of each layer where its loads were logged, otherwise of the worst one, which has the name "".
         """
         steps, layers = self.expert_load()
         if not layers:
-            return {name: {"": self.curve(name)} for name in EVENNESS}
+            return {name: {"": self.curve(name)} for name in LOAD_PANELS}
+        measured = {layer: evenness(torch.tensor(rows, dtype=torch.double)) for layer, rows in layers.items()}
         return {
-            name: {layer: (steps, [measure(row) for row in rows]) for layer, rows in layers.items()}
-            for name, measure in EVENNESS.items()
+            name: {layer: (steps, values[name].tolist()) for layer, values in measured.items()} for name in LOAD_PANELS
         }
 
 
 def _rows_of_scalars(entry: dict) -> list[list[float]]:
-    """Collect `expert_load/layer_0/expert_0` and so on of one log, one list a layer."""
+    """Collect `expert_load/layer_0/expert_0` and so on of one log, a list per layer."""
     layers: dict[str, list[float]] = {}
     for name, value in entry.items():
         if name.startswith("expert_load/"):
@@ -85,22 +87,15 @@ def _rows_of_scalars(entry: dict) -> list[list[float]]:
     return list(layers.values())
 
 
-def _entropy(row: list[float]) -> float:
-    shares = [load / len(row) for load in row]  # loads are over the mean, so they sum to the number of experts
-    return -sum(share * math.log(share) for share in shares if share > 0) / math.log(max(len(row), 2))
-
-
-# As in `LayerLoads`, of one layer's loads over their mean.
-EVENNESS: dict[str, Callable[[list[float]], float]] = {
-    "load_max_over_mean": max,
-    "load_min_over_mean": min,
-    "load_entropy": _entropy,
-    "dead_experts": lambda row: sum(load == 0 for load in row),
-}
-
-
 # Of panels side by side.
 MAX_COLUMNS = 3
+# What is drawn of the loads: title and unit.
+LOAD_PANELS = {
+    "load_max_over_mean": ("Heaviest expert", "tokens / mean"),
+    "load_min_over_mean": ("Lightest expert", "tokens / mean"),
+    "load_entropy": ("Entropy of the loads", "share of ln(experts)"),
+    "dead_experts": ("Experts without a token", "experts"),
+}
 
 
 def read_run(folder: str | Path, label: str | None = None) -> RunHistory:
@@ -109,9 +104,6 @@ def read_run(folder: str | Path, label: str | None = None) -> RunHistory:
     Args:
         folder (`str` or `Path`): output folder of a run, or a checkpoint.
         label (`str`, *optional*): name in the figures. Default: that of the folder.
-
-    Returns:
-        `RunHistory`
 
     Raises:
         FileNotFoundError: if there is no such folder, or no history in it.
@@ -127,7 +119,19 @@ def read_run(folder: str | Path, label: str | None = None) -> RunHistory:
     if not history:
         raise ValueError(f"Nothing was logged in {str(path)!r}: train on, or lower `logging_steps`.")
     last_step = max(entry["step"] for entry in history)
-    return RunHistory(label or folder.resolve().name, history, _read_fluctuation(folder, last_step))
+    label = label or folder.resolve().name
+    return RunHistory(label, history, _read_fluctuation(folder, last_step), _has_language_head(folder, path.parent))
+
+
+def _has_language_head(*folders: Path) -> bool:
+    """Read off a saved config whether the model of a run predicts tokens, as most do."""
+    for folder in folders:
+        if (folder / "adapter_config.json").is_file():
+            return _read_json(folder / "adapter_config.json").get("task_type") != "SEQ_CLS"
+        if (folder / "config.json").is_file():
+            for name in _read_json(folder / "config.json").get("architectures") or []:
+                return name not in MODELS or MODELS[name].can_generate()
+    return True
 
 
 def _state_file(folder: Path) -> Path:
@@ -180,7 +184,7 @@ def write_run_figures(runs: Sequence[RunHistory], folder: str | Path, formats: I
 
     Returns:
         `list[Path]`: `loss` (figure 4), `fluctuation` (figures 2 and 7), `load`, `expert_load`, `distillation` and
-        `gates`, those that something was logged for, in each format.
+            `gates`, those that something was logged for, in each format.
 
     Raises:
         ValueError: where matplotlib is not installed; if labels repeat.
@@ -219,24 +223,28 @@ def _finish(figure, panels: Sequence, runs: Sequence[RunHistory]):
 
 
 def _draw_loss(figure, runs: Sequence[RunHistory]):
-    """Draw the loss of the training tokens, without routing losses, and the validation perplexity."""
+    """Draw the training loss without routing losses, and the validation perplexity; the loss of heads that have none."""
     from matplotlib.ticker import LogFormatter
 
     figure.set_size_inches(10, 4.4)
     panels = figure.subplots(1, 2, sharex=True)
+    has_perplexity = all(run.has_language_head for run in runs)
     for index, run in enumerate(runs):
         style = {"label": run.label, **line_style(index)}
         # A run without routing statistics, of a dense model say, has the whole loss alone, which is the same.
         _plot(panels[0], run, "task_loss" if run.curve("task_loss")[0] else "loss", **style)
         steps, losses = run.curve("eval_loss")
         if losses:
-            panels[1].plot(steps, [math.exp(min(loss, 700.0)) for loss in losses], marker=".", **style)
-    panels[0].set(ylabel="task loss (nats per token)", title="Training")
-    panels[1].set(ylabel="perplexity", title="Validation", yscale="log")
-    # Plain numbers, also between powers of ten where the axis spans few of them.
-    panels[1].yaxis.set_major_formatter("{x:.4g}")
-    panels[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
-    panels[1].tick_params(axis="y", which="minor", labelsize="small")
+            values = [math.exp(min(loss, 700.0)) for loss in losses] if has_perplexity else losses
+            panels[1].plot(steps, values, marker=".", **style)
+    panels[0].set(ylabel="task loss (nats per token)" if has_perplexity else "task loss", title="Training")
+    panels[1].set(ylabel="perplexity" if has_perplexity else "loss", title="Validation")
+    if has_perplexity:
+        panels[1].set_yscale("log")
+        # Plain numbers, also between powers of ten where the axis spans few of them.
+        panels[1].yaxis.set_major_formatter("{x:.4g}")
+        panels[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+        panels[1].tick_params(axis="y", which="minor", labelsize="small")
     _finish(figure, panels, runs)
 
 
@@ -259,13 +267,7 @@ def _draw_load(figure, runs: Sequence[RunHistory]):
     """Draw how even the loads are: of one run each layer, of several the worst layer of each."""
     figure.set_size_inches(10, 7)
     panels = list(figure.subplots(2, 2, sharex=True).flat)
-    titles = {
-        "load_max_over_mean": ("Heaviest expert", "tokens / mean"),
-        "load_min_over_mean": ("Lightest expert", "tokens / mean"),
-        "load_entropy": ("Entropy of the loads", "share of ln(experts)"),
-        "dead_experts": ("Experts without a token", "experts"),
-    }
-    for axes, (name, (title, unit)) in zip(panels, titles.items(), strict=True):
+    for axes, (name, (title, unit)) in zip(panels, LOAD_PANELS.items(), strict=True):
         if len(runs) == 1:
             curves = {layer or "worst layer": curve for layer, curve in runs[0].layer_curves()[name].items()}
         else:
@@ -282,7 +284,7 @@ def _draw_load(figure, runs: Sequence[RunHistory]):
 
 
 def _draw_expert_load(figure, runs: Sequence[RunHistory]):
-    """Draw the load of each expert over the steps, a panel a MoE layer; each run begins a new row of panels."""
+    """Draw the load of each expert over the steps, a panel per MoE layer; each run starts a new row of panels."""
     from matplotlib.colors import TwoSlopeNorm
 
     rows: list[list] = []
@@ -312,7 +314,7 @@ def _draw_expert_load(figure, runs: Sequence[RunHistory]):
 
 
 def _draw_heat_map(axes, steps: list[int], loads: list[list[float]], norm):
-    """Draw the loads of one layer, a list of them a step; a log tells of the steps since the one before."""
+    """Draw the loads of one layer, a list of them per step; a log covers the steps since the one before."""
     edges = [max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0, *steps]
     experts = [expert - 0.5 for expert in range(len(loads[0]) + 1)]
     axes.set(xlabel="step", ylabel="expert")
@@ -353,7 +355,7 @@ def _draw_gates(figure, runs: Sequence[RunHistory]):
     panels = list(figure.subplots(2, 2, sharex=True).flat)
     names = {
         "mean_gate": ("Mean gate", "gate"),
-        "closed_gates": ("Gates below 0.05", "share of the tokens"),
+        "closed_gates": (f"Gates below {CLOSED_GATE:g}", "share of the tokens"),
         "common_direction": ("Common direction of hidden states", "norm of mean / mean norm"),
         "router_entropy": ("Entropy of the router", "share of ln(experts)"),
     }
@@ -370,6 +372,3 @@ FIGURES: dict[str, Callable] = {
     "distillation": _draw_distillation,
     "gates": _draw_gates,
 }
-
-
-__all__ = ["RunHistory", "read_run", "write_run_figures"]

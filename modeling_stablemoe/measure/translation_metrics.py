@@ -113,15 +113,7 @@ def _join_signatures(signature_of_pair: dict[str, str]) -> str:
 
 
 def format_scores(scores: dict[str, Any]) -> str:
-    """Lay out scores for people.
-
-    Args:
-        scores (`dict`): of `score_translations`.
-
-    Returns:
-        `str`: a Markdown table with a row a pair and, for several pairs, one of the means, and the signatures below;
-        without a newline at the end.
-    """
+    """Lay out the scores of `score_translations` as a Markdown table, a row per pair, with the signatures below."""
     rows = [{"pair": pair, **score} for pair, score in scores["pairs"].items()]
     if len(rows) > 1:
         rows.append({"pair": "mean", "bleu": scores["mean_bleu"], "chrf": scores["mean_chrf"]})
@@ -138,23 +130,21 @@ def format_scores(scores: dict[str, Any]) -> str:
 class TranslationMetrics:
     """The `compute_metrics` of a `Seq2SeqTrainer` that evaluates with `predict_with_generate`.
 
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): decodes the predictions; has a padding token.
+        references (sequence of `str`): reference of each row of the evaluated data set, in its order.
+        pairs (sequence of `str`): language pair of each row.
+
     Attributes:
         last_hypotheses (`list[str]` or `None`): translations of the last evaluation, each on one line.
-        last_scores (`dict` or `None`): what `score_translations` said of them.
+        last_scores (`dict` or `None`): their scores, by `score_translations`.
+
+    Raises:
+        ImportError: if sacrebleu, or what it needs for Japanese or Korean, is not installed.
+        ValueError: if there are not as many references as pairs.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, references: Sequence[str], pairs: Sequence[str]) -> None:
-        """Keep what the predictions are compared with.
-
-        Args:
-            tokenizer (`PreTrainedTokenizerBase`): decodes the predictions; has a padding token.
-            references (sequence of `str`): reference of each row of the evaluated data set, in its order.
-            pairs (sequence of `str`): language pair of each row.
-
-        Raises:
-            ImportError: if sacrebleu, or what it needs for Japanese or Korean, is not installed.
-            ValueError: if there are not as many references as pairs.
-        """
         if len(references) != len(pairs):
             raise ValueError(f"references and pairs must be equally many; got {len(references)} and {len(pairs)}.")
         for pair in set(pairs):
@@ -194,6 +184,3 @@ class TranslationMetrics:
         for pair, score in self.last_scores["pairs"].items():
             flat |= {f"{name}_{pair}": score[name] for name in ("bleu", "chrf")}
         return flat
-
-
-__all__ = ["TranslationMetrics", "format_scores", "score_translations"]

@@ -29,14 +29,7 @@ MOST_CLOSED_GATES = 0.5
 
 
 def tables_of(model: TwoStageRoutingMixin) -> Tensor | None:
-    """Give the table that every MoE layer would be frozen into now, before any balancing.
-
-    Args:
-        model (`TwoStageRoutingMixin`): with a distilled router.
-
-    Returns:
-        `torch.IntTensor` of shape `(moe layers, V)`, on the CPU; `None` where weights are frozen instead of a table.
-    """
+    """Return the tables that would be frozen now, `(moe layers, V)` on the CPU; `None` where weights would be frozen."""
     layers = list(model.moe_layers_by_name.values())
     if any(layer.bare_router.distilled_router.sees_context for layer in layers):
         return None
@@ -61,7 +54,7 @@ class SettlingWatch:
 
         Returns:
             `float`, *optional*: share of the tokens of stage 1, over all layers, in [0, 1]; `None` at the first check,
-            and where there are no tables.
+                and where there are no tables.
         """
         tables, counts = tables_of(self._meter.model), self._meter.counted_tokens()
         if tables is None or counts is None:
@@ -74,7 +67,7 @@ class SettlingWatch:
         return self.changes[-1]
 
     def has_settled(self, largest_change: float, checks: int = 2) -> bool:
-        """Tell whether the last `checks` changes were `largest_change` at most."""
+        """Return True if the last `checks` changes were at most `largest_change`."""
         return len(self.changes) >= checks and max(self.changes[-checks:]) <= largest_change
 
     def save(self, path: str | os.PathLike):
@@ -95,11 +88,7 @@ class SettlingWatch:
             replace_file(Path(path), lambda partial: save_file(tensors, partial))
 
     def load(self, path: str | os.PathLike) -> bool:
-        """Take up what `save` wrote; without such a file watching begins anew. Every process must call this.
-
-        Returns:
-            `bool`: whether there was one.
-        """
+        """Take up what `save` wrote, and return True if there was such a file; every process must call this."""
         found = [load_file(path) if _is_first_process() and Path(path).is_file() else None]
         if is_distributed():
             # The other processes may not see the file, and all must decide alike.
@@ -120,12 +109,12 @@ def _is_first_process() -> bool:
 
 @dataclass
 class Verdict:
-    """What stage 1 has come to.
+    """How good stage 1 is.
 
     Args:
         metrics (`dict[str, float]`): of the last steps, as they are logged.
-        table_load (`float`, *optional*): max/mean of the tokens of stage 1 under the table that would be frozen; `None`
-            where there is no table.
+        table_load (`float`, *optional*): max/mean of the tokens of stage 1 under the table that would be frozen;
+            `None` where there is no table.
         is_balanced_later (`bool`): whether freezing limits that load.
     """
 
@@ -150,7 +139,7 @@ class Verdict:
         closed = self.metrics.get("closed_gates", 0.0)
         if closed > MOST_CLOSED_GATES:
             problems.append(
-                f"{closed:.0%} of the gates are below 0.05, so their experts do and learn next to nothing. Lower "
+                f"{closed:.0%} of the gates are below {CLOSED_GATE:g}, so their experts do and learn next to nothing. Lower "
                 '`balance_loss_coef`, or take `balance_gradient="centroids"`'
             )
         return problems
@@ -168,7 +157,7 @@ def judge(meter: RoutingMeter) -> Verdict:
 
 
 def load_of_frozen(model: TwoStageRoutingMixin, token_counts: Tensor | None) -> Tensor | None:
-    """Send counted tokens through the frozen tables; `None` where there are no counts or no tables. See `load_of`."""
+    """Send counted tokens through the frozen tables, as `load_of` does; `None` where there are no counts or no tables."""
     layers = model.moe_layers_by_name.values()
     if token_counts is None or not all(isinstance(layer.frozen_router, FrozenRouter) for layer in layers):
         return None
@@ -198,8 +187,9 @@ class FrozenReport:
     Args:
         verdict (`Verdict`): on stage 1.
         num_steps (`int`): last steps that its metrics cover.
-        load (`torch.Tensor` of shape `(moe layers, num_experts)`, *optional*): tokens of stage 1 under the frozen tables.
-        balanced (`list[BalancedTable]`): what balancing them came to; empty where they were not.
+        load (`torch.Tensor` of shape `(moe layers, num_experts)`, *optional*): tokens of stage 1 under the frozen
+            tables.
+        balanced (`list[BalancedTable]`): the balanced tables; empty where they were not balanced.
     """
 
     verdict: Verdict
@@ -208,7 +198,7 @@ class FrozenReport:
     balanced: list[BalancedTable]
 
     def metrics(self) -> dict[str, float]:
-        """Give what is logged, `transition_*`: those of the last steps, the load of the tables, the price of balance."""
+        """Return what is logged as `transition_*`: of the last steps, the load of the tables, the price of balance."""
         names = (
             "load_max_over_mean",
             "mean_gate",
@@ -275,17 +265,3 @@ class FrozenReport:
                 f"Token id(s) {named} alone outweigh the limit: each has an expert of its own, and the others keep to it."
             )
         return said
-
-
-__all__ = [
-    "LARGEST_TABLE_LOAD",
-    "LEAST_AGREEMENT",
-    "MOST_CLOSED_GATES",
-    "FrozenReport",
-    "SettlingWatch",
-    "Verdict",
-    "judge",
-    "load_of",
-    "load_of_frozen",
-    "tables_of",
-]

@@ -20,12 +20,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class MemoryRows:
-    """The rows of a tensor in host memory.
-
-    Args:
-        tensor (`torch.Tensor` of shape `(num_experts, ...)`): on the CPU.
-        pinned (`bool`): whether to keep it where a CUDA device copies from on its own.
-    """
+    """The rows of a tensor `(num_experts, ...)` in host memory; pinned, a CUDA device copies from it on its own."""
 
     def __init__(self, tensor: Tensor, pinned: bool):
         self.tensor = tensor.detach().pin_memory() if pinned else tensor.detach()
@@ -37,7 +32,7 @@ class MemoryRows:
         target.copy_(self.tensor[row], non_blocking=target.is_cuda)
 
     def whole(self) -> Tensor:
-        """Give all rows."""
+        """Return all rows."""
         return self.tensor
 
 
@@ -71,11 +66,7 @@ class CheckpointFile:
         return status.st_size, status.st_mtime_ns
 
     def read(self, offset: int, target: Tensor):
-        """Read bytes into a tensor.
-
-        Args:
-            offset (`int`): bytes from the first tensor's.
-            target (`torch.Tensor`): contiguous, on the CPU.
+        """Read bytes, from `offset` after the start of the first tensor, into a contiguous tensor on the CPU.
 
         Raises:
             OSError: where the file was written to or cut off since it was opened.
@@ -147,16 +138,13 @@ class FileRows:
 
 
 def find_rows(name: str, stack: nn.Module, files: dict[str, CheckpointFile], pinned: bool) -> dict[str, MemoryRows]:
-    """Find where the experts of a MoE layer lie.
+    """Find where the experts of a MoE layer lie, by the parameter's name in its stack.
 
     Args:
         name (`str`): of the stack, for the error.
         stack (`StableMoEExperts`): with its parameters in memory, or offloaded by accelerate's hooks.
         files (`dict[str, CheckpointFile]`): the files that are open already; others are added.
-        pinned (`bool`): see `MemoryRows`.
-
-    Returns:
-        `dict[str, MemoryRows or FileRows]`: by the parameter's name in the stack.
+        pinned (`bool`): whether rows in host memory are pinned.
 
     Raises:
         ValueError: for parameters that are nowhere.
@@ -182,7 +170,7 @@ def find_rows(name: str, stack: nn.Module, files: dict[str, CheckpointFile], pin
 
 
 def expert_parameters(stack: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the parameters of a stack of experts with their names in it, in one order for all stacks alike."""
+    """List the parameters of a stack of experts with their names in it, in one order for all stacks."""
     for index, sublayer in enumerate(stack.sublayers):
         for name in EXPERT_PARAMETERS:
             yield f"sublayers.{index}.{name}", getattr(sublayer, name)
@@ -195,7 +183,7 @@ def offloaded_value(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _file_of(module: nn.Module, name: str) -> dict[str, str] | None:
-    """Tell the safetensors file that an offloaded parameter stands in, and its name there."""
+    """Return the safetensors file that an offloaded parameter stands in, and its name there."""
     weights_map, key = _weights_map(module, name)
     prefix = ""
     if isinstance(weights_map, PrefixedDataset):
@@ -214,6 +202,3 @@ def _weights_map(module: nn.Module, name: str):
         if getattr(each, "offload", False) and each.weights_map is not None:
             return each.weights_map, key
     return None, key
-
-
-__all__ = ["CheckpointFile", "FileRows", "MemoryRows", "expert_parameters", "find_rows", "offloaded_value"]

@@ -22,12 +22,12 @@ from .expert_store import FileRows, MemoryRows, expert_parameters
 
 @dataclass
 class OffloadStatistics:
-    """What offloading came to, over all MoE layers, since the last `reset`.
+    """What was counted over all MoE layers since the last `reset`.
 
     Attributes:
         layer_passes (`int`): forward passes of MoE layers.
-        waves (`int`): how many times the slots of a layer were worked through; more than `layer_passes` where a pass needed
-            more experts than there are slots.
+        waves (`int`): how many times the slots of a layer were worked through; more than `layer_passes` where a pass
+            needed more experts than there are slots.
         requests (`int`): distinct experts that the layer passes needed.
         hits (`int`): of these, in a slot or on their way there when the layer began.
         resident (`int`): of these, in a slot since an earlier forward pass.
@@ -67,11 +67,11 @@ class OffloadStatistics:
         del self._waits[:count]
 
     def reset(self):
-        """Begin again at 0."""
+        """Start again at 0."""
         self.__init__()
 
     def __str__(self) -> str:
-        """Say it in a line."""
+        """Describe the counts in a line."""
         return (
             f"{self.requests} experts needed in {self.layer_passes} layer passes ({self.waves} waves): "
             f"{100 * self.hit_rate:.1f} % there or on their way in time, {self.resident} there from before; "
@@ -91,7 +91,7 @@ class Transfers:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def start(self, copy: Callable[[], None], device: torch.device, after, in_background: bool) -> Future:
-        """Begin a copy.
+        """Start a copy.
 
         Args:
             copy (`Callable`): does it.
@@ -146,13 +146,13 @@ class Plan:
 
 
 class OffloadedExperts(nn.Module):
-    """Stands for a `StableMoEExperts` whose experts are elsewhere: called alike, it computes the same, for inference.
+    """Takes the place of a `StableMoEExperts` whose experts are elsewhere; it computes the same, for inference.
 
     Experts stay in their slots until others need them; those that were not needed for longest go first.
 
     Args:
         stack (`StableMoEExperts`): the experts; its parameters may be on the meta device.
-        rows (`dict[str, MemoryRows or FileRows]`): where they lie; of `find_rows`.
+        rows (`dict[str, MemoryRows or FileRows]`): where each of its parameters lies.
         num_slots (`int`): K, experts that the device has room for.
         device (`torch.device`): where to compute.
         transfers (`Transfers`): of all layers.
@@ -189,7 +189,7 @@ class OffloadedExperts(nn.Module):
         return self.slots.sublayers[0].up_proj.device
 
     def prefetch(self, expert_index: Tensor):
-        """Begin to fetch the experts of a forward pass; at most as many as there are slots.
+        """Start to fetch the experts of a forward pass; at most as many as there are slots.
 
         This is where the host waits for the device, once: it has to know the tokens.
 
@@ -205,21 +205,14 @@ class OffloadedExperts(nn.Module):
             self.plan = self._make_plan(expert_index.flatten(), announced=True)
             self._fetch_first(self._waves(self.plan.needed))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-        expert_order: tuple | None = None,
-    ) -> Tensor:
-        """Compute what the experts do; arguments and result as of `StableMoEExperts.forward`.
-
-        `expert_order` is of no consequence: tokens are sorted by slot.
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_) -> Tensor:
+        """Compute what the experts do, as `StableMoEExperts` would.
 
         Raises:
             ValueError: while training.
             OSError: if experts cannot be read; naming file and remedy. The others still work.
         """
+        # An order of the tokens by expert, which the layer may pass as well, does not help: they are sorted by slot.
         self._require_inference()
         with self.lock:
             plan = self._take_plan(top_k_index.flatten())
@@ -267,7 +260,7 @@ class OffloadedExperts(nn.Module):
         return Plan(on_host, index_T if announced else None, needed, resident, threading.get_ident())
 
     def _take_plan(self, index_T: Tensor) -> Plan:
-        """Give what was announced of this very pass; else look at the experts now."""
+        """Return what was announced of this very pass; otherwise look at the experts now."""
         plan, self.plan = self.plan, None
         if plan is not None and plan.thread == threading.get_ident() and plan.index.shape == index_T.shape:
             if index_T.device.type != "cpu" or torch.equal(plan.index, index_T):
@@ -416,6 +409,3 @@ def _refuse_state_dict(*_):
         "The experts of this model are offloaded, so its state dict would lack them. The checkpoint that it was loaded from "
         "still has them all; to save or load weights, call `remove()` of what `offload_experts` returned first."
     )
-
-
-__all__ = ["OffloadStatistics", "OffloadedExperts", "Plan", "Transfers"]

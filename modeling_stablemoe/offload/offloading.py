@@ -23,11 +23,11 @@ from .offloaded_experts import OffloadedExperts, OffloadStatistics, Transfers
 
 
 class ExpertOffload:
-    """The experts of a model while they are offloaded; of `offload_experts`.
+    """The experts of a model while they are offloaded, as `offload_experts` returns it.
 
     Attributes:
         model (`torch.nn.Module`): whose experts they are.
-        statistics (`OffloadStatistics`): what it came to so far.
+        statistics (`OffloadStatistics`): hits, bytes and waits so far.
         experts_on_device (`int`): K, slots of each MoE layer.
     """
 
@@ -47,13 +47,7 @@ class ExpertOffload:
 
     @torch.no_grad()
     def remove(self, device: str | torch.device = "cpu") -> nn.Module:
-        """Make the model an ordinary one again, with all of its experts in memory.
-
-        Args:
-            device (`str` or `torch.device`): where to put all of it.
-
-        Returns:
-            `torch.nn.Module`: the model.
+        """Make the model an ordinary one again, with all of its experts in memory on a device; return it.
 
         Raises:
             OSError: if experts cannot be read; the model stays as it is.
@@ -77,8 +71,8 @@ class ExpertOffload:
         return self.model.to(device)
 
     def __str__(self) -> str:
-        """Say what it came to, in a line."""
-        return f"{self.experts_on_device} experts a layer on the device: {self.statistics}"
+        """Describe slots and statistics in a line."""
+        return f"{self.experts_on_device} experts per layer on the device: {self.statistics}"
 
 
 @torch.inference_mode(mode=False)  # slots are written to in any mode
@@ -206,7 +200,7 @@ def _check_model(layers: dict[str, StableMoELayer]):
 
 
 def _device_of(device: str | torch.device | None) -> torch.device:
-    """Give the device with its number, so that it equals that of tensors."""
+    """Return the device with its number, so that it equals that of tensors."""
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return torch.empty(0, device=device).device
@@ -252,6 +246,3 @@ def _remove_hooks(model: nn.Module, stacks):
 def _set_parameter(module: nn.Module, name: str, value: torch.Tensor, requires_grad: bool):
     owner_name, _, key = name.rpartition(".")
     setattr(module.get_submodule(owner_name), key, nn.Parameter(value, requires_grad=requires_grad))
-
-
-__all__ = ["ExpertOffload", "experts_on_disk", "offload_experts"]

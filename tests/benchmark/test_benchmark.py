@@ -9,23 +9,28 @@ import torch
 
 from helpers import ROOT
 from helpers.workplaces import load_script, refuse
-from modeling_stablemoe.benchmark import layer_parts as benchmark_layer_parts
-from modeling_stablemoe.benchmark import model_parts as benchmark_model_parts
-from modeling_stablemoe.benchmark.aims import AIMS, check_all
+from modeling_stablemoe.benchmark import parts as benchmark_parts
 from modeling_stablemoe.benchmark.layers import (
     BUILDERS,
     LayerShape,
-    build_contenders,
+    build_contender,
     count_active,
     draw_tokens,
     flops_per_token,
-    run_training,
 )
-from modeling_stablemoe.benchmark.memory import ChildError, MemoryTask, available_memory, run_alone, too_large
-from modeling_stablemoe.benchmark.models import EQUAL_DENSE, STEP_ARMS, Preset, build_model, describe
-from modeling_stablemoe.benchmark.report import Report
-from modeling_stablemoe.benchmark.shares import group_of
-from modeling_stablemoe.benchmark.timing import Arm, Pace, compare, spread, take_turns
+from modeling_stablemoe.benchmark.memory import measure_memory, too_large
+from modeling_stablemoe.benchmark.models import (
+    EQUAL_DENSE,
+    EQUAL_SIZE,
+    STEP_ARMS,
+    Preset,
+    build_model,
+    count_parameters,
+    describe,
+)
+from modeling_stablemoe.benchmark.report import AIMS, HEADINGS, check_all, ratios_of, to_markdown
+from modeling_stablemoe.benchmark.turns import compare, profile_operators, spread, take_turns
+from modeling_stablemoe.measure.machine import ChildError, available_memory, run_alone
 
 
 CPU = torch.device("cpu")
@@ -56,7 +61,7 @@ def results(folder):
 
 
 def test_every_part_is_measured(results):
-    expected = {"layer": 4, "experts": 1, "step": 1, "generation": 2, "memory": 3, "shares": 4}
+    expected = {"layer": 4, "experts": 1, "step": 1, "generation": 2, "memory": 3, "loading": 1, "shares": 4}
     assert {part: len(cells_of(results, part)) for part in expected} == expected
     for cell in cells_of(results, "layer"):
         # Slow ones may have been left out: these never are.
@@ -95,21 +100,15 @@ def test_ratios_are_those_of_the_rounds(results):
         assert cell["cell"]["what"] != "training" or min(map(min, cell["arms"].values())) > 0
     for cell in cells_of(results, "shares"):
         assert [sum(shares) for shares in zip(*cell["arms"].values(), strict=True)] == pytest.approx([1, 1, 1])
-        assert all(0 < share < 1 for group in ("routing", "products") for share in cell["arms"][group])
+        assert any("mm" in name for name in cell["arms"])
+    assert len(cells_of(results, "loading")[0]["arms"][EQUAL_SIZE]) == 3
 
 
 def test_the_report_begins_with_the_aims(results, folder):
     text = (folder / "benchmark.md").read_text()
     headings = [line[3:] for line in text.splitlines() if line.startswith("## ")]
-    assert headings[0] == "Aims"
-    assert headings[1:6] == [
-        "The layer",
-        "The layer: transformers' blocks, each beside the dense stack",
-        "The layer by its number of experts",
-        "A training step",
-        "Generation",
-    ]
-    assert headings[6:8] == ["Memory", "What the layer's time goes to"]
+    assert [heading for heading in headings if heading != "Left out"] == ["Aims", *HEADINGS.values()]
+    assert "Times are in" in text  # torch's own table
     for aim in AIMS:
         assert aim.title in text
     judged = {check["aim"] for check in results["aims"]}
@@ -167,8 +166,8 @@ def test_a_damaged_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_do_equal_work(dtype):
-    shape = LayerShape(64, 192, 4, 2, vocab_size=100, max_tokens=64)
-    contenders = build_contenders(shape, list(BUILDERS), CPU, dtype)
+    shape = LayerShape(64, 192, 4, 2, max_tokens=64)
+    contenders = {name: build_contender(name, shape, CPU, dtype) for name in BUILDERS}
     hidden_states, token_ids = draw_tokens(shape, 64, CPU, dtype)
     hidden_states.requires_grad_()
     dense = contenders["dense"]
@@ -179,17 +178,23 @@ def test_layers_do_equal_work(dtype):
         assert flops_per_token(contender, shape) == pytest.approx(flops, rel=0.02), name
         for backend in ("eager", "grouped_mm", "batched_mm"):
             contender.use(backend)
-            run_training(contender.module, hidden_states, token_ids, torch.ones_like(hidden_states))
+            contender.module(hidden_states, token_ids).backward(torch.ones_like(hidden_states))
         weights = [p for n, p in contender.module.named_parameters() if p.dim() > 1 and p.is_floating_point()]
         worked = [p for p in weights if p.grad is not None]
         assert len(worked) >= 4, name
         assert all(p.grad.abs().sum() > 0 for p in worked), name
-        contender.module.zero_grad()
+
+
+def test_gated_blocks_share_experts():
+    shape = LayerShape(16, 24, 2, 1)
+    owner = build_contender("mixtral", shape, CPU, torch.float32)
+    other = build_contender("olmoe", shape, CPU, torch.float32, owner)
+    assert other.module.blocks[0].experts.down_proj is owner.module.blocks[0].experts.down_proj
 
 
 def test_switch_drops_no_token():
     shape = LayerShape(16, 24, 2, 1, max_tokens=64)
-    contender = build_contenders(shape, ["switch"], CPU, torch.float32)["switch"]
+    contender = build_contender("switch", shape, CPU, torch.float32)
     hidden_states, token_ids = draw_tokens(shape, 64, CPU, torch.float32)
     changed = (contender.module(hidden_states, token_ids) - hidden_states).abs().sum(-1) > 0
     assert changed.all()
@@ -206,6 +211,7 @@ def test_models_have_equal_active_parameters():
         assert sizes[name]["flops"] == pytest.approx(equal["flops"], rel=0.01), name
     for name in ("stage 2", "olmoe", "mixtral"):
         assert sizes[name]["active_parameters"] == pytest.approx(equal["active_parameters"], rel=0.06), name
+    assert count_parameters(preset, EQUAL_SIZE) == pytest.approx(sizes["stage 2"]["parameters"], rel=0.06)
     assert models["stage 1"].routing_stage == 1
     ids = torch.arange(config.vocab_size).unsqueeze(0)
     assert torch.equal(models["stage 2"].route(ids), models["hash"].route(ids))
@@ -257,7 +263,7 @@ def test_verdicts():
         ("training step", 1.05): False,  # stage 1 / stage 2
         ("training step", 1.15): True,  # stage 2: twice the time, twice the FLOPs
     }
-    cell = {"dtype": "float32", "tokens": 32768, "sublayers": 1, "pass": "forward + backward"}
+    cell = {"dtype": "float32", "tokens": 32768, "experts": "8 512", "sublayers": 1, "pass": "forward + backward"}
     experts = {"part": "experts", "cell": cell, "arms": {"8": [1.0], "512": [1.25]}, "left_out": {}}
     assert verdicts([experts]) == {("512 experts / 8 experts", 1.3): True}
     arms = {"stage 2 grouped_mm, token": [1.2], f"{EQUAL_DENSE}, token": [1.0]}
@@ -265,57 +271,69 @@ def test_verdicts():
     assert verdicts(decoding) == {("a token at batch 1 / the dense model of equal active parameters", 1.1): False}
 
 
-class Handmade:
-    """Records that nobody measured."""
-
+def test_the_report_writes_the_verdict_beside_the_ratio():
+    machine = {"hardware": "none", "features": [], "threads": "1", "variables": {}}
+    machine |= dict.fromkeys(("python", "torch", "transformers"), "0")
     settings = {"backends": ["eager", "grouped_mm"], "device": "cpu"}
     cells = [layer_record(4096, 1.2, 1.3), layer_record(4096, 1.4, 1.6, "forward"), step_record()]
+    lines = to_markdown({"machine": machine, "settings": settings, "commands": [], "cells": cells}).splitlines()
+    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    aims = {row[0]: row[1:] for row in rows}
+    assert aims[AIMS[0].title][:2] == ["1.25", "1.20 [1.20-1.20]"]
+    assert aims[AIMS[0].title][-1] == "ok (1 of 1)"
+    assert aims[AIMS[1].title][-1] == "missed (0 of 1)"
+    assert aims["512 experts / 8 experts, 32768 tokens"][1] == "not measured"
+    first = aims["float32, 4096 tokens, 32 experts, 3 sublayers, forward + backward"]
+    assert {"1.20 [1.20-1.20] ok", "0.92 [0.92-0.92] ok"} < set(first)
+    assert "1.40 [1.40-1.40] missed" in aims["float32, 4096 tokens, 32 experts, 3 sublayers, forward"]
+    assert "1.00 [1.00-1.00] ok" in aims["float32"]  # 2.0 times the time for twice the FLOPs
 
 
-def test_the_report_writes_the_verdict_beside_the_ratio():
-    report = Report(Handmade())
-    aims = report.aims_table().splitlines()
-    rows = {line.split("|")[1].strip(): [part.strip() for part in line.split("|")[2:-1]] for line in aims[2:]}
-    training, forward = AIMS[0].title, AIMS[1].title
-    assert rows[training][:2] == ["1.25", "1.20 [1.20-1.20]"]
-    assert rows[training][-1] == "ok (1 of 1)"
-    assert rows[forward][-1] == "missed (0 of 1)"
-    assert rows["512 experts / 8 experts, 32768 tokens"][1] == "not measured"
-    first, second = report.layer_table().splitlines()[2:]
-    assert "1.20 [1.20-1.20] ok" in first
-    assert "1.40 [1.40-1.40] missed" in second
-    assert "0.92 [0.92-0.92] ok" in first
-    assert "mixtral grouped_mm" in first
-    assert "1.00 [1.00-1.00] ok" in report.step_table()  # 2.0 times the time for twice the FLOPs
+def test_what_was_measured_earlier_is_reported_alike():
+    kept = ROOT / "results" / "benchmark-cpu.json"
+    results = json.loads(kept.read_text())
+    for record in results["cells"]:
+        earlier = record["ratios"]
+        assert {name: ratio for name, ratio in ratios_of(record).items() if name in earlier} == earlier
+    assert to_markdown(results).split("## ")[1] == kept.with_suffix(".md").read_text().split("## ")[1]
 
 
-def test_arms_take_turns():
-    order, resets = [], []
+def test_contenders_take_turns():
+    order = []
 
-    def arm(name: str, seconds: float = 0.02, **options) -> Arm:
+    def contender(name: str, seconds: float = 0.03):
         def work():
             order.append(name)
             time.sleep(seconds)
 
-        return Arm(name, work, lambda: resets.append(name), **options)
+        return work
 
     def fail():
         raise RuntimeError("no memory\nat all")
 
-    arms = [arm("a"), arm("b"), arm("slow", 0.3), arm("kept", 0.3, is_kept=True), Arm("broken", fail)]
-    turns = take_turns(arms, Pace(rounds=4, warm_up=1, give_up=5), CPU)
-    assert order[4:] == "a b kept b kept a kept a b a b kept".split()
-    assert resets == order
-    assert {name: len(values) for name, values in turns.seconds.items()} == {"a": 4, "b": 4, "kept": 4}
-    assert turns.left_out["broken"] == "RuntimeError: no memory"
-    assert "times as long as the fastest" in turns.left_out["slow"]
-    assert compare(turns.seconds, "kept", "a")["median"] > 5
-    assert compare(turns.seconds, "slow", "a") is None
+    runs = {"a": contender("a"), "b": contender("b"), "slow": contender("slow", 0.4), "kept": contender("kept", 0.4)}
+    times, left_out = take_turns({**runs, "broken": fail}, rounds=4, give_up=5, always=("kept",))
+    rounds = order[order.index("kept") :]
+    changes = [name for last, name in zip([None, *rounds], rounds, strict=False) if name != last]
+    assert changes == "kept a b kept b kept a kept a b a b kept".split()
+    assert {name: len(values) for name, values in times.items()} == {"a": 4, "b": 4, "kept": 4}
+    assert left_out["broken"] == "RuntimeError: no memory"
+    assert "times as long as the fastest" in left_out["slow"]
+    assert compare(times, "kept", "a")["median"] > 5
+    assert compare(times, "slow", "a") is None
 
 
 def test_a_slow_cell_ends_after_three_rounds():
-    turns = take_turns([Arm("a", lambda: time.sleep(0.02))], Pace(rounds=9, warm_up=1, seconds=0.01), CPU)
-    assert len(turns.seconds["a"]) == 3
+    times, _ = take_turns({"a": lambda: time.sleep(0.02)}, rounds=9, seconds=0.01)
+    assert len(times["a"]) == 3
+
+
+def test_a_profile_names_operators():
+    left, right = torch.ones(64, 64), torch.ones(64, 64)
+    shares = profile_operators(lambda: (left @ right).sort(), CPU, passes=2)
+    assert shares["aten::mm"][0] > 0
+    assert "aten::sort" in shares
+    assert [sum(each) for each in zip(*shares.values(), strict=True)] == pytest.approx([1, 1])
 
 
 def test_spread_is_median_and_quartiles():
@@ -324,46 +342,28 @@ def test_spread_is_median_and_quartiles():
 
 
 def test_what_does_not_fit_is_left_out_with_the_reason(tmp_path, monkeypatch):
-    for module in (benchmark_layer_parts, benchmark_model_parts):
-        monkeypatch.setattr(module, "available_memory", lambda device: 200_000)
+    monkeypatch.setattr(benchmark_parts, "available_memory", lambda device: 200_000)
     results = run(tmp_path, "--parts", "layer", "step", "--experts", "2", "30")
     by_experts = {cell["cell"]["experts"]: cell for cell in cells_of(results, "layer")}
     assert "GB are free" in by_experts[30]["left_out"]["stablemoe"]
-    assert "copies a matrix a token" in by_experts[2]["left_out"]["stablemoe batched_mm"]
+    assert "copies a matrix per token" in by_experts[2]["left_out"]["stablemoe batched_mm"]
     assert "dense" in by_experts[2]["arms"]
     assert "30" in cells_of(results, "experts")[0]["left_out"]
     assert cells_of(results, "step")[0]["arms"] == {}
     assert "| reason" in (tmp_path / "benchmark.md").read_text()
-    monkeypatch.setattr(benchmark_layer_parts, "BANDWIDTH", {"cpu": 1.0})
+    monkeypatch.setattr(benchmark_parts, "BANDWIDTH", {"cpu": 1.0})
     results = run(tmp_path, "--parts", "layer", "--experts", "4")
     left_out = [cell["left_out"] for cell in cells_of(results, "layer") if cell["cell"]["experts"] == 4]
-    assert ["once an expert" in reasons.get("olmoe eager", "") for reasons in left_out] == [False, True]
+    assert ["once per expert" in reasons.get("olmoe eager", "") for reasons in left_out] == [False, True]
     assert too_large(80, 100) is None
     assert too_large(1e12, 0) is None  # unknown
     assert available_memory(CPU) > 1e6
 
 
 def test_a_process_that_fails_says_why():
-    task = MemoryTask(Preset(TINY), "stage 2", "loading", 2, torch.float32, CPU, str(ROOT / "nowhere"))
+    task = {"preset": Preset(TINY), "name": "stage 2", "what": "loading", "batch_size": 2, "dtype": torch.float32}
     with pytest.raises(ChildError, match="nowhere"):
-        run_alone(task)
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("aten::sort", "sorting"),
-        ("aten::index_select", "gathering"),
-        ("aten::embedding_dense_backward", "gathering"),
-        ("aten::addmm", "products"),
-        ("aten::_grouped_mm", "products"),
-        ("transformers::grouped_mm_fallback", "products"),
-        ("another::kernel", "products"),
-        ("aten::relu", "other"),
-    ],
-)
-def test_operators_have_groups(name, group):
-    assert group_of(name) == group
+        run_alone(measure_memory, **task, device=CPU, folder=str(ROOT / "nowhere"))
 
 
 def test_half_precision_has_cells_of_its_own(tmp_path):
@@ -378,7 +378,7 @@ def test_half_precision_has_cells_of_its_own(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_part_is_measured_on_a_gpu(tmp_path):
     results = run(tmp_path, "--device", "cuda")
-    for part in ("layer", "experts", "step", "generation", "memory", "shares"):
+    for part in ("layer", "experts", "step", "generation", "memory", "loading", "shares"):
         cells = cells_of(results, part)
         assert {cell["cell"]["dtype"] for cell in cells} == {"float32", "bfloat16"}
         assert all(cell["arms"] for cell in cells), part

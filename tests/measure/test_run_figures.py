@@ -166,3 +166,15 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
     folder = write_state(tmp_path / "run", json.dumps({"log_history": [{"step": 3, "loss": 1.0}]}))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert 'pip install "modeling_stablemoe[plots]"' in refuse(plot_run, [str(folder)])
+
+
+def test_a_classifier_has_a_validation_loss_and_no_perplexity(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = [{"step": step, "loss": 1.0, "eval_loss": 0.7} for step in (2, 4)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    for name, unit in (("StableMoEForSequenceClassification", "loss"), ("StableMoEForCausalLM", "perplexity")):
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
+        plot_run([str(tmp_path), "--output_dir", str(tmp_path / "figures"), "--svg"])
+        text = shown(tmp_path / "figures" / "loss.svg")
+        assert f"<!-- {unit} -->" in text
+        assert ("perplexity" in text) == (unit == "perplexity")

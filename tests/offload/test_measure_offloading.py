@@ -1,7 +1,6 @@
 """What offloading costs, by the script that measures it."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -17,10 +16,7 @@ TINY = [*PRESET, "--config_overrides", json.dumps(OVERRIDES), "--prompt_length",
 
 @pytest.fixture
 def in_one_process(monkeypatch):
-    def start(args, checkpoint, name):
-        return script.run_arm(replace(args, arm=name, model=str(checkpoint)))
-
-    monkeypatch.setattr(script, "start_arm", start)
+    monkeypatch.setattr(script, "run_alone", lambda function, **arguments: function(**arguments))
 
 
 @pytest.mark.parametrize("options", [[], ["--drop_cache", "true", "--dtype", "bfloat16"]], ids=["cached", "from disk"])
@@ -38,14 +34,13 @@ def test_every_way_is_measured(in_one_process, tmp_path, capsys, options):
     report = (tmp_path / "offloading.md").read_text()
     assert report in capsys.readouterr().out
     assert "| ours, checkpoint |" in report
-    assert "From the checkpoint: " in report
+    assert "- ours, checkpoint / all on the device: " in report
+    assert result["ratios"]["offload-disk / accelerate-disk"]["decoding"]["median"] > 0
     assert ("read from the disk" in report) == bool(options)
 
 
 def test_what_cannot_be_measured_is_one_line(tmp_path):
     assert "--rounds must be >= 1, got 0" in refuse(script.main, [*TINY[:-1], "0"])
-    assert "--arm must be one of" in refuse(script.main, [*TINY, "--arm", "nothing"])
-    assert "--arm needs --model" in refuse(script.main, [*TINY, "--arm", "memory"])
     assert "no safetensors file" in refuse(script.main, ["--model", str(tmp_path)])
     assert "do not fit `max_position_embeddings`" in refuse(script.main, [*TINY, "--steps", "5000"])
     assert "must be a JSON object" in refuse(script.main, [*PRESET, "--config_overrides", "3"])
