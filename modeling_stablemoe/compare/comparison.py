@@ -36,8 +36,8 @@ from modeling_stablemoe.measure.report import perplexity_of
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
 from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, YamlLoader, load_preset, model_fields
 from modeling_stablemoe.runs.run import LATEST, RunFolder, build_callbacks, set_hash_tables, train
+from modeling_stablemoe.training import TrainingClockCallback
 from modeling_stablemoe.training.exact_evaluation import BlockTrainer
-from modeling_stablemoe.training.transition import TrainingClockCallback
 
 
 logger = logging.getLogger(__name__)

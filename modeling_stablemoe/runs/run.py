@@ -38,7 +38,7 @@ from modeling_stablemoe.measure.fluctuation import FIGURE_FILE
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
 from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
-from modeling_stablemoe.training.transition import (
+from modeling_stablemoe.training import (
     ModelCardCallback,
     RoutingFluctuationCallback,
     RoutingStatisticsCallback,

@@ -14,20 +14,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from modeling_stablemoe.checkpoints.adapters import ROUTING_FILE, has_routing, holds_adapters
-from modeling_stablemoe.checkpoints.finding import checkpoint_of_step, find_stablemoe, resumed_checkpoint
+from modeling_stablemoe.checkpoints.finding import checkpoint_of_step, resumed_checkpoint
 from modeling_stablemoe.measure.verdict import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from modeling_stablemoe.model.distillation_stablemoe import sees_context
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 
-from .card_callback import ModelCardCallback
-from .fluctuation_callback import RoutingFluctuationCallback
-from .logging_callback import TrainingClockCallback, refuse_label_smoother
 from .loops import copy_moe_layers, drop_idle_gradients, freeze_router, restore_moe_layers
-from .statistics_callback import (
-    RoutingStatisticsCallback,
-    find_loaded,
-    resume_routing,
-)
+from .statistics_callback import RoutingStatisticsCallback, find_loaded, resume_routing
 
 
 logger = logging.getLogger(__name__)
@@ -62,7 +55,9 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             `EarlyStoppingCallback`, so that `load_best_model_at_end` leaves a frozen model. The evaluation of the
             transition step is of stage 2. With `save_strategy="best"`, stage 1 saves at every evaluation. Default: the
             evaluations of both stages compete, and a best checkpoint of stage 1 loads as a model that is not frozen.
-        expert_load (`str`): see `RoutingStatisticsCallback`.
+        expert_load (`str`): where the load of each expert goes: `"history"`, `"reporters"` or `"none"`, as of
+            `RoutingStatisticsCallback`.
+        model_card (`bool`): write model cards, unless a `ModelCardCallback` is in the list.
 
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
@@ -79,8 +74,9 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         check_steps: int | None = None,
         best_of_stage2: bool = False,
         expert_load: str = "history",
+        model_card: bool = True,
     ):
-        super().__init__(expert_load)
+        super().__init__(expert_load, model_card)
         _check_steps("stage1_steps", stage1_steps)
         if hold_until_ready is not None:
             _check_steps("hold_until_ready", hold_until_ready)
@@ -126,7 +122,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
                 f"this is step {state.global_step}. To train a frozen model further, or one with a hash, leave "
                 "StageTransitionCallback out; to resume a run, give the `stage1_steps` it was started with."
             )
-        self._watch_model(args, stablemoe)
+        self._watch_model(args, state, stablemoe)
         _warn_of_idle_routers(stablemoe)
         self._watch = SettlingWatch(self._meter)
         if state.global_step > 0:
@@ -267,7 +263,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         balanced = freeze_router(model)
         frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
-        self._log(args, state, control, report)
+        self._log(state, control, report)
         opening = f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins."
         closing = f"Fingerprint {model.config.router_fingerprint}."
         if sees_context(model.config):
@@ -360,12 +356,4 @@ def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Pa
         )
 
 
-__all__ = [
-    "ModelCardCallback",
-    "RoutingFluctuationCallback",
-    "RoutingStatisticsCallback",
-    "StageTransitionCallback",
-    "TrainingClockCallback",
-    "find_stablemoe",
-    "refuse_label_smoother",
-]
+__all__ = ["StageTransitionCallback"]
