@@ -246,7 +246,9 @@ USES = [
     Use("transformers:AutoModelForCausalLM._model_mapping", "which class belongs to a config"),
     Use("accelerate.utils:OffloadedWeightsLoader", "where offloaded weights are"),
     Use("accelerate.utils:PrefixedDataset", "where offloaded weights are"),
-    Use("accelerate.utils:extract_model_from_parallel", "the model in what an engine made", 1, ("keep_torch_compile",)),
+    Use(
+        "accelerate.utils:extract_model_from_parallel", "the model in what an engine made", 1, ("keep_torch_compile",)
+    ),
     Use("accelerate.utils:broadcast_object_list", "what the first process has found", 1),
     Use("accelerate.utils.constants:FSDP_MODEL_NAME", "files of a checkpoint of FSDP"),
     Use("accelerate.hooks:remove_hook_from_submodules", "takes offloaded experts out of accelerate's hands", 1),

@@ -1,6 +1,5 @@
 """Model cards: what they say, and that everything a Trainer saves has one."""
 
-import copy
 import logging
 import math
 import re

@@ -20,8 +20,14 @@ from helpers.trainers import (
     training_logs,
     weights,
 )
-from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
+from modeling_stablemoe import (
+    ModelCardCallback,
+    RoutingFluctuationCallback,
+    StableMoEForCausalLM,
+    StageTransitionCallback,
+)
 from modeling_stablemoe.checkpoints.finding import find_stablemoe
+from modeling_stablemoe.training import TrainingClockCallback
 
 
 # The transition
@@ -467,3 +473,21 @@ def test_a_frozen_model_is_refused_as_before_where_no_batch_size_is_sought(tmp_p
         trainer.train()
     with pytest.raises(ValueError, match="frozen already"):
         trainer.train()
+
+
+def test_callbacks_leave_the_trainer_its_list_and_the_model_as_they_are(tmp_path):
+    left = []
+    for name in ("plain", "watched"):
+        callbacks = [
+            StageTransitionCallback(2),
+            RoutingFluctuationCallback(BLOCKS, check_steps=1, num_tokens=32),
+            ModelCardCallback(),
+            TrainingClockCallback(),
+        ]
+        trainer = make_trainer(tmp_path / name, *(callbacks if name == "watched" else []), max_steps=3)
+        given = list(trainer.callback_handler.callbacks)
+        trainer.train()
+        trainer.save_model()
+        assert trainer.callback_handler.callbacks == given
+        left.append([vars(trainer).keys(), *(vars(module).keys() for module in trainer.model.modules())])
+    assert left[0] == left[1]
