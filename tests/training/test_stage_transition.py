@@ -40,8 +40,8 @@ def test_transition_happens_once_at_its_step_whatever_the_accumulation(tmp_path,
     model.register_forward_hook(lambda module, *_: forward_stages.append(module.routing_stage))
     trainer = make_trainer(
         tmp_path,
-        recorder,
         StageTransitionCallback(stage1_steps),
+        recorder,
         model=model,
         gradient_accumulation_steps=accumulation,
     )
@@ -65,7 +65,7 @@ def test_transition_happens_once_at_its_step_whatever_the_accumulation(tmp_path,
 )
 def test_transition_does_not_depend_on_the_other_intervals(tmp_path, intervals):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, recorder, StageTransitionCallback(5), **intervals)
+    trainer = make_trainer(tmp_path, StageTransitionCallback(5), recorder, **intervals)
     trainer.train()
     assert recorder.stages == [1] * 4 + [2] * 8
     assert sum("transition_step" in entry for entry in trainer.state.log_history) == 1
@@ -248,7 +248,7 @@ def test_resuming_a_frozen_run_with_a_longer_stage_1_is_an_error(tmp_path, whole
 
 def test_resuming_past_the_transition_with_a_stage_1_checkpoint_freezes_at_once(tmp_path, whole_run):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, recorder, StageTransitionCallback(2), model=tiny_model(seed=7, dropout=0.1))
+    trainer = make_trainer(tmp_path, StageTransitionCallback(2), recorder, model=tiny_model(seed=7, dropout=0.1))
     trainer.train(resume_from_checkpoint=f"{whole_run.args.output_dir}/checkpoint-4")
     assert recorder.stages == [2] * 8
     (transition,) = [entry for entry in trainer.state.log_history if "transition_step" in entry]
@@ -374,9 +374,9 @@ def test_model_inside_a_wrapper_is_found_and_frozen(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(
         tmp_path,
-        recorder,
         StageTransitionCallback(5),
         RoutingFluctuationCallback(BLOCKS, 5, 64),
+        recorder,
         model=wrapped,
         remove_unused_columns=False,
     )
