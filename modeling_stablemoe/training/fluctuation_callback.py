@@ -104,7 +104,7 @@ class RoutingFluctuationCallback(LoggingCallback):
             self._log(state, control, {"routing_fluctuation": change})
 
     def _masks(self) -> Iterator[Tensor]:
-        """Yield, for each batch and MoE layer, which of the tokens are real: `(batch, sequence)`."""
+        """Yield for each batch and MoE layer which of the tokens are real, `(batch, sequence)`."""
         for batch in self._inputs():
             for token_ids, mask in self._model.routed_tokens(**batch):
                 yield torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
@@ -143,7 +143,7 @@ class RoutingFluctuationCallback(LoggingCallback):
 
 
 def _first_rows(dataset: Iterable[Mapping], num_tokens: int) -> list[dict]:
-    """Take the first examples of a data set that hold `num_tokens` tokens, with their ids, masks and targets alone."""
+    """Return the first examples that hold `num_tokens` tokens, with nothing but their ids, masks and targets."""
     rows, count = [], 0
     for example in dataset:
         if "input_ids" not in example:

@@ -116,7 +116,7 @@ class RoutingStatisticsCallback(LoggingCallback):
             self._stopwatch.interrupt()
 
     def _check_coefficient(self, stablemoe: TwoStageRoutingMixin):
-        """Say so if a trainer has changed the weight of the routing losses, as TRL's may."""
+        """Warn if a trainer has changed the weight of the routing losses, as TRL's may."""
         coefficient = stablemoe.config.router_aux_loss_coef
         if stablemoe.routing_stage == 1 and self._coefficient not in (None, coefficient):
             logger.warning(
@@ -198,14 +198,14 @@ class RoutingStatisticsCallback(LoggingCallback):
 
 
 def find_loaded(model: nn.Module) -> TwoStageRoutingMixin:
-    """Find the StableMoE model, in the stage that its weights say, which an engine may have loaded by now."""
+    """Return the StableMoE model in the stage of its weights, which an engine may have loaded after it was made."""
     stablemoe = find_stablemoe(model)
     stablemoe.follow_loaded_routing()
     return stablemoe
 
 
 def resume_routing(model: nn.Module, args: TrainingArguments, state: TrainerState):
-    """Take up the routing of adapters that have been resumed by an engine, or by PEFT from before they held it."""
+    """Load the routing of adapters that an engine resumed, or PEFT from a checkpoint of before adapters held it."""
     checkpoint = resumed_checkpoint(args, state)
     if checkpoint is not None:
         _load_routing_beside(model, checkpoint)

@@ -33,15 +33,15 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     """Freezes the routing: stage 1 before, stage 2 after.
 
     The transition happens once, at the end of an optimizer step, before anything is logged, evaluated or saved at that
-    step. The stage is read from the model and the step from the Trainer, so a resumed run needs no more than the
-    checkpoint. `requires_grad` and the optimizer's groups stay as they are. Every router that is distilled can be
-    frozen: `"stable"`, and `"switch"` and `"base"` with a `distilled_router` (table 5).
+    step; callbacks that stand before this one see it from the next step on. The stage is read from the model and the step
+    from the Trainer, so a resumed run needs no more than the checkpoint. `requires_grad` and the optimizer's groups stay as
+    they are. Every router that is distilled can be frozen: `"stable"`, and `"switch"` and `"base"` with a
+    `distilled_router` (table 5).
 
     Adds the statistics of `RoutingStatisticsCallback` to the Trainer's logs and, while there are tables to compare,
     `table_change`, the share of the tokens so far whose expert, by the table that would be frozen, is not that of the
     last check. At the transition it logs an entry with `transition_*` of its own and says in plain words what is being
-    frozen; a routing that is not worth it (see `stage1.Verdict`) gets a warning with the remedy. A run whose weights
-    have become NaN gets another one (see `DistilledRouter.check_weights`), and its logs hold NaN.
+    frozen; a routing that is not worth it gets a warning with the remedy, and so do weights that have become NaN.
 
     Args:
         stage1_steps (`int` or `float`): length of stage 1, as optimizer steps (an `int` >= 1) or as a share of all
@@ -80,15 +80,9 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         _check_steps("stage1_steps", stage1_steps)
         if hold_until_ready is not None:
             _check_steps("hold_until_ready", hold_until_ready)
-        if settled_change is not None and (
-            isinstance(settled_change, bool)
-            or not isinstance(settled_change, (int, float))
-            or not 0 <= settled_change < 1
-        ):
+        if settled_change is not None and not (_is_number(settled_change, float) and 0 <= settled_change < 1):
             raise ValueError(f"`settled_change` is a share of tokens in [0, 1), got {settled_change!r}.")
-        if check_steps is not None and (
-            isinstance(check_steps, bool) or not isinstance(check_steps, int) or check_steps < 1
-        ):
+        if check_steps is not None and not (_is_number(check_steps) and check_steps >= 1):
             raise ValueError(f"`check_steps` must be an integer >= 1, got {check_steps!r}.")
         self.stage1_steps = stage1_steps
         self.settled_change = settled_change
@@ -186,12 +180,12 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             self._watch.save(checkpoint_of_step(args, state) / WATCH_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
+        """Let no optimizer move D and Ê in stage 2, which have a gradient of zero there on several processes."""
         super().on_pre_optimizer_step(args, state, control, **kwargs)
         drop_idle_gradients(self._meter.model)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Stop watching, and say so if the model is left in stage 1."""
+        """Stop watching, and warn if the model is left in stage 1."""
         super().on_train_end(args, state, control, **kwargs)
         self._before_freezing = None
         if self._meter.model.routing_stage == 1:
@@ -217,13 +211,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         )
 
     def resolve_transition_step(self, max_steps: int) -> int:
-        """Find the step at whose end the routing is frozen, unless it settles earlier or is held.
-
-        Args:
-            max_steps (`int`): optimizer steps of the whole training.
-
-        Returns:
-            `int`: in [1, max_steps].
+        """Return the step in [1, max_steps] at whose end the routing is frozen, unless it settles earlier or is held.
 
         Raises:
             ValueError: if stage 1 would outlast training.
@@ -231,7 +219,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         return _resolve_steps("stage1_steps", self.stage1_steps, max_steps)
 
     def resolve_last_step(self, max_steps: int) -> int:
-        """Find the step at whose end the routing is frozen at the latest.
+        """Return the step at whose end the routing is frozen at the latest.
 
         Raises:
             ValueError: if it is not between the transition and the end of training.
@@ -248,7 +236,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         return last
 
     def _begin_again(self, stablemoe: TwoStageRoutingMixin, state: TrainerState, optimizer: Optimizer):
-        """Undo the transition of a run that `auto_find_batch_size` has stopped and begins again, with the model as it is."""
+        """Undo the transition of a run that `auto_find_batch_size` has stopped and starts again, with the model as it is."""
         if self._before_freezing is not None and self._meter.model is stablemoe:
             if stablemoe.routing_stage == 2 and _frozen_at(state) is None:
                 logger.warning("Training begins again, and with it stage 1: the routing frozen meanwhile is gone.")
@@ -294,7 +282,7 @@ def _require_resumed_routing(model: nn.Module, state: TrainerState):
 
 
 def _warn_of_idle_routers(stablemoe: TwoStageRoutingMixin):
-    """Say so if stage 1 distils nothing, as where PEFT has switched off all gradients but the adapters'."""
+    """Warn if stage 1 distils nothing, as where PEFT has switched off all gradients but the adapters'."""
     if stablemoe.routing_stage == 2:
         return
     for name, layer in stablemoe.moe_layers_by_name.items():
@@ -315,12 +303,16 @@ def _frozen_at(state: TrainerState) -> int | None:
 
 
 def _forget_best(state: TrainerState):
-    """Begin the search for the best checkpoint anew, and with it the patience of early stopping."""
+    """Restart the search for the best checkpoint, and with it the patience of early stopping."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, (int, *kinds)) and not isinstance(value, bool)
+
+
 def _check_steps(name: str, steps: int | float):
-    if isinstance(steps, bool) or not isinstance(steps, (int, float)):
+    if not _is_number(steps, float):
         raise ValueError(f"`{name}` must be an int (steps) or a float (share), got {steps!r}.")
     if isinstance(steps, float) and not 0 < steps < 1:
         raise ValueError(

@@ -258,7 +258,7 @@ def test_fluctuation_compares_the_experts_of_real_tokens_and_is_zero_in_stage_2(
 
     collator = DataCollatorForSeq2Seq(tiny_tokenizer(), model=model)
     watch = RoutingFluctuationCallback(PAIRS, check_steps=2, num_tokens=36, batch_size=3, data_collator=collator)
-    trainer = make_seq2seq_trainer(tmp_path, Training(), StageTransitionCallback(3), watch, model=model)
+    trainer = make_seq2seq_trainer(tmp_path, StageTransitionCallback(3), Training(), watch, model=model)
     trainer.train()
     assert watch.history.steps == [0, 2, 3, 4, 6]
     assert watch.history.stages == [1, 1, 2, 2, 2]

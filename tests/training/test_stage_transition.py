@@ -163,7 +163,7 @@ def test_routing_and_distilled_router_never_move_in_stage_2(tmp_path, name):
 
     optimizers, arguments = optimizers_for(model, name)
     make_trainer(
-        tmp_path, Watch(), StageTransitionCallback(5), model=model, optimizers=optimizers, max_steps=30, **arguments
+        tmp_path, StageTransitionCallback(5), Watch(), model=model, optimizers=optimizers, max_steps=30, **arguments
     ).train()
     before, frozen, after = seen[0], seen[4], seen[5:]
     assert len(after) == 25
