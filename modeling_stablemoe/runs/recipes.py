@@ -16,6 +16,8 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArgu
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 
+from .command_line import help_of, parse_overrides
+
 
 HASH_TABLES = ("random", "balanced")
 
@@ -59,16 +61,12 @@ class ModelArguments:
         self.config_overrides = self.config_overrides or None
         if (self.model_preset is None) == (self.model_name_or_path is None):
             raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
-        if not isinstance(self.overrides, dict):
-            raise ValueError(f"`--config_overrides` must be a JSON object, got {self.config_overrides}.")
+        parse_overrides(self.config_overrides)
 
     @property
     def overrides(self) -> dict[str, Any]:
         """`dict`: `config_overrides`, parsed."""
-        try:
-            return json.loads(self.config_overrides or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`--config_overrides` is not valid JSON: {error}.") from error
+        return parse_overrides(self.config_overrides)
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -351,19 +349,19 @@ def _check_number(name: str, value: float):
         raise ValueError(f"argument --{name}: must be {wanted}, got {value}")
 
 
-def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
+def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse a command line that may start with a YAML recipe; options given after it win.
 
     Args:
         dataclass_types (sequence of `type`): argument classes, for `HfArgumentParser`.
-        description (`str`): what the script does, for `--help`.
+        doc (`str`): docstring of the script, for `--help`.
         argv (sequence of `str`, *optional*): default: the process's own arguments.
 
     Returns:
         `tuple`: one instance of each class. A bad command line or recipe ends the process with status 2 and one line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
+    parser = _Parser(dataclass_types, **help_of(doc))
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):

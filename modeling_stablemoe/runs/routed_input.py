@@ -22,6 +22,8 @@ from modeling_stablemoe.data.text import check_encoding
 from modeling_stablemoe.data.translation_tokenizer import encode_sources, encode_texts
 from modeling_stablemoe.measure.inspection import RoutedText, route_texts
 
+from .command_line import help_of
+
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class TextArguments:
 
 def parse_checkpoint_command(
     arguments_class: type,
-    description: str,
+    doc: str,
     usage: str,
     argv: Sequence[str] | None = None,
     text_class: type[TextArguments] = TextArguments,
@@ -82,7 +84,7 @@ def parse_checkpoint_command(
 
     Args:
         arguments_class (`type`): the options of the script itself, for `HfArgumentParser`.
-        description (`str`): what the script does, for `--help`.
+        doc (`str`): docstring of the script, for `--help`.
         usage (`str`): how it is called.
         argv (sequence of `str`, *optional*): default: the process's own arguments.
         text_class (`type[TextArguments]`): the options that say which text.
@@ -90,7 +92,7 @@ def parse_checkpoint_command(
     Returns:
         `tuple`: text, the script's own options, the checkpoint. A bad command line ends the process with status 2.
     """
-    parser = HfArgumentParser((text_class, arguments_class), description=description, allow_abbrev=False)
+    parser = HfArgumentParser((text_class, arguments_class), **help_of(doc))
     # Before the options: those that take several values would take it, too.
     parser.usage = usage
     parser.add_argument("model", help="Hub name or folder of a checkpoint")

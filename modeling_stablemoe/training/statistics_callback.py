@@ -170,18 +170,22 @@ class RoutingStatisticsCallback(LoggingCallback):
         return metrics
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        """Put beside a checkpoint of adapters the routing, which is not in it, and a card; do not time the saving."""
+        """Put beside a checkpoint what is not in it, and a card; do not time the saving."""
         self._stopwatch.interrupt()
-        if holds_adapters(model):
-            save_routing(model, checkpoint_of_step(args, state))
+        self._save_beside(model, checkpoint_of_step(args, state))
         self.model_card.on_save(args, state, control, model=model)
+
+    def _save_beside(self, model: nn.Module, checkpoint: Path):
+        """Save what a run goes on from and the checkpoint does not hold: of adapters, the routing."""
+        if holds_adapters(model):
+            save_routing(model, checkpoint)
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         """Add to what Trainer uploads during training, weights and config, the code files, a routing and a card."""
         checkpoint = checkpoint_of_step(args, state)
         # Of several processes only the first gets here, and writing takes all of them.
-        if holds_adapters(model) and checkpoint.is_dir() and not is_distributed():
-            save_routing(model, checkpoint)
+        if checkpoint.is_dir() and not is_distributed():
+            self._save_beside(model, checkpoint)
         if state.is_world_process_zero:
             copy_code_files(checkpoint, args.output_dir)
             copy_routing(checkpoint, args.output_dir)
