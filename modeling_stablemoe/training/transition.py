@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from modeling_stablemoe.checkpoints.adapters import ROUTING_FILE, has_routing, holds_adapters
-from modeling_stablemoe.checkpoints.finding import checkpoint_of_step, resumed_checkpoint
+from modeling_stablemoe.checkpoints.finding import resumed_checkpoint
 from modeling_stablemoe.measure.verdict import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from modeling_stablemoe.model.distillation_stablemoe import sees_context
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
@@ -173,11 +173,11 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             self._add(logs, state, {"table_change": self._change})
             self._change = None
 
-    def on_save(self, args, state, control, **kwargs):
-        """Put beside a checkpoint of stage 1 what watching goes on from."""
-        super().on_save(args, state, control, **kwargs)
+    def _save_beside(self, model: nn.Module, checkpoint: Path):
+        """Save in stage 1 also what watching goes on from."""
+        super()._save_beside(model, checkpoint)
         if self._meter is not None and self._meter.model.routing_stage == 1:
-            self._watch.save(checkpoint_of_step(args, state) / WATCH_FILE)
+            self._watch.save(checkpoint / WATCH_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Let no optimizer move D and Ê in stage 2, which have a gradient of zero there on several processes."""
