@@ -10,6 +10,7 @@ python scripts/measure_offloading.py --model MY_CHECKPOINT --experts_on_device 4
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,13 +22,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig, HfArgumentParser, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.checkpoints import replace_file
 from modeling_stablemoe.model import moe_layers_of
 from modeling_stablemoe.offload import ARMS, combine_rounds, files_of, measure_arm, to_markdown
-from modeling_stablemoe.runs import load_preset, one_line_errors, parse_options, parse_overrides, quiet_libraries
+from modeling_stablemoe.runs import load_preset
 
 
 # Half a gigabyte of experts.
@@ -92,7 +93,10 @@ class OffloadingArguments:
     @property
     def overrides(self) -> dict:
         """`dict`: `config_overrides`, parsed."""
-        return parse_overrides(self.config_overrides)
+        try:
+            return dict(json.loads(self.config_overrides))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}") from error
 
 
 def make_checkpoint(args: OffloadingArguments, folder: Path):
@@ -200,9 +204,11 @@ def measure(args: OffloadingArguments) -> tuple[dict, dict]:
 
 def main(argv=None):
     """Run the script."""
-    with one_line_errors():
-        args = parse_options(OffloadingArguments, __doc__, argv)
-        quiet_libraries()
+    parser = HfArgumentParser(OffloadingArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        logging.basicConfig(format="%(name)s: %(message)s")
+        transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         if args.arm is not None:
             print(json.dumps(run_arm(args)))
@@ -215,6 +221,8 @@ def main(argv=None):
             content = json.dumps({"settings": settings, "measured": measured}, indent=2)
             replace_file(folder / "offloading.json", lambda path: path.write_text(content + "\n"))
             replace_file(folder / "offloading.md", lambda path: path.write_text(report))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
     print(f"\n{report}")
 
 
