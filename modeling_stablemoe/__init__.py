@@ -28,7 +28,7 @@ from .model.routing_stablemoe import register_router
 from .offload.offloading import experts_on_disk, offload_experts
 from .solvers.assignment import balanced_assignment
 from .solvers.balancing import balanced_table
-from .training.transition import (
+from .training import (
     ModelCardCallback,
     RoutingFluctuationCallback,
     RoutingStatisticsCallback,

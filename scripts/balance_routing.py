@@ -6,14 +6,17 @@ python scripts/balance_routing.py runs/embedded-cpu --text_files README.md --out
 python scripts/balance_routing.py runs/multi30k --text_files train.de --target_files train.en --output_dir runs/balanced
 """
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import transformers
-
+from modeling_stablemoe.checkpoints import require_new_folder
 from modeling_stablemoe.convert import format_balances, rebalance
-from modeling_stablemoe.runs import parse_checkpoint_command, route_through_checkpoint
+from modeling_stablemoe.runs import (
+    one_line_errors,
+    parse_checkpoint_command,
+    quiet_libraries,
+    route_through_checkpoint,
+)
 
 
 @dataclass
@@ -42,21 +45,16 @@ class BalanceArguments:
 
 def main(argv=None):
     """Run the script."""
-    description, usage = __doc__.splitlines()[0], "%(prog)s model --output_dir folder [--option value ...]"
-    text_args, balance_args, name = parse_checkpoint_command(BalanceArguments, description, usage, argv)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_error()
+    usage = "%(prog)s model --output_dir folder [--option value ...]"
+    text_args, balance_args, name = parse_checkpoint_command(BalanceArguments, __doc__, usage, argv)
+    quiet_libraries()
     folder = Path(balance_args.output_dir)
-    try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{str(folder)!r} is there already and not empty; name a new folder with --output_dir")
+    with one_line_errors():
+        require_new_folder(folder)
         model, tokenizer, texts = route_through_checkpoint(name, text_args)
         balances = rebalance(model, texts, balance_args.max_load, balance_args.frequency_bands)
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers tells it in several lines
-        raise SystemExit(f"error: {reason}") from error
     print(format_balances(balances))
     print(f"\nSaved to {folder}, frozen; fingerprint {model.config.router_fingerprint}.")
 

@@ -8,24 +8,16 @@ python scripts/benchmark.py --hidden_size 1024 --intermediate_size 4096 --compil
     --model_preset configuration/models/compare-h200.json --prompt_length 256 --output_dir runs/benchmark-gpu
 """
 
-import logging
-
-import transformers
-from transformers import HfArgumentParser
-
 from modeling_stablemoe.benchmark import BenchmarkArguments, run_benchmark
+from modeling_stablemoe.runs import one_line_errors, parse_options, quiet_libraries
 
 
 def main(argv=None):
     """Run the script."""
-    parser = HfArgumentParser(BenchmarkArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        logging.basicConfig(format="%(name)s: %(message)s")
-        transformers.utils.logging.set_verbosity_error()
+    with one_line_errors():
+        args = parse_options(BenchmarkArguments, __doc__, argv)
+        quiet_libraries()
         report = run_benchmark(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"{report}\nThis table and every number are in {args.output_dir}.")
 
 

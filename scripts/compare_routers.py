@@ -7,16 +7,14 @@ python scripts/compare_routers.py configuration/recipes/compare-cpu.yaml --only 
 """
 
 import copy
-import logging
 from dataclasses import dataclass, field
 
-import transformers
 from datasets import DatasetDict
 from transformers import TrainingArguments
 
 from modeling_stablemoe.compare import Comparison, check_comparable, read_systems, write_report
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
-from modeling_stablemoe.runs import ModelArguments, check_fit, parse_recipe, read_preset
+from modeling_stablemoe.runs import ModelArguments, check_fit, log_progress, one_line_errors, parse_recipe, read_preset
 
 
 @dataclass
@@ -54,7 +52,7 @@ class CompareArguments:
 def parse_arguments(argv=None):
     """Parse the command line: `(model, data, compare, training)` arguments."""
     types = (ModelArguments, DataArguments, CompareArguments, TrainingArguments)
-    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+    return parse_recipe(types, __doc__, argv)
 
 
 def prepare(model_args, data_args, compare_args, training_args) -> tuple:
@@ -91,10 +89,9 @@ def prepare(model_args, data_args, compare_args, training_args) -> tuple:
 def main(argv=None):
     """Run the script."""
     *arguments, training_args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
-    transformers.utils.logging.set_verbosity_warning()
+    log_progress(training_args)
     compare_args = arguments[2]
-    try:
+    with one_line_errors():
         comparison, systems = prepare(*arguments, training_args)
         runs, table = [], ""
         # Seed by seed, so that whatever is there after an interruption can be compared.
@@ -103,8 +100,6 @@ def main(argv=None):
                 runs.append(comparison.run(system, seed))
                 if training_args.process_index == 0:
                     table = write_report(comparison, runs, compare_args.reference)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
     if training_args.process_index == 0:
         print(f"\n{table}\n\nResults, table and figures are in {training_args.output_dir}.")
 

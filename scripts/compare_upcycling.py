@@ -6,10 +6,8 @@ python scripts/compare_upcycling.py configuration/recipes/upcycling-cpu.yaml
 python scripts/compare_upcycling.py configuration/recipes/upcycling-cpu.yaml --only dense stablemoe --seeds 0
 """
 
-import logging
 from dataclasses import dataclass, field
 
-import transformers
 from transformers import TrainingArguments
 
 from modeling_stablemoe.compare import (
@@ -21,7 +19,7 @@ from modeling_stablemoe.compare import (
     write_report,
 )
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
-from modeling_stablemoe.runs import check_fit, parse_recipe
+from modeling_stablemoe.runs import check_fit, log_progress, one_line_errors, parse_recipe
 
 
 @dataclass
@@ -53,7 +51,7 @@ class UpcyclingArguments:
 def parse_arguments(argv=None):
     """Parse the command line: `(dense, data, upcycling, training)` arguments."""
     types = (DenseArguments, DataArguments, UpcyclingArguments, TrainingArguments)
-    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+    return parse_recipe(types, __doc__, argv)
 
 
 def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
@@ -76,10 +74,9 @@ def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
 def main(argv=None):
     """Run the script."""
     *arguments, training_args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
-    transformers.utils.logging.set_verbosity_warning()
+    log_progress(training_args)
     upcycling_args = arguments[2]
-    try:
+    with one_line_errors():
         comparison, systems = prepare(*arguments, training_args)
         starts, runs, table = [], [], ""
         # Seed by seed, so that whatever is there after an interruption can be compared.
@@ -89,8 +86,6 @@ def main(argv=None):
                 runs.append(comparison.run(system, seed))
                 if training_args.process_index == 0:
                     table = write_report(comparison, runs, upcycling_args.reference, dense_models=starts)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
     if training_args.process_index == 0:
         begun = ", ".join(f"{start['perplexity']:.2f}" for start in starts)
         print(f"\nAll begin as a GPT-2 of {starts[0]['steps']} steps, validation perplexity {begun}.\n\n{table}")

@@ -6,11 +6,8 @@ python scripts/convert_dense.py openai-community/gpt2 runs/gpt2-moe --num_expert
 python scripts/convert_dense.py runs/my-gpt2 runs/moe --model_preset configuration/models/cpu-small.json --dry_run
 """
 
-import json
-import logging
 from dataclasses import dataclass, field
 
-import transformers
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from modeling_stablemoe import StableMoEForCausalLM
@@ -23,6 +20,7 @@ from modeling_stablemoe.convert import (
     routing_of_preset,
     save_converted,
 )
+from modeling_stablemoe.runs import help_of, one_line_errors, parse_overrides, quiet_libraries
 
 
 @dataclass
@@ -64,12 +62,7 @@ class ConvertArguments:
 
     def __post_init__(self):
         """Check what can be checked without the checkpoint."""
-        try:
-            self.overrides = json.loads(self.config_overrides or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--config_overrides is not valid JSON: {error}") from error
-        if not isinstance(self.overrides, dict):
-            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}")
+        self.overrides = parse_overrides(self.config_overrides)
 
     def options(self) -> dict:
         """Gather what `from_dense` takes."""
@@ -80,7 +73,7 @@ class ConvertArguments:
 
 def parse_arguments(argv=None):
     """Parse the command line: `(arguments, source, output folder)`."""
-    parser = HfArgumentParser(ConvertArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = HfArgumentParser(ConvertArguments, **help_of(__doc__))
     # Before the options: those that take several values would take them, too.
     parser.usage = "%(prog)s source output_dir [--option value ...]"
     parser.add_argument("source", help="Hub name or folder of a GPT-2 or OPT checkpoint")
@@ -141,13 +134,9 @@ def convert(args: ConvertArguments, source: str, output_dir: str) -> str:
 def main(argv=None):
     """Run the script."""
     args, source, output_dir = parse_arguments(argv)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    try:
+    quiet_libraries()
+    with one_line_errors():
         print(convert(args, source, output_dir))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers tells it in several lines
-        raise SystemExit(f"error: {reason}") from error
 
 
 if __name__ == "__main__":

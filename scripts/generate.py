@@ -12,19 +12,18 @@ from transformers import AutoTokenizer, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.checkpoints import load_saved
+from modeling_stablemoe.runs import help_of
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
-    parser.add_argument("--prompt", default="", help="text to continue; default: start of a document")
-    parser.add_argument("--max_new_tokens", type=int, default=80, help="tokens to generate at most (default: 80)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default: 0.8)"
-    )
-    parser.add_argument("--top_p", type=float, default=0.95, help="sample from this much probability (default: 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument("--prompt", default="", help="text to continue; none: start of a document")
+    parser.add_argument("--max_new_tokens", type=int, default=80, help="tokens to generate at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from this much probability")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1 or arguments.temperature < 0 or not 0 < arguments.top_p <= 1:
         parser.error("--max_new_tokens must be >= 1, --temperature >= 0 and --top_p in (0, 1]")
@@ -39,7 +38,7 @@ def main(argv=None):
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         model = load_saved(arguments.model, StableMoEForCausalLM, device_map="auto")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers tells it in several lines
+        reason = " ".join(str(error).split())  # transformers explains some errors in several lines
         raise SystemExit(f"error: cannot load {arguments.model!r}: {reason}") from error
     prompt = arguments.prompt or tokenizer.bos_token
     if prompt is None:

@@ -7,17 +7,19 @@ python scripts/inspect_routing.py runs/multi30k --text_files test.de --target_fi
 """
 
 import json
-import logging
 import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import transformers
-
 from modeling_stablemoe.checkpoints import replace_file
 from modeling_stablemoe.measure import build_page, format_report, inspect_routing
-from modeling_stablemoe.runs import parse_checkpoint_command, route_through_checkpoint
+from modeling_stablemoe.runs import (
+    one_line_errors,
+    parse_checkpoint_command,
+    quiet_libraries,
+    route_through_checkpoint,
+)
 
 
 @dataclass
@@ -48,11 +50,10 @@ class OutputArguments:
 
 def main(argv=None):
     """Run the script."""
-    description, usage = __doc__.splitlines()[0], "%(prog)s model [--option value ...]"
-    text_args, output_args, name = parse_checkpoint_command(OutputArguments, description, usage, argv)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    try:
+    usage = "%(prog)s model [--option value ...]"
+    text_args, output_args, name = parse_checkpoint_command(OutputArguments, __doc__, usage, argv)
+    quiet_libraries()
+    with one_line_errors():
         output_args.check_folders()
         model, tokenizer, texts = route_through_checkpoint(name, text_args)
         # Without the folders above it, which are nobody else's business.
@@ -64,9 +65,6 @@ def main(argv=None):
             contents[output_args.html] = build_page(report, texts, tokenizer)
         for file, content in contents.items():
             replace_file(file, partial(Path.write_text, data=content, encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers tells it in several lines
-        raise SystemExit(f"error: {reason}") from error
     print(format_report(report))
 
 

@@ -6,19 +6,16 @@ python scripts/measure_statistics.py
 python scripts/measure_statistics.py --model_preset configuration/models/compare-h200.json --batch_size 32
 """
 
-import json
-import logging
 import time
 from dataclasses import dataclass, field
 from statistics import median, quantiles
 
 import torch
-import transformers
-from transformers import HfArgumentParser, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
 from modeling_stablemoe.model import RoutingHealth
-from modeling_stablemoe.runs import load_preset
+from modeling_stablemoe.runs import load_preset, one_line_errors, parse_options, parse_overrides, quiet_libraries
 
 
 # Steps that are not counted.
@@ -49,10 +46,7 @@ class MeasureArguments:
     @property
     def overrides(self) -> dict:
         """`dict`: `config_overrides`, parsed."""
-        try:
-            return dict(json.loads(self.config_overrides))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}") from error
+        return parse_overrides(self.config_overrides)
 
 
 class Arm:
@@ -148,14 +142,10 @@ def measure(args: MeasureArguments) -> dict[int, dict[str, list[float]]]:
 
 def main(argv=None):
     """Run the script."""
-    parser = HfArgumentParser(MeasureArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        logging.basicConfig(format="%(name)s: %(message)s")
-        transformers.utils.logging.set_verbosity_error()
+    with one_line_errors():
+        args = parse_options(MeasureArguments, __doc__, argv)
+        quiet_libraries()
         measured = measure(args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
     for stage, seconds in measured.items():
         print(f"stage {stage}")
         for name, values in seconds.items():

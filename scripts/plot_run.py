@@ -10,11 +10,12 @@ import argparse
 from pathlib import Path
 
 from modeling_stablemoe.measure import read_run, write_run_figures
+from modeling_stablemoe.runs import help_of, one_line_errors
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("runs", nargs="+", help="Output folders of runs, finished or not, or checkpoints.")
     parser.add_argument("--labels", nargs="+", help="Names of the runs in the figures. Default: those of the folders.")
     parser.add_argument("--output_dir", help="Where to put the figures. Default: `figures` in the first folder.")
@@ -28,13 +29,11 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 def main(argv=None):
     """Run the script."""
     args = parse_arguments(argv)
-    try:
+    with one_line_errors():
         labels = args.labels or [None] * len(args.runs)
         runs = [read_run(folder, label) for folder, label in zip(args.runs, labels, strict=True)]
         folder = Path(args.output_dir) if args.output_dir else Path(args.runs[0]) / "figures"
         files = write_run_figures(runs, folder, ("png", "svg") if args.svg else ("png",))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
     if not files:
         raise SystemExit("error: the logs hold nothing to draw: neither a loss nor routing statistics")
     for file in files:

@@ -6,11 +6,9 @@ python scripts/prune_experts.py runs/embedded-cpu --text_files README.md --dry_r
 python scripts/prune_experts.py runs/embedded-cpu --text_files README.md --min_count 5 --output_dir runs/pruned
 """
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import transformers
 from transformers import PreTrainedModel, TrainerState
 
 from modeling_stablemoe.checkpoints import require_new_folder
@@ -32,7 +30,9 @@ from modeling_stablemoe.runs import (
     TextVocabulary,
     VocabularyArguments,
     load_tokenizer,
+    one_line_errors,
     parse_checkpoint_command,
+    quiet_libraries,
     read_vocabularies,
 )
 
@@ -108,20 +108,11 @@ def run(name: str, text_args: VocabularyArguments, prune_args: PruneArguments) -
 
 def main(argv=None):
     """Run the script."""
-    description, usage = (
-        __doc__.splitlines()[0],
-        "%(prog)s model (--output_dir folder | --dry_run) [--option value ...]",
-    )
-    text_args, prune_args, name = parse_checkpoint_command(
-        PruneArguments, description, usage, argv, text_class=VocabularyArguments
-    )
-    logging.basicConfig(format="%(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_error()
-    try:
+    usage = "%(prog)s model (--output_dir folder | --dry_run) [--option value ...]"
+    text_args, prune_args, name = parse_checkpoint_command(PruneArguments, __doc__, usage, argv, VocabularyArguments)
+    quiet_libraries()
+    with one_line_errors():
         print(run(name, text_args, prune_args))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers tells it in several lines
-        raise SystemExit(f"error: {reason}") from error
 
 
 if __name__ == "__main__":

@@ -4,45 +4,39 @@
 
 python scripts/push_to_hub.py runs/embedded-cpu user/name --dry_run
 python scripts/push_to_hub.py runs/embedded-cpu user/name --private --license apache-2.0
+
+Checked before anything is sent: weights against config and fingerprint; the same logits and experts when loaded by the package
+and, in a fresh interpreter without it, by the code files; the tokenizer; the model card's metadata against results.json. Of the
+folder go weights (safetensors), config, code, tokenizer, results and figures; never pickles, optimizer states or subfolders
+other than that of chat templates. The folder is not changed.
 """
 
 import argparse
-import logging
-
-import transformers
 
 from modeling_stablemoe.hub import NETWORK_ERROR, check_name, explain, format_shipment, prepare, require_login, send
+from modeling_stablemoe.runs import help_of, quiet_libraries
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Checked before anything is sent: weights against config and fingerprint; the same logits and experts when "
-        "loaded by the package and, in a fresh interpreter without it, by the code files; the tokenizer; the model card's "
-        "metadata against results.json. Of the folder go weights (safetensors), config, code, tokenizer, results and "
-        "figures; never pickles, optimizer states or subfolders other than that of chat templates. The folder is not changed.",
-    )
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("folder", help="a checkpoint, or the output folder of a run")
     parser.add_argument("name", help="repository on the Hub, as in user/name; made if there is none")
     parser.add_argument(
         "--dry_run", action="store_true", help="check and list what would be sent, without the network"
     )
     parser.add_argument("--private", action="store_true", help="only you shall see the repository")
-    parser.add_argument("--revision", help="branch to send to, made if there is none (default: the main branch)")
-    parser.add_argument("--commit_message", default="Upload model", help="title of the commit (default: %(default)s)")
-    parser.add_argument("--license", help="license for the card, e.g. apache-2.0 (default: what the card says)")
-    parser.add_argument(
-        "--language", nargs="+", help="languages for the card, e.g. en de (default: what the card says)"
-    )
+    parser.add_argument("--revision", help="branch to send to, made if there is none; none: the main branch")
+    parser.add_argument("--commit_message", default="Upload model", help="title of the commit")
+    parser.add_argument("--license", help="license for the card, e.g. apache-2.0; none: what the card says")
+    parser.add_argument("--language", nargs="+", help="languages for the card, e.g. en de; none: what the card says")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     """Run the script."""
     arguments = parse_arguments(argv)
-    logging.basicConfig(format="%(name)s: %(message)s")
-    transformers.utils.logging.set_verbosity_error()
+    quiet_libraries()
     name = arguments.name
     try:
         check_name(name)

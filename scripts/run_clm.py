@@ -6,10 +6,8 @@ python scripts/run_clm.py configuration/recipes/embedded-cpu.yaml
 accelerate launch scripts/run_clm.py recipe.yaml --learning_rate 3e-4
 """
 
-import logging
 from dataclasses import dataclass, field
 
-import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
 
 from modeling_stablemoe.checkpoints import check_engine
@@ -26,6 +24,8 @@ from modeling_stablemoe.runs import (
     build_model,
     check_fit,
     evaluate_saved_model,
+    log_progress,
+    one_line_errors,
     parse_recipe,
     push,
     set_hash_tables,
@@ -56,7 +56,7 @@ def parse_arguments(argv=None):
         ReportArguments,
         TrainingArguments,
     )
-    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+    return parse_recipe(types, __doc__, argv)
 
 
 def card_facts(model_args: ModelArguments, data_args: DataArguments, card_args: CardArguments) -> CardFacts:
@@ -110,22 +110,17 @@ def prepare(model_args, data_args, routing_args, folder_args, facts, training_ar
 def main(argv=None):
     """Run the script."""
     model_args, data_args, routing_args, folder_args, card_args, report_args, training_args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
-    transformers.utils.logging.set_verbosity_warning()
+    log_progress(training_args)
     set_seed(training_args.seed)
 
-    try:
+    with one_line_errors():
         facts = card_facts(model_args, data_args, card_args)
         trainer, blocks, checkpoint = prepare(model_args, data_args, routing_args, folder_args, facts, training_args)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    try:
+    with one_line_errors(OSError):  # a full disk, no network
         if training_args.do_train:
             train(trainer, checkpoint)
         report(trainer, blocks, facts, report_args.ngram_baselines)
         push(trainer)
-    except OSError as error:  # a full disk, no network
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

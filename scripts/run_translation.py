@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import transformers
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainingArguments, set_seed
 
@@ -43,6 +42,8 @@ from modeling_stablemoe.runs import (
     build_callbacks,
     build_model,
     check_fit,
+    log_progress,
+    one_line_errors,
     parse_recipe,
     push,
     set_hash_tables,
@@ -80,7 +81,7 @@ def parse_arguments(argv=None):
         CardArguments,
         Seq2SeqTrainingArguments,
     )
-    return parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+    return parse_recipe(types, __doc__, argv)
 
 
 def check_training_arguments(training_args: Seq2SeqTrainingArguments):
@@ -200,22 +201,17 @@ def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
 def main(argv=None):
     """Run the script."""
     *arguments, card_args, training_args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
-    transformers.utils.logging.set_verbosity_warning()
+    log_progress(training_args)
     set_seed(training_args.seed)
 
-    try:
+    with one_line_errors(ImportError, OSError, ValueError):
         facts = card_facts(arguments[0], arguments[1], card_args)
         trainer, encoded, checkpoint = prepare(*arguments, facts, training_args)
-    except (ImportError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
-    try:
+    with one_line_errors(OSError):  # a full disk, no network
         if training_args.do_train:
             train(trainer, checkpoint)
         report(trainer, encoded, facts)
         push(trainer)
-    except OSError as error:  # a full disk, no network
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

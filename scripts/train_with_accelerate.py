@@ -119,7 +119,7 @@ def train(accelerator: Accelerator, model: PreTrainedModel, blocks, arguments: L
 def main(argv=None):
     """Run the script."""
     types = (ModelArguments, DataArguments, LoopArguments)
-    model_args, data_args, arguments = parse_recipe(types, description=__doc__.splitlines()[0], argv=argv)
+    model_args, data_args, arguments = parse_recipe(types, __doc__, argv)
     set_seed(arguments.seed)
     order = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed)
     accelerator = Accelerator(cpu=arguments.use_cpu, dataloader_config=order)

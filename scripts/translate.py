@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_stablemoe import StableMoEForConditionalGeneration
 from modeling_stablemoe.checkpoints import load_saved, replace_file
 from modeling_stablemoe.data import STANDARD_INPUT, check_encoding, encode_sources, read_lines
+from modeling_stablemoe.runs import help_of, one_line_errors
 
 
 logger = logging.getLogger("translate")
@@ -29,19 +30,19 @@ BATCHES_PER_CHUNK = 16
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
     parser.add_argument(
         "--input", nargs="+", metavar="FILE", help="text, also .gz or .xz, a sentence per line (default: stdin)"
     )
-    parser.add_argument("--encoding", default="utf-8", help="encoding of the input (default: utf-8)")
+    parser.add_argument("--encoding", default="utf-8", help="encoding of the input")
     parser.add_argument(
         "--output", metavar="FILE", help="where translations go, UTF-8, one per line (default: stdout)"
     )
     parser.add_argument(
         "--target_language", help="language to translate into, for models that know several, such as 'de'"
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="sentences translated at once (default: 32)")
+    parser.add_argument("--batch_size", type=int, default=32, help="sentences translated at once")
     parser.add_argument("--num_beams", type=int, help="width of the beam search (default: the checkpoint's)")
     parser.add_argument("--max_length", type=int, help="most tokens of a translation (default: the checkpoint's)")
     arguments = parser.parse_args(argv)
@@ -62,7 +63,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return load_saved(name, StableMoEForConditionalGeneration, device_map="auto"), tokenizer
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers tells it in several lines
+        reason = " ".join(str(error).split())  # transformers explains some errors in several lines
         raise SystemExit(f"error: cannot load {name!r}: {reason}") from error
 
 
@@ -124,14 +125,12 @@ def main(argv=None):
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in translations)
 
-    try:
+    with one_line_errors():
         if arguments.output:
             replace_file(arguments.output, write)
         else:
             for line in translations:
                 print(line, flush=True)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

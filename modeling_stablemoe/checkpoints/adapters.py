@@ -33,7 +33,7 @@ _WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.|$)")
 
 
 def holds_adapters(model: nn.Module) -> bool:
-    """Tell whether `save_pretrained` of a model writes adapters alone: of PEFT's, and of one with `add_adapter`."""
+    """Return True if `save_pretrained` of a model writes adapters alone: PEFT's models, and those with `add_adapter`."""
     return bool(getattr(model, "peft_config", None))
 
 
@@ -110,12 +110,7 @@ def load_routing(model: nn.Module, folder: str | Path):
 
 
 def has_routing(model: nn.Module, is_frozen: bool) -> bool:
-    """Return False for a model whose routing is that of a new one, though it has been trained.
-
-    Args:
-        model (`torch.nn.Module`): a StableMoE model, or what wraps it.
-        is_frozen (`bool`): whether its routing was frozen by then.
-    """
+    """Return False for a model whose routing is that of a new one, though it was trained and, if `is_frozen`, frozen."""
     stablemoe = find_stablemoe(model)
     if stablemoe.routing_stage == 2:
         return True

@@ -38,14 +38,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", 
 
 
 def read_saved_class(checkpoint: str | PathLike, **hub: Any) -> tuple[type[PreTrainedModel], StableMoEBaseConfig]:
-    """Read off its config which model a checkpoint was saved from.
-
-    Args:
-        checkpoint (`str` or `PathLike`): Hub name or folder.
-        **hub: as of `from_pretrained`: where the checkpoint is.
-
-    Returns:
-        `tuple`: class and config.
+    """Return class and config of the model that a checkpoint, a Hub name or folder, was saved from, by its config.
 
     Raises:
         OSError: if there is no such checkpoint.
@@ -76,7 +69,7 @@ def load_saved(
     Args:
         checkpoint (`str` or `PathLike`): Hub name or folder.
         wanted (`type`, *optional*): the only class that will do. Default: any of `MODELS`.
-        **loading: as of `from_pretrained`.
+        **loading: arguments of `from_pretrained`.
 
     Returns:
         `PreTrainedModel`: in evaluation mode.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""How `from_pretrained` reads what earlier checkpoints call by other names."""
+"""The names of tensors in earlier checkpoints, and what `from_pretrained` makes of them."""
 
 import copy
 import re
@@ -15,12 +15,12 @@ _RENAMED = {rf"sublayers\.(\d+)\.norm_{name}$": rf"sublayers.\1.layernorm_{name}
 
 
 class RenamedSince(WeightRenaming):
-    """A renaming that is not taken back when a model is saved: what is written has the names of now."""
+    """A renaming that is not taken back when a model is saved: what is written has the current names."""
 
     __slots__ = ()
 
     def reverse_transform(self) -> WeightRenaming:
-        """Return what renames earlier names in either direction; see `WeightTransform.reverse_transform`."""
+        """Return the same: earlier names become current ones in either direction."""
         return copy.deepcopy(self)
 
 
@@ -33,7 +33,7 @@ def register_earlier_names():
 
 
 def current_name(key: str) -> str:
-    """Give the name that a tensor of an earlier checkpoint has now."""
+    """Return the current name of a tensor of an earlier checkpoint."""
     for earlier, current in _RENAMED.items():
         key = re.sub(earlier, current, key)
     return key

@@ -28,7 +28,7 @@ TRANSLATION = "translated-checkpoint.partial"
 
 
 def engine_of_checkpoint(checkpoint: str | Path) -> str:
-    """Tell by its files which engine wrote a checkpoint."""
+    """Return which engine wrote a checkpoint, by its files."""
     checkpoint = Path(checkpoint)
     if any(checkpoint.glob("global_step*")):
         return DEEPSPEED
@@ -38,7 +38,7 @@ def engine_of_checkpoint(checkpoint: str | Path) -> str:
 
 
 def engine_of(trainer: Trainer) -> str:
-    """Tell under which engine a Trainer trains."""
+    """Return the engine under which a Trainer trains."""
     if trainer.is_deepspeed_enabled:
         return DEEPSPEED
     if not trainer.is_fsdp_enabled:
@@ -99,15 +99,11 @@ def _remedy(checkpoint: Path) -> str:
 
 @contextmanager
 def translated(trainer: Trainer, checkpoint: str | Path) -> Iterator[str]:
-    """Give a checkpoint in the form that the engine of `trainer` reads; the checkpoint itself stays as it is.
-
-    Args:
-        trainer (`Trainer`): not trained yet; `check_engine` has passed. Gets the weights of a checkpoint that is translated.
-        checkpoint (`str` or `Path`): to resume from.
+    """Give a checkpoint that `check_engine` has passed in the form that the engine of an untrained `trainer` reads.
 
     Yields:
-        `str`: the checkpoint, or a folder of links to its files and of those that were translated; the latter is gone
-        after the first step.
+        `str`: the checkpoint, or a folder of links to its files and of those that were translated, which is gone after the
+        first step; the Trainer has its weights then.
     """
     saved, here = engine_of_checkpoint(checkpoint), engine_of(trainer)
     folder = Path(trainer.args.output_dir) / TRANSLATION
@@ -163,12 +159,7 @@ def _load(path: Path) -> dict:
 
 
 def load_weights(trainer: Trainer, checkpoint: str | Path):
-    """Load the weights of a checkpoint into the model of a Trainer that has not wrapped it yet.
-
-    Args:
-        trainer (`Trainer`): under any engine whose weights `engine_of_checkpoint` finds whole.
-        checkpoint (`str` or `Path`): likewise.
-    """
+    """Load the weights of a checkpoint, which no engine has sharded, into a Trainer that has not wrapped its model yet."""
     if engine_of(trainer) == PLAIN and engine_of_checkpoint(checkpoint) == PLAIN:
         trainer._load_from_checkpoint(str(checkpoint))
         return

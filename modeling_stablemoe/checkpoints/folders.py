@@ -31,15 +31,7 @@ _TOTAL = "total_train_batch_size"
 
 
 def run_identity(training_args: TrainingArguments, settings: dict) -> dict:
-    """Gather what makes a run what it is, for `check_run_folder` and `claim_run_folder`.
-
-    Args:
-        training_args (`TrainingArguments`): those of them count that change what is computed.
-        settings (`dict`): everything else that does, JSON-ready.
-
-    Returns:
-        `dict`: JSON-ready.
-    """
+    """Return what makes a run what it is, JSON-ready: the arguments that change what is computed, and `settings`."""
     processes = training_args.world_size
     arguments = {
         **{name: getattr(training_args, name) for name in (*_IDENTITY, *_DIVISION[:2])},
@@ -50,28 +42,21 @@ def run_identity(training_args: TrainingArguments, settings: dict) -> dict:
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
-    """List the `checkpoint-<step>` folders of a run, newest step first, complete or not."""
+    """List the `checkpoint-<step>` folders of a run, complete or not, newest step first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """Give the step in the name of a `checkpoint-<step>` folder."""
+    """Return the step in the name of a `checkpoint-<step>` folder."""
     return int(Path(checkpoint).name.split("-")[1])
 
 
 def what_is_missing(checkpoint: str | Path, checksums: bool = True) -> str | None:
-    """Find out whether a checkpoint is whole and as it was saved.
+    """Return what is wrong with a checkpoint, `None` if it is whole and as it was saved.
 
-    A checkpoint with a manifest (see `CheckpointManifestCallback`) is compared with it. For one of a plain `Trainer`,
-    which writes `trainer_state.json` last, it is seen to that no file was cut off.
-
-    Args:
-        checkpoint (`str` or `Path`): a `checkpoint-<step>` folder.
-        checksums (`bool`): read all that a manifest lists; else only the sizes of files are compared.
-
-    Returns:
-        `str`: what is wrong; `None` for a checkpoint that can be resumed from.
+    A checkpoint with a manifest is compared with it, without `checksums` by the sizes of files alone. In one of a plain
+    `Trainer`, which writes `trainer_state.json` last, no file may be cut off.
     """
     checkpoint = Path(checkpoint)
     if (checkpoint / MANIFEST_FILE).exists():
@@ -93,7 +78,7 @@ def what_is_missing(checkpoint: str | Path, checksums: bool = True) -> str | Non
 
 
 def _first_that_is_cut_off(checkpoint: Path, safetensors: list[str]) -> str | None:
-    """Tell which file of tensors is no whole file; the contents of the tensors are not read."""
+    """Say which file of tensors is not whole, without reading the tensors."""
     for name in safetensors:
         try:
             with safe_open(checkpoint / name, framework="pt"):
@@ -108,13 +93,10 @@ def _first_that_is_cut_off(checkpoint: Path, safetensors: list[str]) -> str | No
 
 
 def require_optimizer(checkpoint: str | Path):
-    """Refuse a checkpoint without an optimizer's state, with which Trainer would begin the schedule anew, silently.
-
-    Args:
-        checkpoint (`str` or `Path`): a whole `checkpoint-<step>` folder, of a run that may be finished.
+    """Refuse to train on from a checkpoint without the optimizer: Trainer would silently restart the schedule.
 
     Raises:
-        ValueError: if training would go on from there.
+        ValueError: unless the run is finished.
     """
     checkpoint = Path(checkpoint)
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -127,14 +109,7 @@ def require_optimizer(checkpoint: str | Path):
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """Find the newest checkpoint that is whole, passing over those that a crash cut off.
-
-    Args:
-        folder (`str` or `Path`): a run folder.
-
-    Returns:
-        `Path`, or `None` if there is no whole checkpoint.
-    """
+    """Return the newest checkpoint of a run that is whole, passing over those that a crash cut off."""
     for checkpoint in checkpoints_in(folder):
         problem = what_is_missing(checkpoint)
         if problem is None:
@@ -144,13 +119,13 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool):
-    """Find out whether `claim_run_folder` would accept a folder; changes nothing.
+    """Refuse a folder that cannot be this run's; changes nothing.
 
     Args:
         folder (`str` or `Path`): the run folder.
         identity (`dict`): JSON-ready settings that make the run what it is; stored in `run.json`.
         resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
-        overwrite (`bool`): delete what the folder holds and start anew.
+        overwrite (`bool`): delete what the folder holds.
 
     Raises:
         ValueError: if both flags are given; if the folder holds anything and neither is; if it holds another run than
@@ -179,13 +154,7 @@ def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
 
 
 def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
-    """Make sure that a folder is this run's, before anything is written to it.
-
-    Args:
-        folder (`str` or `Path`): the run folder; made if missing.
-        identity (`dict`): JSON-ready settings that make the run what it is; stored in `run.json`.
-        resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
-        overwrite (`bool`): delete what the folder holds and start anew.
+    """Make a folder this run's, after `check_run_folder` with the same arguments, before anything is written to it.
 
     The same total batch may be divided otherwise over processes and accumulation; that gets a warning.
 
@@ -193,7 +162,7 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
         `Path`: the checkpoint to resume from; `None` to start from the beginning.
 
     Raises:
-        ValueError: see `check_run_folder`.
+        ValueError: if the folder cannot be this run's.
     """
     check_run_folder(folder, identity, resume=resume, overwrite=overwrite)
     folder = Path(folder)
@@ -215,7 +184,7 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
 
 
 def _check_identity(run_file: Path, identity: dict) -> str:
-    """Refuse to resume another run; tell in which way the batch is divided otherwise, if it is."""
+    """Refuse to resume another run; return in which way the batch is divided otherwise, if it is."""
     try:
         stored = json.loads(run_file.read_text())
     except ValueError as error:
@@ -238,14 +207,10 @@ def _check_identity(run_file: Path, identity: dict) -> str:
 
 
 def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
-    """Put a Trainer where training left it, if its checkpoint is of the last step; `Trainer` would do one step more.
-
-    Args:
-        trainer (`Trainer`): not trained yet; under DeepSpeed and `SHARDED_STATE_DICT` this is left to `Trainer.train`.
-        checkpoint (`str` or `Path`): a whole checkpoint.
+    """Put an untrained Trainer where training left it, if its checkpoint is of the last step; `Trainer` would do one more.
 
     Returns:
-        `bool`: whether there is nothing left to train.
+        `bool`: whether nothing is left to train. Under DeepSpeed and `SHARDED_STATE_DICT` that is left to `Trainer.train`.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     if state.global_step < state.max_steps or engine_of(trainer) in (DEEPSPEED, SHARDED_FSDP):
@@ -263,12 +228,7 @@ def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
 
 
 def copy_code_files(checkpoint: str | Path, folder: str | Path):
-    """Put the code files of a checkpoint, which its `auto_map` names, into a folder.
-
-    Args:
-        checkpoint (`str` or `Path`): a folder that `save_pretrained` wrote; nothing happens where there is none.
-        folder (`str` or `Path`): an existing folder.
-    """
+    """Copy the code files of a checkpoint, if there is one, into a folder."""
     for path in Path(checkpoint).glob("*.py"):
         shutil.copy(path, folder)
 
@@ -276,9 +236,7 @@ def copy_code_files(checkpoint: str | Path, folder: str | Path):
 def remove_incomplete_checkpoints(folder: str | Path, resumed_step: int = -1):
     """Delete what a crash cut off, so that `save_total_limit` does not keep it in place of whole checkpoints.
 
-    Args:
-        folder (`str` or `Path`): a run folder.
-        resumed_step (`int`): where training goes on; of older checkpoints only the sizes of files are looked at.
+    Of checkpoints up to `resumed_step`, where training goes on, only the sizes of files are looked at.
     """
     for checkpoint in checkpoints_in(folder):
         if what_is_missing(checkpoint, checksums=step_of(checkpoint) > resumed_step) is not None:

@@ -28,11 +28,7 @@ def checksum(path: Path) -> str:
 
 
 def write_manifest(checkpoint: str | Path):
-    """Write size and checksum of every file of a checkpoint, in its subfolders too, to a file of it, in one step.
-
-    Args:
-        checkpoint (`str` or `Path`): a folder that is complete.
-    """
+    """Write size and checksum of every file of a complete checkpoint, in its subfolders too, to a file of it."""
     checkpoint = Path(checkpoint)
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
@@ -44,14 +40,9 @@ def write_manifest(checkpoint: str | Path):
 
 
 def compare_with_manifest(checkpoint: str | Path, checksums: bool = True) -> str | None:
-    """Find out whether a checkpoint is as it was when its manifest was written.
+    """Return what is wrong with the first file that is not as it was when the manifest was written; `None` if none is.
 
-    Args:
-        checkpoint (`str` or `Path`): a folder with a manifest.
-        checksums (`bool`): read every file; else only their sizes are compared.
-
-    Returns:
-        `str`: what is wrong with the first file that is not as it was; `None` if nothing is.
+    Without `checksums` only the sizes of files are compared.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -117,7 +108,7 @@ class CheckpointManifestCallback(TrainerCallback, ExportableState):
 
 
 def expects_manifest(stateful_callbacks: dict, step: int) -> bool:
-    """Tell from `trainer_state.json` whether the checkpoint of `step` was to have a manifest."""
+    """Return True if, by `trainer_state.json`, the checkpoint of `step` was to have a manifest."""
     saved = stateful_callbacks.get(CheckpointManifestCallback.__name__)
     return isinstance(saved, dict) and saved.get("attributes", {}).get("step") == step
 

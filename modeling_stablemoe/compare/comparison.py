@@ -34,10 +34,11 @@ from modeling_stablemoe.measure.flops import count_parameters, forward_flops
 from modeling_stablemoe.measure.meter import imbalance
 from modeling_stablemoe.measure.report import perplexity_of
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
+from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
 from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, YamlLoader, load_preset, model_fields
 from modeling_stablemoe.runs.run import LATEST, RunFolder, build_callbacks, set_hash_tables, train
+from modeling_stablemoe.training import TrainingClockCallback
 from modeling_stablemoe.training.exact_evaluation import BlockTrainer
-from modeling_stablemoe.training.transition import TrainingClockCallback
 
 
 logger = logging.getLogger(__name__)
@@ -347,7 +348,7 @@ def measure_routing(trainer: Trainer, rows) -> dict | None:
 
     def observe(router, inputs, decision):
         gate = decision[2]
-        gates.add_(torch.stack([gate.new_tensor(gate.numel()), gate.sum(), (gate < 0.05).sum().to(gate.dtype)]))
+        gates.add_(torch.stack([gate.new_tensor(gate.numel()), gate.sum(), (gate < CLOSED_GATE).sum().to(gate.dtype)]))
 
     hooks = [layer.router.register_forward_hook(observe) for layer in layers]
     try:

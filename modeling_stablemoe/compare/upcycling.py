@@ -19,7 +19,7 @@ from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
 from modeling_stablemoe.model.modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.runs.recipes import model_fields
 from modeling_stablemoe.runs.run import RunFolder
-from modeling_stablemoe.training.transition import TrainingClockCallback
+from modeling_stablemoe.training import TrainingClockCallback
 
 from .comparison import Comparison, System, finish
 

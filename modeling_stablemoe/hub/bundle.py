@@ -18,12 +18,7 @@ CONFIGURATION = "configuration_stablemoe"
 
 
 def write_code(config: StableMoEBaseConfig, folder: str | PathLike):
-    """Write the model file that a config's `auto_map` names; the config writes its own.
-
-    Args:
-        config (`StableMoEBaseConfig`): that has just been saved.
-        folder (`str` or `PathLike`): where to.
-    """
+    """Write the model file that the `auto_map` of a config names to the folder it was saved to."""
     names = {reference.split(".")[0] for reference in (getattr(config, "auto_map", None) or {}).values()}
     for name in sorted(names & {"modeling_stablemoe", "modeling_stablemoe_seq2seq"}):
         (Path(folder) / f"{name}.py").write_text(bundle(name), encoding="utf-8")
@@ -35,9 +30,6 @@ def bundle(name: str) -> str:
 
     Sources come in the order of their imports, so that every name is defined before it is used. Imports are gathered at the
     top, those of each other dropped.
-
-    Args:
-        name (`str`): of the file, without `.py`.
     """
     files = _in_order(name, [])
     imports: dict[str | None, set[str]] = {}

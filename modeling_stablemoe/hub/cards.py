@@ -61,15 +61,7 @@ _HEADS = {
 
 
 def head_of(config: StableMoEBaseConfig, model_class: type | None = None) -> Head:
-    """Find out what a model is for.
-
-    Args:
-        config (`StableMoEBaseConfig`): of the model.
-        model_class (`type`, *optional*): of the model, or a subclass. Default: what the config was saved with.
-
-    Returns:
-        `Head`: that of a model with a language head where the class is none of this package.
-    """
+    """Return what a model is for, by its class or what its config was saved with; a language head for other classes."""
     if model_class is None:
         names = config.architectures or []
     else:
@@ -82,7 +74,7 @@ def head_of(config: StableMoEBaseConfig, model_class: type | None = None) -> Hea
 
 
 def problem_type_of(config: StableMoEBaseConfig) -> str:
-    """Give `config.problem_type`; one that no labels have told yet follows from the number of labels."""
+    """Return `config.problem_type`, or what follows from the number of labels where no labels have told it yet."""
     return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
@@ -128,12 +120,12 @@ class CardFacts:
             raise ValueError(f"`license`: {self.license!r} is no identifier of a license, such as 'apache-2.0'.")
 
     def updated(self, **known: Any) -> "CardFacts":
-        """Give these facts with those of `known` that are not `None` in their place."""
+        """Return these facts, replaced by those of `known` that are not `None`."""
         return replace(self, **{name: value for name, value in known.items() if value is not None})
 
 
 def is_hub_name(name: str) -> bool:
-    """Tell whether `name` can be a repository of the Hub; a folder of this machine is none."""
+    """Return True if `name` can be a repository of the Hub; a folder of this machine is none."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -148,14 +140,14 @@ def languages_of_pairs(pairs: list[str]) -> list[str]:
 
 
 def card_template() -> Path:
-    """Find `hub_card.md`: in an installed package it stands in a folder of the package, in a clone beside it."""
+    """Return `hub_card.md`: in an installed package it is in a folder of the package, in a clone beside it."""
     package = Path(__file__).parents[1]
     installed = package / "card" / TEMPLATE_FILE
     return installed if installed.exists() else package.parent / TEMPLATE_FILE
 
 
 def is_filled_card(path: Path) -> bool:
-    """Tell a card that may be filled anew, ours or Trainer's draft, from a page that somebody wrote."""
+    """Return True for a card that may be replaced, ours or Trainer's draft, and False for a page that somebody wrote."""
     try:
         tags = (metadata_load(path) or {}).get("tags") or []
     except (ValueError, YAMLError):
@@ -164,16 +156,12 @@ def is_filled_card(path: Path) -> bool:
 
 
 def running_versions() -> dict[str, str]:
-    """Give the versions of transformers and torch in this process."""
+    """Return the versions of transformers and torch in this process."""
     return {"transformers": transformers.__version__, "torch": torch.__version__.split("+")[0]}
 
 
 def measured_metrics(results: dict) -> dict[str, float]:
-    """Give what `results` hold that a model index can: perplexity or loss, BLEU and chrF, other metrics; no NaN.
-
-    Args:
-        results (`dict`): see `build_model_card`.
-    """
+    """Return what a model index can hold of the `results`: perplexity or loss, BLEU and chrF, other metrics; no NaN."""
     scores = results.get("scores") or {}
     found = {
         "perplexity": results.get("perplexity"),
@@ -322,7 +310,7 @@ def _describe_experts(config: StableMoEBaseConfig) -> str | None:
 
 
 def _describe_load(results: dict) -> str:
-    """Say how even the experts were used when the training logs last told, in the stage of the model."""
+    """Say how evenly the experts were used, by the last training log in the stage of the model."""
     loads = {row["stage"]: row["load_max_over_mean"] for row in results["stages"]}
     load = loads.get(results.get("routing_stage") or results["stages"][-1]["stage"])
     return "not measured" if load is None else f"{load:.2f}"

@@ -55,16 +55,13 @@ class Shipment:
         return dict(sorted({**sizes, CARD_FILE: len(str(self.card).encode())}.items()))
 
     def operations(self) -> list[CommitOperationAdd]:
-        """Give the changes that make up the commit."""
+        """Return the changes that make up the commit."""
         files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in self.files.items()]
         return [*files, CommitOperationAdd(path_in_repo=CARD_FILE, path_or_fileobj=str(self.card).encode())]
 
 
 def select_files(folder: str | Path) -> tuple[dict[str, Path], list[str]]:
-    """Find what of a folder is sent: weights as safetensors, config, code, tokenizer, results, figures; never a pickle.
-
-    Args:
-        folder (`str` or `Path`): a checkpoint, or the output folder of a run.
+    """Choose what of a folder is sent: weights as safetensors, config, code, tokenizer, results, figures; never a pickle.
 
     Returns:
         `tuple`: the files to send, without the card, by their path in the repository, and the names of all else, subfolders
@@ -100,15 +97,7 @@ def check_name(name: str):
 
 
 def rename(card: ModelCard, name: str) -> ModelCard:
-    """Let a card that was filled before there was a repository name it.
-
-    Args:
-        card (`ModelCard`): of `build_model_card`.
-        name (`str`): of the repository.
-
-    Returns:
-        `ModelCard`: another one; title, code to load the model and model index say `name`.
-    """
+    """Return a card whose title, code and model index say `name`: it was filled before there was a repository."""
     renamed = ModelCard(str(card))
     former = re.search(r'from_pretrained\("([^"]+)"', renamed.text)
     if former is not None:
@@ -141,7 +130,7 @@ def send(
 
     Raises:
         ValueError: if `private` is asked for and the repository is public.
-        OSError or `NETWORK_ERROR`: what the client raises: see `explain`.
+        OSError or `NETWORK_ERROR`: what the client raises, for `explain`.
     """
     api = HfApi()
     api.create_repo(name, private=private or None, exist_ok=True)
@@ -153,24 +142,16 @@ def send(
 
 
 def require_login() -> str:
-    """Ask the Hub who the user is; return the name.
+    """Return the name of the user on the Hub.
 
     Raises:
-        OSError or `NETWORK_ERROR`: see `explain`.
+        OSError or `NETWORK_ERROR`: what the client raises, for `explain`.
     """
     return HfApi().whoami()["name"]
 
 
 def explain(error: Exception, name: str) -> str:
-    """Say in one line why the Hub could not be used.
-
-    Args:
-        error (`Exception`): of `require_login` or `send`.
-        name (`str`): of the repository.
-
-    Returns:
-        `str`: reason and remedy, without "error:".
-    """
+    """Return in one line why the Hub could not be used for the repository `name`, and the remedy."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     details = _one_line(str(error))
     if type(error).__name__ == "LocalTokenNotFoundError" or status == 401:
@@ -188,7 +169,7 @@ def _one_line(text: str) -> str:
 
 
 def format_shipment(shipment: Shipment, name: str, revision: str | None) -> str:
-    """Lay out what would be sent for people: a line a file with its size."""
+    """Lay out what would be sent, one line per file with its size."""
     rows = [f"  {_format_size(size):>9}  {file}" for file, size in shipment.sizes.items()]
     lines = [f"To {name}, branch {revision or 'main'}, in one commit:", *rows]
     lines.append(f"  {_format_size(sum(shipment.sizes.values())):>9}  in all")

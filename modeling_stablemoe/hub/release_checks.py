@@ -41,7 +41,7 @@ def prepare(folder: str | Path, name: str, license: str | None = None, language:
         folder (`str` or `Path`): a checkpoint, or the output folder of a run.
         name (`str`): of the repository, "user/name".
         license (`str`, *optional*): for the card. Default: what it says.
-        language (`list[str]`, *optional*): likewise.
+        language (`list[str]`, *optional*): for the card. Default: what it says.
 
     Returns:
         `Shipment`
@@ -93,10 +93,6 @@ def check_weight_files(folder: Path):
 
 def check_without_package(folder: Path, expected: dict[str, Tensor]):
     """Load a checkpoint by its own code in a fresh interpreter without the package, and compare what it computes.
-
-    Args:
-        folder (`Path`): the checkpoint.
-        expected (`dict[str, torch.Tensor]`): of `reload_probe.compute`.
 
     Raises:
         ValueError: if it does not load there, or is another model.
@@ -157,7 +153,7 @@ def _card_of(folder: Path, name: str, model: PreTrainedModel) -> ModelCard:
 
 
 def _results_of_state(folder: Path, model: PreTrainedModel) -> dict:
-    """Read what a run came to off the Trainer's state; without one, nothing was measured."""
+    """Read the results of a run off the Trainer's state; without one, nothing was measured."""
     path = folder / "trainer_state.json"
     state = TrainerState.load_from_json(str(path)) if path.exists() else TrainerState()
     measured = last_evaluation(state.log_history, has_language_head=model.can_generate())
@@ -166,13 +162,7 @@ def _results_of_state(folder: Path, model: PreTrainedModel) -> dict:
 
 
 def check_card(card: ModelCard, config: StableMoEBaseConfig, results: dict | None, files: set[str]):
-    """Check a model card against the model and against what was measured.
-
-    Args:
-        card (`ModelCard`): to be sent.
-        config (`StableMoEBaseConfig`): of the model.
-        results (`dict`, *optional*): what `results.json` holds.
-        files (`set[str]`): names of the files that are sent with the card.
+    """Check a model card against the model, `results.json` and the files that are sent with it.
 
     Raises:
         ValueError: for the first thing that is wrong.

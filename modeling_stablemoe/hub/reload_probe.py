@@ -21,9 +21,7 @@ _ROWS, _TOKENS = 2, 16
 
 
 def load(folder: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model, in float32 and eval mode, and tokenizer of a checkpoint; see `from_pretrained` for the options.
-
-    The model has the head that it was saved with.
+    """Load model, in float32 and eval mode with the head it was saved with, and tokenizer of a checkpoint.
 
     Raises:
         ValueError: if weights are missing, or of no use to the model.

@@ -195,6 +195,7 @@ class RoutingMeter:
         # How often each MoE layer saw each token id in stage 1: weighs the rows of the tables that are frozen.
         self.token_counts: Tensor | None = None
         self._resumed_counts: Tensor | None = None
+        self._saw_other_passes = False
         self._hook = model.register_forward_hook(self._observe, with_kwargs=True)
 
     def close(self):
@@ -203,7 +204,10 @@ class RoutingMeter:
 
     @torch.no_grad()
     def _observe(self, module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        if not module.training or not self._is_known(output) or output.expert_load is None:
+        if not module.training:
+            self._saw_other_passes = True
+            return
+        if not self._is_known(output) or output.expert_load is None:
             return
         if not output.logits.requires_grad and not output.aux_loss.requires_grad:
             return  # sampling between the steps, say
@@ -268,6 +272,11 @@ class RoutingMeter:
             self.token_counts = self.token_counts.to(token_ids.device)
             ones = torch.ones_like(token_ids) if mask is None else mask
             self.token_counts[layer].scatter_add_(0, token_ids.flatten(), ones.flatten().long())
+
+    def pop_other_passes(self) -> bool:
+        """Return True if there were passes in evaluation mode since the last call."""
+        seen, self._saw_other_passes = self._saw_other_passes, False
+        return seen
 
     def end_step(self):
         """Close an optimizer step."""

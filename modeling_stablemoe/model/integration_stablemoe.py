@@ -1,9 +1,6 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What the machinery around a model asks of it: backends of the experts, checkpointing, sharding engines, saved code."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 from torch import Tensor, nn
 from transformers import distributed
 from transformers.distributed import DistributedConfig
@@ -20,15 +17,11 @@ class IntegrationMixin:
 
     # The classes that a checkpoint's code files hold, for `trust_remote_code`; set by each model family.
     _auto_map: dict[str, str] = {}
-    # Called with the model and the folder it was saved to: a run puts its model card beside it. Training forgets it, as what
-    # it says of the weights is no longer true; a run that goes on sets it again after each step.
-    after_saving: Callable[["IntegrationMixin", Path], object] | None = None
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, frozen routers, config and the code files that load them, as `PreTrainedModel` does.
 
-        A model that transformers has sharded is gathered: every process must call this. `after_saving`, if set, is
-        called with model and folder in the process that writes.
+        A model that transformers has sharded is gathered: every process must call this.
 
         Raises:
             ValueError: under expert parallelism of a transformers that cannot gather the experts; for
@@ -48,8 +41,6 @@ class IntegrationMixin:
         written = self._written_class()
         if self._auto_class is not None and written is not type(self) and "write_code" not in PACKAGE_FUNCTIONS:
             custom_object_save(written, save_directory)
-        if self.after_saving is not None:
-            self.after_saving(self, Path(save_directory))
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -141,7 +132,6 @@ class IntegrationMixin:
         """
         if mode:
             self._require_gathering("train")
-            self.after_saving = None
         return super().train(mode)
 
     def _require_gathering(self, method: str):

@@ -2,6 +2,7 @@
 """Runs of the scripts: recipes, folders, and what goes into a routed text."""
 
 from .card_arguments import CardArguments
+from .command_line import help_of, log_progress, one_line_errors, parse_options, parse_overrides, quiet_libraries
 from .recipes import ModelArguments, RoutingArguments, check_fit, load_preset, parse_recipe, read_preset
 from .routed_input import load_tokenizer, parse_checkpoint_command, route_through_checkpoint
 from .run import (
@@ -31,11 +32,17 @@ __all__ = [
     "build_model",
     "check_fit",
     "evaluate_saved_model",
+    "help_of",
     "load_preset",
     "load_tokenizer",
+    "log_progress",
+    "one_line_errors",
     "parse_checkpoint_command",
+    "parse_options",
+    "parse_overrides",
     "parse_recipe",
     "push",
+    "quiet_libraries",
     "read_preset",
     "read_vocabularies",
     "route_through_checkpoint",

@@ -13,7 +13,7 @@ class CardArguments:
     """What only the user knows of a model that is to be shared; made for `HfArgumentParser`.
 
     Raises:
-        ValueError: see `CardFacts`.
+        ValueError: for a license or language that the Hub does not know.
     """
 
     license: str | None = field(
@@ -42,17 +42,7 @@ class CardArguments:
         dataset_config: str | None = None,
         languages: Sequence[str] = (),
     ) -> CardFacts:
-        """Gather what the card is to say.
-
-        Args:
-            corpora (sequence of `str`): Hub data sets, or files and folders, of which a card gives the names alone.
-            base_model (`str`, *optional*): checkpoint that training starts from.
-            dataset_config (`str`, *optional*): configuration of the one data set.
-            languages (sequence of `str`): unless the user named others.
-
-        Returns:
-            `CardFacts`
-        """
+        """Gather what the card is to say; of files and folders it gives the names alone."""
         on_hub = [name for name in corpora if is_hub_name(name)]
         return CardFacts(
             license=self.license,

@@ -16,6 +16,8 @@ from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArgu
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 
+from .command_line import help_of, parse_overrides
+
 
 HASH_TABLES = ("random", "balanced")
 
@@ -59,16 +61,12 @@ class ModelArguments:
         self.config_overrides = self.config_overrides or None
         if (self.model_preset is None) == (self.model_name_or_path is None):
             raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
-        if not isinstance(self.overrides, dict):
-            raise ValueError(f"`--config_overrides` must be a JSON object, got {self.config_overrides}.")
+        parse_overrides(self.config_overrides)
 
     @property
     def overrides(self) -> dict[str, Any]:
         """`dict`: `config_overrides`, parsed."""
-        try:
-            return json.loads(self.config_overrides or "{}")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`--config_overrides` is not valid JSON: {error}.") from error
+        return parse_overrides(self.config_overrides)
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -211,10 +209,10 @@ def read_preset(path: str | Path) -> tuple[type[StableMoEBaseConfig], dict[str, 
 
 
 def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
-    """Read a model's shape and make a config of it.
+    """Make a config of a model's shape.
 
     Args:
-        path (`str` or `Path`): see `read_preset`.
+        path (`str` or `Path`): JSON file of the shape, as under `configuration/models/`.
         **overrides: fields to change.
 
     Returns:
@@ -222,7 +220,7 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: see `read_preset`; for an unknown field or a value out of range.
+        ValueError: for a file that is no shape, an unknown field or a value out of range.
     """
     config_class, values = read_preset(path)
     values |= overrides
@@ -253,14 +251,7 @@ TRAINING_FIELDS = ("dropout", "attention_dropout", "label_smoothing", "router_au
 
 
 def change_checkpoint(config: StableMoEBaseConfig, overrides: dict[str, Any]) -> StableMoEBaseConfig:
-    """Change how a checkpoint is trained.
-
-    Args:
-        config (`StableMoEBaseConfig`): of the checkpoint.
-        overrides (`dict`): fields to change; those that have the value already may be of any kind.
-
-    Returns:
-        `StableMoEBaseConfig`
+    """Change how a checkpoint is trained; a field that has the value already may be any.
 
     Raises:
         ValueError: for a field that is none, that the weights depend on, or that has no effect any more.
@@ -285,13 +276,13 @@ def change_checkpoint(config: StableMoEBaseConfig, overrides: dict[str, Any]) ->
 
 
 def model_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Give the fields of a config that a new model takes from its tokenizer: vocabulary and special tokens."""
+    """Return the fields of a config that a new model takes from its tokenizer: vocabulary and special tokens."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {"vocab_size": len(tokenizer), **special}
 
 
 def check_fit(config: StableMoEBaseConfig, num_tokens: int, **lengths: int):
-    """Check that a model can read what it is to be trained on, before training finds out.
+    """Check before training that a model can read what it is to be trained on.
 
     Args:
         config (`StableMoEBaseConfig`): of the model.
@@ -351,19 +342,19 @@ def _check_number(name: str, value: float):
         raise ValueError(f"argument --{name}: must be {wanted}, got {value}")
 
 
-def parse_recipe(dataclass_types: Sequence[type], description: str, argv: Sequence[str] | None = None) -> tuple:
+def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] | None = None) -> tuple:
     """Parse a command line that may start with a YAML recipe; options given after it win.
 
     Args:
         dataclass_types (sequence of `type`): argument classes, for `HfArgumentParser`.
-        description (`str`): what the script does, for `--help`.
+        doc (`str`): docstring of the script, for `--help`.
         argv (sequence of `str`, *optional*): default: the process's own arguments.
 
     Returns:
         `tuple`: one instance of each class. A bad command line or recipe ends the process with status 2 and one line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
+    parser = _Parser(dataclass_types, **help_of(doc))
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):
@@ -412,7 +403,7 @@ def _recipe_to_argv(path: Path) -> list[str]:
 
 
 def _as_written(loader: YamlLoader, node: yaml.Node) -> str:
-    """Give a value the text that it would have on the command line: `no` is a language, too, and 010 is ten."""
+    """Return the text of a value on the command line: `no` is a language, too, and 010 is ten."""
     if not isinstance(node, yaml.ScalarNode):
         return json.dumps(loader.construct_object(node, deep=True), default=str)
     is_switch = node.tag == "tag:yaml.org,2002:bool" and node.value.lower() in ("on", "off")

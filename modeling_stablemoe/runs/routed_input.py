@@ -22,6 +22,8 @@ from modeling_stablemoe.data.text import check_encoding
 from modeling_stablemoe.data.translation_tokenizer import encode_sources, encode_texts
 from modeling_stablemoe.measure.inspection import RoutedText, route_texts
 
+from .command_line import help_of
+
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ class TextArguments:
 
 def parse_checkpoint_command(
     arguments_class: type,
-    description: str,
+    doc: str,
     usage: str,
     argv: Sequence[str] | None = None,
     text_class: type[TextArguments] = TextArguments,
@@ -82,7 +84,7 @@ def parse_checkpoint_command(
 
     Args:
         arguments_class (`type`): the options of the script itself, for `HfArgumentParser`.
-        description (`str`): what the script does, for `--help`.
+        doc (`str`): docstring of the script, for `--help`.
         usage (`str`): how it is called.
         argv (sequence of `str`, *optional*): default: the process's own arguments.
         text_class (`type[TextArguments]`): the options that say which text.
@@ -90,7 +92,7 @@ def parse_checkpoint_command(
     Returns:
         `tuple`: text, the script's own options, the checkpoint. A bad command line ends the process with status 2.
     """
-    parser = HfArgumentParser((text_class, arguments_class), description=description, allow_abbrev=False)
+    parser = HfArgumentParser((text_class, arguments_class), **help_of(doc))
     # Before the options: those that take several values would take it, too.
     parser.usage = usage
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
@@ -102,7 +104,7 @@ def parse_checkpoint_command(
 
 
 def load_checkpoint(name: str, tokenizer_name: str | None):
-    """Load a model of any kind, with the head that it was saved with or without one, and its tokenizer.
+    """Load a model of any kind, with the head that it was saved with, and its tokenizer.
 
     Raises:
         OSError: if there is no such checkpoint, or it has no tokenizer.
@@ -140,15 +142,10 @@ def read_documents(args: TextArguments) -> Iterator[str]:
         yield args.text
 
 
-def encode_documents(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[list[int]]:
-    """Turn documents into token ids, as training does: text that spells a special token is ordinary text."""
-    return list(encode_one_by_one(documents, tokenizer, max_tokens))
-
-
 def encode_one_by_one(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> Iterator[list[int]]:
-    """Yield what `encode_documents` lists."""
+    """Turn documents into token ids, as training does: text that spells a special token is ordinary text."""
     room = max_tokens
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     for document in documents:
@@ -205,14 +202,10 @@ def encode_pairs(args: TextArguments, tokenizer, longest: int) -> tuple[list[lis
 def route_through_checkpoint(
     name: str, args: TextArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[RoutedText]]:
-    """Load a checkpoint, and let it route a text.
-
-    Args:
-        name (`str`): Hub name or folder.
-        args (`TextArguments`): what it reads.
+    """Load a checkpoint, a Hub name or folder, and let it route a text.
 
     Returns:
-        `tuple`: the model, its tokenizer, and the texts as of `route_texts`.
+        `tuple`: the model, its tokenizer, and what `route_texts` returns.
 
     Raises:
         OSError: if a file cannot be read.
@@ -232,7 +225,7 @@ def route_through_checkpoint(
     elif args.target_files or args.target_language:
         raise ValueError("--target_files and --target_language are for translation models; this is a language model")
     else:
-        documents = encode_documents(read_documents(args), tokenizer, args.max_tokens)
+        documents = list(encode_one_by_one(read_documents(args), tokenizer, args.max_tokens))
     if not any(documents):
         raise ValueError("the text is empty: give some with --text, --text_files or the standard input")
     return model, tokenizer, route_texts(model, documents, targets, show_progress=True)

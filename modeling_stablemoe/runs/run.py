@@ -38,7 +38,7 @@ from modeling_stablemoe.measure.fluctuation import FIGURE_FILE
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
 from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
-from modeling_stablemoe.training.transition import (
+from modeling_stablemoe.training import (
     ModelCardCallback,
     RoutingFluctuationCallback,
     RoutingStatisticsCallback,
@@ -68,7 +68,7 @@ class FolderArguments:
     """How to treat the output folder."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Delete what --output_dir holds and start anew."}
+        default=False, metadata={"help": "Delete what --output_dir holds and start from the beginning."}
     )
 
 
@@ -120,7 +120,7 @@ class RunFolder:
 
 
 def _ask_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
-    """Let the first process find out what all must agree on: reading a checkpoint is work, and folders change."""
+    """Let the first process decide what all must agree on: reading a checkpoint takes time, and folders change."""
     found = [find() if args.process_index == 0 else None]
     if args.world_size > 1:
         broadcast_object_list(found)
@@ -146,12 +146,9 @@ def build_model(
         tokenizer (`PreTrainedTokenizerBase`): gives a new model its vocabulary and special tokens.
         **fields: other fields of the config of a new model, which `--config_overrides` may change.
 
-    Returns:
-        `PreTrainedModel`
-
     Raises:
         OSError: if there is no such preset or checkpoint.
-        ValueError: if it is damaged or of another kind; see `change_checkpoint`.
+        ValueError: if it is damaged or of another kind, or an override cannot be.
     """
     if model_args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
@@ -304,18 +301,14 @@ def train(trainer: Trainer, checkpoint: str | None):
 
 
 def step_of_model(trainer: Trainer) -> int:
-    """Tell the step that the Trainer's weights are of: after training, that of the best checkpoint if it was loaded."""
+    """Return the step of the Trainer's weights: after training, that of the best checkpoint if it was loaded."""
     state = trainer.state
     is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
     return state.best_global_step if is_best else state.global_step
 
 
 def evaluate_saved_model(trainer: Trainer) -> float:
-    """Evaluate the model that training left; the log history keeps that only if it is the model of the last step.
-
-    Returns:
-        `float`: perplexity.
-    """
+    """Return the perplexity of the model that training left; the history keeps that only of the last step's model."""
     loss = trainer.evaluate()["eval_loss"]
     if step_of_model(trainer) != trainer.state.global_step:
         trainer.state.log_history.pop()
@@ -344,7 +337,7 @@ def _explained(trainer: Trainer) -> Iterator[None]:
 
 
 def summarize_run(trainer: Trainer) -> dict:
-    """Gather what a run of any kind came to, JSON-ready (see `report.summarize_run`).
+    """Gather the results of a run, JSON-ready.
 
     `step` and `routing_stage` (`None` for a dense model) are those of the saved model, which may be a best checkpoint.
     """
@@ -358,15 +351,7 @@ def write_results(
     dataset_name: str | None = None,
     facts: CardFacts | None = None,
 ):
-    """Write `results.json` and the model card to the output folder.
-
-    Args:
-        trainer (`Trainer`): of the run.
-        results (`dict`): JSON-ready; see `build_model_card`.
-        card_template (`str` or `Path`, *optional*): Default: `hub_card.md`.
-        dataset_name (`str`, *optional*): what the results were measured on. Default: that of `facts`.
-        facts (`CardFacts`, *optional*): what else the card is to say.
-    """
+    """Write `results.json` and the model card to the output folder; the arguments are those of `build_model_card`."""
     folder = Path(trainer.args.output_dir)
     replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     card = build_model_card(

@@ -69,19 +69,14 @@ class TextVocabulary:
     beginnings: list[list[int]]
 
     def covered(self, has_expert: Tensor) -> float:
-        """Tell which share of the tokens of the text is in a set of ids, a `torch.BoolTensor` of shape `(V,)`."""
+        """Return the share of the tokens of the text that is in a set of ids, a `torch.BoolTensor` of shape `(V,)`."""
         return (self.counts[has_expert].sum() / self.counts.sum()).item()
 
 
 def read_vocabularies(
     args: VocabularyArguments, tokenizer: PreTrainedTokenizerBase, config: StableMoEBaseConfig
 ) -> list[TextVocabulary]:
-    """Read a text, and find out which token ids a model needs for it.
-
-    Args:
-        args (`VocabularyArguments`): what to read.
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
-        config (`StableMoEBaseConfig`): of the model.
+    """Read a text and collect the token ids that a model needs for it.
 
     Returns:
         `list[TextVocabulary]`: one for a language model; of sources and targets for an encoder-decoder.

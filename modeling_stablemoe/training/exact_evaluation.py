@@ -6,6 +6,8 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from modeling_stablemoe.data.token_batches import row_lengths
 
+from .routing_trainer import RoutingTrainerMixin
+
 
 class ExactEvaluationMixin:
     """What a `Trainer` gains that evaluates exactly; it trains like its parent.
@@ -26,18 +28,18 @@ class ExactEvaluationMixin:
         raise NotImplementedError
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
-        """Evaluate or predict; arguments as those of `Trainer.evaluation_loop`."""
+        """Evaluate or predict."""
         self._targets_per_row = self.mean_targets(dataloader.dataset)
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Compute the loss, in evaluation over the targets of this process; arguments as those of `Trainer.compute_loss`."""
+        """Compute the loss, in evaluation over the targets of this process."""
         items = num_items_in_batch if model.training else None
         return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
-        """Run one batch; arguments as those of `Trainer.prediction_step`."""
+        """Run one batch."""
         num_rows = self._num_new_rows(len(inputs["labels"]))
         labels = inputs["labels"].clone()
         labels[num_rows:] = -100
@@ -57,27 +59,27 @@ class ExactEvaluationMixin:
         return min(max(state.remainder - self.args.process_index * batch_size, 0), batch_size)
 
 
-class BlockTrainer(ExactEvaluationMixin, Trainer):
-    """A `Trainer` of a language model on blocks of one length."""
+class BlockTrainer(ExactEvaluationMixin, RoutingTrainerMixin, Trainer):
+    """A `RoutingTrainer` of a language model on blocks of one length, which evaluates exactly."""
 
     def mean_targets(self, dataset) -> float:
-        """See `ExactEvaluationMixin.mean_targets`: the first token of a block has nothing to be predicted from."""
+        """Count them in one block: its first token has nothing to be predicted from."""
         return len(next(iter(dataset))["input_ids"]) - 1
 
     def num_targets(self, labels: Tensor) -> Tensor:
-        """See `ExactEvaluationMixin.num_targets`."""
+        """Count the labels that are predicted from an earlier token."""
         return labels[:, 1:].ne(-100).sum()
 
 
-class TranslationTrainer(ExactEvaluationMixin, Seq2SeqTrainer):
-    """A `Seq2SeqTrainer` on pairs of any length."""
+class TranslationTrainer(ExactEvaluationMixin, RoutingTrainerMixin, Seq2SeqTrainer):
+    """A `Seq2SeqTrainer` with `RoutingTrainerMixin` on pairs of any length, which evaluates exactly."""
 
     def mean_targets(self, dataset) -> float:
-        """See `ExactEvaluationMixin.mean_targets`."""
+        """Average the lengths of the targets."""
         return float(row_lengths(dataset, "labels").mean())
 
     def num_targets(self, labels: Tensor) -> Tensor:
-        """See `ExactEvaluationMixin.num_targets`."""
+        """Count the labels that are not padding."""
         return labels.ne(-100).sum()
 
 

@@ -57,11 +57,12 @@ class RoutingFluctuationCallback(LoggingCallback):
         groups = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         self._batches = [(data_collator or _stack)(group) for group in groups]
         self._model: TwoStageRoutingMixin | None = None
+        self._is_reported = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Make the first check, or take up the history of the run that is resumed."""
         self._model = find_stablemoe(model)
-        self._find_handler()
+        self._is_reported = False
         self.history = RoutingHistory()
         path = self._history_path(args)
         if state.global_step > 0 and path.exists():
@@ -75,28 +76,35 @@ class RoutingFluctuationCallback(LoggingCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Check every `check_steps` steps, at the transition and after the last step."""
-        due = state.global_step % self.check_steps == 0 or state.global_step == state.max_steps
+        """Check every `check_steps` steps, at the transition and after the last step; write the report then."""
+        is_last = state.global_step == state.max_steps
+        due = is_last or state.global_step % self.check_steps == 0
         if due or self._model.routing_stage != self.history.stages[-1]:
             self._check(args, state, control)
+        if is_last:  # at the end of training others may want to show the figure
+            self._report(args, state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Write the report."""
+        """Write the report of a run that was stopped early, or was finished when it was resumed."""
         if self.history.steps[-1] < state.global_step:
             self._check(args, state, control)
+        if not self._is_reported:
+            self._report(args, state)
+
+    def _report(self, args, state):
         if state.is_world_process_zero:
             self.history.write_report(args.output_dir)
+        self._is_reported = True
 
     def _check(self, args, state, control):
         change = self.history.record(state.global_step, self._model.routing_stage, self._experts())
         if state.is_world_process_zero:
             self.history.save(self._history_path(args))
-        self._interrupt_stopwatches()
         if change is not None:
-            self._log(args, state, control, {"routing_fluctuation": change})
+            self._log(state, control, {"routing_fluctuation": change})
 
     def _masks(self) -> Iterator[Tensor]:
-        """Yield, for each batch and MoE layer, which of the tokens are real: `(batch, sequence)`."""
+        """Yield for each batch and MoE layer which of the tokens are real, `(batch, sequence)`."""
         for batch in self._inputs():
             for token_ids, mask in self._model.routed_tokens(**batch):
                 yield torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
@@ -135,7 +143,7 @@ class RoutingFluctuationCallback(LoggingCallback):
 
 
 def _first_rows(dataset: Iterable[Mapping], num_tokens: int) -> list[dict]:
-    """Take the first examples of a data set that hold `num_tokens` tokens, with their ids, masks and targets alone."""
+    """Return the first examples that hold `num_tokens` tokens, with nothing but their ids, masks and targets."""
     rows, count = [], 0
     for example in dataset:
         if "input_ids" not in example:

@@ -1,48 +1,45 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What the callbacks share: writing into the Trainer's own log stream, and losses that leave the routing out."""
+"""What the callbacks share: writing into the Trainer's own log stream, time, and losses that leave the routing out."""
 
-import inspect
 import time
-from copy import copy
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 
 
-def find_caller(kind: type) -> Any:
-    """Find who calls an event of a callback, to which Trainer gives it no reference, in the frames below.
-
-    Args:
-        kind (`type`): `Trainer` or `CallbackHandler`, its list of callbacks.
-
-    Returns:
-        That object; `None` where the event is called by hand, without a Trainer.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), kind):
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["self"]
-
-
 class LoggingCallback(TrainerCallback):
-    """A callback whose numbers appear in the Trainer's own log stream."""
+    """A callback whose numbers appear in the Trainer's own log stream.
 
-    stopwatch: "TrainingStopwatch | None" = None
+    It adds them to the dictionary of a log, which Trainer gives to one callback after the other, so reporters that stand
+    behind it see them. `RoutingTrainer` sees to the order.
+    """
 
-    _handler: CallbackHandler | None = None
+    _trainer_log: Callable[[dict], object] | None = None
+    # Numbers of entries in the history that no reporter has seen yet.
+    _unreported: dict[str, float] | None = None
 
-    def _find_handler(self):
-        self._handler = find_caller(CallbackHandler)
+    def log_by(self, trainer_log: Callable[[dict], object]):
+        """Write entries of its own by `Trainer.log`, and so to the reporters at once, not with the next log."""
+        self._trainer_log = trainer_log
 
-    def _go_first(self):
-        """Stand before all other callbacks: reporters see what this one adds to `logs`, the others its stage."""
-        if self._handler is not None and self in self._handler.callbacks:
-            self._handler.callbacks.remove(self)
-            self._handler.callbacks.insert(0, self)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Let reporters see with a training log what has had an entry of its own in the history since the last one."""
+        if logs is not None and "loss" in logs and self._unreported:
+            logs.update(self._unreported)
+            self._unreported = None
+
+    def _log(self, state: TrainerState, control: TrainerControl, metrics: dict):
+        """Write an entry of its own."""
+        if self._trainer_log is None:
+            state.log_history.append({**metrics, "step": state.global_step})
+            self._unreported = {**(self._unreported or {}), **metrics}
+            return
+        should_log = control.should_log
+        self._trainer_log(dict(metrics))
+        control.should_log = should_log  # which every log resets
 
     def _add(self, logs: dict, state: TrainerState, metrics: dict):
         """Add to the entry that the Trainer is about to give to the reporters."""
@@ -55,25 +52,11 @@ class LoggingCallback(TrainerCallback):
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
 
-    def _interrupt_stopwatches(self):
-        """Let no callback take what this one has just done for training."""
-        for other in [] if self._handler is None else self._handler.callbacks:
-            if isinstance(other, LoggingCallback) and other.stopwatch is not None:
-                other.stopwatch.interrupt()
-
-    def _log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict):
-        """Write an entry of its own to the log history and to the reporters."""
-        state.log_history.append({**logs, "step": state.global_step})
-        if self._handler is not None:
-            should_log = control.should_log  # which `on_log` resets
-            self._handler.on_log(args, state, control, logs)
-            control.should_log = should_log
-
 
 class TrainingStopwatch:
     """Times the training between logs, data loading included, in wall-clock seconds, and leaves interruptions out.
 
-    A Trainer tells when an evaluation or a save has ended, not when it began. So an interruption lasts from the end of a
+    A Trainer says when an evaluation or a save has ended, not when it began. So an interruption lasts from the end of a
     step, or from its log, to the beginning of the next step, and takes the loading of one batch with it.
     """
 
@@ -97,7 +80,7 @@ class TrainingStopwatch:
         self._interrupted = True
 
     def pop(self) -> float:
-        """Return the seconds since the last call, between two steps, and begin anew."""
+        """Return the seconds since the last call and start from zero."""
         now = time.perf_counter()
         self._skip_interruption(now)
         seconds = 0.0 if self._started is None else now - self._started
@@ -113,39 +96,33 @@ class TrainingStopwatch:
 class TrainingClockCallback(LoggingCallback):
     """Adds `train_seconds` to the Trainer's logs: the time spent in optimizer steps since the start of training.
 
-    Evaluation, saving and logging do not count. A resumed run continues from the last log of its checkpoint.
+    Data loading, evaluation, saving and logging do not count. A resumed run continues from the last log of its checkpoint.
     """
 
     def __init__(self):
         self.seconds = 0.0
-        self._started: float | None = None
+        self._stopwatch = TrainingStopwatch()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take up the time of the run that is resumed."""
-        self._find_handler()
-        self._go_first()
         self.seconds = max((entry.get("train_seconds", 0.0) for entry in state.log_history), default=0.0)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        self._started = time.perf_counter()
+        """Start the clock; what was between the steps does not count."""
+        self._stopwatch.interrupt()
+        self._stopwatch.begin_step()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Stop the clock, once the device has done what it was told."""
-        if torch.cuda.is_available() and _is_looked_at(args, state, control):
+        """Stop the clock, once the device has done what it was told if somebody is about to look."""
+        # Trainer's own callback, which decides that, is the first in every list.
+        if torch.cuda.is_available() and (control.should_log or control.should_evaluate):
             torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self._started
+        self.seconds += self._stopwatch.pop()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the time to logs of training and of evaluation."""
         if logs is not None and ("loss" in logs or "eval_loss" in logs):
             self._add(logs, state, {"train_seconds": self.seconds})
-
-
-def _is_looked_at(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
-    """Tell whether this step is logged or evaluated: Trainer's own callback decides it after those that stand first."""
-    decided = DefaultFlowCallback().on_step_end(args, state, copy(control))
-    return decided.should_log or decided.should_evaluate
 
 
 def refuse_label_smoother(args: TrainingArguments):
@@ -164,11 +141,8 @@ def refuse_label_smoother(args: TrainingArguments):
 def refuse_lost_losses(stablemoe: TwoStageRoutingMixin):
     """Refuse a step of stage 1 whose loss is without the routing losses: its gradients reach no distilled router.
 
-    To be called between the backward pass and the optimizer's step. Of an engine that keeps gradients elsewhere, or an
-    optimizer that steps in the backward pass, there are none to look at, and this does nothing.
-
-    Args:
-        stablemoe (`TwoStageRoutingMixin`): the model, in either stage.
+    To be called between the backward pass and the optimizer's step. An engine that keeps gradients elsewhere, or an
+    optimizer that steps in the backward pass, leaves none to look at, and this does nothing.
 
     Raises:
         ValueError: if other parameters have a gradient and none of those that the routing is distilled into has.
@@ -192,7 +166,6 @@ __all__ = [
     "LoggingCallback",
     "TrainingClockCallback",
     "TrainingStopwatch",
-    "find_caller",
     "refuse_label_smoother",
     "refuse_lost_losses",
 ]

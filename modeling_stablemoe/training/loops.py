@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What a training loop without `Trainer` calls for the routing; `StageTransitionCallback` calls the same."""
+"""What a training loop without `Trainer` calls for the routing, as `StageTransitionCallback` does."""
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ def freeze_router(model: nn.Module) -> list[BalancedTable]:
         model (`torch.nn.Module`): a StableMoE model, or what wraps it (DistributedDataParallel, PEFT).
 
     Returns:
-        `list[BalancedTable]`: see `TwoStageRoutingMixin.freeze_router`.
+        `list[BalancedTable]`: one per table that was balanced (`max_frozen_load`).
 
     Raises:
         RuntimeError: if the routing is frozen already.
-        ValueError: see there; also naming the ranks whose routing is not that of rank 0.
+        ValueError: if it cannot be frozen; naming the ranks whose routing is not that of rank 0.
     """
     stablemoe = find_stablemoe(model)
     balanced = stablemoe.freeze_router()
@@ -32,7 +32,7 @@ def freeze_router(model: nn.Module) -> list[BalancedTable]:
 
 
 def drop_idle_gradients(model: nn.Module):
-    """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2.
+    """Drop the gradients of D and Ê in stage 2: zeros, which keep them in the graph of several processes.
 
     To be called before each step of the optimizer: weight decay and momentum move what has a gradient. In stage 1 it does
     nothing.
@@ -47,29 +47,18 @@ def drop_idle_gradients(model: nn.Module):
 
 
 def copy_moe_layers(model: nn.Module) -> dict[str, Tensor]:
-    """Copy to the CPU what freezing, and stage 2 after it, makes another of; every process must call this.
+    """Copy to the CPU, by name, what freezing and stage 2 change for good; every process must call this.
 
-    These are frozen routers and routers, and the experts where stage 1 keeps them equal.
-
-    Args:
-        model (`torch.nn.Module`): a StableMoE model, or what wraps it.
-
-    Returns:
-        `dict[str, torch.Tensor]`: by name, for `restore_moe_layers`.
+    These are routers and frozen routers, and the experts where stage 1 keeps them equal.
     """
     return {name: full_tensor(values.detach()).cpu().clone() for name, values in _of_stage1(model).items()}
 
 
 @torch.no_grad()
 def restore_moe_layers(model: nn.Module, copied: dict[str, Tensor], optimizer: Optimizer):
-    """Put back what `copy_moe_layers` copied in stage 1: the model is in that stage again; every process must call this.
+    """Put back what `copy_moe_layers` copied in stage 1, and that stage with it; every process must call this.
 
-    All other weights stay as they are.
-
-    Args:
-        model (`torch.nn.Module`): the same.
-        copied (`dict[str, torch.Tensor]`): what that returned.
-        optimizer (`torch.optim.Optimizer`): forgets its moments of them, which are of stage 2.
+    The optimizer forgets its moments of these tensors; all other weights stay as they are.
     """
     stablemoe = find_stablemoe(model)
     for name, values in _of_stage1(stablemoe).items():

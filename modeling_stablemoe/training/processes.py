@@ -10,11 +10,7 @@ from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 def check_same_routing(model: TwoStageRoutingMixin, moment: str):
     """Check that all processes are in the same stage and, when it is frozen, hold the same routing.
 
-    Every process must call this; each gets the same answer.
-
-    Args:
-        model (`TwoStageRoutingMixin`): of this process.
-        moment (`str`): when, for the error: "at the transition", say.
+    Every process must call this; each gets the same answer. The error says at which `moment`: "at the transition", say.
 
     Raises:
         ValueError: naming the ranks whose routing is not that of rank 0.

@@ -14,20 +14,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerState
 
 from modeling_stablemoe.checkpoints.adapters import ROUTING_FILE, has_routing, holds_adapters
-from modeling_stablemoe.checkpoints.finding import checkpoint_of_step, find_stablemoe, resumed_checkpoint
+from modeling_stablemoe.checkpoints.finding import resumed_checkpoint
 from modeling_stablemoe.measure.verdict import FrozenReport, SettlingWatch, Verdict, judge, load_of_frozen
 from modeling_stablemoe.model.distillation_stablemoe import sees_context
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 
-from .card_callback import ModelCardCallback
-from .fluctuation_callback import RoutingFluctuationCallback
-from .logging_callback import TrainingClockCallback, refuse_label_smoother
 from .loops import copy_moe_layers, drop_idle_gradients, freeze_router, restore_moe_layers
-from .statistics_callback import (
-    RoutingStatisticsCallback,
-    find_loaded,
-    resume_routing,
-)
+from .statistics_callback import RoutingStatisticsCallback, find_loaded, resume_routing
 
 
 logger = logging.getLogger(__name__)
@@ -40,15 +33,15 @@ class StageTransitionCallback(RoutingStatisticsCallback):
     """Freezes the routing: stage 1 before, stage 2 after.
 
     The transition happens once, at the end of an optimizer step, before anything is logged, evaluated or saved at that
-    step. The stage is read from the model and the step from the Trainer, so a resumed run needs no more than the
-    checkpoint. `requires_grad` and the optimizer's groups stay as they are. Every router that is distilled can be
-    frozen: `"stable"`, and `"switch"` and `"base"` with a `distilled_router` (table 5).
+    step; callbacks that stand before this one see it from the next step on. The stage is read from the model and the step
+    from the Trainer, so a resumed run needs no more than the checkpoint. `requires_grad` and the optimizer's groups stay as
+    they are. Every router that is distilled can be frozen: `"stable"`, and `"switch"` and `"base"` with a
+    `distilled_router` (table 5).
 
     Adds the statistics of `RoutingStatisticsCallback` to the Trainer's logs and, while there are tables to compare,
     `table_change`, the share of the tokens so far whose expert, by the table that would be frozen, is not that of the
     last check. At the transition it logs an entry with `transition_*` of its own and says in plain words what is being
-    frozen; a routing that is not worth it (see `stage1.Verdict`) gets a warning with the remedy. A run whose weights
-    have become NaN gets another one (see `DistilledRouter.check_weights`), and its logs hold NaN.
+    frozen; a routing that is not worth it gets a warning with the remedy, and so do weights that have become NaN.
 
     Args:
         stage1_steps (`int` or `float`): length of stage 1, as optimizer steps (an `int` >= 1) or as a share of all
@@ -62,7 +55,9 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             `EarlyStoppingCallback`, so that `load_best_model_at_end` leaves a frozen model. The evaluation of the
             transition step is of stage 2. With `save_strategy="best"`, stage 1 saves at every evaluation. Default: the
             evaluations of both stages compete, and a best checkpoint of stage 1 loads as a model that is not frozen.
-        expert_load (`str`): see `RoutingStatisticsCallback`.
+        expert_load (`str`): where the load of each expert goes: `"history"`, `"reporters"` or `"none"`, as of
+            `RoutingStatisticsCallback`.
+        model_card (`bool`): write model cards, unless a `ModelCardCallback` is in the list.
 
     Raises:
         ValueError: for a value out of range; at the start of training, if stage 1 would outlast it, if the model is of
@@ -79,20 +74,15 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         check_steps: int | None = None,
         best_of_stage2: bool = False,
         expert_load: str = "history",
+        model_card: bool = True,
     ):
-        super().__init__(expert_load)
+        super().__init__(expert_load, model_card)
         _check_steps("stage1_steps", stage1_steps)
         if hold_until_ready is not None:
             _check_steps("hold_until_ready", hold_until_ready)
-        if settled_change is not None and (
-            isinstance(settled_change, bool)
-            or not isinstance(settled_change, (int, float))
-            or not 0 <= settled_change < 1
-        ):
+        if settled_change is not None and not (_is_number(settled_change, float) and 0 <= settled_change < 1):
             raise ValueError(f"`settled_change` is a share of tokens in [0, 1), got {settled_change!r}.")
-        if check_steps is not None and (
-            isinstance(check_steps, bool) or not isinstance(check_steps, int) or check_steps < 1
-        ):
+        if check_steps is not None and not (_is_number(check_steps) and check_steps >= 1):
             raise ValueError(f"`check_steps` must be an integer >= 1, got {check_steps!r}.")
         self.stage1_steps = stage1_steps
         self.settled_change = settled_change
@@ -126,7 +116,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
                 f"this is step {state.global_step}. To train a frozen model further, or one with a hash, leave "
                 "StageTransitionCallback out; to resume a run, give the `stage1_steps` it was started with."
             )
-        self._watch_model(args, stablemoe)
+        self._watch_model(args, state, stablemoe)
         _warn_of_idle_routers(stablemoe)
         self._watch = SettlingWatch(self._meter)
         if state.global_step > 0:
@@ -183,19 +173,19 @@ class StageTransitionCallback(RoutingStatisticsCallback):
             self._add(logs, state, {"table_change": self._change})
             self._change = None
 
-    def on_save(self, args, state, control, **kwargs):
-        """Put beside a checkpoint of stage 1 what watching goes on from."""
-        super().on_save(args, state, control, **kwargs)
+    def _save_beside(self, model: nn.Module, checkpoint: Path):
+        """Save in stage 1 also what watching goes on from."""
+        super()._save_beside(model, checkpoint)
         if self._meter is not None and self._meter.model.routing_stage == 1:
-            self._watch.save(checkpoint_of_step(args, state) / WATCH_FILE)
+            self._watch.save(checkpoint / WATCH_FILE)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Take the gradient of zero, which keeps them in the graph of several processes, from D and E^ in stage 2."""
+        """Let no optimizer move D and Ê in stage 2, which have a gradient of zero there on several processes."""
         super().on_pre_optimizer_step(args, state, control, **kwargs)
         drop_idle_gradients(self._meter.model)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Stop watching, and say so if the model is left in stage 1."""
+        """Stop watching, and warn if the model is left in stage 1."""
         super().on_train_end(args, state, control, **kwargs)
         self._before_freezing = None
         if self._meter.model.routing_stage == 1:
@@ -221,13 +211,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         )
 
     def resolve_transition_step(self, max_steps: int) -> int:
-        """Find the step at whose end the routing is frozen, unless it settles earlier or is held.
-
-        Args:
-            max_steps (`int`): optimizer steps of the whole training.
-
-        Returns:
-            `int`: in [1, max_steps].
+        """Return the step in [1, max_steps] at whose end the routing is frozen, unless it settles earlier or is held.
 
         Raises:
             ValueError: if stage 1 would outlast training.
@@ -235,7 +219,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         return _resolve_steps("stage1_steps", self.stage1_steps, max_steps)
 
     def resolve_last_step(self, max_steps: int) -> int:
-        """Find the step at whose end the routing is frozen at the latest.
+        """Return the step at whose end the routing is frozen at the latest.
 
         Raises:
             ValueError: if it is not between the transition and the end of training.
@@ -252,7 +236,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         return last
 
     def _begin_again(self, stablemoe: TwoStageRoutingMixin, state: TrainerState, optimizer: Optimizer):
-        """Undo the transition of a run that `auto_find_batch_size` has stopped and begins again, with the model as it is."""
+        """Undo the transition of a run that `auto_find_batch_size` has stopped and starts again, with the model as it is."""
         if self._before_freezing is not None and self._meter.model is stablemoe:
             if stablemoe.routing_stage == 2 and _frozen_at(state) is None:
                 logger.warning("Training begins again, and with it stage 1: the routing frozen meanwhile is gone.")
@@ -267,7 +251,7 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         balanced = freeze_router(model)
         frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
-        self._log(args, state, control, report)
+        self._log(state, control, report)
         opening = f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins."
         closing = f"Fingerprint {model.config.router_fingerprint}."
         if sees_context(model.config):
@@ -298,7 +282,7 @@ def _require_resumed_routing(model: nn.Module, state: TrainerState):
 
 
 def _warn_of_idle_routers(stablemoe: TwoStageRoutingMixin):
-    """Say so if stage 1 distils nothing, as where PEFT has switched off all gradients but the adapters'."""
+    """Warn if stage 1 distils nothing, as where PEFT has switched off all gradients but the adapters'."""
     if stablemoe.routing_stage == 2:
         return
     for name, layer in stablemoe.moe_layers_by_name.items():
@@ -319,12 +303,16 @@ def _frozen_at(state: TrainerState) -> int | None:
 
 
 def _forget_best(state: TrainerState):
-    """Begin the search for the best checkpoint anew, and with it the patience of early stopping."""
+    """Restart the search for the best checkpoint, and with it the patience of early stopping."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
+def _is_number(value: object, *kinds: type) -> bool:
+    return isinstance(value, (int, *kinds)) and not isinstance(value, bool)
+
+
 def _check_steps(name: str, steps: int | float):
-    if isinstance(steps, bool) or not isinstance(steps, (int, float)):
+    if not _is_number(steps, float):
         raise ValueError(f"`{name}` must be an int (steps) or a float (share), got {steps!r}.")
     if isinstance(steps, float) and not 0 < steps < 1:
         raise ValueError(
@@ -360,12 +348,4 @@ def _check_fingerprint_of_checkpoint(model: TwoStageRoutingMixin, checkpoint: Pa
         )
 
 
-__all__ = [
-    "ModelCardCallback",
-    "RoutingFluctuationCallback",
-    "RoutingStatisticsCallback",
-    "StageTransitionCallback",
-    "TrainingClockCallback",
-    "find_stablemoe",
-    "refuse_label_smoother",
-]
+__all__ = ["StageTransitionCallback"]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Which parameters weight decay is for, in loops of one's own, as in `Trainer`. The paper's runs have none."""
+"""Which parameters weight decay is for in loops without `Trainer`, the same as in `Trainer`. The paper's runs have none."""
 
 from torch import nn
 

@@ -225,10 +225,9 @@ USES = [
     Use("transformers:Trainer.prediction_step", "an evaluation over all targets", 4, ("ignore_keys",)),
     Use("transformers:Trainer.evaluation_loop", "an evaluation over all targets", 3),
     Use("transformers:Trainer.create_model_card", "the place where a model card is put", 1),
-    Use("transformers.trainer_callback:CallbackHandler", "brings numbers to all reporters"),
-    Use("transformers.trainer_callback:CallbackHandler.on_log", "brings numbers to all reporters", 5),
-    Use("transformers.trainer_callback:DefaultFlowCallback", "whether this step is logged"),
-    Use("transformers.trainer_callback:DefaultFlowCallback.on_step_end", "whether this step is logged", 4),
+    Use("transformers:Trainer.save_model", "a card beside what is saved", 3),
+    Use("transformers:Trainer.log", "brings numbers to all reporters", 2),
+    Use("transformers.trainer_callback:DefaultFlowCallback", "decides what is logged before others see the step"),
     Use("transformers.trainer_callback:ExportableState", "what `trainer_state.json` keeps of a callback"),
     Use("transformers.trainer_callback:ExportableState.state", "what `trainer_state.json` keeps of a callback", 1),
     Use("transformers.trainer_callback:TrainerState", "what `trainer_state.json` holds"),
@@ -247,6 +246,9 @@ USES = [
     Use("transformers:AutoModelForCausalLM._model_mapping", "which class belongs to a config"),
     Use("accelerate.utils:OffloadedWeightsLoader", "where offloaded weights are"),
     Use("accelerate.utils:PrefixedDataset", "where offloaded weights are"),
+    Use(
+        "accelerate.utils:extract_model_from_parallel", "the model in what an engine made", 1, ("keep_torch_compile",)
+    ),
     Use("accelerate.utils:broadcast_object_list", "what the first process has found", 1),
     Use("accelerate.utils.constants:FSDP_MODEL_NAME", "files of a checkpoint of FSDP"),
     Use("accelerate.hooks:remove_hook_from_submodules", "takes offloaded experts out of accelerate's hands", 1),

@@ -1,6 +1,5 @@
 """Model cards: what they say, and that everything a Trainer saves has one."""
 
-import copy
 import logging
 import math
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_eval_result
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from helpers import ROOT
 from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
@@ -32,6 +31,7 @@ from modeling_stablemoe import (
 from modeling_stablemoe.checkpoints.architectures import MODELS
 from modeling_stablemoe.hub.cards import OLDEST_TRANSFORMERS, build_model_card, languages_of_pairs
 from modeling_stablemoe.runs.card_arguments import CardArguments
+from modeling_stablemoe.training import RoutingTrainer
 
 
 RESULTS = {
@@ -264,12 +264,12 @@ def test_scripts_refuse_a_license_that_is_none(capsys, tmp_path):
 # What a Trainer saves
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A plain Trainer after both stages: `StageTransitionCallback` alone brings the cards."""
+@pytest.fixture(scope="module", params=[Trainer, RoutingTrainer], ids=["Trainer", "RoutingTrainer"])
+def trained(request, tmp_path_factory):
+    """A Trainer after both stages: `StageTransitionCallback` alone brings the cards."""
     folder = tmp_path_factory.mktemp("runs") / "first"
     callbacks = (StageTransitionCallback(3), RoutingFluctuationCallback(BLOCKS[:4], 2))
-    trainer = make_trainer(folder, *callbacks, **EVERY_OTHER_STEP)
+    trainer = make_trainer(folder, *callbacks, trainer_class=request.param, **EVERY_OTHER_STEP)
     trainer.train()
     trainer.save_model()
     return trainer, folder
@@ -292,26 +292,42 @@ def test_every_checkpoint_has_the_card_of_its_step(trained):
         assert "![" not in card.text  # the figure is drawn at the end
 
 
-def test_what_is_saved_after_training_shows_the_figure_and_has_it(trained, tmp_path):
+def assert_final_card(folder):
+    card = read(folder)
+    figure = re.search(r"!\[.+\]\((.+)\)", card.text)[1]
+    assert (folder / figure).read_bytes()[1:4] == b"PNG"
+    assert 'from_pretrained("first", trust_remote_code=True)' in card.text
+
+
+def test_the_model_that_training_leaves_has_a_card_with_the_figure(trained, tmp_path):
     trainer, folder = trained
+    assert_final_card(folder)
+    trainer.save_model(str(tmp_path))
+    # `Trainer` asks no callback when it saves elsewhere.
+    assert (tmp_path / "README.md").exists() == isinstance(trainer, RoutingTrainer)
+    ModelCardCallback().write(trainer.model, tmp_path, trainer.args, trainer.state)
+    assert trainer.model.router_fingerprint() in read(tmp_path).text
+
+
+def test_a_routing_trainer_puts_the_card_where_it_saves(tmp_path):
+    trainer = make_trainer(
+        tmp_path / "first",
+        RoutingFluctuationCallback(BLOCKS[:4], 2),
+        ModelCardCallback(),
+        trainer_class=RoutingTrainer,
+        max_steps=2,
+    )
+    trainer.train()
     trainer.save_model(str(tmp_path / "elsewhere"))
-    for place in (folder, tmp_path / "elsewhere"):
-        figure = re.search(r"!\[.+\]\((.+)\)", read(place).text)[1]
-        assert (place / figure).read_bytes()[1:4] == b"PNG"
-    assert 'from_pretrained("first", trust_remote_code=True)' in read(folder).text
-
-
-def test_the_model_itself_and_its_copies_save_the_card_too(trained, tmp_path):
-    model = trained[0].model
-    for name, each in (("model", model), ("copy", copy.deepcopy(model))):
-        each.save_pretrained(tmp_path / name)
-        assert model.router_fingerprint() in read(tmp_path / name).text
-    model.save_pretrained(tmp_path / "not main", is_main_process=False)
+    assert_final_card(tmp_path / "elsewhere")
+    trainer.state.is_world_process_zero = False
+    trainer.save_model(str(tmp_path / "not main"))
     assert not (tmp_path / "not main" / "README.md").exists()
 
 
-def test_create_model_card_takes_the_arguments_of_trainer(trained, tmp_path):
-    trainer, folder = trained
+def test_create_model_card_takes_the_arguments_of_trainer(tmp_path):
+    trainer = make_trainer(tmp_path, RoutingStatisticsCallback(), trainer_class=RoutingTrainer, max_steps=1)
+    trainer.evaluate()
     trainer.create_model_card(
         language="en",
         license="mit",
@@ -323,20 +339,29 @@ def test_create_model_card_takes_the_arguments_of_trainer(trained, tmp_path):
         dataset="Books",
         dataset_args="all",
     )
-    card = read(folder)
+    card = read(tmp_path)
     assert (card.data.language, card.data.license, card.data.base_model) == (["en"], "mit", "me/base")
     assert card.data.datasets == ["me/books"]
     assert "tiny" in card.data.tags
     [result] = card.data.eval_results
     assert (result.dataset_name, result.dataset_config) == ("Books", "all")
     assert "\n# My model\n" in card.text
+    with pytest.raises(TypeError, match="no_such_argument"):
+        trainer.create_model_card(no_such_argument="en")
+
+
+def test_create_model_card_is_that_of_the_parent_without_a_card_of_ours(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_class=RoutingTrainer, max_steps=1)
+    trainer.train()
+    trainer.create_model_card(tags="tiny")
+    assert "generated_from_trainer" in read(tmp_path).data.tags
 
 
 def test_a_card_that_somebody_wrote_stays(tmp_path, caplog):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "README.md").write_text("# My project\n")
-    trainer = make_trainer(folder, RoutingStatisticsCallback(), max_steps=1)
+    trainer = make_trainer(folder, RoutingStatisticsCallback(), trainer_class=RoutingTrainer, max_steps=1)
     trainer.train()
     with caplog.at_level(logging.WARNING):
         trainer.save_model()
@@ -345,29 +370,45 @@ def test_a_card_that_somebody_wrote_stays(tmp_path, caplog):
     assert "it stays" in caplog.text
 
 
-def test_a_callback_of_ones_own_says_more(tmp_path):
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("trainer_class", [Trainer, RoutingTrainer])
+def test_a_callback_of_ones_own_says_more_wherever_it_stands(tmp_path, order, trainer_class):
     facts = CardFacts(license="mit", dataset_name="blocks", language=["en"])
-    trainer = make_trainer(tmp_path, StageTransitionCallback(1), ModelCardCallback(facts), max_steps=2, eval_steps=1)
-    assert sum(isinstance(c, ModelCardCallback) for c in trainer.callback_handler.callbacks) == 1
+    callbacks = [StageTransitionCallback(1), ModelCardCallback(facts)][::order]
+    trainer = make_trainer(
+        tmp_path, *callbacks, trainer_class=trainer_class, max_steps=2, save_strategy="steps", save_steps=1
+    )
     trainer.train()
     trainer.evaluate()
     trainer.save_model()
-    card = read(tmp_path)
-    assert (card.data.license, card.data.language) == ("mit", ["en"])
-    assert card.data.eval_results[0].dataset_name == "blocks"
+    for folder in (tmp_path, tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"):
+        assert (read(folder).data.license, read(folder).data.language) == ("mit", ["en"])
+    assert read(tmp_path).data.eval_results[0].dataset_name == "blocks"
 
 
-def test_callbacks_added_later_bring_the_card_and_it_can_be_removed(tmp_path):
+def test_a_run_takes_up_a_card_of_its_own_when_it_is_resumed(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, RoutingStatisticsCallback(), max_steps=1, **saving).train()
+    callbacks = ModelCardCallback(CardFacts(license="mit")), RoutingStatisticsCallback()
+    for step in (2, 3):
+        options = {"max_steps": step, "restore_callback_states_from_checkpoint": step == 3, **saving}
+        resumed = make_trainer(tmp_path, *callbacks, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step - 1}"))
+        assert read(tmp_path / f"checkpoint-{step}").data.license == "mit"
+
+
+def test_callbacks_added_later_bring_the_card_unless_they_are_told_not_to(tmp_path):
     trainer = make_trainer(tmp_path / "later", max_steps=1)
     trainer.add_callback(RoutingStatisticsCallback())
     trainer.train()
     trainer.save_model()
     assert "still learned" in read(tmp_path / "later").text
-    trainer = make_trainer(tmp_path / "without", RoutingStatisticsCallback(), max_steps=1)
-    trainer.remove_callback(ModelCardCallback)
-    trainer.train()
-    trainer.save_model()
-    assert not (tmp_path / "without" / "README.md").exists()
+    without = (RoutingStatisticsCallback(model_card=False), StageTransitionCallback(1, model_card=False))
+    for callback in without:
+        trainer = make_trainer(tmp_path / "without", callback, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.train()
+        trainer.save_model()
+    assert not list((tmp_path / "without").rglob("README.md"))
 
 
 def test_a_model_that_was_trained_further_names_its_start(tmp_path):
@@ -375,7 +416,9 @@ def test_a_model_that_was_trained_further_names_its_start(tmp_path):
     start.freeze_router()
     start.save_pretrained(tmp_path / "start")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
-    trainer = make_trainer(tmp_path / "run", RoutingStatisticsCallback(), model=model, max_steps=1)
+    trainer = make_trainer(
+        tmp_path / "run", RoutingStatisticsCallback(), model=model, max_steps=1, trainer_class=RoutingTrainer
+    )
     trainer.train()
     trainer.save_model()
     card = read(tmp_path / "run")
@@ -420,7 +463,15 @@ def classify(folder, *callbacks, num_labels, **arguments):
         return {"input_ids": ids, "labels": labels if num_labels > 1 else labels.float()}
 
     trainer = make_trainer(
-        folder, *callbacks, model=model, train_dataset=rows, collator=collate, max_steps=4, eval_steps=2, **arguments
+        folder,
+        *callbacks,
+        model=model,
+        trainer_class=RoutingTrainer,
+        train_dataset=rows,
+        collator=collate,
+        max_steps=4,
+        eval_steps=2,
+        **arguments,
     )
     trainer.eval_dataset = rows[:6]
     trainer.compute_metrics = lambda predictions: {
@@ -486,13 +537,12 @@ def test_adapters_keep_the_card_of_peft(tmp_path):
     trainer.train()
     trainer.save_model()
     assert read(tmp_path).data.library_name == "peft"
-    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
-    assert model.router_fingerprint() in read(tmp_path / "merged").text
 
 
 def test_a_model_that_is_evaluated_only_is_saved_with_its_card(tmp_path):
-    trainer = make_trainer(tmp_path, RoutingStatisticsCallback())
+    trainer = make_trainer(tmp_path, RoutingStatisticsCallback(), trainer_class=RoutingTrainer)
     loss = trainer.evaluate()["eval_loss"]
+    assert not (tmp_path / "README.md").exists()
     trainer.save_model()
     assert perplexity_of(read(tmp_path)) == round(math.exp(loss), 3)
 
@@ -505,18 +555,19 @@ def test_another_run_without_our_callbacks_leaves_no_card_of_an_earlier_one(tmp_
                 raise KeyboardInterrupt
 
     model = tiny_model()
-    first = make_trainer(tmp_path / "first", StageTransitionCallback(2), Crash(), model=model, max_steps=4)
+    options = {"model": model, "trainer_class": RoutingTrainer}
+    first = make_trainer(tmp_path / "first", StageTransitionCallback(2), Crash(), max_steps=4, **options)
     with pytest.raises(KeyboardInterrupt) if crashes else nullcontext():
         first.train()
     first.save_model()
     assert (tmp_path / "first" / "README.md").exists()
-    second = make_trainer(tmp_path / "second", model=model, max_steps=2)
+    second = make_trainer(tmp_path / "second", max_steps=2, **options)
     second.train()
     second.save_model()
     model.save_pretrained(tmp_path / "saved")
     assert not list((tmp_path / "second").glob("README.md")) + list((tmp_path / "saved").glob("README.md"))
     # The next run with a callback has a card again, of its own steps.
-    third = make_trainer(tmp_path / "third", RoutingStatisticsCallback(), model=model, max_steps=3)
+    third = make_trainer(tmp_path / "third", RoutingStatisticsCallback(), max_steps=3, **options)
     third.train()
     third.save_model()
     assert (tmp_path / "third" / "README.md").exists()

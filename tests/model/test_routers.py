@@ -389,7 +389,7 @@ def test_a_hash_follows_the_vocabulary():
 def test_the_trainer_trains_every_router_and_logs_its_statistics(kind, tmp_path):
     model, recorder = model_of(kind), Recorder()
     trainer = make_trainer(
-        tmp_path, recorder, RoutingStatisticsCallback(), model=model, train_dataset=BLOCKS[:2], max_steps=24
+        tmp_path, RoutingStatisticsCallback(), recorder, model=model, train_dataset=BLOCKS[:2], max_steps=24
     )
     trainer.train()
     first, *_, last = training_logs(trainer.state.log_history)

@@ -10,6 +10,7 @@ from helpers.models import tiny_model
 from helpers.trainers import BLOCKS, STATISTICS, make_trainer
 from helpers.workplaces import Workplace
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
+from modeling_stablemoe.training import RoutingTrainer
 
 
 LOGGED = {
@@ -43,6 +44,7 @@ def test_tensorboard_files_hold_what_the_history_does(tmp_path):
         StageTransitionCallback(6, expert_load="reporters"),
         RoutingFluctuationCallback(BLOCKS, check_steps=3, num_tokens=64),
         model=tiny_model(moe_layer_positions=[0, 2]),
+        trainer_class=RoutingTrainer,
         report_to="tensorboard",
     )
     trainer.train()

@@ -99,7 +99,7 @@ def test_micro_batch_repeated_gives_exactly_its_own_gradient(tmp_path):
 def test_both_sides_are_frozen_at_the_transition_and_its_statistics_are_logged(tmp_path):
     model, recorder, forward_stages = tiny_seq2seq_model(), Recorder(), []
     model.register_forward_hook(lambda module, *_: forward_stages.append(module.routing_stage))
-    trainer = make_seq2seq_trainer(tmp_path, recorder, StageTransitionCallback(0.5), model=model, pairs=EVEN)
+    trainer = make_seq2seq_trainer(tmp_path, StageTransitionCallback(0.5), recorder, model=model, pairs=EVEN)
     trainer.train()
     assert recorder.stages == [1, 1, 2, 2, 2, 2]
     assert forward_stages == [1, 1, 1, 2, 2, 2]
@@ -258,7 +258,7 @@ def test_fluctuation_compares_the_experts_of_real_tokens_and_is_zero_in_stage_2(
 
     collator = DataCollatorForSeq2Seq(tiny_tokenizer(), model=model)
     watch = RoutingFluctuationCallback(PAIRS, check_steps=2, num_tokens=36, batch_size=3, data_collator=collator)
-    trainer = make_seq2seq_trainer(tmp_path, Training(), StageTransitionCallback(3), watch, model=model)
+    trainer = make_seq2seq_trainer(tmp_path, StageTransitionCallback(3), Training(), watch, model=model)
     trainer.train()
     assert watch.history.steps == [0, 2, 3, 4, 6]
     assert watch.history.stages == [1, 1, 2, 2, 2]

@@ -20,8 +20,14 @@ from helpers.trainers import (
     training_logs,
     weights,
 )
-from modeling_stablemoe import RoutingFluctuationCallback, StableMoEForCausalLM, StageTransitionCallback
+from modeling_stablemoe import (
+    ModelCardCallback,
+    RoutingFluctuationCallback,
+    StableMoEForCausalLM,
+    StageTransitionCallback,
+)
 from modeling_stablemoe.checkpoints.finding import find_stablemoe
+from modeling_stablemoe.training import TrainingClockCallback
 
 
 # The transition
@@ -34,8 +40,8 @@ def test_transition_happens_once_at_its_step_whatever_the_accumulation(tmp_path,
     model.register_forward_hook(lambda module, *_: forward_stages.append(module.routing_stage))
     trainer = make_trainer(
         tmp_path,
-        recorder,
         StageTransitionCallback(stage1_steps),
+        recorder,
         model=model,
         gradient_accumulation_steps=accumulation,
     )
@@ -59,7 +65,7 @@ def test_transition_happens_once_at_its_step_whatever_the_accumulation(tmp_path,
 )
 def test_transition_does_not_depend_on_the_other_intervals(tmp_path, intervals):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, recorder, StageTransitionCallback(5), **intervals)
+    trainer = make_trainer(tmp_path, StageTransitionCallback(5), recorder, **intervals)
     trainer.train()
     assert recorder.stages == [1] * 4 + [2] * 8
     assert sum("transition_step" in entry for entry in trainer.state.log_history) == 1
@@ -157,7 +163,7 @@ def test_routing_and_distilled_router_never_move_in_stage_2(tmp_path, name):
 
     optimizers, arguments = optimizers_for(model, name)
     make_trainer(
-        tmp_path, Watch(), StageTransitionCallback(5), model=model, optimizers=optimizers, max_steps=30, **arguments
+        tmp_path, StageTransitionCallback(5), Watch(), model=model, optimizers=optimizers, max_steps=30, **arguments
     ).train()
     before, frozen, after = seen[0], seen[4], seen[5:]
     assert len(after) == 25
@@ -242,7 +248,7 @@ def test_resuming_a_frozen_run_with_a_longer_stage_1_is_an_error(tmp_path, whole
 
 def test_resuming_past_the_transition_with_a_stage_1_checkpoint_freezes_at_once(tmp_path, whole_run):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, recorder, StageTransitionCallback(2), model=tiny_model(seed=7, dropout=0.1))
+    trainer = make_trainer(tmp_path, StageTransitionCallback(2), recorder, model=tiny_model(seed=7, dropout=0.1))
     trainer.train(resume_from_checkpoint=f"{whole_run.args.output_dir}/checkpoint-4")
     assert recorder.stages == [2] * 8
     (transition,) = [entry for entry in trainer.state.log_history if "transition_step" in entry]
@@ -368,9 +374,9 @@ def test_model_inside_a_wrapper_is_found_and_frozen(tmp_path):
     recorder = Recorder()
     trainer = make_trainer(
         tmp_path,
-        recorder,
         StageTransitionCallback(5),
         RoutingFluctuationCallback(BLOCKS, 5, 64),
+        recorder,
         model=wrapped,
         remove_unused_columns=False,
     )
@@ -467,3 +473,21 @@ def test_a_frozen_model_is_refused_as_before_where_no_batch_size_is_sought(tmp_p
         trainer.train()
     with pytest.raises(ValueError, match="frozen already"):
         trainer.train()
+
+
+def test_callbacks_leave_the_trainer_its_list_and_the_model_as_they_are(tmp_path):
+    left = []
+    for name in ("plain", "watched"):
+        callbacks = [
+            StageTransitionCallback(2),
+            RoutingFluctuationCallback(BLOCKS, check_steps=1, num_tokens=32),
+            ModelCardCallback(),
+            TrainingClockCallback(),
+        ]
+        trainer = make_trainer(tmp_path / name, *(callbacks if name == "watched" else []), max_steps=3)
+        given = list(trainer.callback_handler.callbacks)
+        trainer.train()
+        trainer.save_model()
+        assert trainer.callback_handler.callbacks == given
+        left.append([vars(trainer).keys(), *(vars(module).keys() for module in trainer.model.modules())])
+    assert left[0] == left[1]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
 from helpers.trainers import (
@@ -21,15 +21,18 @@ from helpers.trainers import (
 )
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import LayerLoads
+from modeling_stablemoe.training import RoutingTrainer
 from modeling_stablemoe.training.logging_callback import TrainingStopwatch
 
 
 # What is logged
 
 
-def test_statistics_reach_the_history_and_reporters_that_stand_before_the_callback(tmp_path):
+@pytest.mark.parametrize(("trainer_class", "order"), [(Trainer, 1), (RoutingTrainer, 1), (RoutingTrainer, -1)])
+def test_statistics_reach_the_history_and_reporters(tmp_path, trainer_class, order):
     recorder = Recorder()
-    trainer = make_trainer(tmp_path, recorder, StageTransitionCallback(6))
+    callbacks = [StageTransitionCallback(6), recorder][::order]
+    trainer = make_trainer(tmp_path, *callbacks, trainer_class=trainer_class)
     trainer.train()
     for logs in (training_logs(trainer.state.log_history), training_logs(recorder.logs)):
         assert [entry["step"] for entry in logs] == [3, 6, 9, 12]
@@ -40,7 +43,22 @@ def test_statistics_reach_the_history_and_reporters_that_stand_before_the_callba
         assert [entry["routing_stage"] for entry in logs] == [1, 2, 2, 2]
     for logged, reported in zip(training_logs(trainer.state.log_history), training_logs(recorder.logs), strict=True):
         assert {name: logged.get(name) for name in STATISTICS} == {name: reported.get(name) for name in STATISTICS}
-    assert any("transition_step" in entry for entry in recorder.logs)
+    [entry] = [entry for entry in recorder.logs if "transition_step" in entry]
+    assert ("loss" in entry) == (trainer_class is Trainer)  # with the next log, or at once
+
+
+def test_a_check_between_two_logs_is_reported_with_the_next_one_or_at_once(tmp_path):
+    for trainer_class, steps in ((Trainer, [3, 6]), (RoutingTrainer, [2, 4, 6])):
+        recorder, watch = Recorder(), RoutingFluctuationCallback(BLOCKS, check_steps=2, num_tokens=64)
+        trainer = make_trainer(tmp_path, watch, recorder, trainer_class=trainer_class, max_steps=6)
+        trainer.train()
+        reported = {
+            entry["step"]: entry["routing_fluctuation"] for entry in recorder.logs if "routing_fluctuation" in entry
+        }
+        kept = [entry for entry in trainer.state.log_history if "routing_fluctuation" in entry]
+        assert [entry["step"] for entry in kept] == [2, 4, 6]
+        assert list(reported) == steps
+        assert reported[6] == kept[-1]["routing_fluctuation"]
 
 
 @pytest.mark.parametrize("stage1_steps", [6, 7])
@@ -206,7 +224,7 @@ def test_load_of_each_expert_goes_where_it_is_asked_to(tmp_path):
     seen = {}
     for where in ("history", "reporters", "none"):
         recorder = Recorder()
-        trainer = make_trainer(tmp_path, recorder, RoutingStatisticsCallback(expert_load=where), max_steps=3)
+        trainer = make_trainer(tmp_path, RoutingStatisticsCallback(expert_load=where), recorder, max_steps=3)
         trainer.train()
         [history], [reported] = training_logs(trainer.state.log_history), training_logs(recorder.logs)
         seen[where] = history

@@ -23,12 +23,14 @@ def main(folder: Path):
     from helpers.models import tiny_model
     from helpers.trainers import BLOCKS, make_trainer
     from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
+    from modeling_stablemoe.training import RoutingTrainer
 
     trainer = make_trainer(
         folder / "run",
         StageTransitionCallback(6, expert_load="reporters"),
         RoutingFluctuationCallback(BLOCKS, check_steps=3, num_tokens=64),
         model=tiny_model(moe_layer_positions=[0, 2]),
+        trainer_class=RoutingTrainer,
         report_to="trackio",
         project="stablemoe",
         run_name="first",
