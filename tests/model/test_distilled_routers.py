@@ -178,7 +178,7 @@ def test_the_word_embedding_sees_no_context_and_costs_none():
     assert [sees_context(tiny_config(distilled_router=kind)) for kind in DISTILLED_ROUTERS] == [False] * 2 + [True] * 5
     model = build("word_embedding")
     seen = []
-    layers_of(model)[0].register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    layers_of(model)[0].register_forward_pre_hook(lambda _, args: seen.append(args[1][2]))
     outputs = model(random_ids(), use_cache=True)
     assert seen == [None]
     assert len(outputs.past_key_values.layers) == 2

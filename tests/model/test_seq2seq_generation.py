@@ -121,7 +121,7 @@ class Watch:
             layer.expert_stack.register_forward_pre_hook(self._dispatched(name))
 
     def _begin(self, name):
-        return lambda _m, args: self.passes[name].append({"ids": args[1], "mask": args[2]})
+        return lambda _m, args: self.passes[name].append({"ids": args[1][0], "mask": args[1][1]})
 
     def _decided(self, name):
         return lambda _m, _a, decision: self.passes[name][-1].update(decided=decision[1])
