@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What a routing and a run come to: statistics, figures, pages, perplexities."""
+"""Measures of routings and of runs: statistics, figures, pages, perplexities."""
 
 from .flops import count_parameters, forward_flops
 from .inspection import format_report, inspect_routing, route_texts

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What a training run came to: read off the Trainer's log history, as numbers and as a short table."""
+"""The results of a training run, read off the Trainer's log history: numbers and short tables."""
 
 import math
 from collections.abc import Sequence

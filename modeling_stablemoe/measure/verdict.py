@@ -230,7 +230,7 @@ class FrozenReport:
         return metrics
 
     def sentences(self) -> list[str]:
-        """Say the same in plain words."""
+        """Describe what was frozen in plain words."""
         metrics, said = self.metrics(), []
         if "transition_agreement" in metrics:
             said.append(

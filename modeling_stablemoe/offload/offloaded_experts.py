@@ -55,7 +55,7 @@ class OffloadStatistics:
         return self._seconds
 
     def add_wait(self, began: torch.cuda.Event, ended: torch.cuda.Event):
-        """Count the time between two events, once somebody asks for it or there are many."""
+        """Keep two events, whose time is added once somebody asks for it or there are many."""
         self._waits.append((began, ended))
         if len(self._waits) > 200:
             self._add_up(100)

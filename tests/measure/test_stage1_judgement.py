@@ -60,7 +60,7 @@ def test_logs_show_what_tells_a_healthy_stage_1_from_a_sick_one(tmp_path):
 def test_logged_health_is_the_mean_over_the_tokens_since_the_last_log(tmp_path):
     model, gates = tiny_model(), []
     (layer,) = model.moe_layers_by_name.values()
-    layer.router.register_forward_hook(lambda router, args, decision: gates.append(decision[2].detach()))
+    layer.router.register_forward_hook(lambda router, args, decision: gates.append(decision[-1][1].detach()))
     trainer = make_trainer(tmp_path, StageTransitionCallback(6), model=model, gradient_accumulation_steps=2)
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
