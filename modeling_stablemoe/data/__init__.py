@@ -18,7 +18,7 @@ from .text import (
 )
 from .token_batches import TokenBatchCollator, TokenBatches, sort_by_length
 from .translation import TranslationDataArguments, encode_pairs, load_parallel_corpus, load_translation_tokenizer
-from .translation_tokenizer import add_target_language, encode_sources
+from .translation_tokenizer import add_target_language, encode_sources, train_translation_tokenizer
 
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "read_lines",
     "sort_by_length",
     "train_bpe",
+    "train_translation_tokenizer",
     "without_end",
 ]

@@ -132,9 +132,9 @@ def split_of(name: str) -> str:
     return "validation" if hashed_place(name) < VALIDATION_SHARE else "train"
 
 
-def hashed_place(name: str) -> float:
-    """Map a name to a number in [0, 1], evenly distributed and the same on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+def hashed_place(text: str, num_bytes: int = 8) -> float:
+    """Map a text to a number in [0, 1], evenly distributed and the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:num_bytes], "big") / 256**num_bytes
 
 
 def _topic_documents(seen_passages: set[str]) -> Iterator[EmbeddedDocument]:

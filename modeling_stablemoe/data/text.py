@@ -5,7 +5,6 @@
 parallel work. A corpus is a Hub data set, local files, or, if neither is named, the text that Python itself carries.
 """
 
-import hashlib
 import logging
 import os
 import sys
@@ -33,7 +32,7 @@ from datasets.fingerprint import Hasher
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .embedded_corpus import EMBEDDED_KINDS, embedded_documents
+from .embedded_corpus import EMBEDDED_KINDS, embedded_documents, hashed_place
 from .local_files import READABLE, find_files, read_files
 
 
@@ -418,16 +417,11 @@ def choose_held_out(split: Dataset, column: str, share: float, num_proc: int | N
 
 def _are_in(texts: list[str], name: str, share: float) -> list[bool]:
     """Say which streamed documents belong to the split `name`."""
-    return [(_place(text) < share) == (name == "validation") for text in texts]
+    return [(hashed_place(text, 6) < share) == (name == "validation") for text in texts]
 
 
 def _add_places(texts: list[str]) -> dict[str, list[float]]:
-    return {"place": [_place(text) for text in texts]}
-
-
-def _place(text: str) -> float:
-    """Map a document to a reproducible, evenly distributed number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:6], "big") / 2**48
+    return {"place": [hashed_place(text, 6) for text in texts]}
 
 
 def first_rows(split: Dataset | IterableDataset, limit: int | None) -> Dataset | IterableDataset:

@@ -32,7 +32,7 @@ CHUNK = 8192
 BOUND_BLUR, BLUR = 3e-6, 1e-3
 MOST_STEPS = 80
 # Prices found again change little, so they begin at this temperature, as a share of the first one.
-WARM = 1 / 64
+WARM = 1 / 16
 # Which is best differs from problem to problem: all are tried.
 GROWTHS = (1.1, 1.5)
 # All pairs of so many ids are looked at when places are changed, so often.
@@ -108,8 +108,12 @@ def fill(problem: Problem, price_E: Tensor, growth: float) -> Tensor | None:
             *_, price_E = rest.prices(price_E, WARM, BLUR)
         count = math.ceil((growth - 1) * num_placed) or 1
         value_VE = rest.agreement_VE[:count] - rest.weight_V[:count].unsqueeze(-1) * price_E
-        room, chosen = rest.capacity_E.tolist(), value_VE.argmax(-1).tolist()
-        for token, (expert, weight) in enumerate(zip(chosen, rest.weight_V.tolist(), strict=False)):
+        best = value_VE.topk(2, dim=-1)
+        room, chosen, weights = rest.capacity_E.tolist(), best.indices[:, 0].tolist(), rest.weight_V[:count].tolist()
+        # Of ids of about one weight, those that would lose most elsewhere choose first.
+        regret_V = (best.values[:, 0] - best.values[:, 1]) / rest.weight_V[:count]
+        for token in regret_V.argsort(descending=True, stable=True).tolist():
+            expert, weight = chosen[token], weights[token]
             if room[expert] < weight:
                 roomy = [other for other, left in enumerate(room) if left >= weight]
                 if not roomy:
