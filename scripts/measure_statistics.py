@@ -54,7 +54,7 @@ class Arm:
 
     Args:
         config (`StableMoEConfig`): of the model.
-        args (`MeasureArguments`): see there.
+        args (`MeasureArguments`): batch size, steps between logs, seed.
         is_watched (`bool`): whether a `RoutingStatisticsCallback` watches.
         is_measured (`bool`): whether the model takes the health of its routing, which every training step does.
     """
@@ -110,7 +110,7 @@ def take_turns(arms: dict[str, Arm], ids: torch.Tensor, steps: int) -> dict[str,
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Tell for each step what statistics added to it, in percent."""
+    """Return for each step what statistics added to it, in percent."""
     pairs = {
         "the model's own": ("bare", "no callback"),
         "the callback's": ("no callback", "callback"),
@@ -126,7 +126,7 @@ def measure(args: MeasureArguments) -> dict[int, dict[str, list[float]]]:
     """Measure both stages; return the seconds of each step, by stage and arm.
 
     Raises:
-        OSError, ValueError: see `load_preset`.
+        OSError, ValueError: for a shape that does not load.
     """
     config = load_preset(args.model_preset, **args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
