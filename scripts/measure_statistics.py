@@ -49,6 +49,13 @@ class MeasureArguments:
         return parse_overrides(self.config_overrides)
 
 
+class WithoutHealth(StableMoEForCausalLM):
+    """A model that does not take the health of its routing."""
+
+    def _health_of(self, routing, mask):
+        return RoutingHealth(*[torch.zeros((), device=self.device)] * len(RoutingHealth._fields))
+
+
 class Arm:
     """A model that trains alone, with or without statistics.
 
@@ -61,14 +68,12 @@ class Arm:
 
     def __init__(self, config, args: MeasureArguments, device: str, is_watched: bool, is_measured: bool):
         set_seed(args.seed)
-        self.model = StableMoEForCausalLM(config).to(device).train()
+        model_class = StableMoEForCausalLM if is_measured else WithoutHealth
+        self.model = model_class(config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.state, self.control, self.logging_steps = TrainerState(), TrainerControl(), args.logging_steps
         self.args = TrainingArguments("unused", report_to="none")
         self.device, self.callback, self.seconds = device, None, []
-        if not is_measured:
-            nothing = RoutingHealth(*[torch.zeros((), device=device)] * len(RoutingHealth._fields))
-            self.model.model.routing_health = lambda *_: [nothing] * config.num_moe_layers
         if is_watched:
             self.callback = RoutingStatisticsCallback()
             self._call("on_train_begin", model=self.model)
