@@ -10,7 +10,6 @@ python scripts/measure_offloading.py --model MY_CHECKPOINT --experts_on_device 4
 """
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,14 +19,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, HfArgumentParser, set_seed
+from transformers import AutoConfig, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.benchmark import ARMS, combine_rounds, compare_arms, files_of, measure_arm, to_markdown
 from modeling_stablemoe.checkpoints import replace_file
 from modeling_stablemoe.measure import ChildError, run_alone
 from modeling_stablemoe.model import moe_layers_of
-from modeling_stablemoe.runs import load_preset
+from modeling_stablemoe.runs import load_preset, one_line_errors, parse_options, parse_overrides, quiet_libraries
 
 
 # Half a gigabyte of experts.
@@ -84,10 +83,7 @@ class OffloadingArguments:
     @property
     def overrides(self) -> dict:
         """`dict`: `config_overrides`, parsed."""
-        try:
-            return dict(json.loads(self.config_overrides))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}") from error
+        return parse_overrides(self.config_overrides)
 
 
 def make_checkpoint(args: OffloadingArguments, folder: Path):
@@ -178,11 +174,9 @@ def measure(args: OffloadingArguments) -> tuple[dict[str, list[dict]], dict]:
 
 def main(argv=None):
     """Run the script."""
-    parser = HfArgumentParser(OffloadingArguments, description=__doc__.splitlines()[0], allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        logging.basicConfig(format="%(name)s: %(message)s")
-        transformers.utils.logging.set_verbosity_error()
+    with one_line_errors(ChildError, OSError, ValueError):
+        args = parse_options(OffloadingArguments, __doc__, argv)
+        quiet_libraries()
         transformers.utils.logging.disable_progress_bar()
         rounds, settings = measure(args)
         report = to_markdown(settings, rounds)
@@ -194,8 +188,6 @@ def main(argv=None):
             content = json.dumps(results, indent=2)
             replace_file(folder / "offloading.json", lambda path: path.write_text(content + "\n"))
             replace_file(folder / "offloading.md", lambda path: path.write_text(report))
-    except (ChildError, OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from error
     print(f"\n{report}")
 
 

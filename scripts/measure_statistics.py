@@ -49,26 +49,31 @@ class MeasureArguments:
         return parse_overrides(self.config_overrides)
 
 
+class WithoutHealth(StableMoEForCausalLM):
+    """A model that does not take the health of its routing."""
+
+    def _health_of(self, routing, mask):
+        return RoutingHealth(*[torch.zeros((), device=self.device)] * len(RoutingHealth._fields))
+
+
 class Arm:
     """A model that trains alone, with or without statistics.
 
     Args:
         config (`StableMoEConfig`): of the model.
-        args (`MeasureArguments`): see there.
+        args (`MeasureArguments`): batch size, steps between logs, seed.
         is_watched (`bool`): whether a `RoutingStatisticsCallback` watches.
         is_measured (`bool`): whether the model takes the health of its routing, which every training step does.
     """
 
     def __init__(self, config, args: MeasureArguments, device: str, is_watched: bool, is_measured: bool):
         set_seed(args.seed)
-        self.model = StableMoEForCausalLM(config).to(device).train()
+        model_class = StableMoEForCausalLM if is_measured else WithoutHealth
+        self.model = model_class(config).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.state, self.control, self.logging_steps = TrainerState(), TrainerControl(), args.logging_steps
         self.args = TrainingArguments("unused", report_to="none")
         self.device, self.callback, self.seconds = device, None, []
-        if not is_measured:
-            nothing = RoutingHealth(*[torch.zeros((), device=device)] * len(RoutingHealth._fields))
-            self.model.model.routing_health = lambda *_: [nothing] * config.num_moe_layers
         if is_watched:
             self.callback = RoutingStatisticsCallback()
             self._call("on_train_begin", model=self.model)
@@ -110,7 +115,7 @@ def take_turns(arms: dict[str, Arm], ids: torch.Tensor, steps: int) -> dict[str,
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Tell for each step what statistics added to it, in percent."""
+    """Return for each step what statistics added to it, in percent."""
     pairs = {
         "the model's own": ("bare", "no callback"),
         "the callback's": ("no callback", "callback"),
@@ -126,7 +131,7 @@ def measure(args: MeasureArguments) -> dict[int, dict[str, list[float]]]:
     """Measure both stages; return the seconds of each step, by stage and arm.
 
     Raises:
-        OSError, ValueError: see `load_preset`.
+        OSError, ValueError: for a shape that does not load.
     """
     config = load_preset(args.model_preset, **args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -66,7 +66,7 @@ def card_facts(model_args: ModelArguments, data_args: DataArguments, card_args: 
 
 
 def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: bool):
-    """Evaluate, write `results.json` and the model card, and print what the run came to."""
+    """Evaluate, write `results.json` and the model card, and print them."""
     results = {"perplexity": evaluate_saved_model(trainer), **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
         return

@@ -1,11 +1,12 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """The options of the benchmark."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from modeling_stablemoe.runs.command_line import parse_overrides
 
 from .layers import BACKENDS, DEFAULT_BACKEND
 from .models import Preset
@@ -110,11 +111,7 @@ class BenchmarkArguments:
     @property
     def preset(self) -> Preset:
         """`Preset`: the shape of whole models."""
-        try:
-            overrides = dict(json.loads(self.config_overrides))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}") from error
-        return Preset(self.model_preset, overrides)
+        return Preset(self.model_preset, parse_overrides(self.config_overrides))
 
     @property
     def own_backend(self) -> str:

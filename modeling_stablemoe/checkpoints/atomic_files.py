@@ -43,7 +43,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         `Path`: the folder to fill, hidden and ending in `.partial`.
 
     Raises:
-        ValueError: see `require_new_folder`.
+        ValueError: if there is something at `path` already.
     """
     path = Path(path)
     require_new_folder(path)

@@ -25,7 +25,7 @@ class RenamedSince(WeightRenaming):
 
 
 def register_earlier_names():
-    """Tell transformers what tensors were called."""
+    """Register the earlier names of tensors with transformers."""
     for config_class in (StableMoEConfig, StableMoESeq2SeqConfig):
         register_checkpoint_conversion_mapping(
             config_class.model_type, [RenamedSince(*names) for names in _RENAMED.items()], overwrite=True

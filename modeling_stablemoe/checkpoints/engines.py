@@ -81,7 +81,7 @@ def _check_deepspeed(trainer: Trainer, checkpoint: Path):
     if parts and parts != processes:
         raise ValueError(
             f"The checkpoint {str(checkpoint)!r} was saved by DeepSpeed on {parts} processes, here are {processes}; "
-            f"DeepSpeed does not divide it anew. Resume it on {parts} processes; {_remedy(checkpoint)}"
+            f"DeepSpeed does not divide it again. Resume it on {parts} processes; {_remedy(checkpoint)}"
         )
     was_zero3 = any(checkpoint.glob("global_step*/zero_pp_rank_*model_states.pt"))
     if was_zero3 != (trainer.accelerator.state.deepspeed_plugin.zero_stage == 3):

@@ -35,6 +35,7 @@ from modeling_stablemoe.measure.meter import imbalance
 from modeling_stablemoe.measure.report import perplexity_of
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
 from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
+from modeling_stablemoe.model.routing_stablemoe import Routing
 from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, YamlLoader, load_preset, model_fields
 from modeling_stablemoe.runs.run import LATEST, RunFolder, build_callbacks, set_hash_tables, train
 from modeling_stablemoe.training import TrainingClockCallback
@@ -347,7 +348,7 @@ def measure_routing(trainer: Trainer, rows) -> dict | None:
     gates = torch.zeros(3, device=trainer.args.device)  # how many, their sum, how many are closed
 
     def observe(router, inputs, decision):
-        gate = decision[2]
+        gate = Routing(*decision[-1]).routing_weights
         gates.add_(torch.stack([gate.new_tensor(gate.numel()), gate.sum(), (gate < CLOSED_GATE).sum().to(gate.dtype)]))
 
     hooks = [layer.router.register_forward_hook(observe) for layer in layers]

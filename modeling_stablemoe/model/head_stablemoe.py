@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, is_torchdynamo_compiling, logging
 
 from .backbone_stablemoe import StableMoEBackbone
 from .context_stablemoe import token_mask
-from .health_stablemoe import mean_health, routing_health
+from .health_stablemoe import RoutingHealth, mean_health, routing_health
 from .losses_stablemoe import routing_losses, share_of_targets, token_weights
 from .routing_stablemoe import RECORDED, Routing
 from .versions_stablemoe import CACHE_NAME
@@ -89,7 +89,7 @@ class RoutingHeadMixin:
                 self.sides[name], of_side, mask, is_learning, is_target, num_items_in_batch
             )
             losses[name] = {field: values.to(device) for field, values in of_losses.items()}
-            health += [_health_of(routing, mask, self.config.vocab_size) for routing in of_side]
+            health += [self._health_of(routing, mask) for routing in of_side]
         if is_learning:
             self._observe(routings, masks)
             if is_target is None:
@@ -206,6 +206,18 @@ class RoutingHeadMixin:
         tensors = [last_hidden_state, *(values for values in scores if values is not None)]
         return self.training and any(tensor.requires_grad for tensor in tensors)
 
+    def _health_of(self, routing: Routing, mask: Tensor | None) -> RoutingHealth:
+        return routing_health(
+            hidden_states=routing.hidden_states,
+            token_ids=routing.token_ids.flatten(),
+            gate=routing.routing_weights.detach().squeeze(-1),
+            teacher_index=None if routing.teacher_experts is None else routing.teacher_experts.squeeze(-1),
+            distilled_index=None if routing.distilled_experts is None else routing.distilled_experts.squeeze(-1),
+            vocab_size=self.config.vocab_size,
+            router_logits=routing.router_logits,
+            mask=_flat(mask, routing.token_ids.device),
+        )
+
     def _observe(self, routings: dict[str, list[Routing]], masks: dict[str, Tensor | None]):
         """Update what routers count and remember in stage 1; every process must call this."""
         for name, of_side in routings.items():
@@ -238,19 +250,6 @@ def _token_weight(is_target: Tensor, mask: Tensor | None, routing: Routing) -> T
     batch, length = routing.token_ids.shape
     targets = is_target.to(device).reshape(batch, -1).sum(-1)
     return token_weights(targets, None if mask is None else mask.to(device), length, routing.routing_weights.dtype)
-
-
-def _health_of(routing: Routing, mask: Tensor | None, vocab_size: int):
-    return routing_health(
-        hidden_states=routing.hidden_states,
-        token_ids=routing.token_ids.flatten(),
-        gate=routing.routing_weights.detach().squeeze(-1),
-        teacher_index=None if routing.teacher_experts is None else routing.teacher_experts.squeeze(-1),
-        distilled_index=None if routing.distilled_experts is None else routing.distilled_experts.squeeze(-1),
-        vocab_size=vocab_size,
-        router_logits=routing.router_logits,
-        mask=_flat(mask, routing.token_ids.device),
-    )
 
 
 def _flat(mask: Tensor | None, device: torch.device) -> Tensor | None:

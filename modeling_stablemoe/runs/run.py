@@ -230,7 +230,7 @@ def build_callbacks(
         config (`StableMoEBaseConfig`): of the model.
         max_steps (`int`): steps of the whole training; <= 0 where only Trainer will know.
         validation_rows (iterable of `Mapping`): what fluctuation is watched on.
-        data_collator (`Callable`, *optional*): makes a batch of them; see `RoutingFluctuationCallback`.
+        data_collator (`Callable`, *optional*): makes a padded batch of them.
         facts (`CardFacts`, *optional*): what model cards are to say besides what was measured.
 
     Returns:

@@ -21,7 +21,7 @@ class RoutingFluctuationCallback(LoggingCallback):
 
     At every check it notes the expert of each token that is not padding: the backbone router's greedy choice in stage 1,
     the table's in stage 2. Logs `routing_fluctuation`, the share of tokens whose expert changed since the last
-    check; at the end of training writes `routing_fluctuation.json` (see `RoutingHistory.summary`) and, where matplotlib
+    check; at the end of training writes `routing_fluctuation.json` and, where matplotlib
     is installed, `routing_fluctuation.png` to the output folder. A resumed run continues the history.
 
     Args:

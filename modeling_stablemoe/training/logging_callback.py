@@ -96,7 +96,8 @@ class TrainingStopwatch:
 class TrainingClockCallback(LoggingCallback):
     """Adds `train_seconds` to the Trainer's logs: the time spent in optimizer steps since the start of training.
 
-    Data loading, evaluation, saving and logging do not count. A resumed run continues from the last log of its checkpoint.
+    Data loading, evaluation, saving and logging do not count, nor do callbacks that stand behind this one. A resumed run
+    continues from the last log of its checkpoint.
     """
 
     def __init__(self):

@@ -10,7 +10,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 from modeling_stablemoe.hub.cards import CardFacts
 
 from .card_callback import ModelCardCallback
-from .logging_callback import LoggingCallback
+from .logging_callback import LoggingCallback, TrainingClockCallback
 from .statistics_callback import RoutingStatisticsCallback
 
 
@@ -82,10 +82,9 @@ class RoutingTrainer(RoutingTrainerMixin, Trainer):
 
 
 def _place(callback: TrainerCallback) -> int:
-    """Put what decides on logs first, then what adds numbers to them, then who reads them."""
-    if isinstance(callback, DefaultFlowCallback):
-        return 0
-    return 1 if isinstance(callback, LoggingCallback) else 2
+    """Put what decides on logs first, then the clock, whose steps end there, what adds numbers to logs, and who reads them."""
+    kinds = (DefaultFlowCallback, TrainingClockCallback, LoggingCallback)
+    return next((place for place, kind in enumerate(kinds) if isinstance(callback, kind)), len(kinds))
 
 
 __all__ = ["RoutingTrainer", "RoutingTrainerMixin"]

@@ -21,7 +21,7 @@ from helpers.trainers import (
 )
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import LayerLoads
-from modeling_stablemoe.training import RoutingTrainer
+from modeling_stablemoe.training import RoutingTrainer, TrainingClockCallback
 from modeling_stablemoe.training.logging_callback import TrainingStopwatch
 
 
@@ -335,6 +335,20 @@ def test_tokens_per_second_are_of_all_accumulated_batches(tmp_path, monkeypatch)
     trainer.train()
     [entry] = training_logs(trainer.state.log_history)
     assert entry["tokens_per_second"] == 32.0
+
+
+def test_the_clock_stops_before_others_look_at_the_model(tmp_path, monkeypatch):
+    clock, seconds = Clock(monkeypatch), TrainingClockCallback()
+    trainer = make_trainer(
+        tmp_path,
+        RoutingFluctuationCallback(BLOCKS, check_steps=1, num_tokens=64),
+        seconds,
+        model=clock.watch(tiny_model()),
+        trainer_class=RoutingTrainer,
+        max_steps=3,
+    )
+    trainer.train()
+    assert seconds.seconds == 3
 
 
 def test_a_stopwatch_that_was_not_started_has_no_time():
