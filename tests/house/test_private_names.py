@@ -54,8 +54,10 @@ DOCUMENTED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.nn.functional",
+    "torch.nn.utils.rnn",
     "torch.optim",
     "torch.profiler",
+    "torch.utils.benchmark",
     "torch.utils.flop_counter",
     "transformers",
     "transformers.cache_utils",
@@ -104,6 +106,7 @@ USES = [
     Use(
         "transformers.core_model_loading:WeightRenaming.reverse_transform", "the same; saves keep the names of now", 1
     ),
+    Use("transformers.convert_slow_tokenizer:bytes_to_unicode", "tokens of a byte-level BPE are spelt", 0),
     Use("transformers.utils:CHAT_TEMPLATE_DIR", "chat templates beyond the first are published"),
     Use("transformers.trainer:TRAINER_STATE_NAME", "the newest checkpoint of a run, whose adapters are resumed"),
     Use(
