@@ -1,18 +1,25 @@
-"""A folder where the scripts run as users run them, for their tests."""
+"""Folders where the scripts run: as users run them, in processes of their own, or in this process, in less time."""
 
+import contextlib
 import importlib.util
+import io
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from helpers import ROOT
@@ -87,6 +94,10 @@ class Workplace:
     def train(self, output: str, *more: str, **options) -> str:
         return self.run(str(ROOT / "scripts" / self.script), *self.arguments(output, *more, **options))
 
+    def train_here(self, output: str, *more: str, **options) -> str:
+        """The same in this process."""
+        return run_here(self.script.removesuffix(".py"), *self.arguments(output, *more, **options), folder=self.folder)
+
     def kill_at(self, output: str, step: int, delay: float, *more: str, **options) -> bool:
         """Start or resume a run, kill it `delay` seconds after it begins to save checkpoint `step`, if it gets there."""
         process = self.start_training(output, *more, **options)
@@ -115,6 +126,8 @@ class CausalWorkplace(Workplace):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
+        if (folder / "preset.json").exists():
+            return
         generator = random.Random(0)
         documents = [" ".join(generator.choices(WORDS, k=25)) for _ in range(200)]
         (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n")
@@ -136,6 +149,8 @@ class TranslationWorkplace(Workplace):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
+        if (folder / "preset.json").exists():
+            return
         generator = random.Random(0)
         for name, number in (("train", 120), ("validation", 11), ("test", 13)):
             rows = [generator.choices(WORDS, k=generator.randint(1, 5)) for _ in range(number)]
@@ -160,6 +175,60 @@ class TranslationWorkplace(Workplace):
             --disable_tqdm True --predict_with_generate True --generation_num_beams 2 --generation_max_length 20
             --do_train True"""
         return [*text.split(), "--output_dir", str(self.folder / output), *more]
+
+
+def run_here(script: str, *arguments, folder: Path) -> str:
+    """Call `main` of a script in `folder`, in this process; return what it prints and logs."""
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    # transformers keeps its messages to itself, and scripts set its level.
+    loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    levels = [logger.level for logger in loggers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        loggers[0].setLevel(logging.INFO)
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                load_script(script).main([str(argument) for argument in arguments])
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+    return printed.getvalue()
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run of a training script, shared by all tests: nobody changes it."""
+
+    workplace: Workplace
+    folder: Path  # the run's, `whole` in the workplace's
+    output: str  # what the script printed
+
+    @classmethod
+    def shared(cls, kind: type[Workplace], folder: Path) -> "TrainedRun":
+        """Train once for all processes that ask for `folder`, as a user does: by the script, in a process of its own."""
+        with made_once(folder) as is_new:
+            workplace = kind(folder)
+            if is_new:
+                (folder / "printed.txt").write_text(workplace.train("whole"))
+        return cls(workplace, folder / "whole", (folder / "printed.txt").read_text())
+
+
+@contextlib.contextmanager
+def made_once(folder: Path):
+    """Make the folder and yield True to the first that comes; False, once the folder is filled, to all who come later."""
+    with FileLock(f"{folder}.lock"):
+        mark = folder / ".made"
+        is_new = not mark.exists()
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        yield is_new
+        mark.touch()
 
 
 def free_port() -> str:
