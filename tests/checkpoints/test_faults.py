@@ -62,6 +62,7 @@ def break_at(workplace, output, point, step, action=die, rank=None, engine="one"
 # Kills
 
 
+@pytest.mark.slow
 def test_killed_at_every_point_of_a_save_and_at_the_transition(workplace, whole):
     folder = workplace.folder / "killed"
     kills = [
@@ -94,6 +95,7 @@ def test_only_one_checkpoint_is_kept_and_a_kill_in_the_next_save_leaves_it(workp
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.23"),
     reason="Trainer 5.15 cannot resume several processes on CPUs: it reads moments to `cpu:0`",
@@ -112,6 +114,7 @@ def test_one_killed_process_of_two_leaves_no_checkpoint_without_its_random_state
     assert_same_saved_weights(folder, expected)
 
 
+@pytest.mark.slow
 def test_launcher_ends_the_other_process_when_one_is_killed(workplace):
     command = [
         *("-m", "accelerate.commands.launch", "--config_file", ROOT / "configuration/accelerate/ddp-cpu.yaml"),
@@ -157,20 +160,28 @@ def end_session(process: subprocess.Popen):
 # A full disk
 
 
-def test_full_disk_at_any_point_of_a_save_is_one_line_and_costs_nothing(workplace, whole):
-    folder = workplace.folder / "full"
-    points = [("weights", 2, None), ("optimizer", 4, 2), ("random state", 6, 4), ("trainer state", 8, 6)]
-    for point, step, survivor in [*points, ("manifest", 10, 8)]:
-        output = break_at(workplace, "full", point, step, fill_disk)
+ONE_POINT = [("optimizer", 4, 2)]
+ALL_POINTS = [("weights", 2, None), *ONE_POINT, ("random state", 6, 4), ("trainer state", 8, 6), ("manifest", 10, 8)]
+
+
+@pytest.mark.parametrize(
+    "points", [pytest.param(ONE_POINT, id="one"), pytest.param(ALL_POINTS, id="all", marks=pytest.mark.slow)]
+)
+def test_full_disk_at_a_point_of_a_save_is_one_line_and_costs_nothing(workplace, whole, points):
+    output_folder = f"full-{len(points)}"
+    folder = workplace.folder / output_folder
+    for point, step, survivor in points:
+        output = break_at(workplace, output_folder, point, step, fill_disk)
         last_line = output.strip().splitlines()[-1]
         assert last_line.startswith(f"error: Saving to {str(folder)!r} failed at step {step}, with "), output[-3000:]
         assert "Make room" in last_line
         assert "Traceback" not in output
         assert last_step(folder) == survivor
-    finish(workplace, "full", *LATEST)
+    finish(workplace, output_folder, *LATEST)
     assert_same_saved_weights(folder, whole)
 
 
+@pytest.mark.slow
 def test_disk_that_is_really_full(workplace, whole, tmp_path):
     checkpoint = sum(path.stat().st_size for path in (whole / "checkpoint-10").iterdir())
     mount = ["mount", "-t", "tmpfs", "-o", f"size={5 * checkpoint}", "none", tmp_path]
@@ -275,6 +286,7 @@ def test_naming_a_damaged_checkpoint_is_one_line_and_changes_nothing(workplace, 
 # Other engines and other numbers of processes
 
 
+@pytest.mark.slow
 def test_run_goes_from_engine_to_engine(steady):
     expected = finish(steady, "one")
     engines = ["ddp", "fsdp", "one", "fsdp"]
