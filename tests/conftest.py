@@ -7,11 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers.matrices import leave_most_combinations_to_slow
 from helpers.models import tiny_model
 from helpers.workplaces import CausalWorkplace, TrainedRun, TranslationWorkplace
 from transformers import set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow
+def pytest_collection_modifyitems(items):
+    leave_most_combinations_to_slow(items)
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,9 @@ from modeling_stablemoe.model.context_stablemoe import whole_sequences
 from modeling_stablemoe.model.distillation_stablemoe import ContextRouter, sees_context
 
 
+pytestmark = pytest.mark.pairs
+
+
 KINDS = [kind for kind in DISTILLED_ROUTERS if kind not in TABLE_ROUTERS]
 # How many tokens back a router sees; a Transformer sees all.
 REACH = {"bigram": 1, "cnn": 4}

@@ -14,6 +14,9 @@ from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEM
 from modeling_stablemoe.runs.recipes import load_preset
 
 
+pytestmark = pytest.mark.pairs
+
+
 IDS = random_ids()
 PRESETS = ROOT / "configuration" / "models"
 

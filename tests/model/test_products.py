@@ -14,6 +14,9 @@ from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.model.products_stablemoe import grouped_layer_norm, grouped_linear, permute, sort_by_expert
 
 
+pytestmark = pytest.mark.pairs
+
+
 E, X, Y = 4, 5, 3
 
 

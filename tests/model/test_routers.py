@@ -22,6 +22,9 @@ from modeling_stablemoe import (
 from modeling_stablemoe.model.losses_stablemoe import balance_loss, routing_losses, switch_balance_loss
 
 
+pytestmark = pytest.mark.pairs
+
+
 DISTILLED = {"distilled_router": "word_embedding"}
 KINDS = {
     "stable": {"router_type": "stable"},

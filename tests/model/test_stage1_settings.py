@@ -14,6 +14,9 @@ from modeling_stablemoe.model.losses_stablemoe import balance_loss
 from modeling_stablemoe.model.running_stablemoe import VARIANCE_EPSILON
 
 
+pytestmark = pytest.mark.pairs
+
+
 EVERY_ID = torch.arange(99).unsqueeze(0)
 EVERYTHING = {
     "balance_gradient": "centroids",
