@@ -6,6 +6,11 @@ from collections import defaultdict
 import pytest
 
 
+def one_fast(*values) -> list:
+    """Return parameters of which the first is fast and the others are slow."""
+    return [values[0], *(pytest.param(value, marks=pytest.mark.slow) for value in values[1:])]
+
+
 def leave_most_combinations_to_slow(items: list[pytest.Item]):
     """Mark as `slow` what tests marked `pairs` do not need to meet each value, or, of three parameters, each two values."""
     tests = defaultdict(list)

@@ -838,6 +838,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, family, stage):
     assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_is_one_graph_with_the_same_routing():
     for kind in ("cnn", "transformer_1"):
