@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from helpers.models import random_ids, tiny_model
-from helpers.trainers import Gradients
-from modeling_stablemoe.data.text import collate_blocks
+from helpers.trainers import BLOCKS, Gradients, make_trainer
 
 
 def train(folder, batch_size, accumulation, *, max_steps=4, blocks=None, frozen=False, **config):
@@ -16,30 +14,22 @@ def train(folder, batch_size, accumulation, *, max_steps=4, blocks=None, frozen=
         model.freeze_router()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     gradients = Gradients()
-    Trainer(
+    make_trainer(
+        folder,
+        gradients,
         model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=max_steps,
-            max_grad_norm=0.0,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        ),
-        train_dataset=[{"input_ids": row} for row in random_ids(24, 16, seed=1)] if blocks is None else blocks,
-        data_collator=collate_blocks,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
-        callbacks=[gradients],
+        train_dataset=BLOCKS if blocks is None else blocks,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=max_steps,
+        max_grad_norm=0.0,
+        logging_strategy="no",
     ).train()
     return gradients.steps, model.state_dict()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(3, 2), (1, 6)])
+@pytest.mark.parametrize(("batch_size", "accumulation", "frozen"), [(3, 2, False), (1, 6, True), (1, 6, False)])
 def test_one_batch_equals_the_same_blocks_by_accumulation(tmp_path, batch_size, accumulation, frozen):
     options = {"balance_loss_coef": 0.0, "frozen": frozen}
     whole, whole_weights = train(tmp_path, 6, 1, **options)
