@@ -11,8 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from helpers import ROOT
+from helpers.interpreters import interpreters
 
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
@@ -58,10 +57,11 @@ TRANSLATION_PRESET = {
 class Workplace:
     """A folder with a datasets cache of its own, and the commands to work there; `arguments` makes a command line.
 
-    `script` is the name of the training script.
+    `script` is the name of the training script, `share_of_two` what makes two processes take the batches of one.
     """
 
     script: str
+    share_of_two: tuple[str, ...] = ()
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -72,57 +72,29 @@ class Workplace:
             "PYTHONPATH": str(ROOT),
         }
 
-    def start(self, *command: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def attempt(self, *command: str | Path) -> subprocess.CompletedProcess:
+        """Run what could stand after `python`, in a process of its own."""
+        return interpreters().run(*command, cwd=self.folder, environment=self.environment)
 
-    def run(self, *command: str) -> str:
-        process = self.start(*command)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-3000:]
-        return output
-
-    def start_training(self, output: str, *more: str, **options) -> subprocess.Popen:
-        return self.start(str(ROOT / "scripts" / self.script), *self.arguments(output, *more, **options))
+    def run(self, *command: str | Path) -> str:
+        """Run it to a good end; return what was printed."""
+        done = self.attempt(*command)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
 
     def train(self, output: str, *more: str, **options) -> str:
-        return self.run(str(ROOT / "scripts" / self.script), *self.arguments(output, *more, **options))
+        return self.run(ROOT / "scripts" / self.script, *self.arguments(output, *more, **options))
 
     def train_here(self, output: str, *more: str, **options) -> str:
         """The same in this process."""
         return run_here(self.script.removesuffix(".py"), *self.arguments(output, *more, **options), folder=self.folder)
-
-    def kill_at(self, output: str, step: int, delay: float, *more: str, **options) -> bool:
-        """Start or resume a run, kill it `delay` seconds after it begins to save checkpoint `step`, if it gets there."""
-        process = self.start_training(output, *more, **options)
-        checkpoint = self.folder / output / f"checkpoint-{step}"
-        deadline = time.monotonic() + 300
-        while process.poll() is None and not checkpoint.exists() and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return process.returncode == -signal.SIGKILL
-
-    def kill_and_resume(self, output: str, kills: list[tuple[int, float]], **options):
-        """Kill a run at each `(step, delay)` of `kills` in turn, then let it train to the end."""
-        more = []
-        for step, delay in kills:
-            assert self.kill_at(output, step, delay, *more, **options)
-            more = ["--resume_from_checkpoint", "latest"]
-        self.train(output, *more, **options)
 
 
 class CausalWorkplace(Workplace):
     """A folder with a corpus and a preset."""
 
     script = "run_clm.py"
+    share_of_two = ("--per_device_train_batch_size", "2")
 
     def __init__(self, folder: Path):
         super().__init__(folder)

@@ -14,9 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file, save_file
 from transformers import AutoTokenizer
 
-from helpers import ROOT
 from helpers.checkpoints import CODE_FILES
-from helpers.hub_server import HubServer
 from helpers.models import tiny_model
 from helpers.trainers import BLOCKS, make_trainer, tiny_tokenizer
 from helpers.workplaces import content, load_script, refuse
@@ -55,22 +53,6 @@ def copied(run_folder, tmp_path):
 @pytest.fixture(scope="module")
 def fingerprint(run_folder) -> str:
     return json.loads((run_folder / "config.json").read_text())["router_fingerprint"]
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        yield server
-
-
-def run(hub, folder, *command: str) -> str:
-    environment = {**os.environ, **hub.environment, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    finished = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    return finished.stdout
 
 
 # What is checked before anything is sent
@@ -300,12 +282,12 @@ json.dump(answers, open("answers.json", "w"))
 
 
 @pytest.fixture(scope="module")
-def answers(hub, run_folder, tmp_path_factory) -> dict:
+def answers(hub, run_on_hub, run_folder, tmp_path_factory) -> dict:
     """Everything that is pushed; what the client's errors were explained as."""
     work = tmp_path_factory.mktemp("push")
     hub.create("other/taken")
     hub.create("user/public")
-    printed = run(hub, work, "-c", PUSH, str(run_folder))
+    printed = run_on_hub(work, PUSH, str(run_folder))
     assert f"Sent: {hub.url}/user/model/commit/{hub.commits('user/model')[1].oid}" in printed
     return json.loads((work / "answers.json").read_text())
 
@@ -403,7 +385,7 @@ def row_of_table(weights: bytes) -> int:
 
 
 @pytest.fixture(scope="module")
-def loaded(hub, answers, tmp_path_factory) -> dict:
+def loaded(hub, run_on_hub, answers, tmp_path_factory) -> dict:
     """What became of each download: the fingerprint, or types and texts of the errors."""
     work = tmp_path_factory.mktemp("load")
     weights = hub.files("user/model")["model.safetensors"]
@@ -413,7 +395,7 @@ def loaded(hub, answers, tmp_path_factory) -> dict:
     hub.send_intact("model.safetensors")  # the rest
     hub.alter_byte("model.safetensors", row_of_table(weights))
     hub.alter_byte("model.safetensors", 8)
-    run(hub, work, "-c", LOAD, hub.commits("user/model")[1].oid)
+    run_on_hub(work, LOAD, hub.commits("user/model")[1].oid)
     return json.loads((work / "answers.json").read_text())
 
 

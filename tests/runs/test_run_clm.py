@@ -1,11 +1,9 @@
 """Tests of the training script, run as users run it."""
 
 import json
-import random
 import re
 import shutil
-import subprocess
-import sys
+import signal
 
 import datasets
 import pytest
@@ -14,6 +12,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from helpers import ROOT
+from helpers.forks import LATEST, die, fault, fork_script
 from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, content, load_script, refuse
 
 
@@ -173,31 +172,24 @@ def test_bad_command_line_ends_with_status_2(script, capsys, command, message):
 
 def test_bad_input_ends_the_process_with_an_error_and_no_traceback(workplace):
     arguments = workplace.arguments("new", "--train_files", "nothing.txt")
-    process = workplace.start(str(ROOT / "scripts" / "run_clm.py"), *arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "Traceback" not in output
-    assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", output.strip().splitlines()[-1])
+    finished = workplace.attempt(ROOT / "scripts" / "run_clm.py", *arguments)
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", finished.stderr.strip().splitlines()[-1])
 
 
 def test_killed_run_resumes_to_the_same_bits(workplace, whole_run):
     # While the first checkpoint is written, in stage 1; and while that after the transition is.
-    workplace.kill_and_resume("killed", [(2, 0.0), (8, 0.003)], max_steps=16)
+    for point, step, more in (("optimizer", 2, ()), ("manifest", 8, LATEST)):
+        run = fork_script(workplace, "killed", *more, before=fault(point, step, die))
+        assert run.wait() == [-signal.SIGKILL], run.output[-3000:]
+    workplace.train("killed", *LATEST)
     assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
     stages = [
         json.loads((workplace.folder / name / "results.json").read_text())["stages"] for name in ("killed", "whole")
     ]
     assert [row["perplexity"] for row in stages[0]] == [row["perplexity"] for row in stages[1]]
     assert [row["fluctuation"] for row in stages[0]] == [row["fluctuation"] for row in stages[1]]
-
-
-@pytest.mark.slow
-def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
-    generator = random.Random(1)
-    workplace.train("long", max_steps=44)
-    kills = [(step, generator.uniform(0, 0.04)) for step in range(4, 44, 4)]
-    workplace.kill_and_resume("long-killed", kills, max_steps=44)
-    assert_same_saved_weights(workplace.folder / "long-killed", workplace.folder / "long")
 
 
 def test_a_stream_resumed_in_a_later_pass_goes_on_to_the_same_bits(workplace, script):
@@ -223,9 +215,7 @@ def test_a_stream_resumed_in_a_later_pass_goes_on_to_the_same_bits(workplace, sc
 
 
 def test_generating_from_a_folder_that_is_no_model_is_one_line(workplace):
-    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nowhere/at-all"]
-    options = {"cwd": workplace.folder, "env": workplace.environment, "timeout": 120}
-    finished = subprocess.run(command, capture_output=True, text=True, **options)
+    finished = workplace.attempt(ROOT / "scripts" / "generate.py", "nowhere/at-all")
     assert finished.returncode == 1
     assert re.search(r"^error: cannot load 'nowhere/at-all'", finished.stderr, re.MULTILINE)
     assert "Traceback" not in finished.stderr

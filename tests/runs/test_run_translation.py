@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import modeling_stablemoe  # noqa: F401 - registers the models
 from helpers import ROOT
-from helpers.workplaces import TranslationWorkplace, assert_same_saved_weights, content, free_port, load_script, refuse
+from helpers.forks import LATEST, die, fault, finish, fork_script
+from helpers.workplaces import TranslationWorkplace, assert_same_saved_weights, content, load_script, refuse
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +103,8 @@ def test_perplexity_is_that_of_all_target_tokens(workplace, whole_run):
     assert results_of(folder)["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
-def run_in_two_processes(workplace, output: str, *more: str):
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    options = ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-    script = str(ROOT / "scripts/run_translation.py")
-    workplace.run(*launch.split(), *options, script, *workplace.arguments(output, *more))
-
-
 def test_two_processes_train_through_both_stages(workplace):
-    run_in_two_processes(workplace, "pair", "--eval_strategy", "no", "--gradient_accumulation_steps", "2")
+    finish(workplace, "pair", "--eval_strategy", "no", "--gradient_accumulation_steps", "2", engine="ddp")
     results = results_of(workplace.folder / "pair")
     assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
     assert results["stages"][1]["fluctuation"] == 0
@@ -122,7 +117,7 @@ def test_two_processes_score_every_sentence_once(workplace, whole_run):
     # 26 sentences in batches of 4 on two processes: the last batches are filled up with sentences that are there already.
     trained = str(workplace.folder / "whole")
     start = ["--model_name_or_path", trained, "--tokenizer_name", trained, "--model_preset", "", "--stage1_steps", ""]
-    run_in_two_processes(workplace, "two", *start, "--do_train", "False", "--fluctuation_check_steps", "0")
+    finish(workplace, "two", *start, "--do_train", "False", "--fluctuation_check_steps", "0", engine="ddp")
     actual, expected = results_of(workplace.folder / "two"), results_of(workplace.folder / "whole")
     assert actual["scores"] == expected["scores"]
     assert actual["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
@@ -143,8 +138,6 @@ def test_translate_gives_a_line_for_a_line(workplace, whole_run):
             assert translation == " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
     assert len(translated) == len(lines) + 1
     assert translated[1] == ""
-    process = workplace.start("-c", f"import subprocess; subprocess.run({['python', *translate]!r}, input=b'xof\\n')")
-    assert process.wait(timeout=120) == 0
 
 
 def test_translate_cuts_off_a_line_that_is_too_long_and_says_which(workplace, whole_run):
@@ -240,7 +233,10 @@ def test_a_language_model_is_no_translation_model(workplace, script):
 
 def test_killed_run_resumes_across_the_transition_to_the_same_bits(workplace, whole_run):
     # In stage 1, while the checkpoint before the transition is written; then in stage 2.
-    workplace.kill_and_resume("killed", [(4, 0.0), (10, 0.0)])
+    for step, more in ((4, ()), (10, LATEST)):
+        run = fork_script(workplace, "killed", *more, before=fault("optimizer", step, die))
+        assert run.wait() == [-signal.SIGKILL], run.output[-3000:]
+    workplace.train("killed", *LATEST)
     assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
     actual, expected = results_of(workplace.folder / "killed"), results_of(workplace.folder / "whole")
     assert actual["scores"] == expected["scores"]
