@@ -55,7 +55,7 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(workplace):
     """What the script printed, for results in the folder `all`."""
-    return workplace.train("all")
+    return workplace.train_here("all")
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_all_systems_see_the_same_batches_in_an_order_of_the_seed(workplace, scr
 def test_a_finished_comparison_is_read_and_a_new_seed_added(workplace, printed, tmp_path):
     folder = shutil.copytree(workplace.folder / "all", tmp_path / "all")
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/model.safetensors")}
-    output = workplace.train(str(folder), "--seeds", "0", "1", "--only", "hash", "stablemoe")
+    output = workplace.train_here(str(folder), "--seeds", "0", "1", "--only", "hash", "stablemoe")
     assert output.count("finished before") == 2
     after = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/model.safetensors")}
     assert after.items() > before.items()
@@ -149,7 +149,7 @@ def test_a_killed_comparison_resumes_to_the_same_numbers(workplace, printed):
     assert run.wait() == [-signal.SIGKILL], run.output[-3000:]
     assert (folder / "hash" / "seed-0" / "checkpoint-4").is_dir()
     assert not (folder / "hash" / "seed-0" / "results.json").exists()
-    workplace.train("cut", "--only", *names)
+    workplace.train_here("cut", "--only", *names)
     for name in names[1:]:
         whole, cut = (workplace.folder / parent / name / "seed-0" for parent in ("all", "cut"))
         expected, actual = (json.loads((path / "results.json").read_text()) for path in (whole, cut))

@@ -44,7 +44,7 @@ def workplace(tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(workplace):
     """What the script printed, for results in the folder `all`."""
-    return workplace.train("all")
+    return workplace.train_here("all")
 
 
 @pytest.fixture

@@ -184,7 +184,7 @@ class FineTuning(Workplace):
 
 
 def test_converted_model_is_fine_tuned_through_both_stages(folder, converted):
-    FineTuning(folder).train("tuned", "--config_overrides", '{"dropout": 0.0, "max_frozen_load": 1.2}')
+    FineTuning(folder).train_here("tuned", "--config_overrides", '{"dropout": 0.0, "max_frozen_load": 1.2}')
     results = json.loads((folder / "tuned/results.json").read_text())
     assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 4), (2, 10)]
     config = json.loads((folder / "tuned/config.json").read_text())
