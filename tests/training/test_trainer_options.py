@@ -355,7 +355,7 @@ def test_results_and_card_are_of_the_saved_model(tmp_path, best, stage):
 def run_script(workplace, *more) -> tuple[str, dict, dict]:
     # The largest loss counts as the best: that of the first evaluation, in stage 1.
     options = "--load_best_model_at_end True --metric_for_best_model loss --greater_is_better True --eval_steps 2"
-    output = workplace.train("run", *options.split(), *more)
+    output = workplace.train_here("run", *options.split(), *more)
     folder = workplace.folder / "run"
     results = json.loads((folder / "results.json").read_text())
     return output, results, load_file(folder / "model.safetensors")
