@@ -73,23 +73,6 @@ def test_transition_does_not_depend_on_the_other_intervals(tmp_path, intervals):
     assert trainer.model.config.router_fingerprint == recorder.fingerprints[4]
 
 
-def test_training_twice_with_the_same_callback_objects_is_refused_once_frozen(tmp_path):
-    callback = StageTransitionCallback(5)
-    trainer = make_trainer(tmp_path, callback)
-    trainer.train()
-    with pytest.raises(ValueError, match="frozen already"):
-        trainer.train()
-
-
-def test_checkpoint_of_the_transition_step_is_stage_2(tmp_path):
-    make_trainer(tmp_path, StageTransitionCallback(5), save_strategy="steps", save_steps=1).train()
-    stages = {}
-    for step in (4, 5, 6):
-        loaded = StableMoEForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}")
-        stages[step] = (loaded.routing_stage, loaded.config.router_fingerprint is not None)
-    assert stages == {4: (1, False), 5: (2, True), 6: (2, True)}
-
-
 def test_evaluation_of_the_transition_step_reads_what_stage_1_would_have_read(tmp_path):
     evaluation = {"eval_strategy": "steps", "eval_steps": 5, "max_steps": 5}
     frozen = make_trainer(tmp_path / "a", StageTransitionCallback(5), **evaluation)
