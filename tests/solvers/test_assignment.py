@@ -21,9 +21,6 @@ from modeling_stablemoe.solvers.assignment import (
 )
 
 
-pytestmark = pytest.mark.pairs
-
-
 def largest_sum(scores: torch.Tensor) -> float:
     """The optimum: floor(T/E) columns per expert that must be filled, and one more each for T mod E of them."""
     (num_tokens, num_experts), scores = scores.shape, scores.double().numpy()

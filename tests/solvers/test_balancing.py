@@ -14,9 +14,6 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from modeling_stablemoe.solvers.balancing import BalancedTable, balanced_table
 
 
-pytestmark = pytest.mark.pairs
-
-
 MAX_LOADS = [1.0, 1.05, 1.2, 1.5, 2.0]
 
 
