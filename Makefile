@@ -8,15 +8,15 @@ RECIPE ?= configuration/recipes/embedded-cpu.yaml
 OUTPUT ?= runs/embedded-cpu
 SEQ2SEQ_RECIPE ?= configuration/recipes/code-summary-cpu.yaml
 SEQ2SEQ_OUTPUT ?= runs/code-summary
-# Test files side by side.
+# Test files side by side; a file's tests run in one process, unless `xdist_group` gives some a group of their own.
 WORKERS ?= 2
-FAST_TESTS = -m pytest -m "not slow and not gpu" --durations=10 --numprocesses $(WORKERS) --dist loadfile
+FAST_TESTS = -m pytest -m "not slow and not gpu" --durations=10 --numprocesses $(WORKERS) --dist loadgroup
 # What the locked, the oldest and the newest set cover.
 EXTRAS := plots tensorboard translation test
 # Both ends take another torch where they are told one, a CPU build for example: `make test-oldest TORCH=torch==2.13.0`.
 TORCH ?=
 
-.PHONY: install train train-seq2seq test test-oldest test-newest test-clients test-slow test-gpu quality style lock clean
+.PHONY: install train train-seq2seq test test-model test-oldest test-newest test-clients test-slow test-gpu quality style lock clean
 
 install: $(INSTALLED)
 
@@ -65,6 +65,10 @@ test-newest:
 test-clients: .venv-clients/.installed .venv-clients-llm-compressor/.installed
 	.venv-clients/bin/python -m pytest tests/clients
 	.venv-clients-llm-compressor/bin/python -m pytest tests/clients -k llm_compressor
+
+# After a change to the models: their tests and those of the solvers, in a minute or two.
+test-model: install
+	$(BIN)/python $(FAST_TESTS) tests/model tests/solvers
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow --durations=10

@@ -2,11 +2,26 @@
 
 import helpers  # noqa: F401, I001 - sets the environment before torch reads it
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
+from helpers.matrices import leave_most_combinations_to_slow
 from helpers.models import tiny_model
+from helpers.workplaces import CausalWorkplace, TrainedRun, TranslationWorkplace
 from transformers import set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow, and before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    leave_most_combinations_to_slow(items)
+    for item in items:
+        # Fixtures of a module are made once: its tests run in one worker.
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +39,34 @@ def frozen_model() -> StableMoEForCausalLM:
     frozen = tiny_model()
     frozen.freeze_router()
     return frozen.eval()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Path:
+    """One folder for the whole run: the workers of pytest-xdist have theirs inside of it."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def trained_clm(shared_folder) -> TrainedRun:
+    """A run of `run_clm.py` through both stages, with its checkpoints: to read, not to change."""
+    return TrainedRun.shared(CausalWorkplace, shared_folder / "trained-clm")
+
+
+@pytest.fixture(scope="session")
+def trained_translation(shared_folder) -> TrainedRun:
+    """A run of `run_translation.py` through both stages, with its checkpoints: to read, not to change."""
+    return TrainedRun.shared(TranslationWorkplace, shared_folder / "trained-translation")
+
+
+@pytest.fixture
+def trained_clm_copy(trained_clm, tmp_path) -> Path:
+    """The run folder's copy, to change."""
+    return Path(shutil.copytree(trained_clm.folder, tmp_path / "whole"))
+
+
+@pytest.fixture
+def trained_translation_copy(trained_translation, tmp_path) -> Path:
+    """The run folder's copy, to change."""
+    return Path(shutil.copytree(trained_translation.folder, tmp_path / "whole"))

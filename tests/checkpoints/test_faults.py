@@ -62,23 +62,28 @@ def break_at(workplace, output, point, step, action=die, rank=None, engine="one"
 # Kills
 
 
-def test_killed_at_every_point_of_a_save_and_at_the_transition(workplace, whole):
-    folder = workplace.folder / "killed"
-    kills = [
-        ("random state", 2, None),
-        ("watch", 2, None),
-        ("transition", 4, 2),
-        ("optimizer", 4, 2),
-        ("weights", 6, 4),
-        ("trainer state", 6, 4),
-        ("manifest", 8, 6),
-        ("rotation", 8, 8),
-    ]
+# What is hit, at which step, and the step of the checkpoint that is left.
+FEW_KILLS = [("watch", 2, None), ("transition", 4, 2), ("manifest", 6, 4)]
+ALL_KILLS = [
+    ("random state", 2, None),
+    ("watch", 2, None),
+    ("transition", 4, 2),
+    ("optimizer", 4, 2),
+    ("weights", 6, 4),
+    ("trainer state", 6, 4),
+    ("manifest", 8, 6),
+    ("rotation", 8, 8),
+]
+
+
+@pytest.mark.parametrize("kills", [FEW_KILLS, pytest.param(ALL_KILLS, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_killed_at_points_of_a_save_and_at_the_transition(workplace, whole, kills):
+    name = f"killed-{len(kills)}"
     for point, step, survivor in kills:
-        break_at(workplace, "killed", point, step)
-        assert last_step(folder) == survivor, (point, step)
-    finish(workplace, "killed", *LATEST)
-    assert_same_saved_weights(folder, whole)
+        break_at(workplace, name, point, step)
+        assert last_step(workplace.folder / name) == survivor, (point, step)
+    finish(workplace, name, *LATEST)
+    assert_same_saved_weights(workplace.folder / name, whole)
 
 
 def test_only_one_checkpoint_is_kept_and_a_kill_in_the_next_save_leaves_it(workplace, whole):
@@ -105,13 +110,13 @@ def test_one_killed_process_of_two_leaves_no_checkpoint_without_its_random_state
     break_at(workplace, "two", "random state", 4, lambda: (time.sleep(1), die()), rank=1, engine="ddp")
     assert (folder / "checkpoint-4" / "trainer_state.json").exists()
     assert last_step(folder) == 2
-    break_at(workplace, "two", "transition", 4, engine="ddp")
-    break_at(workplace, "two", "optimizer", 8, rank=0, engine="ddp")
-    assert last_step(folder) == 6
+    break_at(workplace, "two", "optimizer", 6, rank=0, engine="ddp")
+    assert last_step(folder) == 4
     finish(workplace, "two", *LATEST, engine="ddp")
     assert_same_saved_weights(folder, expected)
 
 
+@pytest.mark.slow
 def test_launcher_ends_the_other_process_when_one_is_killed(workplace):
     command = [
         *("-m", "accelerate.commands.launch", "--config_file", ROOT / "configuration/accelerate/ddp-cpu.yaml"),
@@ -157,20 +162,31 @@ def end_session(process: subprocess.Popen):
 # A full disk
 
 
-def test_full_disk_at_any_point_of_a_save_is_one_line_and_costs_nothing(workplace, whole):
-    folder = workplace.folder / "full"
-    points = [("weights", 2, None), ("optimizer", 4, 2), ("random state", 6, 4), ("trainer state", 8, 6)]
-    for point, step, survivor in [*points, ("manifest", 10, 8)]:
-        output = break_at(workplace, "full", point, step, fill_disk)
+FEW_POINTS = [("optimizer", 2, None), ("manifest", 4, 2)]
+ALL_POINTS = [
+    ("weights", 2, None),
+    ("optimizer", 4, 2),
+    ("random state", 6, 4),
+    ("trainer state", 8, 6),
+    ("manifest", 10, 8),
+]
+
+
+@pytest.mark.parametrize("points", [FEW_POINTS, pytest.param(ALL_POINTS, marks=pytest.mark.slow)], ids=["few", "all"])
+def test_full_disk_at_points_of_a_save_is_one_line_and_costs_nothing(workplace, whole, points):
+    folder = workplace.folder / f"full-{len(points)}"
+    for point, step, survivor in points:
+        output = break_at(workplace, folder.name, point, step, fill_disk)
         last_line = output.strip().splitlines()[-1]
         assert last_line.startswith(f"error: Saving to {str(folder)!r} failed at step {step}, with "), output[-3000:]
         assert "Make room" in last_line
         assert "Traceback" not in output
         assert last_step(folder) == survivor
-    finish(workplace, "full", *LATEST)
+    finish(workplace, folder.name, *LATEST)
     assert_same_saved_weights(folder, whole)
 
 
+@pytest.mark.slow
 def test_disk_that_is_really_full(workplace, whole, tmp_path):
     checkpoint = sum(path.stat().st_size for path in (whole / "checkpoint-10").iterdir())
     mount = ["mount", "-t", "tmpfs", "-o", f"size={5 * checkpoint}", "none", tmp_path]
@@ -224,8 +240,11 @@ def run_of_stage1(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
-@pytest.mark.parametrize("name", FILES)
+# Each file in one way, and the weights in all.
+DAMAGE = [*zip(FILES, [cut, flip, Path.unlink] * 3, strict=False), (FILES[0], flip), (FILES[0], Path.unlink)]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGE)
 def test_damaged_file_is_named_and_its_checkpoint_passed_over(run_of_stage1, tmp_path, caplog, name, damage):
     run = shutil.copytree(run_of_stage1, tmp_path / "run")
     assert last_complete_checkpoint(run) == run / "checkpoint-8"
@@ -275,22 +294,33 @@ def test_naming_a_damaged_checkpoint_is_one_line_and_changes_nothing(workplace, 
 # Other engines and other numbers of processes
 
 
-def test_run_goes_from_engine_to_engine(steady):
-    expected = finish(steady, "one")
-    engines = ["ddp", "fsdp", "one", "fsdp"]
-    for step, engine in zip((2, 4, 6), engines, strict=False):
-        break_at(steady, "moved", "weights", step + 2, engine=engine)
-        assert last_step(steady.folder / "moved") == step
-    finish(steady, "moved", *LATEST, engine="fsdp")
-    assert last_step(steady.folder / "moved") == 10
-    assert not list((steady.folder / "moved").glob("*.partial"))
-    assert_close_saved_weights(steady.folder / "moved", expected)
+@pytest.fixture(scope="module")
+def by_one(steady):
+    """The folder of a run of one process."""
+    return finish(steady, "one")
+
+
+@pytest.mark.parametrize(
+    "engines",
+    [["ddp", "fsdp"], pytest.param(["ddp", "fsdp", "one", "fsdp"], marks=pytest.mark.slow)],
+    ids=lambda engines: "-".join(engines),
+)
+def test_run_goes_from_engine_to_engine(steady, by_one, engines):
+    name = f"moved-{len(engines)}"
+    folder, (*others, last) = steady.folder / name, engines
+    for step, engine in zip((2, 4, 6), others, strict=False):
+        break_at(steady, name, "weights", step + 2, engine=engine)
+        assert last_step(folder) == step
+    finish(steady, name, *LATEST, engine=last)
+    assert last_step(folder) == 10
+    assert not list(folder.glob("*.partial"))
+    assert_close_saved_weights(folder, by_one)
     # A run that is finished is finished, under any engine.
-    before = load_file(steady.folder / "moved" / "model.safetensors")
+    before = load_file(folder / "model.safetensors")
     for engine in ("ddp", "fsdp"):
-        finish(steady, "moved", *LATEST, engine=engine)
-        after = load_file(steady.folder / "moved" / "model.safetensors")
-        assert not [name for name in after if not torch.equal(before[name], after[name])]
+        finish(steady, name, *LATEST, engine=engine)
+        after = load_file(folder / "model.safetensors")
+        assert not [key for key in after if not torch.equal(before[key], after[key])]
 
 
 @pytest.mark.slow

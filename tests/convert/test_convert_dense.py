@@ -4,8 +4,6 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import ROOT
+from helpers.checkpoints import run_without_package
 from helpers.dense_models import tiny_gpt2, tiny_opt, word_tokenizer
 from helpers.models import random_ids
 from helpers.workplaces import Workplace, content, load_script, refuse
@@ -45,24 +44,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(folder):
     """The folder `moe`, and what the script said."""
-    process = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "scripts/convert_dense.py"),
-            "gpt2",
-            "moe",
-            *EXPERTS,
-            "--moe_layer_positions",
-            "2",
-        ],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
+    script = ROOT / "scripts/convert_dense.py"
+    return Workplace(folder).run(script, "gpt2", "moe", *EXPERTS, "--moe_layer_positions", "2")
 
 
 @pytest.fixture
@@ -78,35 +61,15 @@ def test_result_loads_where_the_package_is_not_installed(folder, converted):
     assert {"config.json", "generation_config.json", "tokenizer.json", "modeling_stablemoe.py"} <= names
     assert not [name for name in os.listdir(folder) if name.endswith(".partial")]
     code = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("moe", trust_remote_code=True)
-assert "modeling_stablemoe" not in sys.modules and model.routing_stage == 1
-ids = AutoTokenizer.from_pretrained("moe")("w3 w14 w15", return_tensors="pt").input_ids
-dense = AutoModelForCausalLM.from_pretrained("gpt2")
-assert torch.equal(model(ids.repeat(2, 3)).logits, dense(ids.repeat(2, 3)).logits)
-"""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules")}
-    environment.pop("PYTHONPATH", None)
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", _WITHOUT_PACKAGE + code],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr[-2000:]
-
-
-# An installed package, or a clone in the way, would be taken for the code files.
-_WITHOUT_PACKAGE = """
-import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_stablemoe":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Hidden())
-"""
+        import sys, torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        model = AutoModelForCausalLM.from_pretrained("moe", trust_remote_code=True)
+        assert "modeling_stablemoe" not in sys.modules and model.routing_stage == 1
+        ids = AutoTokenizer.from_pretrained("moe")("w3 w14 w15", return_tensors="pt").input_ids
+        dense = AutoModelForCausalLM.from_pretrained("gpt2")
+        assert torch.equal(model(ids.repeat(2, 3)).logits, dense(ids.repeat(2, 3)).logits)
+    """
+    run_without_package(code, folder)
 
 
 def test_dry_run_converts_and_saves_nothing(folder, script, capsys):
@@ -221,7 +184,7 @@ class FineTuning(Workplace):
 
 
 def test_converted_model_is_fine_tuned_through_both_stages(folder, converted):
-    FineTuning(folder).train("tuned", "--config_overrides", '{"dropout": 0.0, "max_frozen_load": 1.2}')
+    FineTuning(folder).train_here("tuned", "--config_overrides", '{"dropout": 0.0, "max_frozen_load": 1.2}')
     results = json.loads((folder / "tuned/results.json").read_text())
     assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 4), (2, 10)]
     config = json.loads((folder / "tuned/config.json").read_text())

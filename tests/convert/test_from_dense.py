@@ -50,9 +50,15 @@ def logits(model, *args, seed: int = 1, **kwargs) -> torch.Tensor:
     return model(*args, **kwargs).logits
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", DENSE)
+# Each dense model with each attention, each dtype with both.
+@pytest.mark.parametrize(
+    ("name", "attention", "dtype"),
+    [
+        (name, attention, (torch.float32, torch.bfloat16)[(index + shift) % 2])
+        for index, name in enumerate(DENSE)
+        for shift, attention in enumerate(("eager", "sdpa"))
+    ],
+)
 def test_logits_are_the_same_bits_in_both_modes_and_both_stages(name, dtype, attention):
     dense = DENSE[name]().to(dtype)
     dense.set_attn_implementation(attention)
@@ -70,7 +76,15 @@ def test_logits_are_the_same_bits_in_both_modes_and_both_stages(name, dtype, att
         assert torch.equal(logits(model, ids), logits(dense, ids))
 
 
-@pytest.mark.parametrize("options", [STAGE1, {"moe_layer_positions": [0, 2, 3]}, {"moe_layer_positions": []}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        STAGE1,
+        {"moe_layer_positions": [0, 2, 3]},
+        {"moe_layer_positions": []},
+        *({"router_type": kind} for kind in ("hash", "switch", "base")),
+    ],
+)
 def test_routing_and_places_of_experts_change_no_logit(options):
     dense, ids = tiny_gpt2(), random_ids(3, 9)
     model = convert(dense, **options)
@@ -79,14 +93,7 @@ def test_routing_and_places_of_experts_change_no_logit(options):
         assert getattr(model.config, name) == value
 
 
-@pytest.mark.parametrize("kind", ["hash", "switch", "base"])
-def test_other_routers_change_no_logit(kind):
-    dense, ids = tiny_gpt2(), random_ids(3, 9)
-    assert torch.equal(logits(convert(dense, router_type=kind), ids), logits(dense, ids))
-
-
-@pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("name", "attention"), zip(DENSE, ["eager", "sdpa"] * 3, strict=True))
 def test_padded_texts_are_continued_alike(name, attention):
     dense = DENSE[name]()
     dense.set_attn_implementation(attention)

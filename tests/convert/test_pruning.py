@@ -58,7 +58,7 @@ def sequences(ids, shape=(3, 11), seed: int = 0) -> torch.Tensor:
 # The same logits
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(st.sampled_from(sorted(ROUTINGS)), st.sets(st.integers(0, 98), min_size=1, max_size=30), st.integers(0, 9))
 @torch.no_grad()
 def test_logits_on_the_subset_are_those_of_the_whole_model(routing, subset, seed):

@@ -23,9 +23,15 @@ def frozen_model(**settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"router_type": "hash"}, {"router_type": "switch"}, {"router_type": "base"}, {"stage": 1}]
+    ("settings", "num_bands"),
+    [
+        ({}, 1),
+        ({"router_type": "hash"}, 4),
+        ({"router_type": "switch"}, 1),
+        ({"router_type": "base"}, 4),
+        ({"stage": 1}, 4),
+    ],
 )
-@pytest.mark.parametrize("num_bands", [1, 4])
 def test_any_routing_is_balanced_and_most_of_it_kept(settings, num_bands):
     model = tiny_model() if "stage" in settings else frozen_model(**settings)
     if "hash" in settings.values():

@@ -392,7 +392,8 @@ def test_a_python_without_sources_is_told_to_name_files(tmp_path):
         list(embedded_documents("x"))
 
 
-def test_embedded_corpus_is_the_default_and_deterministic(docs):
+def test_embedded_corpus_is_the_default_and_keeps_the_order_of_the_documents(docs, monkeypatch):
+    monkeypatch.setattr(data, "embedded_documents", lambda **options: iter(docs))
     corpus = load_corpus(DataArguments())
     for name, split in corpus.items():
         assert list(split["text"]) == [d.text for d in docs if d.split == name]

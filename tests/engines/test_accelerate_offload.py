@@ -8,6 +8,9 @@ from helpers.loaders import KINDS, build, experts_of
 from helpers.models import tiny_model
 
 
+pytestmark = pytest.mark.pairs
+
+
 def map_of(model, where: str) -> dict[str, str]:
     """Send the MoE layers `where`, all else to the CPU, which counts as the device that computes."""
     away = set(model.moe_layers_by_name)

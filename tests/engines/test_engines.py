@@ -16,7 +16,9 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers import ROOT
-from helpers.workplaces import CausalWorkplace, TranslationWorkplace, free_port, kill_launched
+from helpers.checkpoints import run_without_package
+from helpers.matrices import one_fast
+from helpers.workplaces import CausalWorkplace, TranslationWorkplace, free_port, kill_launched, run_here
 
 
 CONFIGURATIONS = ROOT / "configuration" / "accelerate"
@@ -82,7 +84,7 @@ class Engines(Launching, CausalWorkplace):
         """Make a checkpoint of stage 1 to start from, without dropout, which processes would draw differently."""
         overrides = json.dumps({"num_experts": 3, "dropout": 0.0, **settings})
         more = ["--config_overrides", overrides, "--stage1_steps", "", "--max_steps", "1", "--save_strategy", "no"]
-        self.run(str(ROOT / "scripts" / self.script), *super().arguments(name, *more))
+        run_here("run_clm", *super().arguments(name, *more), folder=self.folder)
 
     def arguments(self, output: str, *more: str, start: str = "made") -> list[str]:
         text = f"""--model_name_or_path {start} --tokenizer_name {start} --max_steps 8 --stage1_steps 3 --save_steps 4
@@ -139,21 +141,19 @@ def assert_same_model(actual, expected, *, but: tuple[str, ...] = ()):
     )
 
 
-@pytest.mark.parametrize("configuration", ["ddp-cpu", "fsdp2"])
-def test_two_processes_come_to_the_model_of_one(engines, alone, configuration):
+@pytest.mark.parametrize("configuration", one_fast("fsdp2", "ddp-cpu"))
+def test_two_processes_come_to_the_model_of_one(engines, alone, configuration, tmp_path):
     assert_same_model(engines.launch(configuration, configuration), alone)
     folder = engines.folder / configuration
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_stablemoe.StableMoEForCausalLM"
-    engines.run(
-        "-c",
-        f"""
-import sys; sys.modules["modeling_stablemoe"] = None  # not installed
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)
-assert model.router_fingerprint() == {config["router_fingerprint"]!r}
-""",
-    )
+    code = """
+        import sys
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+        assert model.router_fingerprint() == sys.argv[2]
+    """
+    run_without_package(code, tmp_path, folder, config["router_fingerprint"])
 
 
 @pytest.mark.slow

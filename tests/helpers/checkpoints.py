@@ -1,14 +1,13 @@
 """Checkpoints edited on disk, and loaded where the package is not installed."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from helpers.interpreters import interpreters
 
 
 EVERY_ID = torch.arange(99).unsqueeze(0)
@@ -43,10 +42,6 @@ else:
 
 
 def run_without_package(code: str, folder: Path, *arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("HF_")}
-    environment |= {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", BLOCK + textwrap.dedent(code), *map(str, arguments)]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    result = interpreters().run("-c", BLOCK + textwrap.dedent(code), *arguments, cwd=folder)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -148,7 +148,7 @@ def fork_script(workplace, output: str, *more: str, engine: str = "one", before=
     arguments = workplace.arguments(output, *more, **options)
     main = script_main(workplace.script.removesuffix(".py"))  # imported here, so that children need not
     if engine != "one":
-        arguments += ["--per_device_train_batch_size", "2"]
+        arguments += workplace.share_of_two
 
     def run():
         os.chdir(workplace.folder)

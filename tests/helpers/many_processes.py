@@ -1,4 +1,4 @@
-"""Scenarios on several real processes (gloo, CPU): starting them takes seconds, so that one start serves many."""
+"""Scenarios on several real processes (gloo, CPU): one start serves many."""
 
 import os
 import socket
@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState, GradientState
 
 
 def start(worker: Callable, *args, world: int = 2, seconds: float = 300):
     """Run `worker(rank, *args)` in every process, to the end of all."""
-    context = mp.start_processes(worker, args=args, nprocs=world, join=False, start_method="spawn")
+    # Forks need not import anything, but cannot use a CUDA device or the threads that autograd has for one.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    context = mp.start_processes(_as_new, args=(worker, *args), nprocs=world, join=False, start_method=method)
     deadline = time.monotonic() + seconds
     try:
         while not context.join(timeout=5):
@@ -23,6 +26,12 @@ def start(worker: Callable, *args, world: int = 2, seconds: float = 300):
     finally:
         for child in context.processes:
             child.terminate()
+
+
+def _as_new(rank: int, worker: Callable, *args):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    worker(rank, *args)
 
 
 def run_scenarios(scenarios: Sequence[Callable], folder: Path, world: int = 2, one_group: bool = False) -> Path:

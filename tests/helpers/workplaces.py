@@ -1,21 +1,27 @@
-"""A folder where the scripts run as users run them, for their tests."""
+"""Folders where the scripts run: as users run them, in processes of their own, or in this process, in less time."""
 
+import contextlib
 import importlib.util
+import io
 import json
+import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from helpers import ROOT
+from helpers.interpreters import interpreters
 
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
@@ -51,10 +57,11 @@ TRANSLATION_PRESET = {
 class Workplace:
     """A folder with a datasets cache of its own, and the commands to work there; `arguments` makes a command line.
 
-    `script` is the name of the training script.
+    `script` is the name of the training script, `share_of_two` what makes two processes take the batches of one.
     """
 
     script: str
+    share_of_two: tuple[str, ...] = ()
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,56 +72,34 @@ class Workplace:
             "PYTHONPATH": str(ROOT),
         }
 
-    def start(self, *command: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def attempt(self, *command: str | Path) -> subprocess.CompletedProcess:
+        """Run what could stand after `python`, in a process of its own."""
+        return interpreters().run(*command, cwd=self.folder, environment=self.environment)
 
-    def run(self, *command: str) -> str:
-        process = self.start(*command)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-3000:]
-        return output
-
-    def start_training(self, output: str, *more: str, **options) -> subprocess.Popen:
-        return self.start(str(ROOT / "scripts" / self.script), *self.arguments(output, *more, **options))
+    def run(self, *command: str | Path) -> str:
+        """Run it to a good end; return what was printed."""
+        done = self.attempt(*command)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
 
     def train(self, output: str, *more: str, **options) -> str:
-        return self.run(str(ROOT / "scripts" / self.script), *self.arguments(output, *more, **options))
+        return self.run(ROOT / "scripts" / self.script, *self.arguments(output, *more, **options))
 
-    def kill_at(self, output: str, step: int, delay: float, *more: str, **options) -> bool:
-        """Start or resume a run, kill it `delay` seconds after it begins to save checkpoint `step`, if it gets there."""
-        process = self.start_training(output, *more, **options)
-        checkpoint = self.folder / output / f"checkpoint-{step}"
-        deadline = time.monotonic() + 300
-        while process.poll() is None and not checkpoint.exists() and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        return process.returncode == -signal.SIGKILL
-
-    def kill_and_resume(self, output: str, kills: list[tuple[int, float]], **options):
-        """Kill a run at each `(step, delay)` of `kills` in turn, then let it train to the end."""
-        more = []
-        for step, delay in kills:
-            assert self.kill_at(output, step, delay, *more, **options)
-            more = ["--resume_from_checkpoint", "latest"]
-        self.train(output, *more, **options)
+    def train_here(self, output: str, *more: str, **options) -> str:
+        """The same in this process."""
+        return run_here(self.script.removesuffix(".py"), *self.arguments(output, *more, **options), folder=self.folder)
 
 
 class CausalWorkplace(Workplace):
     """A folder with a corpus and a preset."""
 
     script = "run_clm.py"
+    share_of_two = ("--per_device_train_batch_size", "2")
 
     def __init__(self, folder: Path):
         super().__init__(folder)
+        if (folder / "preset.json").exists():
+            return
         generator = random.Random(0)
         documents = [" ".join(generator.choices(WORDS, k=25)) for _ in range(200)]
         (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n")
@@ -136,6 +121,8 @@ class TranslationWorkplace(Workplace):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
+        if (folder / "preset.json").exists():
+            return
         generator = random.Random(0)
         for name, number in (("train", 120), ("validation", 11), ("test", 13)):
             rows = [generator.choices(WORDS, k=generator.randint(1, 5)) for _ in range(number)]
@@ -160,6 +147,60 @@ class TranslationWorkplace(Workplace):
             --disable_tqdm True --predict_with_generate True --generation_num_beams 2 --generation_max_length 20
             --do_train True"""
         return [*text.split(), "--output_dir", str(self.folder / output), *more]
+
+
+def run_here(script: str, *arguments, folder: Path) -> str:
+    """Call `main` of a script in `folder`, in this process; return what it prints and logs."""
+    printed = io.StringIO()
+    handler = logging.StreamHandler(printed)
+    # transformers keeps its messages to itself, and scripts set its level.
+    loggers = [logging.getLogger(), logging.getLogger("transformers")]
+    levels = [logger.level for logger in loggers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        loggers[0].setLevel(logging.INFO)
+        for logger in loggers:
+            logger.addHandler(handler)
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                load_script(script).main([str(argument) for argument in arguments])
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.removeHandler(handler)
+                logger.setLevel(level)
+    return printed.getvalue()
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run of a training script, shared by all tests: nobody changes it."""
+
+    workplace: Workplace
+    folder: Path  # the run's, `whole` in the workplace's
+    output: str  # what the script printed
+
+    @classmethod
+    def shared(cls, kind: type[Workplace], folder: Path) -> "TrainedRun":
+        """Train once for all processes that ask for `folder`, as a user does: by the script, in a process of its own."""
+        with made_once(folder) as is_new:
+            workplace = kind(folder)
+            if is_new:
+                (folder / "printed.txt").write_text(workplace.train("whole"))
+        return cls(workplace, folder / "whole", (folder / "printed.txt").read_text())
+
+
+@contextlib.contextmanager
+def made_once(folder: Path):
+    """Make the folder and yield True to the first that comes; False, once the folder is filled, to all who come later."""
+    with FileLock(f"{folder}.lock"):
+        mark = folder / ".made"
+        is_new = not mark.exists()
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        yield is_new
+        mark.touch()
 
 
 def free_port() -> str:

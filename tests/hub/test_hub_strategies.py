@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import urllib.request
 from http.client import IncompleteRead
 
@@ -16,9 +14,10 @@ from safetensors.torch import load
 
 from helpers import ROOT
 from helpers.checkpoints import BLOCK
-from helpers.hub_server import HubServer
 from helpers.workplaces import CausalWorkplace, TranslationWorkplace
 
+
+pytestmark = pytest.mark.xdist_group("hub")  # one pretended Hub
 
 WATCH = "stage1_watch.safetensors"
 CODE_FILES = {"configuration_stablemoe.py"}
@@ -65,32 +64,15 @@ json.dump(fingerprints, open("fingerprints.json", "w"))
 """
 
 
-def run(hub, folder, code, *, package=True) -> str:
-    environment = {**os.environ, **hub.environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
-    environment["HF_MODULES_CACHE"] = str(folder / "modules")
-    if package:
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-c", code if package else BLOCK + code]
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
-    return finished.stdout
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        yield server
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("work")
 
 
 @pytest.fixture(scope="module")
-def fingerprints(hub, folder) -> dict:
+def fingerprints(run_on_hub, folder) -> dict:
     """Runs with every strategy; the fingerprints that they ended with."""
-    run(hub, folder, TRAIN_ALL)
+    run_on_hub(folder, TRAIN_ALL)
     return json.loads((folder / "fingerprints.json").read_text())
 
 
@@ -195,7 +177,7 @@ def load(name, revision, trust, auto=AutoModelForCausalLM):
 """
 
 
-def test_pushed_models_load_where_the_package_is_not_installed(hub, folder, fingerprints):
+def test_pushed_models_load_where_the_package_is_not_installed(hub, run_on_hub, folder, fingerprints):
     early = commit_of(hub, "every_save", "Training in progress, step 2").oid
     hub.repository("user/every_save").branches["tried"] = early
     code = f"""{LOAD}
@@ -209,7 +191,7 @@ load("user/every_save", "tried", True)
 load("user/end", "main", True)
 load("user/translation", "main", True, AutoModelForSeq2SeqLM)
 """
-    refused, *loaded = run(hub, folder, code, package=False).splitlines()
+    refused, *loaded = run_on_hub(folder, BLOCK + code).splitlines()
     assert refused == "True"
     remote = "transformers_modules"
     assert [json.loads(line) for line in loaded] == [
@@ -221,7 +203,7 @@ load("user/translation", "main", True, AutoModelForSeq2SeqLM)
     ]
 
 
-def test_pushed_models_load_without_remote_code_and_resume_to_the_same_bits(hub, folder, fingerprints):
+def test_pushed_models_load_without_remote_code_and_resume_to_the_same_bits(hub, run_on_hub, folder, fingerprints):
     early = commit_of(hub, "checkpoint", "Training in progress, step 2, checkpoint").oid
     late = commit_of(hub, "checkpoint", "Training in progress, step 4, checkpoint").oid
     code = f"""{TRAIN}{LOAD}
@@ -244,7 +226,7 @@ for revision in ("{early}", "{late}"):
 print(entries[0] == entries[1])
 """
     # Trainer prints its logs, too.
-    printed = [line for line in run(hub, folder, code).splitlines() if line.startswith(("[", "True", "False"))]
+    printed = [line for line in run_on_hub(folder, code).splitlines() if line.startswith(("[", "True", "False"))]
     causal, translation, *same = printed
     assert json.loads(causal) == ["modeling_stablemoe", 2, fingerprints["every_save"]]
     assert json.loads(translation) == ["modeling_stablemoe", 2, fingerprints["translation"]]
@@ -261,11 +243,12 @@ def workplace(request, tmp_path):
     return request.param(tmp_path)
 
 
-def test_script_pushes_its_own_card_and_neither_pickles_nor_settings_of_the_machine(hub, workplace):
+def test_script_pushes_its_own_card_and_neither_pickles_nor_settings_of_the_machine(hub, run_on_hub, workplace):
     name = type(workplace).__name__
-    workplace.environment |= hub.environment
     options = f"--push_to_hub True --hub_model_id user/{name} --hub_strategy every_save --hub_always_push True"
-    workplace.train("run", *options.split())
+    script = ROOT / "scripts" / workplace.script
+    cache = {"HF_DATASETS_CACHE": str(workplace.folder / "cache")}
+    run_on_hub(workplace.folder, script, *workplace.arguments("run", *options.split()), **cache)
     run_folder = workplace.folder / "run"
     commits = hub.commits(f"user/{name}")
     assert [commit.title for commit in commits][-1] == "End of training"
@@ -289,11 +272,9 @@ def test_script_pushes_its_own_card_and_neither_pickles_nor_settings_of_the_mach
 # The stand-in itself
 
 
-def test_hub_serves_ranges_breaks_off_and_alters_bytes_as_it_is_told(tmp_path):
+def test_hub_serves_ranges_breaks_off_and_alters_bytes_as_it_is_told(hub, run_on_hub, tmp_path):
     data = os.urandom(5000)
-    with HubServer(tmp_path) as hub:
-        code = """
-import sys
+    code = """
 from huggingface_hub import HfApi, hf_hub_download
 api = HfApi()
 name = api.create_repo("m", exist_ok=True).repo_id
@@ -304,22 +285,22 @@ api.create_tag(name, tag="v1", revision="some/branch")
 print(sorted(api.list_repo_files(name)), sorted(api.list_repo_files(name, revision="v1")))
 print(open(hf_hub_download(name, "sub/a.txt", revision="some/branch")).read())
 """
-        (tmp_path / "data.bin").write_bytes(data)
-        assert run(hub, tmp_path, code).splitlines() == ["['data.bin'] ['data.bin', 'sub/a.txt']", "text"]
-        assert hub.files("user/m") == {"data.bin": data}
-        address = f"{hub.storage_url}/storage/{hashlib.sha256(data).hexdigest()}/data.bin"
+    (tmp_path / "data.bin").write_bytes(data)
+    assert run_on_hub(tmp_path, code).splitlines() == ["['data.bin'] ['data.bin', 'sub/a.txt']", "text"]
+    assert hub.files("user/m") == {"data.bin": data}
+    address = f"{hub.storage_url}/storage/{hashlib.sha256(data).hexdigest()}/data.bin"
 
-        def get(**headers) -> bytes:
-            with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as response:
-                return response.read()
+    def get(**headers) -> bytes:
+        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=10) as response:
+            return response.read()
 
-        assert get(Range="bytes=100-") == data[100:]
-        assert get(Range="bytes=100-199") == data[100:200]
-        hub.drop_connection("data.bin", after=70)
-        with pytest.raises(IncompleteRead, match="70 bytes read"):
-            get()
-        hub.alter_byte("data.bin", 7)
-        altered = get()
-        assert [i for i in range(len(data)) if altered[i] != data[i]] == [7]
-        assert get() == data
-        assert hub.requests[-1].startswith("GET /storage/")
+    assert get(Range="bytes=100-") == data[100:]
+    assert get(Range="bytes=100-199") == data[100:200]
+    hub.drop_connection("data.bin", after=70)
+    with pytest.raises(IncompleteRead, match="70 bytes read"):
+        get()
+    hub.alter_byte("data.bin", 7)
+    altered = get()
+    assert [i for i in range(len(data)) if altered[i] != data[i]] == [7]
+    assert get() == data
+    assert hub.requests[-1].startswith("GET /storage/")

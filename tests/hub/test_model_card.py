@@ -153,6 +153,19 @@ def test_a_translation_card_holds_bleu():
     assert "text2text-generation" in card.text
 
 
+def test_the_card_of_a_frozen_model_names_its_fingerprint_and_leaves_no_blank():
+    results = {**RESULTS, "distillation_agreement_at_transition": 0.5}
+    card = card_of(results=results, config=tiny_config(router_fingerprint="ab" * 32), dataset_name="books")
+    for text in ("frozen (stage 2)", "ab" * 32, "1,234,567", "| 1     | 10    | 20", "50.0%"):
+        assert text in card.text
+    assert "{{" not in card.text
+    assert card.data.library_name == "transformers"
+    [result] = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_name) == ("perplexity", 12.346, "books")
+    assert "still learned (stage 1)" in card_of().text
+    assert "not measured" in card_of().text
+
+
 def test_a_card_tells_versions_limits_and_load():
     text = card_of(versions={"transformers": "5.17.0"}).text
     assert f"Needs transformers {OLDEST_TRANSFORMERS} or newer. Trained with transformers 5.17.0." in text

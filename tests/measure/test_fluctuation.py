@@ -1,6 +1,7 @@
 """Routing fluctuation: the history, its report and the callback."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_padding_of_rows_that_come_padded_is_neither_watched_nor_seen(tmp_path):
         assert torch.equal(torch.stack(other), torch.stack(watched[0]))
 
 
-@pytest.mark.parametrize("labels", [1, 0.5, [0.0, 1.0], [0, 1], torch.tensor(1)], ids=str)
+@pytest.mark.parametrize("labels", [1, [0.0, 1.0], [0, 1], torch.tensor(1)], ids=str)
 def test_labels_of_a_classifier_are_no_tokens(tmp_path, labels):
     rows = [{"input_ids": row, "labels": labels, "label": labels, "idx": 7} for row in random_ids(4, 6)]
     torch.manual_seed(0)
@@ -193,30 +194,39 @@ def test_labels_of_a_classifier_are_no_tokens(tmp_path, labels):
     assert torch.equal(watch.history.experts[0].long(), expected)
 
 
-def test_report_is_written_as_json_and_as_a_picture(tmp_path):
-    trainer, watch = fluctuation_run(tmp_path)
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that was watched to its end, and what watched it."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer, watch = fluctuation_run(folder, **SAVING)
     trainer.train()
-    summary = json.loads((tmp_path / "routing_fluctuation.json").read_text())
+    return folder, watch
+
+
+def test_report_is_written_as_json_and_as_a_picture(whole):
+    folder, watch = whole
+    summary = json.loads((folder / "routing_fluctuation.json").read_text())
     assert summary == watch.history.summary()
     assert summary["largest_change_in_stage2"] == 0
     image = pytest.importorskip("matplotlib.image")
-    pixels = image.imread(tmp_path / "routing_fluctuation.png")
+    pixels = image.imread(folder / "routing_fluctuation.png")
     assert pixels.shape == (600, 1500, 4)
     assert pixels.std() > 0.01
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(folder.glob("*.partial"))
 
 
-def test_resumed_run_continues_the_history_of_fluctuation(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 5}
-    whole, whole_watch = fluctuation_run(tmp_path / "whole", **saving)
-    whole.train()
+def test_resumed_run_continues_the_history_of_fluctuation(tmp_path, whole):
+    folder, whole_watch = whole
 
     class Crash(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 7:
                 raise KeyboardInterrupt
 
-    crashed, _ = fluctuation_run(tmp_path / "crashed", Crash(), **saving)
+    crashed, _ = fluctuation_run(tmp_path / "crashed", Crash(), **SAVING)
     with pytest.raises(KeyboardInterrupt):
         crashed.train()
     resumed, watch = fluctuation_run(tmp_path / "crashed", model=tiny_model(seed=7, moe_layer_positions=[0, 2]))
@@ -224,15 +234,14 @@ def test_resumed_run_continues_the_history_of_fluctuation(tmp_path):
     assert watch.history.summary() == whole_watch.history.summary()
     assert torch.equal(torch.stack(watch.history.experts), torch.stack(whole_watch.history.experts))
     assert (tmp_path / "crashed" / "routing_fluctuation.json").read_text() == (
-        tmp_path / "whole" / "routing_fluctuation.json"
+        folder / "routing_fluctuation.json"
     ).read_text()
 
 
-def test_new_run_in_an_old_folder_starts_its_own_history(tmp_path):
-    for _ in range(2):
-        trainer, watch = fluctuation_run(tmp_path)
-        trainer.train()
-        assert watch.history.steps == [0, 3, 6, 8, 9, 12]
+def test_new_run_in_an_old_folder_starts_its_own_history(tmp_path, whole):
+    trainer, watch = fluctuation_run(shutil.copytree(whole[0], tmp_path / "old"))
+    trainer.train()
+    assert watch.history.steps == [0, 3, 6, 8, 9, 12]
 
 
 def test_watching_fluctuation_leaves_weights_mode_and_random_numbers_as_they_are(tmp_path):

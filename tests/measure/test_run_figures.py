@@ -49,43 +49,35 @@ def shown(file) -> str:
     return file.read_text()
 
 
-def test_a_run_is_drawn_with_its_stage_boundary(frozen, tmp_path, capsys):
+def test_runs_stand_side_by_side_under_their_labels_with_the_stage_boundary(frozen, hashed, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    plot_run([str(frozen), "--output_dir", str(tmp_path / "new" / "folder"), "--svg"])
+    folder, labels = tmp_path / "new" / "folder", ["StableMoE", "Hash"]
+    plot_run([str(frozen), str(hashed), "--labels", *labels, "--output_dir", str(folder), "--svg"])
     printed = {line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()}
     assert printed == {f"{name}.{ending}" for name in ALL for ending in ("png", "svg")}
-    assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == printed
+    assert {file.name for file in folder.iterdir()} == printed
     from matplotlib.image import imread
 
     for name in ALL:
-        assert imread(tmp_path / "new" / "folder" / f"{name}.png").std() > 0.05
-        text = shown(tmp_path / "new" / "folder" / f"{name}.svg")
+        assert imread(folder / f"{name}.png").std() > 0.05
+        text = shown(folder / f"{name}.svg")
         assert "<!-- routing frozen -->" in text, name
         assert "<!-- step -->" in text, name
-    loads = shown(tmp_path / "new" / "folder" / "load.svg")
-    assert "<!-- layer_0 -->" in loads
-    assert "<!-- layer_1 -->" in loads
-
-
-def test_runs_stand_side_by_side_under_their_labels(frozen, hashed, tmp_path):
-    pytest.importorskip("matplotlib")
-    labels = ["StableMoE", "Hash"]
-    plot_run([str(frozen), str(hashed), "--labels", *labels, "--output_dir", str(tmp_path), "--svg"])
-    for name in ALL - {"distillation", "expert_load"}:
-        for label in labels:
-            assert f"<!-- {label} -->" in shown(tmp_path / f"{name}.svg"), (name, label)
-    loads = shown(tmp_path / "expert_load.svg")
+        if name not in ("distillation", "expert_load"):
+            assert all(f"<!-- {label} -->" in text for label in labels), name
+    loads = shown(folder / "expert_load.svg")
     assert all(f"<!-- {title} -->" in loads for title in ("StableMoE, layer_0", "StableMoE, layer_1", "Hash, layer_0"))
     # A hash distils nothing.
-    assert "<!-- Hash -->" not in shown(tmp_path / "distillation.svg")
+    assert "<!-- Hash -->" not in shown(folder / "distillation.svg")
 
 
 def test_figures_go_into_the_run_folder_and_leave_out_what_was_not_logged(hashed, tmp_path):
     pytest.importorskip("matplotlib")
     shutil.copytree(hashed, tmp_path / "run")
-    plot_run([str(tmp_path / "run")])
+    plot_run([str(tmp_path / "run"), "--svg"])
     drawn = {file.name for file in (tmp_path / "run" / "figures").iterdir()}
-    assert drawn == {f"{name}.png" for name in ALL - {"distillation"}}
+    assert drawn == {f"{name}.{ending}" for name in ALL - {"distillation"} for ending in ("png", "svg")}
+    assert "<!-- layer_0 -->" in shown(tmp_path / "run" / "figures" / "load.svg")
 
 
 def test_history_is_that_of_the_last_checkpoint_where_the_run_did_not_end(hashed):

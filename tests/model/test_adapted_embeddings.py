@@ -11,7 +11,7 @@ from modeling_stablemoe import StableMoEForSequenceClassification
 peft = pytest.importorskip("peft")
 
 # PEFT's, about weights that are tied.
-pytestmark = pytest.mark.filterwarnings("ignore:.*tie:UserWarning")
+pytestmark = [pytest.mark.pairs, pytest.mark.filterwarnings("ignore:.*tie:UserWarning")]
 
 IDS = random_ids(3, 7, high=91)
 TARGETS = random_ids(3, 5, seed=1, high=91)

@@ -23,6 +23,9 @@ from modeling_stablemoe import (
 )
 
 
+pytestmark = pytest.mark.pairs
+
+
 IDS = random_ids(4, 9)
 TABLE = "model.moe_layers.{}.frozen_router.routing_table"
 AUTO_MAP = {

@@ -21,6 +21,9 @@ from helpers.trainers import STATISTICS, tiny_tokenizer, training_logs
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StageTransitionCallback
 
 
+pytestmark = pytest.mark.pairs
+
+
 ROWS = [random_ids(1, length, seed=length)[0] for length in (3, 7, 5)]
 LABELS = {
     "single_label_classification": lambda index: index % 3,

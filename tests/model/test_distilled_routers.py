@@ -27,6 +27,9 @@ from modeling_stablemoe.model.context_stablemoe import whole_sequences
 from modeling_stablemoe.model.distillation_stablemoe import ContextRouter, sees_context
 
 
+pytestmark = pytest.mark.pairs
+
+
 KINDS = [kind for kind in DISTILLED_ROUTERS if kind not in TABLE_ROUTERS]
 # How many tokens back a router sees; a Transformer sees all.
 REACH = {"bigram": 1, "cnn": 4}
@@ -835,6 +838,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind, family, stage):
     assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_is_one_graph_with_the_same_routing():
     for kind in ("cnn", "transformer_1"):

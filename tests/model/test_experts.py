@@ -14,6 +14,9 @@ from modeling_stablemoe.model.experts_stablemoe import (
 )
 
 
+pytestmark = pytest.mark.pairs
+
+
 N = 5
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
 FAST = ["grouped_mm", "batched_mm"]

@@ -10,6 +10,9 @@ from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq
 from modeling_stablemoe import StableMoEForSequenceClassification
 
 
+pytestmark = pytest.mark.pairs
+
+
 def classifier(**overrides):
     torch.manual_seed(0)
     return shaken(StableMoEForSequenceClassification(tiny_config(num_labels=3, **overrides)))

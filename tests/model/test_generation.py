@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerFast, StaticCache, pipeline, set_see
 from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
 
 
+pytestmark = pytest.mark.pairs
+
+
 # `eos_token_id=None`: every sequence runs to its full length, so that no comparison is of empty continuations.
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 PAD = 1

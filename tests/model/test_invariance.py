@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from helpers.models import random_ids, tiny_model
 
 
+pytestmark = pytest.mark.pairs
+
+
 PAD = 1
 # The cross-entropy is taken in float32, whatever the model.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

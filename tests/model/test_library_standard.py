@@ -22,6 +22,7 @@ BACKENDS = ["batched_mm", "grouped_mm"]
 QUANTO = find_spec("optimum") is not None and find_spec("optimum.quanto") is not None
 
 pytestmark = [
+    pytest.mark.pairs,
     pytest.mark.parametrize("stage", [1, 2]),
     pytest.mark.parametrize("family", ["causal", "seq2seq"]),
 ]

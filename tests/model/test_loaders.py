@@ -15,6 +15,9 @@ from helpers.loaders import KINDS, LOADERS, build, empty, experts_of, fill_in_pl
 from modeling_stablemoe import StableMoEForCausalLM
 
 
+pytestmark = pytest.mark.pairs
+
+
 def with_adapters(model):
     targets = ["q_proj", "v_proj"]
     return get_peft_model(model, LoraConfig(r=2, target_modules=targets))

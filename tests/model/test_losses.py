@@ -19,6 +19,9 @@ from modeling_stablemoe.model.losses_stablemoe import (
 )
 
 
+pytestmark = pytest.mark.pairs
+
+
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}
 
 

@@ -9,6 +9,9 @@ from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_mod
 from modeling_stablemoe import StableMoEForSequenceClassification
 
 
+pytestmark = pytest.mark.pairs
+
+
 LENGTH, PAD = 9, 2
 PADDING = (4, 0, 1)  # on the left of each row
 

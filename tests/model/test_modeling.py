@@ -14,6 +14,9 @@ from modeling_stablemoe import StableMoEConfig, StableMoEForCausalLM, StableMoEM
 from modeling_stablemoe.runs.recipes import load_preset
 
 
+pytestmark = pytest.mark.pairs
+
+
 IDS = random_ids()
 PRESETS = ROOT / "configuration" / "models"
 
@@ -536,7 +539,8 @@ def test_thirty_steps_learn_one_batch_across_the_transition():
     assert losses[-1] < 0.5
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_without_a_graph_break_equals_eager_in_both_stages(backend):
     ids = random_ids(2, 8)
     for model in both_stages():

@@ -18,6 +18,9 @@ from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallbac
 from modeling_stablemoe.measure.meter import RoutingMeter
 
 
+pytestmark = pytest.mark.pairs
+
+
 KINDS = {
     "stable": {},
     "following": FOLLOWING,

@@ -16,6 +16,9 @@ from modeling_stablemoe import (
 )
 
 
+pytestmark = pytest.mark.pairs
+
+
 LOST = "without the routing losses: no gradient reaches the distilled routers"
 WITHOUT_LABELS = "Stage 1 is trained without `labels`"
 

@@ -9,6 +9,9 @@ from helpers.trainers import assert_same_weights, make_trainer, training_logs, w
 from modeling_stablemoe import StableMoEForSequenceClassification, StageTransitionCallback
 
 
+pytestmark = pytest.mark.pairs
+
+
 IDS = random_ids(high=90, low=3)
 SETTINGS = {"router_type": "switch", "balance_loss_coef": 0.1, **COUNTING}
 

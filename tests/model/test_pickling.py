@@ -13,6 +13,9 @@ from helpers.trainers import assert_same_weights, weights
 from modeling_stablemoe import StableMoEForSequenceClassification
 
 
+pytestmark = pytest.mark.pairs
+
+
 IDS = random_ids(low=3, high=90)
 FAMILIES = {
     "language model": (lambda: tiny_model(**COUNTING), {"input_ids": IDS, "labels": IDS}),

@@ -23,6 +23,9 @@ from modeling_stablemoe import StageTransitionCallback
 from modeling_stablemoe.runs.recipes import parse_recipe
 
 
+pytestmark = pytest.mark.pairs
+
+
 HALF = [torch.float16, torch.bfloat16]
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
 IDS = random_ids(3, 9)

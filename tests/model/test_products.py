@@ -14,6 +14,9 @@ from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.model.products_stablemoe import grouped_layer_norm, grouped_linear, permute, sort_by_expert
 
 
+pytestmark = pytest.mark.pairs
+
+
 E, X, Y = 4, 5, 3
 
 
@@ -114,6 +117,7 @@ def test_the_operators_are_sound_for_the_compiler():
     torch.library.opcheck(operators.grouped_layer_norm, (x, scale, shift, tokens.offsets, 1e-5))
 
 
+@pytest.mark.slow
 def test_a_training_step_compiles_to_one_graph_and_learns_alike():
     model, ids = tiny_model(intermediate_size=48), random_ids()
     model.freeze_router()

@@ -10,6 +10,9 @@ from modeling_stablemoe import StableMoEForSequenceClassification
 from modeling_stablemoe.model.pretrained_stablemoe import check_range
 
 
+pytestmark = pytest.mark.pairs
+
+
 def classifier(**overrides):
     torch.manual_seed(0)
     return StableMoEForSequenceClassification(tiny_config(num_labels=3, **overrides))

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from helpers import reference
 from helpers.checkpoints import run_without_package
 from helpers.doubles import EXACT, SLOPE, arrays, layer_input, slopes_of
+from helpers.matrices import one_fast
 from helpers.models import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from helpers.trainers import BLOCKS, Recorder, assert_same_weights, make_trainer, training_logs, weights
 from modeling_stablemoe import (
@@ -20,6 +21,9 @@ from modeling_stablemoe import (
     StageTransitionCallback,
 )
 from modeling_stablemoe.model.losses_stablemoe import balance_loss, routing_losses, switch_balance_loss
+
+
+pytestmark = pytest.mark.pairs
 
 
 DISTILLED = {"distilled_router": "word_embedding"}
@@ -406,7 +410,7 @@ def test_the_trainer_trains_every_router_and_logs_its_statistics(kind, tmp_path)
     assert not any("transition_step" in entry for entry in trainer.state.log_history)
 
 
-@pytest.mark.parametrize("kind", FREEZABLE)
+@pytest.mark.parametrize("kind", one_fast(*FREEZABLE))
 def test_the_callback_freezes_every_router_that_is_distilled_and_a_resumed_run_ends_the_same(kind, tmp_path):
     whole = make_trainer(tmp_path / "whole", StageTransitionCallback(5), model=model_of(kind), save_strategy="no")
     whole.train()
@@ -419,7 +423,7 @@ def test_the_callback_freezes_every_router_that_is_distilled_and_a_resumed_run_e
         assert_same_weights(weights(resumed.model), weights(whole.model))
 
 
-@every_kind
+@pytest.mark.parametrize("kind", one_fast(*KINDS))
 def test_fluctuation_is_measured_on_the_greedy_choice_of_the_backbone(kind, tmp_path):
     model = model_of(kind)
     callback = RoutingFluctuationCallback(BLOCKS[:4], check_steps=3, num_tokens=64)

@@ -345,6 +345,7 @@ def test_frozen_routing_and_fingerprint_survive_saving_and_loading(frozen_model,
         assert loaded.router_fingerprint() == loaded.config.router_fingerprint == frozen_model.router_fingerprint()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_model_is_one_graph_with_the_routing_and_the_logits_of_the_plain_one(frozen_model):
     plain = frozen_model(ALL_IDS, output_router_logits=True)

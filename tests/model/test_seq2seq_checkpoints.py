@@ -22,6 +22,9 @@ from modeling_stablemoe import (
 )
 
 
+pytestmark = pytest.mark.pairs
+
+
 SOURCE, TARGET = random_ids(3, 7, low=3, high=91), random_ids(3, 5, seed=1, low=3, high=91)
 EVERY_ID = torch.arange(91).unsqueeze(0)
 LAYERS = ["model.encoder.moe_layers.0", "model.decoder.moe_layers.0", "model.decoder.moe_layers.1"]

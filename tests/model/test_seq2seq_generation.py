@@ -8,6 +8,9 @@ from transformers import DynamicCache, EncoderDecoderCache, set_seed
 from helpers.models import padded, random_ids, tiny_seq2seq_model
 
 
+pytestmark = pytest.mark.pairs
+
+
 PAD, START = 2, 1
 STEPS = 8
 # `eos_token_id=None`: every target runs to its full length. No token twice, or a tiny model says one word for ever.

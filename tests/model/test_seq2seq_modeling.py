@@ -35,6 +35,9 @@ from modeling_stablemoe import (
 from modeling_stablemoe.model.modeling_stablemoe_seq2seq import StableMoEDecoder, StableMoEEncoder
 
 
+pytestmark = pytest.mark.pairs
+
+
 PRESETS = ROOT / "configuration" / "models"
 PAD, START, EOS, IGNORED = 2, 1, 0, -100
 SOURCES = [random_ids(1, length, seed=length, low=3, high=91)[0] for length in (6, 3, 5)]

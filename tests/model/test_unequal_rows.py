@@ -9,6 +9,9 @@ from modeling_stablemoe import StableMoEForSequenceClassification
 from modeling_stablemoe.model.losses_stablemoe import token_weights
 
 
+pytestmark = pytest.mark.pairs
+
+
 LENGTHS = (12, 11, 3, 2)
 ROWS = [random_ids(1, length, seed=length, low=3, high=90)[0] for length in LENGTHS]
 ROUTERS = {

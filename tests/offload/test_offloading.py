@@ -26,6 +26,9 @@ from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
 from modeling_stablemoe.offload.expert_store import MemoryRows
 
 
+pytestmark = pytest.mark.pairs
+
+
 IDS = random_ids(4, 20)
 MASK = torch.ones_like(IDS)
 MASK[0, :6] = 0

@@ -175,55 +175,57 @@ def test_overrides_of_a_recipe_are_numbers_as_in_json(tmp_path):
     assert model.overrides == {"dropout": 0.1, "initializer_range": 0.02, "num_experts": 8, "router_type": "no"}
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("max_steps", "1e5"),
-        ("max_steps", "100.0"),
-        ("max_steps", "0"),
-        ("max_steps", "-5"),
-        ("max_steps", str(10**20)),
-        ("seed", "-1"),
-        ("seed", str(2**32)),
-        ("data_seed", str(10**20)),
-        ("learning_rate", "nan"),
-        ("learning_rate", ".inf"),
-        ("learning_rate", "inf"),
-        ("learning_rate", "-0.001"),
-        ("learning_rate", "yes"),
-        ("weight_decay", "-0.1"),
-        ("max_grad_norm", "nan"),
-        ("adam_beta2", "1.0"),
-        ("adam_epsilon", "nan"),
-        ("num_train_epochs", "inf"),
-        ("warmup_steps", "nan"),
-        ("logging_steps", "inf"),
-        ("eval_steps", "-3"),
-        ("save_steps", "nan"),
-        ("save_total_limit", str(2**63)),
-        ("per_device_train_batch_size", "0"),
-        ("per_device_eval_batch_size", "-1"),
-        ("gradient_accumulation_steps", "0"),
-        ("dataloader_num_workers", "-1"),
-        ("block_size", str(-(10**20))),
-        ("fluctuation_check_steps", "-1"),
-        ("settled_change", "nan"),
-    ],
-)
-@pytest.mark.parametrize("in_recipe", [False, True])
-def test_a_number_that_no_option_can_have_is_refused_by_the_name_of_the_option(
-    option, value, in_recipe, tmp_path, capsys
-):
-    argv = ["--output_dir", str(tmp_path), "--model_preset", "a.json", "--use_cpu", "true"]
-    if in_recipe:
-        path = tmp_path / "recipe.yaml"
-        path.write_text(f"{option}: {value}\n")
-        argv = [str(path), *argv]
-    else:
-        argv += [f"--{option}={value}"]
-    message = refuse(capsys, *argv)
+BAD_NUMBERS = [
+    ("max_steps", "1e5"),
+    ("max_steps", "100.0"),
+    ("max_steps", "0"),
+    ("max_steps", "-5"),
+    ("max_steps", str(10**20)),
+    ("seed", "-1"),
+    ("seed", str(2**32)),
+    ("data_seed", str(10**20)),
+    ("learning_rate", "nan"),
+    ("learning_rate", ".inf"),
+    ("learning_rate", "inf"),
+    ("learning_rate", "-0.001"),
+    ("learning_rate", "yes"),
+    ("weight_decay", "-0.1"),
+    ("max_grad_norm", "nan"),
+    ("adam_beta2", "1.0"),
+    ("adam_epsilon", "nan"),
+    ("num_train_epochs", "inf"),
+    ("warmup_steps", "nan"),
+    ("logging_steps", "inf"),
+    ("eval_steps", "-3"),
+    ("save_steps", "nan"),
+    ("save_total_limit", str(2**63)),
+    ("per_device_train_batch_size", "0"),
+    ("per_device_eval_batch_size", "-1"),
+    ("gradient_accumulation_steps", "0"),
+    ("dataloader_num_workers", "-1"),
+    ("block_size", str(-(10**20))),
+    ("fluctuation_check_steps", "-1"),
+    ("settled_change", "nan"),
+]
+
+
+def assert_number_is_refused(capsys, option: str, value: str, argv: list[str]):
+    message = refuse(capsys, *argv, "--model_preset", "a.json", "--use_cpu", "true")
     assert f"argument --{option}" in message
     assert value in message
+
+
+@pytest.mark.parametrize(("option", "value"), BAD_NUMBERS)
+def test_a_number_that_no_option_can_have_is_refused_by_the_name_of_the_option(option, value, tmp_path, capsys):
+    assert_number_is_refused(capsys, option, value, ["--output_dir", str(tmp_path), f"--{option}={value}"])
+
+
+# Where YAML has a number, a truth value or a word of its own.
+@pytest.mark.parametrize(("option", "value"), BAD_NUMBERS[:2] + BAD_NUMBERS[8:14])
+def test_a_recipe_with_such_a_number_is_refused_in_the_same_way(option, value, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{option}: {value}\n")
+    assert_number_is_refused(capsys, option, value, [str(path), "--output_dir", str(tmp_path)])
 
 
 def test_recipe_that_is_no_yaml_ends_with_status_2(tmp_path, capsys):

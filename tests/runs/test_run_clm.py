@@ -1,11 +1,9 @@
 """Tests of the training script, run as users run it."""
 
 import json
-import random
 import re
 import shutil
-import subprocess
-import sys
+import signal
 
 import datasets
 import pytest
@@ -14,18 +12,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from helpers import ROOT
+from helpers.forks import LATEST, die, fault, fork_script
 from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, content, load_script, refuse
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     return CausalWorkplace(tmp_path_factory.mktemp("work"))
-
-
-@pytest.fixture(scope="module")
-def whole_run(workplace):
-    """The printed output of a run that nothing interrupts, in the folder `whole`."""
-    return workplace.train("whole")
 
 
 @pytest.fixture
@@ -37,46 +30,38 @@ def script(workplace, monkeypatch):
     return module.main
 
 
-def test_script_trains_through_both_stages_and_writes_its_results(workplace, whole_run):
-    results = json.loads((workplace.folder / "whole" / "results.json").read_text())
+def test_script_trains_through_both_stages_and_writes_its_results(trained_clm):
+    folder, printed = trained_clm.folder, trained_clm.output
+    results = json.loads((folder / "results.json").read_text())
     assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
     assert results["perplexity"] == results["stages"][1]["perplexity"]
     assert 1 < results["perplexity"] < 280
     assert results["stages"][1]["fluctuation"] == 0
     assert results["stages"][0]["fluctuation"] > 0
-    config = json.loads((workplace.folder / "whole" / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     assert results["router_fingerprint"] == config["router_fingerprint"]
     assert len(config["router_fingerprint"]) == 64
     assert (config["num_experts"], config["vocab_size"]) == (3, 280)
-    assert "routing frozen after step 6 of 16" in whole_run
-    assert re.search(r"^\| 2 +\| 16 +\|", whole_run, re.MULTILINE)
-    assert f"this model: {results['perplexity']:.2f}" in whole_run
-    assert (workplace.folder / "whole" / "routing_fluctuation.json").exists()
-    shared = {path.suffix for path in (workplace.folder / "whole").iterdir() if path.is_file()}
+    assert "routing frozen after step 6 of 16" in printed
+    assert re.search(r"^\| 2 +\| 16 +\|", printed, re.MULTILINE)
+    assert f"this model: {results['perplexity']:.2f}" in printed
+    assert (folder / "routing_fluctuation.json").exists()
+    shared = {path.suffix for path in folder.iterdir() if path.is_file()}
     assert shared <= {".json", ".md", ".png", ".py", ".safetensors"}
-    card = ModelCard.load(workplace.folder / "whole" / "README.md")
+    card = ModelCard.load(folder / "README.md")
     assert card.data.eval_results[0].metric_value == round(results["perplexity"], 3)
     assert config["router_fingerprint"] in card.text
 
 
-def test_trained_model_loads_and_continues_a_text_in_a_new_interpreter(workplace, whole_run):
-    code = """
-import torch, modeling_stablemoe
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("whole")
-assert type(model).__name__ == "StableMoEForCausalLM" and model.routing_stage == 2
-ids = AutoTokenizer.from_pretrained("whole")("the quick brown", return_tensors="pt").input_ids
-assert torch.isfinite(model(ids).logits).all()
-"""
-    workplace.run("-c", code)
-    generate = [str(ROOT / "scripts" / "generate.py"), "whole", "--prompt", "the quick", "--max_new_tokens", "5"]
-    output = workplace.run(*generate, "--temperature", "0")
+def test_trained_model_continues_a_text_in_a_new_interpreter(workplace, trained_clm):
+    options = ["--prompt", "the quick", "--max_new_tokens", "5", "--temperature", "0"]
+    output = workplace.run(ROOT / "scripts" / "generate.py", trained_clm.folder, *options)
     assert "frozen routing]" in output
     assert re.search(r"^the quick.", output, re.MULTILINE)
 
 
-def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, whole_run, script):
-    trained = workplace.folder / "whole"
+def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, trained_clm, script):
+    trained = trained_clm.folder
     start = ["--model_name_or_path", str(trained), "--tokenizer_name", str(trained)]
     unset = ["--model_preset", "", "--config_overrides", "", "--stage1_steps", ""]
     script(workplace.arguments("tuned", *start, *unset, "--max_steps", "3", "--fluctuation_check_steps", "0"))
@@ -93,32 +78,26 @@ def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, whol
     assert (row["stage"], row["steps"]) == (2, 3)
 
 
-def test_resuming_a_finished_run_changes_no_weight(workplace, whole_run, tmp_path):
+def test_resuming_a_finished_run_changes_no_weight(workplace, trained_clm, trained_clm_copy):
     # A run that was killed after its last step, before it wrote its results.
-    shutil.copytree(workplace.folder / "whole", tmp_path / "run")
     for name in ("model.safetensors", "results.json", "routing_fluctuation.json"):
-        (tmp_path / "run" / name).unlink()
-    workplace.train(str(tmp_path / "run"), "--resume_from_checkpoint", "latest")
-    assert_same_saved_weights(tmp_path / "run", workplace.folder / "whole")
+        (trained_clm_copy / name).unlink()
+    workplace.train_here(str(trained_clm_copy), *LATEST)
+    assert_same_saved_weights(trained_clm_copy, trained_clm.folder)
     # One step more than `max_steps`, as `Trainer` does it, would show here.
     for name in ("results.json", "routing_fluctuation.json"):
-        assert (tmp_path / "run" / name).read_text() == (workplace.folder / "whole" / name).read_text()
+        assert (trained_clm_copy / name).read_text() == (trained_clm.folder / name).read_text()
 
 
-def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, whole_run, script):
-    before = content(workplace.folder / "whole")
-    message = refuse(script, workplace.arguments("whole"))
+def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, trained_clm_copy, script):
+    before = content(trained_clm_copy)
+    message = refuse(script, workplace.arguments(str(trained_clm_copy)))
     assert "holds a run already" in message
-    assert content(workplace.folder / "whole") == before
-
-
-def test_resuming_with_other_settings_names_the_setting_and_changes_nothing(workplace, whole_run, script):
-    before = content(workplace.folder / "whole")
-    arguments = workplace.arguments("whole", "--resume_from_checkpoint", "latest", "--learning_rate", "3e-3")
-    message = refuse(script, arguments)
+    # Nor is it resumed with other settings.
+    message = refuse(script, workplace.arguments(str(trained_clm_copy), *LATEST, "--learning_rate", "3e-3"))
     assert "learning_rate: 0.01 there, 0.003 here" in message
     assert "seed" not in message
-    assert content(workplace.folder / "whole") == before
+    assert content(trained_clm_copy) == before
 
 
 @pytest.mark.parametrize(
@@ -147,14 +126,14 @@ def test_resuming_with_other_settings_names_the_setting_and_changes_nothing(work
         ),
     ],
 )
-def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, whole_run, script, options, message):
+def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, trained_clm_copy, script, options, message):
     (workplace.folder / "empty.txt").write_text("\n \n")
     assert message in refuse(script, workplace.arguments("new", *options))
     assert not (workplace.folder / "new").exists()
     # A slip in a command that replaces a run must not cost the run.
-    before = content(workplace.folder / "whole")
-    refuse(script, workplace.arguments("whole", "--overwrite_output_dir", "True", *options))
-    assert content(workplace.folder / "whole") == before
+    before = content(trained_clm_copy)
+    refuse(script, workplace.arguments(str(trained_clm_copy), "--overwrite_output_dir", "True", *options))
+    assert content(trained_clm_copy) == before
 
 
 @pytest.mark.parametrize(
@@ -173,31 +152,23 @@ def test_bad_command_line_ends_with_status_2(script, capsys, command, message):
 
 def test_bad_input_ends_the_process_with_an_error_and_no_traceback(workplace):
     arguments = workplace.arguments("new", "--train_files", "nothing.txt")
-    process = workplace.start(str(ROOT / "scripts" / "run_clm.py"), *arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "Traceback" not in output
-    assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", output.strip().splitlines()[-1])
+    finished = workplace.attempt(ROOT / "scripts" / "run_clm.py", *arguments)
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", finished.stderr.strip().splitlines()[-1])
 
 
-def test_killed_run_resumes_to_the_same_bits(workplace, whole_run):
+def test_killed_run_resumes_to_the_same_bits(workplace, trained_clm):
     # While the first checkpoint is written, in stage 1; and while that after the transition is.
-    workplace.kill_and_resume("killed", [(2, 0.0), (8, 0.003)], max_steps=16)
-    assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
-    stages = [
-        json.loads((workplace.folder / name / "results.json").read_text())["stages"] for name in ("killed", "whole")
-    ]
+    for point, step, more in (("optimizer", 2, ()), ("manifest", 8, LATEST)):
+        run = fork_script(workplace, "killed", *more, before=fault(point, step, die))
+        assert run.wait() == [-signal.SIGKILL], run.output[-3000:]
+    workplace.train_here("killed", *LATEST)
+    folders = (workplace.folder / "killed", trained_clm.folder)
+    assert_same_saved_weights(*folders)
+    stages = [json.loads((folder / "results.json").read_text())["stages"] for folder in folders]
     assert [row["perplexity"] for row in stages[0]] == [row["perplexity"] for row in stages[1]]
     assert [row["fluctuation"] for row in stages[0]] == [row["fluctuation"] for row in stages[1]]
-
-
-@pytest.mark.slow
-def test_run_killed_ten_times_resumes_to_the_same_bits(workplace):
-    generator = random.Random(1)
-    workplace.train("long", max_steps=44)
-    kills = [(step, generator.uniform(0, 0.04)) for step in range(4, 44, 4)]
-    workplace.kill_and_resume("long-killed", kills, max_steps=44)
-    assert_same_saved_weights(workplace.folder / "long-killed", workplace.folder / "long")
 
 
 def test_a_stream_resumed_in_a_later_pass_goes_on_to_the_same_bits(workplace, script):
@@ -223,9 +194,7 @@ def test_a_stream_resumed_in_a_later_pass_goes_on_to_the_same_bits(workplace, sc
 
 
 def test_generating_from_a_folder_that_is_no_model_is_one_line(workplace):
-    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "nowhere/at-all"]
-    options = {"cwd": workplace.folder, "env": workplace.environment, "timeout": 120}
-    finished = subprocess.run(command, capture_output=True, text=True, **options)
+    finished = workplace.attempt(ROOT / "scripts" / "generate.py", "nowhere/at-all")
     assert finished.returncode == 1
     assert re.search(r"^error: cannot load 'nowhere/at-all'", finished.stderr, re.MULTILINE)
     assert "Traceback" not in finished.stderr

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 from pathlib import Path
 
 import datasets
@@ -14,18 +15,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import modeling_stablemoe  # noqa: F401 - registers the models
 from helpers import ROOT
-from helpers.workplaces import TranslationWorkplace, assert_same_saved_weights, content, free_port, load_script, refuse
+from helpers.forks import LATEST, die, fault, finish, fork_script
+from helpers.workplaces import TranslationWorkplace, assert_same_saved_weights, load_script, refuse, run_here
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     return TranslationWorkplace(tmp_path_factory.mktemp("work"))
-
-
-@pytest.fixture(scope="module")
-def whole_run(workplace):
-    """The printed output of a run that nothing interrupts, in the folder `whole`."""
-    return workplace.train("whole")
 
 
 @pytest.fixture
@@ -41,8 +37,8 @@ def results_of(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_script_trains_through_both_stages_and_scores_every_pair(workplace, whole_run):
-    folder = workplace.folder / "whole"
+def test_script_trains_through_both_stages_and_scores_every_pair(trained_translation):
+    folder, printed = trained_translation.folder, trained_translation.output
     results = results_of(folder)
     assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
     assert results["stages"][0]["fluctuation"] > 0
@@ -50,9 +46,9 @@ def test_script_trains_through_both_stages_and_scores_every_pair(workplace, whol
     scores = results["scores"]
     assert {pair: score["num_sentences"] for pair, score in scores["pairs"].items()} == {"back-en": 13, "twice-en": 13}
     assert scores["mean_bleu"] == pytest.approx(sum(score["bleu"] for score in scores["pairs"].values()) / 2)
-    assert scores["bleu_signature"] in whole_run
-    assert scores["chrf_signature"] in whole_run
-    assert "routing frozen after step 6 of 16" in whole_run
+    assert scores["bleu_signature"] in printed
+    assert scores["chrf_signature"] in printed
+    assert "routing frozen after step 6 of 16" in printed
     config = json.loads((folder / "config.json").read_text())
     assert results["router_fingerprint"] == config["router_fingerprint"]
     assert len(config["router_fingerprint"]) == 64
@@ -66,17 +62,18 @@ def test_script_trains_through_both_stages_and_scores_every_pair(workplace, whol
     }
 
 
-def test_every_translation_of_the_test_split_is_kept_beside_its_reference(workplace, whole_run):
-    rows = [json.loads(line) for line in (workplace.folder / "whole/translations.jsonl").read_text().splitlines()]
+def test_every_translation_of_the_test_split_is_kept_beside_its_reference(trained_translation):
+    folder, workplace = trained_translation.folder, trained_translation.workplace
+    rows = [json.loads(line) for line in (folder / "translations.jsonl").read_text().splitlines()]
     written = {(row["pair"], row["source"], row["reference"]) for row in rows}
     test = [json.loads(line) for line in (workplace.folder / "test.jsonl").read_text().splitlines()]
     assert written == {(f"{language}-en", row[language], row["en"]) for row in test for language in ("back", "twice")}
     assert len(rows) == 26
 
 
-def test_card_says_what_the_model_translates_like(workplace, whole_run):
-    card = ModelCard.load(workplace.folder / "whole/README.md")
-    results = results_of(workplace.folder / "whole")
+def test_card_says_what_the_model_translates_like(trained_translation):
+    card = ModelCard.load(trained_translation.folder / "README.md")
+    results = results_of(trained_translation.folder)
     assert card.data.pipeline_tag == "translation"
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["bleu"] == round(results["scores"]["mean_bleu"], 2)
@@ -87,8 +84,8 @@ def test_card_says_what_the_model_translates_like(workplace, whole_run):
     assert results["scores"]["bleu_signature"] in card.text
 
 
-def test_perplexity_is_that_of_all_target_tokens(workplace, whole_run):
-    folder = workplace.folder / "whole"
+def test_perplexity_is_that_of_all_target_tokens(trained_translation):
+    folder, workplace = trained_translation.folder, trained_translation.workplace
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     total = tokens = 0
     for line in (workplace.folder / "test.jsonl").read_text().splitlines():
@@ -101,15 +98,8 @@ def test_perplexity_is_that_of_all_target_tokens(workplace, whole_run):
     assert results_of(folder)["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
-def run_in_two_processes(workplace, output: str, *more: str):
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    options = ["--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-    script = str(ROOT / "scripts/run_translation.py")
-    workplace.run(*launch.split(), *options, script, *workplace.arguments(output, *more))
-
-
 def test_two_processes_train_through_both_stages(workplace):
-    run_in_two_processes(workplace, "pair", "--eval_strategy", "no", "--gradient_accumulation_steps", "2")
+    finish(workplace, "pair", "--eval_strategy", "no", "--gradient_accumulation_steps", "2", engine="ddp")
     results = results_of(workplace.folder / "pair")
     assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
     assert results["stages"][1]["fluctuation"] == 0
@@ -118,23 +108,22 @@ def test_two_processes_train_through_both_stages(workplace):
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_two_processes_score_every_sentence_once(workplace, whole_run):
+def test_two_processes_score_every_sentence_once(workplace, trained_translation):
     # 26 sentences in batches of 4 on two processes: the last batches are filled up with sentences that are there already.
-    trained = str(workplace.folder / "whole")
+    trained = str(trained_translation.folder)
     start = ["--model_name_or_path", trained, "--tokenizer_name", trained, "--model_preset", "", "--stage1_steps", ""]
-    run_in_two_processes(workplace, "two", *start, "--do_train", "False", "--fluctuation_check_steps", "0")
-    actual, expected = results_of(workplace.folder / "two"), results_of(workplace.folder / "whole")
+    finish(workplace, "two", *start, "--do_train", "False", "--fluctuation_check_steps", "0", engine="ddp")
+    actual, expected = results_of(workplace.folder / "two"), results_of(trained_translation.folder)
     assert actual["scores"] == expected["scores"]
     assert actual["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
 
-def test_translate_gives_a_line_for_a_line(workplace, whole_run):
+def test_translate_gives_a_line_for_a_line(workplace, trained_translation):
     lines = ["eht xof spmuj", "", "a yzal god", "eht eht"]
     (workplace.folder / "source.txt").write_text("\n".join(lines) + "\n")
-    translate = [str(ROOT / "scripts/translate.py"), "whole", "--batch_size", "2"]
-    workplace.run(*translate, "--input", "source.txt", "--output", "target.txt")
+    folder, options = trained_translation.folder, ["--batch_size", "2", "--input", "source.txt"]
+    workplace.run(ROOT / "scripts/translate.py", folder, *options, "--output", "target.txt")
     translated = (workplace.folder / "target.txt").read_text().split("\n")
-    folder = workplace.folder / "whole"
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert (model.generation_config.num_beams, model.generation_config.max_length) == (2, 20)
     for line, translation in zip(lines, translated, strict=False):
@@ -143,13 +132,12 @@ def test_translate_gives_a_line_for_a_line(workplace, whole_run):
             assert translation == " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
     assert len(translated) == len(lines) + 1
     assert translated[1] == ""
-    process = workplace.start("-c", f"import subprocess; subprocess.run({['python', *translate]!r}, input=b'xof\\n')")
-    assert process.wait(timeout=120) == 0
 
 
-def test_translate_cuts_off_a_line_that_is_too_long_and_says_which(workplace, whole_run):
+def test_translate_cuts_off_a_line_that_is_too_long_and_says_which(workplace, trained_translation):
     (workplace.folder / "long.txt").write_text("xof\n" + "eht " * 60 + "\n")
-    output = workplace.run(str(ROOT / "scripts/translate.py"), "whole", "--input", "long.txt", "--output", "cut.txt")
+    options = ["--input", "long.txt", "--output", "cut.txt"]
+    output = run_here("translate", trained_translation.folder, *options, folder=workplace.folder)
     assert re.search(r"line 2 has \d+ tokens; only the first 64 are translated", output)
     assert len((workplace.folder / "cut.txt").read_text().splitlines()) == 2
 
@@ -157,19 +145,20 @@ def test_translate_cuts_off_a_line_that_is_too_long_and_says_which(workplace, wh
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["whole", "--target_language", "de"], "has no target-language tokens"),
-        (["whole", "--input", "nothing.txt"], "nothing.txt"),
-        (["whole", "--max_length", "65"], "--max_length exceeds the model's 64 positions"),
+        (["trained", "--target_language", "de"], "has no target-language tokens"),
+        (["trained", "--input", "nothing.txt"], "nothing.txt"),
+        (["trained", "--max_length", "65"], "--max_length exceeds the model's 64 positions"),
         (["nowhere/at-all"], "cannot load 'nowhere/at-all'"),
     ],
 )
 def test_translate_refuses_bad_input_with_one_line_and_keeps_the_old_file(
-    workplace, whole_run, monkeypatch, options, message
+    workplace, trained_translation, monkeypatch, options, message
 ):
     monkeypatch.chdir(workplace.folder)
     (workplace.folder / "xof.txt").write_text("xof\n")
     (workplace.folder / "kept.txt").write_text("old\n")
-    arguments = [*options, "--output", "kept.txt"]
+    arguments = [option.replace("trained", str(trained_translation.folder)) for option in options]
+    arguments += ["--output", "kept.txt"]
     if "--input" not in options:
         arguments += ["--input", "xof.txt"]
     assert message in refuse(load_script("translate").main, arguments)
@@ -177,7 +166,7 @@ def test_translate_refuses_bad_input_with_one_line_and_keeps_the_old_file(
 
 
 def test_several_target_languages_are_told_by_a_token(workplace):
-    workplace.train("many", "--language_pairs", "en-back", "en-twice", "--eval_strategy", "no", max_steps=4)
+    workplace.train_here("many", "--language_pairs", "en-back", "en-twice", "--eval_strategy", "no", max_steps=4)
     tokenizer = AutoTokenizer.from_pretrained(workplace.folder / "many")
     assert {">>back<<", ">>twice<<"} <= set(tokenizer.get_vocab())
     (workplace.folder / "fox.txt").write_text("fox\n")
@@ -208,15 +197,11 @@ def test_several_target_languages_are_told_by_a_token(workplace):
         (["--stage1_steps", "100"], "longer than training"),
     ],
 )
-def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, whole_run, script, options, message):
+def test_bad_input_is_one_line_and_claims_no_folder(workplace, script, options, message):
     causal = {"source": "made up", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     (workplace.folder / "causal.json").write_text(json.dumps(causal))
     assert message in refuse(script, workplace.arguments("new", *options))
     assert not (workplace.folder / "new").exists()
-    # A slip in a command that replaces a run must not cost the run.
-    before = content(workplace.folder / "whole")
-    refuse(script, workplace.arguments("whole", "--overwrite_output_dir", "True", *options))
-    assert content(workplace.folder / "whole") == before
 
 
 def test_a_pair_that_is_none_ends_with_status_2(workplace, script, capsys):
@@ -238,17 +223,21 @@ def test_a_language_model_is_no_translation_model(workplace, script):
     assert not (workplace.folder / "new").exists()
 
 
-def test_killed_run_resumes_across_the_transition_to_the_same_bits(workplace, whole_run):
+def test_killed_run_resumes_across_the_transition_to_the_same_bits(workplace, trained_translation):
     # In stage 1, while the checkpoint before the transition is written; then in stage 2.
-    workplace.kill_and_resume("killed", [(4, 0.0), (10, 0.0)])
-    assert_same_saved_weights(workplace.folder / "killed", workplace.folder / "whole")
-    actual, expected = results_of(workplace.folder / "killed"), results_of(workplace.folder / "whole")
+    for step, more in ((4, ()), (10, LATEST)):
+        run = fork_script(workplace, "killed", *more, before=fault("optimizer", step, die))
+        assert run.wait() == [-signal.SIGKILL], run.output[-3000:]
+    workplace.train_here("killed", *LATEST)
+    folders = (workplace.folder / "killed", trained_translation.folder)
+    assert_same_saved_weights(*folders)
+    actual, expected = map(results_of, folders)
     assert actual["scores"] == expected["scores"]
     assert [row["fluctuation"] for row in actual["stages"]] == [row["fluctuation"] for row in expected["stages"]]
 
 
-def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, whole_run, script):
-    trained = workplace.folder / "whole"
+def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, trained_translation, script):
+    trained = trained_translation.folder
     start = ["--model_name_or_path", str(trained), "--tokenizer_name", str(trained), "--model_preset", ""]
     options = ["--stage1_steps", "", "--fluctuation_check_steps", "0", "--max_steps", "3", "--eval_strategy", "no"]
     script(workplace.arguments("tuned", *start, *options))

@@ -1,22 +1,10 @@
 """Equal batches give equal training, however they are cut up."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
-from helpers import ROOT
 from helpers.models import random_ids, tiny_model
-from helpers.trainers import Gradients
-from helpers.workplaces import free_port
-from modeling_stablemoe.data.text import collate_blocks
-
-
-SCRIPT = ROOT / "tests" / "helpers" / "scripts" / "train_two_stages.py"
+from helpers.trainers import BLOCKS, Gradients, make_trainer
 
 
 def train(folder, batch_size, accumulation, *, max_steps=4, blocks=None, frozen=False, **config):
@@ -26,30 +14,22 @@ def train(folder, batch_size, accumulation, *, max_steps=4, blocks=None, frozen=
         model.freeze_router()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     gradients = Gradients()
-    Trainer(
+    make_trainer(
+        folder,
+        gradients,
         model=model,
-        args=TrainingArguments(
-            output_dir=str(folder),
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation,
-            max_steps=max_steps,
-            max_grad_norm=0.0,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        ),
-        train_dataset=[{"input_ids": row} for row in random_ids(24, 16, seed=1)] if blocks is None else blocks,
-        data_collator=collate_blocks,
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
-        callbacks=[gradients],
+        train_dataset=BLOCKS if blocks is None else blocks,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=max_steps,
+        max_grad_norm=0.0,
+        logging_strategy="no",
     ).train()
     return gradients.steps, model.state_dict()
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(3, 2), (1, 6)])
+@pytest.mark.parametrize(("batch_size", "accumulation", "frozen"), [(3, 2, False), (1, 6, True), (1, 6, False)])
 def test_one_batch_equals_the_same_blocks_by_accumulation(tmp_path, batch_size, accumulation, frozen):
     options = {"balance_loss_coef": 0.0, "frozen": frozen}
     whole, whole_weights = train(tmp_path, 6, 1, **options)
@@ -88,50 +68,3 @@ def test_balance_loss_does_not_grow_with_the_number_of_micro_batches(tmp_path):
     coefficient = (cut * whole).sum() / whole.square().sum()
     # Not exactly 1: loads are counted in each micro-batch. A sum over micro-batches would give 4.
     assert coefficient.item() == pytest.approx(1.0, abs=0.05)
-
-
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("train_two_stages", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.train(tmp_path_factory.mktemp("one"), 4)
-
-
-def run_two_processes(folder, *options) -> dict:
-    # `--multi_gpu` is accelerate's word for one process a device; with `use_cpu` the devices are CPUs and talk gloo.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_ip", "127.0.0.1", "--main_process_port", free_port()]
-    command += [str(SCRIPT), str(folder), "2", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "result.pt", weights_only=True)
-
-
-@pytest.mark.parametrize(
-    "options", [(), ("checkpointing",), ("no_unused",), ("router_logits",)], ids=lambda o: "-".join(o) or "default"
-)
-def test_two_processes_equal_one_with_their_whole_batch_in_both_stages(tmp_path, one_process, options):
-    two = run_two_processes(tmp_path, *options)
-    assert (two["processes"], one_process["processes"]) == (2, 1)
-    for step, (expected, actual) in enumerate(zip(one_process["gradients"], two["gradients"], strict=True)):
-        if step >= 3:  # stage 2: D and E^ may have a gradient of zero, for the sake of the processes
-            actual = {name: gradient for name, gradient in actual.items() if name in expected}
-        # Balance and distillation included: loads are counted over all processes.
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(two["weights"], one_process["weights"], rtol=1e-4, atol=1e-5)
-    assert two["fingerprint"] == one_process["fingerprint"]
-    # Under weight decay and momentum D and E^ stand still from the transition on, to the bit.
-    for before, after in zip(two["distilled"][2:], two["distilled"][3:], strict=False):
-        assert before
-        assert not [name for name in before if not torch.equal(before[name], after[name])]
-    assert not torch.equal(*(next(iter(step.values())) for step in two["distilled"][:2]))
-    # The log tells of the tokens of all processes.
-    names = ["loss", "task_loss", "balance_loss", "distillation_loss", "distillation_agreement", "load_max_over_mean"]
-    for expected, actual in zip(one_process["history"], two["history"], strict=True):
-        for name in names:
-            assert (name in expected) == (name in actual)
-            if name in expected:
-                assert actual[name] == pytest.approx(expected[name], rel=1e-4), name

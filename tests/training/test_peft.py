@@ -241,7 +241,12 @@ def test_a_wrapped_model_passes_the_transition(staged):
     assert model.router_fingerprint() == model.config.router_fingerprint
 
 
-@pytest.mark.parametrize("step", [2, 4, 6])
+def at_steps(*pairs):
+    """Kinds of runs, and the step of the checkpoint to go on from."""
+    return pytest.mark.parametrize(("staged", "step"), pairs, indirect=["staged"])
+
+
+@at_steps(("word_embedding", 2), ("word_embedding", 4), ("counts", 2), ("counts", 6), ("bigram", 4))
 def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
     kind, trainer, _ = staged
     model = staged_model(kind)
@@ -253,14 +258,14 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
         **STAGED,
     )
     expected = dict(trainer.model.named_parameters())
-    # Once frozen, D and E^ are of no consequence.
+    # Once frozen, D and Ê do not matter.
     assert not [n for n, p in model.named_parameters() if not torch.equal(p, expected[n])]
     assert resumed.model.base_model.model.config.router_fingerprint is not None
     last, expected = (training_logs(each.state.log_history)[-1] for each in (resumed, trainer))
     assert last | {"tokens_per_second": 0.0} == expected | {"tokens_per_second": 0.0}
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@at_steps(("word_embedding", 2), ("counts", 6), ("bigram", 6))
 def test_adapters_resume_with_their_routing_wherever_their_checkpoint_is(staged, tmp_path, step):
     kind, trainer, _ = staged
     moved = tmp_path / "last-checkpoint"
@@ -278,7 +283,7 @@ def test_adapters_resume_with_their_routing_wherever_their_checkpoint_is(staged,
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@at_steps(("word_embedding", 2), ("word_embedding", 6), ("counts", 2), ("bigram", 6))
 def test_adapters_without_their_routing_are_not_resumed(staged, tmp_path, step):
     kind, trainer, _ = staged
     moved = tmp_path / "last-checkpoint"

@@ -10,8 +10,8 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.testing import assert_close
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
-from helpers import ROOT
-from helpers.workplaces import Workplace, assert_same_saved_weights, free_port, load_script, refuse
+from helpers.forks import Fork
+from helpers.workplaces import Workplace, assert_same_saved_weights, load_script, refuse
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.data.text import DataArguments, collate_blocks, load_corpus, pack
 from modeling_stablemoe.runs.recipes import load_preset
@@ -62,18 +62,11 @@ class LoopWorkplace(Workplace):
         options |= {} if stage1 is None else {"stage1_steps": stage1}
         return [*self.data(), *(str(part) for name, value in options.items() for part in (f"--{name}", value)), *more]
 
-    def launch(self, output: str, *more: str, **options) -> str:
-        """On two processes."""
-        command = [
-            "--config_file",
-            str(ROOT / "configuration/accelerate/ddp-cpu.yaml"),
-            "--main_process_port",
-            free_port(),
-        ]
-        script = str(ROOT / "scripts" / self.script)
-        return self.run(
-            "-m", "accelerate.commands.launch", *command, script, *self.arguments(output, *more, **options)
-        )
+    def on_two_processes(self, output: str, *more: str, **options) -> str:
+        main = load_script("train_with_accelerate").main
+        run = Fork(lambda: main(self.arguments(output, *more, **options)), processes=2)
+        assert run.wait() == [0, 0], run.output[-3000:]
+        return run.output
 
     def alone(self, output: str, *more: str, **options):
         """On one process, this one."""
@@ -114,7 +107,7 @@ def test_the_loop_passes_the_transition(workplace, capsys):
 
 
 def test_two_processes_learn_what_one_does(workplace, whole):
-    printed = workplace.launch("two", "--batch_size", "4", "--weight_decay", "0.0")
+    printed = workplace.on_two_processes("two", "--batch_size", "4", "--weight_decay", "0.0")
     two = StableMoEForCausalLM.from_pretrained(workplace.folder / "two")
     assert two.router_fingerprint() == whole.router_fingerprint()
     assert_same_but_for_rounding(two, whole)

@@ -95,8 +95,7 @@ def make(kind, folder, model, *callbacks, trainer_class=None, **arguments):
     )
 
 
-@pytest.mark.parametrize("coefficient", [None, 0.0], ids=["default", "no balance loss"])
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize(("kind", "coefficient"), [("sft", None), ("dpo", 0.0), ("grpo", None), ("sft", 0.0)])
 def test_a_frozen_model_is_trained_and_keeps_its_routing(checkpoint, tmp_path, kind, coefficient):
     model = StableMoEForCausalLM.from_pretrained(checkpoint)
     fingerprint, route = model.router_fingerprint(), model.route(EVERY_ID)
@@ -128,11 +127,16 @@ def first_loss(kind: str, model: StableMoEForCausalLM, trainer) -> float:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"distilled_router": "bigram"}, {"router_type": "hash"}, {"moe_layer_positions": []}],
-    ids=["table", "weights", "hash", "dense"],
+    ("kind", "settings"),
+    [
+        ("sft", {}),
+        ("sft", {"distilled_router": "bigram"}),
+        ("sft", {"moe_layer_positions": []}),
+        ("dpo", {"router_type": "hash"}),
+        ("dpo", {}),
+        ("grpo", {"distilled_router": "bigram"}),
+    ],
 )
-@pytest.mark.parametrize("kind", ROWS)
 def test_the_logged_loss_is_trl_s_own(tmp_path, kind, settings):
     model = tiny_model(**{"moe_layer_positions": [0, 2], "pad_token_id": 2, **settings})
     if model.routing_stage == 1 and model.config.num_moe_layers:
