@@ -4,7 +4,8 @@
 A generalised assignment problem in which an id weighs the same on every expert. With a price per token on every expert
 (`prices`), ids go to their best expert, heavy ones first, while there is room. As a heavy id lies on one expert as a
 whole, which prices cannot tell, they are found again for the ids that are left, after the first id and then each time
-that the number of placed ids has grown by a share of `GROWTHS`. At last ids move, or two change places, as long as that brings
+that the number of placed ids has grown by a share of `GROWTHS`; and of a table in which the heaviest ids go where most is left
+to be kept by the others, and one in which they do not look ahead, the better one is taken. At last ids move, or two change places, as long as that brings
 something. The dual at the first prices bounds what any table can keep.
 
 An id that alone outweighs the limit cannot keep to it on any expert. It counts as heavy as the limit: so it fills an
@@ -35,6 +36,8 @@ MOST_STEPS = 80
 WARM = 1 / 16
 # Which is best differs from problem to problem: all are tried.
 GROWTHS = (1.1, 1.5)
+# Ids heavier than this share of an expert may look ahead on so many experts.
+HEAVY, CANDIDATES = 1 / 4, 3
 # All pairs of so many ids are looked at when places are changed, so often.
 MOST_EXCHANGING = 500
 MOST_EXCHANGES = 60
@@ -99,12 +102,39 @@ class Problem(NamedTuple):
         return Problem(self.agreement_VE[len(table_V) :], self.weight_V[len(table_V) :], room_E)
 
 
-def fill(problem: Problem, price_E: Tensor, growth: float) -> Tensor | None:
-    """Place all ids, the heaviest first, each on its best expert with room; return the table, None where one has none."""
+def place_ahead(problem: Problem, price_E: Tensor) -> tuple[int, Tensor] | None:
+    """Return the expert of the heaviest id on which most can be kept in all, and the others' prices; None without room."""
+    value_E = problem.agreement_VE[0] - problem.weight_V[0] * price_E
+    value_E = value_E.masked_fill(problem.capacity_E < problem.weight_V[0], -math.inf)
+    found = []
+    for expert in value_E.argsort(descending=True, stable=True)[:CANDIDATES].tolist():
+        if value_E[expert] > -math.inf:
+            rest = problem.without(torch.tensor([expert]))
+            *_, rest_price_E = rest.prices(price_E, WARM, BLUR)
+            found.append((problem.agreement_VE[0, expert].item() + rest.dual(rest_price_E), expert, rest_price_E))
+    return max(found, key=lambda each: each[0])[1:] if found else None
+
+
+def fill(problem: Problem, price_E: Tensor, growth: float, num_ahead: int) -> Tensor | None:
+    """Place all ids, the heaviest first, each on its best expert with room; return the table, None where one has none.
+
+    Args:
+        problem (`Problem`): the ids.
+        price_E (`torch.DoubleTensor` of shape `(E,)`): to begin with.
+        growth (`float`): of the number of placed ids before prices are found again.
+        num_ahead (`int`): ids that look ahead; fewer than all.
+    """
     table, num_placed = [torch.zeros(0, dtype=torch.long)], 0
     while num_placed < len(problem.weight_V):
         rest = problem.without(torch.cat(table))
-        if num_placed:
+        if num_placed < num_ahead:
+            if (ahead := place_ahead(rest, price_E)) is None:
+                return None
+            expert, price_E = ahead
+            table.append(torch.tensor([expert]))
+            num_placed += 1
+            continue
+        if num_placed > num_ahead:
             *_, price_E = rest.prices(price_E, WARM, BLUR)
         count = math.ceil((growth - 1) * num_placed) or 1
         value_VE = rest.agreement_VE[:count] - rest.weight_V[:count].unsqueeze(-1) * price_E
@@ -189,7 +219,9 @@ def place(problem: Problem, packed_V: Tensor | None) -> tuple[Tensor, float] | N
     if (table_load(table_V, problem.weight_V, len(problem.capacity_E)) <= problem.capacity_E).all():
         return table_V, 0.0
     price_E = min(problem.prices(torch.zeros_like(problem.capacity_E), 1.0, BOUND_BLUR), key=problem.dual)
-    tables = [table_V for growth in GROWTHS if (table_V := fill(problem, price_E, growth)) is not None]
+    num_heavy = int((problem.weight_V[:-1] > HEAVY * problem.capacity_E.max()).sum())
+    ways = [(growth, num_ahead) for growth in GROWTHS for num_ahead in {0, num_heavy}]
+    tables = [table_V for way in ways if (table_V := fill(problem, price_E, *way)) is not None]
     tables = tables or ([] if packed_V is None else [packed_V])
     if not tables:
         return None
