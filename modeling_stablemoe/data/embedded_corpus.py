@@ -116,7 +116,7 @@ def read_modules(stdlib: Path | None = None) -> Iterator[tuple[str, str, ast.Mod
 
 
 def split_of(name: str) -> str:
-    """Assign a topic or a top-level package to "validation" (about 6 % of all names) or "train" by a hash of its name."""
+    """Assign a topic or top-level package to "validation" (about 6 % of the names) or "train" by a hash of its name."""
     return "validation" if hashed_place(name) < VALIDATION_SHARE else "train"
 
 

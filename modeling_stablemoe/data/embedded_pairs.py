@@ -77,7 +77,7 @@ def embedded_pairs(stdlib: Path | None = None) -> Iterator[EmbeddedPair]:
 
 
 def pair_split_of(package: str) -> str:
-    """Assign a top-level package to a split by a hash of its name; "validation" is what the embedded corpus holds out."""
+    """Assign a package to a split by a hash of its name; "validation" is what the embedded corpus holds out."""
     return "test" if hashed_place(package) >= 1 - TEST_SHARE else split_of(package)
 
 

@@ -1,8 +1,9 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Local files, plain or compressed, one document, line or row at a time; `fsspec`, which comes with `datasets`, decompresses.
+"""Local files, plain or compressed, one document, line or row at a time.
 
-The readers of `datasets` do not serve here: its text reader ends a line at a stray "\\r", too, which would shift paired
-files, and its JSON reader takes strings that look like dates for dates and missing keys for nulls.
+`fsspec`, which comes with `datasets`, decompresses. The readers of `datasets` themselves do not serve: the one of text
+ends a line at a stray "\\r", too, which would shift paired files; that of JSON takes strings that look like dates
+for dates and missing keys for nulls.
 """
 
 import codecs
@@ -91,8 +92,8 @@ def open_text(path: str | Path, encoding: str, newline: str | None = None) -> It
 def read_lines(path: str | Path, encoding: str) -> Iterator[str]:
     """Yield the lines of a text file, compressed or not, or of the standard input, without their ends.
 
-    Only "\\n" and "\\r\\n" end a line. A stray "\\r" inside one, or a line separator of Unicode, would make two of it and shift
-    all that follow against the lines of another file.
+    Only "\\n" and "\\r\\n" end a line. A stray "\\r" inside one, or a line separator of Unicode, would make two of it and
+    shift all that follow against the lines of another file.
 
     Args:
         path (`str` or `Path`): the file, or `STANDARD_INPUT`.
