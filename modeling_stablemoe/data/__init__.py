@@ -3,7 +3,7 @@
 
 from .embedded_corpus import embedded_documents
 from .embedded_pairs import EMBEDDED_PAIR
-from .local_files import STANDARD_INPUT, read_lines
+from .files import STANDARD_INPUT, read_lines
 from .text import (
     EOS_TOKEN,
     PAD_TOKEN,

@@ -90,45 +90,33 @@ def embedded_documents(kind: str = "docs", stdlib: Path | None = None) -> Iterat
 
 
 def read_modules(stdlib: Path | None = None) -> Iterator[tuple[str, str, ast.Module]]:
-    """Read the modules of the standard library that are worth reading, without importing any.
-
-    Args:
-        stdlib (`Path`, *optional*): folder of the standard library; default: the running interpreter's.
-
-    Yields:
-        `tuple`: dotted name, source code and syntax tree of the next module, in sorted order; unreadable ones are
-        left out and counted in a warning.
-
-    Raises:
-        FileNotFoundError: if no module is readable (a frozen or zipped standard library).
-    """
+    """Yield dotted name, source code and syntax tree of the standard library's modules, sorted, importing none."""
     root = Path(sysconfig.get_path("stdlib")) if stdlib is None else stdlib
-    modules = list(_find_modules(root))
-    num_parsed = 0
-    for name, path in modules:
-        parsed = _parse(path)
-        if parsed is not None:
+    num_parsed = num_unreadable = 0
+    for name, path in _find_modules(root):
+        try:
+            with tokenize.open(path) as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+                code = file.read()
+                tree = ast.parse(code)
+        except (OSError, SyntaxError, ValueError, RecursionError) as error:
+            logger.debug("Embedded corpus: skipped %s: %s", path, error)
+            num_unreadable += 1
+        else:
             num_parsed += 1
-            yield name, *parsed
+            yield name, code, tree
 
     if num_parsed == 0:
         raise FileNotFoundError(
             f"This Python has no readable standard-library sources in {root}, so there is no embedded corpus. "
             "Pass your own text with --train_files, or name a data set."
         )
-    if num_parsed < len(modules):
-        logger.warning("Embedded corpus: skipped %d unreadable modules.", len(modules) - num_parsed)
+    if num_unreadable:
+        logger.warning("Embedded corpus: skipped %d unreadable modules.", num_unreadable)
 
 
 def split_of(name: str) -> str:
-    """Assign a topic or a top-level package to a split by a hash of its name.
-
-    Args:
-        name (`str`): topic, or top-level package (submodules follow their package).
-
-    Returns:
-        `str`: "validation" for about 6 % of all names, else "train"; the same on every machine.
-    """
+    """Assign a topic or top-level package to "validation" (about 6 % of the names) or "train" by a hash of its name."""
     return "validation" if hashed_place(name) < VALIDATION_SHARE else "train"
 
 
@@ -152,7 +140,7 @@ def _topic_documents(seen_passages: set[str]) -> Iterator[EmbeddedDocument]:
 
 
 def _is_new(passage: str, seen_passages: set[str]) -> bool:
-    """Say whether a passage is short or not seen yet, and remember it."""
+    """Return True if a passage is short or not seen yet, and remember it."""
     if len(passage) < _SHORTEST_TRACKED_PASSAGE:
         return True
     is_new = passage not in seen_passages
@@ -161,7 +149,7 @@ def _is_new(passage: str, seen_passages: set[str]) -> bool:
 
 
 def _find_modules(root: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the dotted name and the path of every module below `root` that is worth reading, in sorted order."""
+    """Yield the dotted name and the path of every module that is worth reading, in sorted order."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not _is_skipped(name))
         for file in sorted(files):
@@ -173,18 +161,6 @@ def _find_modules(root: Path) -> Iterator[tuple[str, Path]]:
 
 def _is_skipped(name: str) -> bool:
     return name in _SKIPPED_FOLDERS or name.startswith(_SKIPPED_PREFIXES)
-
-
-def _parse(path: Path) -> tuple[str, ast.Module] | None:
-    """Read a module and its syntax tree, or return None if it does not decode or parse."""
-    try:
-        with tokenize.open(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            code = file.read()
-            return code, ast.parse(code)
-    except (OSError, SyntaxError, ValueError, RecursionError) as error:
-        logger.debug("Embedded corpus: skipped %s: %s", path, error)
-        return None
 
 
 def _docstrings(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -199,15 +175,7 @@ def _docstrings(module: str, tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def find_definitions(owner: str, node: ast.AST) -> Iterator[tuple[str, Definition]]:
-    """Find the classes and functions that a module or class defines; function bodies are not searched.
-
-    Args:
-        owner (`str`): dotted name of the module or class.
-        node (`ast.AST`): its syntax tree.
-
-    Yields:
-        `tuple`: dotted name and syntax tree of the next class, function or method, in source order.
-    """
+    """Yield dotted name and tree of what a module or class defines, in source order; functions are not searched."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Definition):
             name = f"{owner}.{child.name}"

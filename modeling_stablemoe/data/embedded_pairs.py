@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .embedded_corpus import VALIDATION_SHARE, find_definitions, hashed_place, read_modules
+from .embedded_corpus import find_definitions, hashed_place, read_modules, split_of
 
 
 EMBEDDED_PAIR = "code-summary"
 TEST_SHARE = 0.06
-# At 3 to 4 characters a token this fits into 512 positions; 9 of 10 functions are shorter.
+# At 3 to 4 characters per token this fits into 512 positions; 9 of 10 functions are shorter.
 MAX_SOURCE_CHARACTERS = 1000
 MAX_TARGET_CHARACTERS = 200
 MIN_TARGET_WORDS = 3
@@ -77,19 +77,8 @@ def embedded_pairs(stdlib: Path | None = None) -> Iterator[EmbeddedPair]:
 
 
 def pair_split_of(package: str) -> str:
-    """Assign a top-level package to a split by a hash of its name.
-
-    Args:
-        package (`str`): top-level package (submodules follow their package).
-
-    Returns:
-        `str`: "validation" for the packages that `embedded_corpus.split_of` holds out (about 6 %), "test" for another
-        6 % of all names, else "train"; the same on every machine.
-    """
-    place = hashed_place(package)
-    if place < VALIDATION_SHARE:
-        return "validation"
-    return "test" if place >= 1 - TEST_SHARE else "train"
+    """Assign a package to a split by a hash of its name; "validation" is what the embedded corpus holds out."""
+    return "test" if hashed_place(package) >= 1 - TEST_SHARE else split_of(package)
 
 
 def _module_pairs(module: str, tree: ast.Module) -> Iterator[tuple[str, str, str]]:
@@ -114,12 +103,8 @@ def _drop_constants(tree: ast.Module) -> None:
         for block in ("body", "orelse", "finalbody"):
             statements = getattr(node, block, None)
             if isinstance(statements, list):  # the body of a lambda is an expression
-                kept = [statement for statement in statements if not _is_constant(statement)]
+                kept = [s for s in statements if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
                 setattr(node, block, kept or ([ast.Pass()] if block == "body" else []))
-
-
-def _is_constant(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _summary(docstring: str) -> str | None:
@@ -130,6 +115,3 @@ def _summary(docstring: str) -> str | None:
         return None
     words = [word for word in sentence.split(" ") if _LETTER.search(word)]
     return sentence if len(words) >= MIN_TARGET_WORDS else None
-
-
-__all__ = ["EMBEDDED_PAIR", "EmbeddedPair", "embedded_pairs", "pair_split_of"]

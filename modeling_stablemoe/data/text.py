@@ -33,7 +33,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .embedded_corpus import EMBEDDED_KINDS, embedded_documents, hashed_place
-from .local_files import READABLE, find_files, read_files
+from .files import READABLE, find_files, read_files
 
 
 logger = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ TOKENIZER_DOCUMENTS = 200_000
 
 # Raise it when the readers below produce other documents than before, so that old caches are not used.
 _CACHE_FORMAT = 1
-# One encoding call holds about 100 bytes a token, so texts are handed over in groups of about 2 M tokens.
+# One encoding call holds about 100 bytes per token, so texts are handed over in groups of about 2 M tokens.
 _CHARACTERS_PER_CALL = 8_000_000
 
 # The embedded corpora depend on it.
-INTERPRETER = (sys.version, sysconfig.get_path("stdlib"))
+_INTERPRETER = (sys.version, sysconfig.get_path("stdlib"))
 
 Corpus = DatasetDict | IterableDatasetDict
 
@@ -142,10 +142,6 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         """Check every field that can be checked without reading the corpus."""
-        self._check_ranges()
-        self._check_combinations()
-
-    def _check_ranges(self) -> None:
         check_share(self.validation_share)
         if self.vocab_size < MIN_VOCAB_SIZE:
             raise ValueError(
@@ -158,6 +154,7 @@ class DataArguments:
         if self.document_separator is not None and "\n" in self.document_separator:
             raise ValueError("document_separator is compared with single lines and must not hold a line break.")
         check_encoding(self.encoding)
+        self._check_combinations()
 
     def _check_combinations(self) -> None:
         if self.dataset_name and (self.train_files or self.validation_files):
@@ -175,13 +172,13 @@ class DataArguments:
 
 
 def check_share(validation_share: float) -> None:
-    """Check that some documents, but not all, can be held out."""
+    """Refuse a share that holds out nothing or everything."""
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share must lie between 0 and 1 (exclusive); got {validation_share}.")
 
 
 def check_counts(counts: dict[str, int | None], at_least: int = 1) -> None:
-    """Check that every number that is set, by name, is large enough."""
+    """Refuse numbers, by name, that are set and too small."""
     for name, value in counts.items():
         if value is not None and value < at_least:
             raise ValueError(f"{name} must be at least {at_least}; got {value}.")
@@ -203,7 +200,7 @@ def load_corpus(args: DataArguments) -> Corpus:
 
     Returns:
         `DatasetDict`, or `IterableDatasetDict` when streaming: splits "train" and "validation", each not empty and
-        with the one column "text", a document a row. Blank documents are left out.
+        with the one column "text", one document per row. Blank documents are left out.
 
     Raises:
         FileNotFoundError: if a path does not exist, or the interpreter carries no embedded corpus.
@@ -214,7 +211,8 @@ def load_corpus(args: DataArguments) -> Corpus:
     elif args.train_files:
         splits = _load_local_files(args)
     else:
-        splits = _load_embedded(args)
+        options = {"kind": args.embedded_corpus}
+        splits = load_embedded(_read_embedded, options, ("text",), ("train", "validation"))
     if "validation" not in splits:
         splits = _hold_out(splits["train"], args.validation_share, args.preprocessing_num_workers)
     limits = {"train": args.max_train_documents, "validation": args.max_validation_documents}
@@ -223,7 +221,6 @@ def load_corpus(args: DataArguments) -> Corpus:
 
 
 def _load_hub_dataset(args: DataArguments) -> dict[str, Dataset] | dict[str, IterableDataset]:
-    """Load the training and, if there is one, the validation split of a Hub data set."""
     loaded, source = load_hub_splits(
         args.dataset_name,
         args.dataset_config_name,
@@ -240,21 +237,9 @@ def _load_hub_dataset(args: DataArguments) -> dict[str, Dataset] | dict[str, Ite
 def load_hub_splits(
     name: str, configuration: str | None, splits: dict[str, str], alternative: str, streaming: bool = False
 ) -> tuple[dict[str, Any], str]:
-    """Load the splits of a Hub data set that have a role.
+    """Load the splits of a Hub data set or folder by role, and what to call it in messages.
 
-    Args:
-        name (`str`): on the Hub, or a local folder.
-        configuration (`str`, *optional*): which one, where the data set has several.
-        splits (`dict`): role ("train", "validation", "test") -> name of the split. A split that is not for training
-            and is named like its role may be missing.
-        alternative (`str`): what to do if it cannot be loaded, for the message.
-        streaming (`bool`): read while training.
-
-    Returns:
-        `tuple`: the splits by role, and what to call the data set in messages.
-
-    Raises:
-        ValueError: if it cannot be loaded or lacks a split.
+    `splits` names the split of each role; one that is not for training and has the name of its role may be missing.
     """
     source = f"Data set {name!r}, configuration {configuration!r}"
     try:
@@ -298,7 +283,7 @@ def _text_only(split: Dataset | IterableDataset, args: DataArguments, source: st
 
 
 def _reason(error: Exception) -> str:
-    """Name what went wrong; the datasets library hides it behind "An error occurred"."""
+    """Return what went wrong, which the datasets library hides behind "An error occurred"."""
     return str(error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error)
 
 
@@ -307,7 +292,6 @@ def _are_not_blank(texts: list[str | None]) -> list[bool]:
 
 
 def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
-    """Read the training and, if named, the validation files through the datasets cache."""
     files = {"train": find_files(args.train_files)}
     if args.validation_files:
         files["validation"] = find_files(args.validation_files)
@@ -322,35 +306,26 @@ def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
 
 
 def file_stamps(paths: Iterable[str]) -> list[tuple[str, int, int]]:
-    """List what changes when a file is edited, as a part of cache keys: path, size and time of change."""
+    """List what changes when a file is edited, as a part of cache keys."""
     return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
 
 
-def _load_embedded(args: DataArguments) -> dict[str, Dataset]:
-    """Load the embedded corpus with its own split by topic and package."""
-    rows = cached_dataset(_read_embedded, {"kind": args.embedded_corpus}, ("split", "text"), "train", INTERPRETER)
+def load_embedded(
+    reader: Callable[..., Iterator], options: dict[str, Any], columns: tuple[str, ...], names: tuple[str, ...]
+) -> dict[str, Dataset]:
+    """Load the splits of these names from an embedded corpus, whose rows say which split they are in."""
+    rows = cached_dataset(reader, options, ("split", *columns), "train", _INTERPRETER)
     roles = np.array(rows["split"])
-    rows = rows.select_columns(["text"])
-    return {name: rows.select(np.flatnonzero(roles == name)) for name in ("train", "validation")}
+    rows = rows.select_columns(list(columns))
+    return {name: rows.select(np.flatnonzero(roles == name)) for name in names}
 
 
 def cached_dataset(
     generator: Callable[..., Iterator], options: dict[str, Any], columns: tuple[str, ...], name: str, cache_key: Any
 ) -> Dataset:
-    """Run a generator of rows once, and read its rows from the datasets cache from then on.
+    """Run a generator of rows of strings once, and read them from the datasets cache from then on.
 
-    Args:
-        generator (`Callable`): called with `options`, yields one dict of strings a row.
-        options (`dict`): what the generator is to read; part of the cache key.
-        columns (`tuple[str]`): the keys of every row.
-        name (`str`): split name, shown in the progress bar.
-        cache_key (`Any`): whatever else the rows depend on.
-
-    Returns:
-        `Dataset`: memory-mapped rows.
-
-    Raises:
-        Exception: whatever the generator raised, without the wrapping of the datasets library.
+    `cache_key` is what the rows depend on besides `options`. Errors of the generator come as it raised them.
     """
     try:
         return Dataset.from_generator(
@@ -372,11 +347,7 @@ def _read_embedded(options: dict[str, Any]) -> Iterator[dict[str, str]]:
 def _hold_out(
     split: Dataset | IterableDataset, share: float, num_proc: int | None
 ) -> dict[str, Dataset] | dict[str, IterableDataset]:
-    """Split documents into training and validation by a hash of their text.
-
-    Of a map-style data set `share` of the documents (rounded, at least one) is held out; of a stream, each document
-    with probability `share`.
-    """
+    """Split documents into training and validation by a hash of their text; of a stream, the share is approximate."""
     if isinstance(split, IterableDataset):
         return {
             name: split.filter(_are_in, input_columns="text", batched=True, fn_kwargs={"name": name, "share": share})
@@ -392,17 +363,7 @@ def _hold_out(
 
 
 def choose_held_out(split: Dataset, column: str, share: float, num_proc: int | None) -> np.ndarray:
-    """Choose the validation rows by a hash of their text.
-
-    Args:
-        split (`Dataset`): at least one row.
-        column (`str`): holds the text; rows of equal text stay together.
-        share (`float`): of the rows, rounded, but at least one.
-        num_proc (`int`, *optional*): processes; default: the main process.
-
-    Returns:
-        `np.ndarray` of shape `(rows,)`: True on the rows to hold out.
-    """
+    """Return True for the rows to hold out, a share of them (rounded, at least one), by a hash of their text."""
     hashed = split.map(
         _add_places,
         input_columns=column,
@@ -416,7 +377,6 @@ def choose_held_out(split: Dataset, column: str, share: float, num_proc: int | N
 
 
 def _are_in(texts: list[str], name: str, share: float) -> list[bool]:
-    """Say which streamed documents belong to the split `name`."""
     return [(hashed_place(text, 6) < share) == (name == "validation") for text in texts]
 
 
@@ -448,11 +408,22 @@ def load_tokenizer(args: DataArguments, corpus: Corpus) -> PreTrainedTokenizerFa
     Raises:
         ValueError: if the tokenizer cannot be loaded, has no end-of-text token, or there is no text to train on.
     """
-    if not args.tokenizer_name:
-        return _train_tokenizer(args.vocab_size, corpus["train"])
-    tokenizer = load_named_tokenizer(args.tokenizer_name)
-    _require_eos(tokenizer)
-    return tokenizer
+    if args.tokenizer_name:
+        tokenizer = load_named_tokenizer(args.tokenizer_name)
+        _require_eos(tokenizer)
+        return tokenizer
+    split = corpus["train"]
+    if next(iter(split), None) is None:
+        raise ValueError("The training split is empty: a tokenizer needs text. Add text or name --tokenizer_name.")
+    texts = (batch["text"] for batch in first_rows(split, TOKENIZER_DOCUMENTS).iter(batch_size=1000))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=train_bpe(texts, args.vocab_size, [EOS_TOKEN, PAD_TOKEN]),
+        bos_token=EOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        unk_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def load_named_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -473,22 +444,6 @@ def _require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
             "eos_token and save it, or name another tokenizer with --tokenizer_name."
         )
     return tokenizer.eos_token_id
-
-
-def _train_tokenizer(vocab_size: int, split: Dataset | IterableDataset) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE of at most `vocab_size` tokens."""
-    if next(iter(split), None) is None:
-        raise ValueError("The training split is empty: a tokenizer needs text. Add text or name --tokenizer_name.")
-    documents = first_rows(split, TOKENIZER_DOCUMENTS)
-    texts = (batch["text"] for batch in documents.iter(batch_size=1000))
-    return PreTrainedTokenizerFast(
-        tokenizer_object=train_bpe(texts, vocab_size, [EOS_TOKEN, PAD_TOKEN]),
-        bos_token=EOS_TOKEN,
-        eos_token=EOS_TOKEN,
-        unk_token=EOS_TOKEN,
-        pad_token=PAD_TOKEN,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def train_bpe(texts: Iterable[list[str]], vocab_size: int, special_tokens: list[str] | list[AddedToken]) -> Tokenizer:
@@ -517,7 +472,7 @@ def train_bpe(texts: Iterable[list[str]], vocab_size: int, special_tokens: list[
 
 
 def warn_of_small_vocabulary(backend: Tokenizer, vocab_size: int) -> None:
-    """Log it if a trained tokenizer has fewer tokens than it was to have."""
+    """Log it if a trained tokenizer has fewer tokens than asked for."""
     if backend.get_vocab_size() < vocab_size:
         logger.warning("The text supports only %d of %d tokens.", backend.get_vocab_size(), vocab_size)
 
@@ -525,9 +480,9 @@ def warn_of_small_vocabulary(backend: Tokenizer, vocab_size: int) -> None:
 def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, num_proc: int | None = None) -> Corpus:
     """Tokenize the documents and cut their concatenation into blocks.
 
-    The end-of-text token follows every document. Blocks are cut within batches of 1000 documents, and what is left
-    over at the end of a batch (fewer than `block_size` tokens) is dropped; with `num_proc`, each process has batches
-    of its own. Text that spells a special token is encoded as ordinary text. Map-style splits go through the cache.
+    The end-of-text token follows every document. Blocks are cut within batches of 1000 documents, and what remains at
+    the end of a batch (fewer than `block_size` tokens) is dropped; with `num_proc`, each process has batches of its
+    own. Text that spells a special token is encoded as ordinary text. Map-style splits go through the cache.
 
     Args:
         corpus (`DatasetDict` or `IterableDatasetDict`): splits with the column "text".
@@ -537,7 +492,7 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, nu
 
     Returns:
         `DatasetDict` or `IterableDatasetDict`, as given: the same splits with the one column `input_ids`, `block_size`
-        ids a row.
+        ids per row.
 
     Raises:
         ValueError: if a split gives no block, the tokenizer has no end-of-text token, `block_size` is below 1, or
@@ -570,10 +525,10 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, nu
 
 
 def without_end(blocks: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """Return what a Trainer is to read of a split: of a stream pass after pass, as if it were one.
+    """Repeat a stream without end, so that a Trainer reads its passes as one; leave a map-style split as it is.
 
-    A Trainer that resumes a stream passes over as many batches as were read by then, but in its first pass alone: in a later
-    one it would begin that pass again. The last batch of a pass is filled from the next one.
+    A Trainer that resumes skips the batches read so far within the first pass only; in a later pass it would begin that
+    pass again. The last batch of a pass is filled from the next one.
 
     Args:
         blocks (`Dataset` or `IterableDataset`): of `pack`, not empty.
@@ -590,7 +545,7 @@ def _pack_batch(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase,
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return the token ids of all documents, each followed by the end-of-text token, as one int32 array."""
+    """Return the token ids of all documents, each followed by the end-of-text token, int32."""
     eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
     pieces: list[np.ndarray] = []
     for group in _groups(texts):

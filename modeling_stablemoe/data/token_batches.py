@@ -14,6 +14,8 @@ import torch
 from datasets import Dataset
 from transformers import BatchEncoding, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from .text import check_counts
+
 
 _MODEL_COLUMNS = ("input_ids", "attention_mask", "labels")
 # Rows whose lengths are read at once.
@@ -46,10 +48,17 @@ class TokenBatches(torch.utils.data.Dataset):
         Raises:
             ValueError: if a limit is below 1, the data set is empty or lacks a column, or a pair exceeds `max_tokens`.
         """
-        _check_limits(max_tokens, max_pairs)
+        check_counts({"max_tokens": max_tokens, "max_pairs": max_pairs})
         source_lengths, target_lengths = (row_lengths(dataset, column) for column in ("input_ids", "labels"))
         sizes = np.maximum(source_lengths, target_lengths)
-        _check_sizes(sizes, max_tokens)
+        if len(sizes) == 0:
+            raise ValueError("The data set is empty: batches need pairs. Check its split and what was filtered out.")
+        longest_pair = int(np.argmax(sizes))
+        if sizes[longest_pair] > max_tokens:
+            raise ValueError(
+                f"max_tokens is {max_tokens}, but pair {longest_pair} has a side of {sizes[longest_pair]} tokens; raise "
+                f"max_tokens to at least {sizes[longest_pair]}, or drop or truncate longer pairs."
+            )
         ties = np.random.default_rng(seed).permutation(len(sizes))
         # Pairs of one size run from longer sources to longer targets, those of the next size back again.
         excess = np.where(sizes % 2 == 0, 1, -1) * (target_lengths - source_lengths)
@@ -124,25 +133,8 @@ def sort_by_length(dataset: Dataset) -> tuple[Dataset, np.ndarray]:
     return dataset.select(order), order
 
 
-def _check_limits(max_tokens: int, max_pairs: int | None) -> None:
-    for name, value in (("max_tokens", max_tokens), ("max_pairs", max_pairs)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}.")
-
-
-def _check_sizes(sizes: np.ndarray, max_tokens: int) -> None:
-    if len(sizes) == 0:
-        raise ValueError("The data set is empty: batches need pairs. Check its split and what was filtered out.")
-    longest = int(np.argmax(sizes))
-    if sizes[longest] > max_tokens:
-        raise ValueError(
-            f"max_tokens is {max_tokens}, but pair {longest} has a side of {sizes[longest]} tokens; raise max_tokens "
-            f"to at least {sizes[longest]}, or drop or truncate longer pairs."
-        )
-
-
 def row_lengths(dataset: Dataset, column: str) -> np.ndarray:
-    """Return the number of tokens in a column of each row, as an int64 array, without making Python lists of them."""
+    """Return the number of tokens in a column of each row, int64, without making Python lists of them."""
     if column not in dataset.column_names:
         raise ValueError(
             f"The data set has no column {column!r} of token ids; it has: {', '.join(dataset.column_names)}."
@@ -153,7 +145,7 @@ def row_lengths(dataset: Dataset, column: str) -> np.ndarray:
 
 
 def _batch_starts(sizes: np.ndarray, max_tokens: int, max_pairs: int) -> np.ndarray:
-    """Return the first place of every batch, given sizes in ascending order."""
+    """Return the first place of each batch, given sizes in ascending order."""
     starts = []
     start = 0
     while start < len(sizes):
@@ -162,6 +154,3 @@ def _batch_starts(sizes: np.ndarray, max_tokens: int, max_pairs: int) -> np.ndar
         ends = range(start + 1, min(start + max_pairs, len(sizes)) + 1)
         start += bisect_right(ends, max_tokens, key=lambda end: (end - starts[-1]) * sizes[end - 1])
     return np.array(starts)
-
-
-__all__ = ["TokenBatchCollator", "TokenBatches", "row_lengths", "sort_by_length"]

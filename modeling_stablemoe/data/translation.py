@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import compress
+from itertools import compress, zip_longest
 from operator import not_
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,16 +21,8 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .embedded_pairs import EMBEDDED_PAIR, embedded_pairs
-from .local_files import (
-    LANGUAGE_PLACEHOLDER,
-    find_files,
-    find_parallel_files,
-    languages_of_json,
-    read_paired_text,
-    read_parallel_json,
-)
+from .files import checked_text, find_files, format_of, read_json_lines, read_lines
 from .text import (
-    INTERPRETER,
     cached_dataset,
     check_counts,
     check_encoding,
@@ -38,6 +30,7 @@ from .text import (
     choose_held_out,
     file_stamps,
     first_rows,
+    load_embedded,
     load_hub_splits,
     load_named_tokenizer,
 )
@@ -58,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 # More text hardly changes a vocabulary, but costs memory in proportion.
 TOKENIZER_PAIRS = 500_000
+# Stands for the language in the path of paired text files, one file per language.
+LANGUAGE_PLACEHOLDER = "{lang}"
 
 _LANGUAGE_PAIR = re.compile(r"(\w+)-(\w+)")
 _PAIR_FEATURES = Features({name: Value("large_string") for name in ("pair", "source", "target")})
@@ -78,7 +73,7 @@ class LanguagePair(NamedTuple):
         return f"{self.source}-{self.target}"
 
     def is_among(self, languages: Iterable[str]) -> bool:
-        """Say whether both languages are there."""
+        """Return True if both languages are there."""
         return {self.source, self.target} <= set(languages)
 
 
@@ -122,7 +117,7 @@ class TranslationDataArguments:
         default_factory=list,
         metadata={
             "help": "Files to train on: JSON lines with a key per language (or an object translation that has them), "
-            "or text, a sentence a line, as a path with {lang} for the language, e.g. data/train.{lang}. All also "
+            "or text, one sentence per line, as a path with {lang} for the language, e.g. data/train.{lang}. All also "
             "with .gz or .xz."
         },
     )
@@ -233,23 +228,17 @@ class TranslationDataArguments:
 
 
 class _Part(NamedTuple):
-    """Rows of one split from one source, with a column per language.
+    """Rows of one split from one source, with a column per language."""
 
-    Args:
-        origin (`str`): what to call the source in messages.
-        languages (`list[str]`): all that the source has.
-        rows (`Dataset`): strings or nulls, at least in the languages that are read.
-    """
-
-    origin: str
-    languages: list[str]
-    rows: Dataset
+    origin: str  # for messages
+    languages: list[str]  # all that the source has
+    rows: Dataset  # strings or nulls, at least in the languages that are read
 
 
 def load_parallel_corpus(args: TranslationDataArguments) -> DatasetDict:
     """Load the sentence pairs of the data sets, the files or the embedded corpus.
 
-    Pairs with an empty or blank side are left out; how many, is logged.
+    Pairs with an empty or blank side are left out; their number is logged.
 
     Args:
         args (`TranslationDataArguments`): names the sources; at most one of `parallel_datasets` and `train_files`.
@@ -306,10 +295,9 @@ def _load_hub_parts(args: TranslationDataArguments) -> dict[str, list[_Part]]:
 
 def _language_columns(split: Dataset) -> Dataset:
     """Reduce a split to its text columns: those of the column "translation", if it has one, else all of strings."""
-    prefix = "translation."
     if "translation" in split.column_names:
         split = split.select_columns(["translation"]).flatten()
-        split = split.rename_columns({name: name.removeprefix(prefix) for name in split.column_names})
+        split = split.rename_columns({name: name.removeprefix("translation.") for name in split.column_names})
     return split.select_columns(
         [
             name
@@ -320,12 +308,13 @@ def _language_columns(split: Dataset) -> Dataset:
 
 
 def _load_file_parts(args: TranslationDataArguments) -> dict[str, list[_Part]]:
-    """Read the local files through the datasets cache."""
     parts: dict[str, list[_Part]] = {"train": [], "validation": [], "test": []}
     names = {"train": args.train_files, "validation": args.validation_files, "test": args.test_files}
     role_of_path: dict[str, str] = {}
     for role, files in names.items():
-        for path in dict.fromkeys(path for name in files for path in _expand(name)):
+        for path in dict.fromkeys(
+            path for name in files for path in ([name] if LANGUAGE_PLACEHOLDER in name else find_files([name]))
+        ):
             if role_of_path.setdefault(path, role) != role:
                 raise ValueError(f"{path} is both a {role_of_path[path]} and a {role} file; name it only once.")
             parts[role].append(_load_file_part(path, role, args))
@@ -334,33 +323,87 @@ def _load_file_parts(args: TranslationDataArguments) -> dict[str, list[_Part]]:
     return parts
 
 
-def _expand(name: str) -> list[str]:
-    """List the files that a path stands for; paths with "{lang}" stay as they are."""
-    return [name] if LANGUAGE_PLACEHOLDER in name else find_files([name])
-
-
 def _load_file_part(name: str, role: str, args: TranslationDataArguments) -> _Part:
     """Read the languages of one file, or set of paired files, that are asked for and have a partner in it."""
-    paths = {}
+    paths: dict[str, str] = {}
     if LANGUAGE_PLACEHOLDER in name:
-        asked = dict.fromkeys(language for pair in args.pairs for language in pair)
-        paths = find_parallel_files(name, asked)
+        paths = _find_paired_files(name, dict.fromkeys(language for pair in args.pairs for language in pair))
         languages = list(paths)
+    elif format_of(name) != "json":
+        raise ValueError(
+            f"{name} holds one language; name paired text files by a path with {LANGUAGE_PLACEHOLDER} in place of the "
+            "language."
+        )
     else:
-        languages = languages_of_json(name, args.encoding)
+        _, first_row = next(_read_translations(name, args.encoding), (None, None))
+        if first_row is None:
+            raise ValueError(f"There is no text in {name}; name another file.")
+        languages = list(first_row)
     served = [pair for pair in args.pairs if pair.is_among(languages)]
     if not served:
         raise ValueError(
             f"{name} has no language pair of {' '.join(args.language_pairs)}; its languages: {', '.join(languages)}."
         )
     read = tuple(dict.fromkeys(language for pair in served for language in pair))
+    options: dict[str, Any] = {"encoding": args.encoding}
     if paths:
-        reader, options = read_paired_text, {"paths": {language: paths[language] for language in read}}
+        paths = {language: paths[language] for language in read}
+        rows = cached_dataset(read_paired_text, {"paths": paths, **options}, read, role, file_stamps(paths.values()))
     else:
-        reader, options = read_parallel_json, {"path": name, "languages": read}
-    options["encoding"] = args.encoding
-    stamps = file_stamps(options["paths"].values() if paths else [name])
-    return _Part(name, languages, cached_dataset(reader, options, read, role, stamps))
+        options = {"path": name, "languages": read, **options}
+        rows = cached_dataset(read_parallel_json, options, read, role, file_stamps([name]))
+    return _Part(name, languages, rows)
+
+
+def _find_paired_files(name: str, languages: Iterable[str]) -> dict[str, str]:
+    """Return the absolute paths, by language, that a path with "{lang}" stands for."""
+    if format_of(name) == "json":
+        raise ValueError(f"{name}: JSON lines hold all languages in one file; name it without {LANGUAGE_PLACEHOLDER}.")
+    paths = {lang: Path(name.replace(LANGUAGE_PLACEHOLDER, lang)).expanduser().absolute() for lang in languages}
+    found = {lang: str(path) for lang, path in paths.items() if path.is_file()}
+    if not found:
+        raise FileNotFoundError(f"There is no file {name} with {LANGUAGE_PLACEHOLDER} as one of: {', '.join(paths)}.")
+    return found
+
+
+def read_paired_text(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the lines that stand beside each other in files of one sentence per line; `paths`: language -> file."""
+    paths = options["paths"]
+    # Each is opened by its own generator, so that an error names the file that it is in.
+    files = [read_lines(path, options["encoding"]) for path in paths.values()]
+    num_lines = 0
+    for lines in zip_longest(*files):
+        if None in lines:
+            rest = [(line is not None) + sum(1 for _ in file) for line, file in zip(lines, files, strict=True)]
+            counts = ", ".join(
+                f"{path} has {num_lines + more}" for path, more in zip(paths.values(), rest, strict=True)
+            )
+            raise ValueError(f"Paired files must have the same number of lines: {counts}.")
+        num_lines += 1
+        yield dict(zip(paths, lines, strict=True))
+    if num_lines == 0:
+        raise ValueError(f"There is no text in {', '.join(paths.values())}; name other files.")
+
+
+def read_parallel_json(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the languages of every JSON line; null becomes ""."""
+    languages = options["languages"]
+    for where, texts in _read_translations(options["path"], options["encoding"]):
+        missing = [language for language in languages if language not in texts]
+        if missing:
+            raise ValueError(
+                f"{where} has no key {missing[0]!r}, which the first line has; its keys: {', '.join(texts)}."
+            )
+        yield {
+            language: "" if texts[language] is None else checked_text(texts[language], f"{where}: {language!r}")
+            for language in languages
+        }
+
+
+def _read_translations(path: str, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield file and number of every JSON line, and the languages, which stand in it or in its "translation"."""
+    for where, row in read_json_lines(path, encoding):
+        yield where, row["translation"] if isinstance(row.get("translation"), dict) else row
 
 
 def _require_all_pairs(parts: list[_Part], role: str, args: TranslationDataArguments) -> None:
@@ -374,15 +417,9 @@ def _require_all_pairs(parts: list[_Part], role: str, args: TranslationDataArgum
 
 
 def _load_embedded_parts() -> dict[str, list[_Part]]:
-    """Load the embedded corpus with its own split by package."""
     languages = EMBEDDED_PAIR.split("-")
-    rows = cached_dataset(_read_embedded_pairs, {}, ("split", *languages), "train", INTERPRETER)
-    roles = np.array(rows["split"])
-    rows = rows.select_columns(languages)
-    return {
-        role: [_Part("The embedded corpus", languages, rows.select(np.flatnonzero(roles == role)))]
-        for role in ("train", "validation", "test")
-    }
+    splits = load_embedded(_read_embedded_pairs, {}, tuple(languages), ("train", "validation", "test"))
+    return {role: [_Part("The embedded corpus", languages, rows)] for role, rows in splits.items()}
 
 
 def _read_embedded_pairs(options: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -392,14 +429,27 @@ def _read_embedded_pairs(options: dict[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def _rows_by_pair(parts: list[_Part], role: str, args: TranslationDataArguments) -> dict[LanguagePair, Dataset]:
-    """Make the rows of each language pair that a split has; pairs with an empty side are dropped and counted."""
+    """Return the rows of each language pair that a split has; those with an empty side are dropped and counted."""
     rows_by_pair = {}
     for pair in args.pairs:
         serving = [part.rows for part in parts if pair.is_among(part.languages)]
         if not serving:
             continue
         num_rows = sum(len(rows) for rows in serving)
-        rows = concatenate_datasets([_to_pair(rows, pair, args.preprocessing_num_workers) for rows in serving])
+        rows = concatenate_datasets(
+            [
+                rows.map(
+                    _pair_batch,
+                    batched=True,
+                    remove_columns=rows.column_names,
+                    features=_PAIR_FEATURES,
+                    fn_kwargs={"pair": pair},
+                    num_proc=args.preprocessing_num_workers,
+                    desc=f"Reading {pair}",
+                )
+                for rows in serving
+            ]
+        )
         if len(rows) == 0:
             raise ValueError(
                 f"The {role} corpus of {pair} holds no text: all its {num_rows} sentence pairs have an empty side."
@@ -419,25 +469,10 @@ def _rows_by_pair(parts: list[_Part], role: str, args: TranslationDataArguments)
     return rows_by_pair
 
 
-def _to_pair(rows: Dataset, pair: LanguagePair, num_proc: int | None) -> Dataset:
-    return rows.map(
-        _pair_batch,
-        batched=True,
-        remove_columns=rows.column_names,
-        features=_PAIR_FEATURES,
-        fn_kwargs={"pair": pair},
-        num_proc=num_proc,
-        desc=f"Reading {pair}",
-    )
-
-
 def _pair_batch(batch: dict[str, list[str | None]], pair: LanguagePair) -> dict[str, list[str]]:
-    """Strip both sides of a batch of rows and leave out those with an empty side."""
-    sides = [
-        ((source or "").strip(), (target or "").strip())
-        for source, target in zip(*(batch[language] for language in pair), strict=True)
-    ]
-    sides = [(source, target) for source, target in sides if source and target]
+    """Strip both sides of each row and leave out rows with an empty side."""
+    stripped = [[(text or "").strip() for text in batch[language]] for language in pair]
+    sides = [(source, target) for source, target in zip(*stripped, strict=True) if source and target]
     return {
         "pair": [str(pair)] * len(sides),
         "source": [source for source, _ in sides],
@@ -450,7 +485,7 @@ def _hold_out_pairs(
 ) -> None:
     """Move rows from training to validation, in place, for the language pairs that have no validation rows.
 
-    The share is taken of all these pairs together, so that equal sources stay together across them.
+    The share is that of all these pairs together, so that equal sources stay together across them.
     """
     lacking = [pair for pair in train if pair not in validation]
     if not lacking:
@@ -502,7 +537,7 @@ def load_translation_tokenizer(args: TranslationDataArguments, corpus: DatasetDi
 
 
 def _languages_to_name(pairs: list[LanguagePair]) -> list[str]:
-    """List the target languages, if there are several; a single one need not be named."""
+    """List the target languages if there are several; a single one need not be named."""
     languages = list(dict.fromkeys(pair.target for pair in pairs))
     return languages if len(languages) > 1 else []
 
@@ -542,7 +577,7 @@ def encode_pairs(
 
     With a tokenizer that has target-language tokens every source begins with the token of its pair. Text that spells a
     special token is encoded as ordinary text. Training pairs that are too long are left out; in the other splits the
-    long side is cut, as a score over a part of a test set would be none. How many, is logged.
+    long side is cut, as a score over a part of a test set would be none. Their number is logged.
 
     Args:
         corpus (`DatasetDict`): splits with the columns "pair", "source" and "target".
@@ -569,52 +604,37 @@ def encode_pairs(
         "max_source_length": max_source_length,
         "max_target_length": max_target_length,
     }
+    ids = List(Value("int32"))
+    features = Features({**_PAIR_FEATURES, "input_ids": ids, "labels": ids, "is_cut": Value("bool")})
     encoded = {}
     for name, split in corpus.items():
         rows = split.map(
             _encode_batch,
             batched=True,
             remove_columns=split.column_names,
-            features=Features(
-                {
-                    **_PAIR_FEATURES,
-                    "input_ids": List(Value("int32")),
-                    "labels": List(Value("int32")),
-                    "is_cut": Value("bool"),
-                }
-            ),
+            features=features,
             fn_kwargs={**options, "drops_long": name == "train"},
             num_proc=num_proc,
             desc=f"Encoding the {name} split",
         )
         num_long = len(split) - len(rows) if name == "train" else int(np.sum(rows["is_cut"]))
         if num_long:
-            _report_long_pairs(name, num_long, len(split), max_source_length, max_target_length)
+            limits = f"more than {max_source_length} source or {max_target_length} target tokens"
+            if name == "train" and num_long == len(split):
+                raise ValueError(
+                    f"All {num_long} training pairs have {limits}; raise --max_source_length and --max_target_length, or "
+                    "the model's positions."
+                )
+            verb = "dropped" if name == "train" else "cut"
+            logger.warning(
+                "%s split: %s %d of %d pairs with %s.", name.capitalize(), verb, num_long, len(split), limits
+            )
         encoded[name] = rows.remove_columns("is_cut")
     return DatasetDict(encoded)
 
 
-def _report_long_pairs(
-    name: str, num_long: int, num_pairs: int, max_source_length: int, max_target_length: int
-) -> None:
-    limits = f"more than {max_source_length} source or {max_target_length} target tokens"
-    if name == "train" and num_long == num_pairs:
-        raise ValueError(
-            f"All {num_pairs} training pairs have {limits}; raise --max_source_length and --max_target_length, or the "
-            "model's positions."
-        )
-    logger.warning(
-        "%s split: %s %d of %d pairs with %s.",
-        name.capitalize(),
-        "dropped" if name == "train" else "cut",
-        num_long,
-        num_pairs,
-        limits,
-    )
-
-
 def _names_language(corpus: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Say whether sources begin with the token of a target language, for which the tokenizer must have them all."""
+    """Return True if sources begin with the token of a target language; the tokenizer must then have each."""
     known = target_languages(tokenizer)
     pairs = dict.fromkeys(pair for split in corpus.values() for pair in split.unique("pair"))
     needed = dict.fromkeys(pair.rpartition("-")[2] for pair in pairs)

@@ -27,7 +27,7 @@ _SCORE_DIGITS = 4
 
 
 def target_language_token(language: str) -> str:
-    """Name the token that stands before a source to be translated into `language`."""
+    """Return the token that stands before a source to be translated into `language`."""
     return f">>{language}<<"
 
 
@@ -67,15 +67,7 @@ def _require_language(language: str, known: Sequence[str]) -> None:
 
 
 def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Turn texts into token ids, as ordinary text even where they spell a special token.
-
-    Args:
-        texts (sequence of `str`): sources or targets, without language tokens.
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
-
-    Returns:
-        `list[list[int]]`: ids of each text, with the end token.
-    """
+    """Turn texts into token ids with the end token, as ordinary text even where they spell a special token."""
     options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     return tokenizer(list(texts), **options)["input_ids"] if texts else []
 
@@ -91,14 +83,14 @@ def encode_sources(
         tokenizer (`PreTrainedTokenizerBase`): of the model.
 
     Returns:
-        `list[list[int]]`: ids of each source, with the end token; what the model takes.
+        `list[list[int]]`: ids of each source, with the end token.
 
     Raises:
         ValueError: if the tokenizer has no token for a language, or a language is not named and there is a choice.
     """
     known = target_languages(tokenizer)
     encoded = encode_texts(texts, tokenizer)
-    # Behind what the tokenizer puts before every text.
+    # After what the tokenizer puts before every text.
     place = len(tokenizer("")["input_ids"]) - 1
     for language, ids in zip(languages, encoded, strict=True):
         if language is not None:
@@ -165,7 +157,7 @@ def train_translation_tokenizer(
 def _train_unigram(
     texts: Callable[[], Iterable[list[str]]], vocab_size: int, special_tokens: list[AddedToken]
 ) -> Tokenizer:
-    """Train a unigram model of words that carry the space before them."""
+    """Train a unigram model whose words carry the space before them."""
     alphabet = {_SPACE}
     for batch in texts():
         alphabet.update(unicodedata.normalize("NFC", "".join(batch).replace(" ", _SPACE)))
@@ -211,16 +203,3 @@ def _reproducible(backend: Tokenizer, num_special: int, alphabet_size: int) -> m
     ]
     pieces.sort(key=lambda item: (-item[1], item[0]))
     return models.Unigram(special + pieces, unk_id=SPECIAL_TOKENS.index(UNK_TOKEN))
-
-
-__all__ = [
-    "SPECIAL_TOKENS",
-    "TOKENIZER_MODELS",
-    "add_target_language",
-    "add_target_language_tokens",
-    "encode_sources",
-    "encode_texts",
-    "target_language_token",
-    "target_languages",
-    "train_translation_tokenizer",
-]

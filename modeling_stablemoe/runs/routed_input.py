@@ -9,16 +9,9 @@ from typing import Any
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stablemoe.checkpoints.architectures import load_saved, read_saved_class
-from modeling_stablemoe.data.local_files import (
-    READABLE,
-    STANDARD_INPUT,
-    find_files,
-    open_text,
-    read_files,
-    read_lines,
-    read_paired_text,
-)
+from modeling_stablemoe.data.files import READABLE, STANDARD_INPUT, find_files, open_text, read_files, read_lines
 from modeling_stablemoe.data.text import check_encoding
+from modeling_stablemoe.data.translation import read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import encode_sources, encode_texts
 from modeling_stablemoe.measure.inspection import RoutedText, route_texts
 
@@ -38,14 +31,14 @@ class TextArguments:
     text_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"Files or folders to read: {READABLE}. For a translation model: files of any name with a source a "
-            "line."
+            "help": f"Files or folders to read: {READABLE}. For a translation model: files of any name with one source "
+            "per line."
         },
     )
     target_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Translation models: a file of targets for each of --text_files, a target a line. Without them the "
+            "help": "Translation models: a file of targets for each of --text_files, one per line. Without them the "
             "decoder's layers are left out."
         },
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast
 
 from helpers.workplaces import write_jsonl
-from modeling_stablemoe.data import local_files
+from modeling_stablemoe.data import files
 from modeling_stablemoe.data import text as data
 from modeling_stablemoe.data.embedded_corpus import embedded_documents, split_of
 from modeling_stablemoe.data.text import DataArguments, collate_blocks, load_corpus, load_tokenizer, pack
@@ -128,16 +128,16 @@ def test_an_empty_separator_splits_at_blank_lines(tmp_path):
 def test_a_separator_that_never_occurs_is_reported(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("one\n")
     (tmp_path / "b.txt").write_text("two\n")
-    with caplog.at_level(logging.WARNING, logger=local_files.__name__):
+    with caplog.at_level(logging.WARNING, logger=files.__name__):
         files_corpus(tmp_path, document_separator="=====")
     assert "no line is '====='" in caplog.text
 
 
 def test_a_very_long_document_is_reported(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(local_files, "_LONG_DOCUMENT", 10)
+    monkeypatch.setattr(files, "_LONG_DOCUMENT", 10)
     (tmp_path / "a.txt").write_text("a document of more characters")
     (tmp_path / "b.txt").write_text("two\n")
-    with caplog.at_level(logging.WARNING, logger=local_files.__name__):
+    with caplog.at_level(logging.WARNING, logger=files.__name__):
         files_corpus(tmp_path)
     assert "a.txt holds a document of 29 characters" in caplog.text
 
@@ -180,8 +180,8 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path, monk
     path = tmp_path / "a.txt"
     path.write_text("one\n---\ntwo\n")
     read = []
-    original = local_files._text_documents
-    monkeypatch.setattr(local_files, "_text_documents", lambda *args: read.append(1) or original(*args))
+    original = files._text_documents
+    monkeypatch.setattr(files, "_text_documents", lambda *args: read.append(1) or original(*args))
     options = {"document_separator": "---"}
     assert all_texts(files_corpus(path, **options)) == ["one\n", "two\n"]
     files_corpus(path, **options)

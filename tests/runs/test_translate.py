@@ -2,13 +2,15 @@
 
 import gzip
 import io
+import os
 import sys
 
 import pytest
 
 from helpers.models import tiny_seq2seq_model
 from helpers.workplaces import load_script
-from modeling_stablemoe.data.local_files import STANDARD_INPUT, read_lines, read_paired_text
+from modeling_stablemoe.data.files import STANDARD_INPUT, read_lines
+from modeling_stablemoe.data.translation import read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
 from modeling_stablemoe.runs.routed_input import TextArguments, read_documents, read_pairs
 
@@ -100,6 +102,14 @@ def test_lines_come_without_their_ends(tmp_path):
     assert list(read_lines(tmp_path / "a.txt", "utf-8")) == ["one", "two\r", "", "", "last"]
     rows = read_paired_text({"paths": {"de": tmp_path / "a.txt", "en": tmp_path / "a.txt"}, "encoding": "utf-8"})
     assert [row["de"] for row in rows] == ["one", "two\r", "", "", "last"]
+
+
+def test_lines_are_read_from_pipes():
+    reading, writing = os.pipe()
+    os.write(writing, b"one\ntwo\n")
+    os.close(writing)
+    assert list(read_lines(f"/dev/fd/{reading}", "utf-8")) == ["one", "two"]
+    os.close(reading)
 
 
 def test_the_standard_input_stays_open(monkeypatch):
