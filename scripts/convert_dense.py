@@ -102,7 +102,7 @@ def load_tokenizer(args: ConvertArguments, source: str):
 
 
 def describe(dense: PreTrainedModel, model: StableMoEForCausalLM) -> str:
-    """Say what was made of what."""
+    """Describe the conversion."""
     config, after = model.config, ", ".join(map(str, model.config.moe_layer_positions))
     experts = f"{config.num_experts} experts of {config.num_expert_sublayers} sublayers after block {after}"
     return (

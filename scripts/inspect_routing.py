@@ -38,7 +38,7 @@ class OutputArguments:
             raise ValueError("--top_k must be >= 1")
 
     def check_folders(self):
-        """Find out before the work whether its results can be kept.
+        """Check before the work whether its results can be kept.
 
         Raises:
             FileNotFoundError: if a file is to go where there is no folder.

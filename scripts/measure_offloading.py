@@ -103,7 +103,7 @@ def make_checkpoint(args: OffloadingArguments, folder: Path):
 
 @contextmanager
 def checkpoint_of(args: OffloadingArguments) -> Iterator[Path]:
-    """Give the checkpoint to measure, for as long as it is needed."""
+    """Yield the checkpoint to measure, for as long as it is needed."""
     if args.model is not None:
         if not files_of(args.model):
             raise FileNotFoundError(f"--model: there is no safetensors file in {args.model!r}.")
@@ -116,7 +116,7 @@ def checkpoint_of(args: OffloadingArguments) -> Iterator[Path]:
 
 
 def check_lengths(args: OffloadingArguments, config) -> int:
-    """Give the number of slots, and refuse what the model cannot do."""
+    """Return the number of slots, and refuse what the model cannot do."""
     if not getattr(config, "moe_layer_positions", None):
         raise ValueError("The model must be a causal language model with MoE layers.")
     longest = max(args.prompt_length, args.steps + 2)

@@ -54,7 +54,7 @@ def check_stage(model: PreTrainedModel, arguments: LoopArguments):
 
 
 def steps_of(loader: DataLoader, arguments: LoopArguments, first: int) -> Iterator[tuple[int, list[dict]]]:
-    """Give the number and the micro-batches of each step, from step `first` on, over and over the data."""
+    """Yield the number and the micro-batches of each step, from step `first` on, over and over the data."""
     step, epoch, batches = 0, 0, []
     while True:
         loader.set_epoch(epoch)
@@ -71,12 +71,12 @@ def steps_of(loader: DataLoader, arguments: LoopArguments, first: int) -> Iterat
 
 
 def backward(accelerator: Accelerator, model, batches: list[dict]) -> torch.Tensor:
-    """Bring the gradients of a step; return its loss, a mean over the targets of all processes."""
+    """Compute the gradients of a step; return its loss, a mean over the targets of all processes."""
     targets = sum(accelerator.unwrap_model(model).count_targets(batch["labels"]) for batch in batches)
     targets = accelerator.reduce(targets)
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches, start=1):
-        # Processes exchange gradients once a step.
+        # Processes exchange gradients once per step.
         with accelerator.no_sync(model) if number < len(batches) else nullcontext():
             # Each loss is this micro-batch's share of the mean; routing losses are weighed alike.
             loss = model(**batch, num_items_in_batch=targets).loss

@@ -78,7 +78,7 @@ def what_is_missing(checkpoint: str | Path, checksums: bool = True) -> str | Non
 
 
 def _first_that_is_cut_off(checkpoint: Path, safetensors: list[str]) -> str | None:
-    """Say which file of tensors is not whole, without reading the tensors."""
+    """Describe the first file of tensors that is not whole, without reading the tensors."""
     for name in safetensors:
         try:
             with safe_open(checkpoint / name, framework="pt"):

@@ -99,11 +99,11 @@ class CheckpointManifestCallback(TrainerCallback, ExportableState):
         )
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Give the arguments back as they were."""
+        """Restore the training arguments."""
         args.save_total_limit = self._save_total_limit
 
     def state(self) -> dict:
-        """Give what `trainer_state.json` keeps: the step whose checkpoint will have a manifest."""
+        """Return what `trainer_state.json` keeps: the step whose checkpoint will have a manifest."""
         return {"args": {}, "attributes": {"step": self.step}}
 
 

@@ -288,7 +288,7 @@ def _describe_routing(config: StableMoEBaseConfig) -> str:
 
 
 def _describe_pruning(config: StableMoEBaseConfig) -> str | None:
-    """Say for how much of the vocabulary a pruned model has the experts."""
+    """Describe for how much of the vocabulary a pruned model has the experts."""
     if config.pruned_tokens is None:
         return None
     kept = [config.vocab_size - int(unpack_ids(packed)[: config.vocab_size].sum()) for packed in config.pruned_tokens]
@@ -310,7 +310,7 @@ def _describe_experts(config: StableMoEBaseConfig) -> str | None:
 
 
 def _describe_load(results: dict) -> str:
-    """Say how evenly the experts were used, by the last training log in the stage of the model."""
+    """Describe how evenly the experts were used, by the last training log in the stage of the model."""
     loads = {row["stage"]: row["load_max_over_mean"] for row in results["stages"]}
     load = loads.get(results.get("routing_stage") or results["stages"][-1]["stage"])
     return "not measured" if load is None else f"{load:.2f}"

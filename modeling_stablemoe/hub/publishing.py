@@ -153,7 +153,7 @@ def require_login() -> str:
 def explain(error: Exception, name: str) -> str:
     """Return in one line why the Hub could not be used for the repository `name`, and the remedy."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    details = _one_line(str(error))
+    details = " ".join(str(error).split())
     if type(error).__name__ == "LocalTokenNotFoundError" or status == 401:
         what = "no token" if status is None else "a token that it does not accept"
         return f"the Hub got {what}: run `hf auth login`, or set HF_TOKEN to a token that may write. ({details})"
@@ -162,10 +162,6 @@ def explain(error: Exception, name: str) -> str:
     if status is None and isinstance(error, (NETWORK_ERROR, ConnectionError)):
         return f"the Hub cannot be reached: {details or type(error).__name__}. Nothing was published."
     return details
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def format_shipment(shipment: Shipment, name: str, revision: str | None) -> str:

@@ -30,6 +30,7 @@ from .publishing import Shipment, rename, select_files
 _TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 _FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
 _IMAGE = re.compile(r"!\[[^\]]*\]\(([^):]+)\)")  # of the folder: an address has a colon
+_SAVE_AGAIN = "Load the model with the package and save it again, for its code files."
 
 
 def prepare(folder: str | Path, name: str, license: str | None = None, language: list[str] | None = None) -> Shipment:
@@ -112,7 +113,7 @@ def check_without_package(folder: Path, expected: dict[str, Tensor]):
             reason = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(
                 f"{str(folder)!r} does not load with `trust_remote_code=True` where the package is not installed ({reason}). "
-                "Load the model with the package and save it again, for its code files."
+                f"{_SAVE_AGAIN}"
             )
         actual = load_file(output)
     if actual.keys() != expected.keys():
@@ -123,9 +124,6 @@ def check_without_package(folder: Path, expected: dict[str, Tensor]):
         )
         if not is_close:
             raise ValueError(f"The code files in {str(folder)!r} compute other {key.split('_')[0]}. {_SAVE_AGAIN}")
-
-
-_SAVE_AGAIN = "Load the model with the package and save it again, for its code files."
 
 
 def _read_results(folder: Path) -> dict | None:

@@ -297,7 +297,7 @@ class OffloadedExperts(nn.Module):
         return 2 if self.num_slots > 1 else 1
 
     def _fetch(self, experts: Collection[int], keep: Collection[int] = ()):
-        """Bring experts into slots, none of which is one of `keep`."""
+        """Fetch experts into slots, none of which is one of `keep`."""
         wanted = {*experts, *keep}
         moves = []
         for expert in experts:

@@ -317,7 +317,7 @@ def evaluate_saved_model(trainer: Trainer) -> float:
 
 @contextmanager
 def _explained(trainer: Trainer) -> Iterator[None]:
-    """Say what failed to be saved, and what to do about it; other errors pass unchanged."""
+    """Explain what failed to be saved and how to mend it; other errors pass unchanged."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

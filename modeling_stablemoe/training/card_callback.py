@@ -74,7 +74,7 @@ class ModelCardCallback(TrainerCallback, ExportableState):
         self.on_evaluate(args, state, control, model=model)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        """Bring the card in the output folder up to date, if training has ended."""
+        """Update the card in the output folder, if training has ended."""
         # A trial saves nothing but checkpoints.
         if self._has_ended(state) and not getattr(state, "is_hyper_param_search", False):
             self.write(model, args.output_dir, args, state)
@@ -128,7 +128,7 @@ class ModelCardCallback(TrainerCallback, ExportableState):
         replace_file(path, card.save)
 
     def state(self) -> dict:
-        """Give what `trainer_state.json` keeps, and by which the other callbacks know that this one is there."""
+        """Return what `trainer_state.json` keeps, and by which the other callbacks know that this one is there."""
         return {"args": {"facts": asdict(self.facts)}, "attributes": {}}
 
     def _has_ended(self, state: TrainerState) -> bool:

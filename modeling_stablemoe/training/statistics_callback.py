@@ -83,7 +83,7 @@ class RoutingStatisticsCallback(LoggingCallback):
         self.model_card = None if model_card else TrainerCallback()
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        """Find out whether cards are to be written; note what the routing losses count for.
+        """Determine whether cards are to be written; note what the routing losses count for.
 
         A trainer built upon Trainer may change that later.
         """
@@ -140,7 +140,7 @@ class RoutingStatisticsCallback(LoggingCallback):
         self._meter.end_step()
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        """Bring the card of a trained model up to date."""
+        """Update the card of a trained model."""
         if self.model_card is not None:
             self.model_card.on_evaluate(args, state, control, model=model)
 
