@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Several systems trained on the same data, and what came out."""
+"""Several systems trained on the same data, and their results side by side."""
 
 from .comparison import Comparison, System, check_comparable, read_systems
 from .comparison_report import write_report

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Train several systems on the same data, in the same order, with the same schedule, and gather what they came to.
+"""Train several systems on the same data, in the same order, with the same schedule, and gather their results.
 
 A system is a model preset with some fields changed: a router, a position of the MoE layer, a number of experts. Each run,
-a system with a seed, has a folder of its own, where it is resumed after a crash and left alone once it is finished.
+of one system with one seed, has its own folder, is resumed there after a crash, and is not repeated once finished.
 """
 
 import copy
@@ -31,6 +31,7 @@ from modeling_stablemoe.checkpoints.atomic_files import replace_file
 from modeling_stablemoe.checkpoints.engines import check_engine
 from modeling_stablemoe.data.text import DataArguments, collate_blocks
 from modeling_stablemoe.measure.flops import count_parameters, forward_flops
+from modeling_stablemoe.measure.fluctuation import REPORT_FILE
 from modeling_stablemoe.measure.meter import imbalance
 from modeling_stablemoe.measure.report import perplexity_of
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
@@ -49,18 +50,20 @@ RESULTS_FILE = "results.json"
 
 @dataclass
 class System:
-    """What is compared: how a model differs from the preset, and how its routing is trained.
+    """One of the systems: how its model differs from the preset, and how its routing is trained.
 
     Args:
         name (`str`): in tables and figures, and of its folder.
         config (`dict`): fields of the config to change.
-        stage1_steps (`str`, *optional*): see `RoutingArguments`.
-        hash_table (`str`, *optional*): see `RoutingArguments`.
-        settled_change (`float`, *optional*): see `RoutingArguments`.
-        hold_until_ready (`str`, *optional*): see `RoutingArguments`.
-        learning_rate (`float`, *optional*): its own, where each system was tuned; default: that of all.
-        family (`str`, *optional*): what it has in common with others that differ in size, which figures join by a
-            line; default: its name.
+        stage1_steps (`str`, *optional*): length of stage 1, in steps or as a share of all steps; none by default.
+        hash_table (`str`, *optional*): table to route by from the start: random, balanced, or a frozen checkpoint.
+        settled_change (`float`, *optional*): end stage 1 early once at most this share of tokens changes experts.
+        hold_until_ready (`str`, *optional*): step, or share of all, up to which stage 1 is prolonged if necessary.
+        learning_rate (`float`, *optional*): tuned for this system. Default: that of all systems.
+        family (`str`, *optional*): name of the line that joins systems of different size in figures. Default: `name`.
+
+    Raises:
+        ValueError: naming the system, for a name that is no folder's or a setting that cannot be.
     """
 
     name: str
@@ -73,7 +76,7 @@ class System:
     family: str | None = None
 
     def __post_init__(self):
-        """Give it a family, and check the rest."""
+        """Convert what YAML reads otherwise, and check the rest."""
         self.family = self.family or self.name
         for name in ("stage1_steps", "hold_until_ready"):
             steps = getattr(self, name)
@@ -83,15 +86,19 @@ class System:
         if not isinstance(self.config, dict):
             raise ValueError(f"`config` of the system {self.name!r} must be a mapping of config fields.")
         if self.learning_rate is not None:
-            self.learning_rate = _learning_rate(self.name, self.learning_rate)
+            try:
+                rate = float(self.learning_rate)  # YAML reads 2e-3 as a string
+            except (TypeError, ValueError):
+                rate = math.nan
+            if not 0 < rate < math.inf:
+                raise ValueError(
+                    f"`learning_rate` of the system {self.name!r} must be a number > 0, got {self.learning_rate!r}."
+                )
+            self.learning_rate = rate
         self.routing(0, 0)
 
     def routing(self, fluctuation_check_steps: int, fluctuation_tokens: int) -> RoutingArguments:
-        """Make the routing arguments of a run.
-
-        Raises:
-            ValueError: naming the system, if they cannot be.
-        """
+        """Make the routing arguments of a run; a ValueError names the system."""
         try:
             arguments = RoutingArguments(
                 stage1_steps=self.stage1_steps,
@@ -101,20 +108,10 @@ class System:
                 fluctuation_check_steps=fluctuation_check_steps,
                 fluctuation_tokens=fluctuation_tokens,
             )
-            _ = arguments.stage1, arguments.hold
+            _ = arguments.stage1, arguments.hold  # parsed when they are asked for
         except ValueError as error:
             raise ValueError(f"System {self.name!r}: {error}") from error
         return arguments
-
-
-def _learning_rate(name: str, value: Any) -> float:
-    try:
-        rate = float(value)  # YAML reads 2e-3 as a string
-    except (TypeError, ValueError):
-        rate = math.nan
-    if not 0 < rate < math.inf:
-        raise ValueError(f"`learning_rate` of the system {name!r} must be a number > 0, got {value!r}.")
-    return rate
 
 
 def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
@@ -122,10 +119,10 @@ def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
 
     Args:
         path (`str` or `Path`): YAML file: a mapping of names to the fields of `System`.
-        only (sequence of `str`): names to keep, in the order of the file; default: all.
+        only (sequence of `str`): names of the systems to keep. Default: all.
 
     Returns:
-        `list[System]`
+        `list[System]`: in the order of the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -153,11 +150,7 @@ def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
 
 
 def check_comparable(data_args: DataArguments, training_args: TrainingArguments):
-    """Refuse what would keep systems from being trained alike.
-
-    Raises:
-        ValueError: naming the option and the remedy.
-    """
+    """Refuse options with which systems would not be trained alike; the ValueError names option and remedy."""
     if training_args.max_steps <= 0:
         raise ValueError("Systems are trained for the same number of steps: set `--max_steps`.")
     if data_args.streaming:
@@ -172,12 +165,12 @@ class Comparison:
 
     Args:
         model_args (`ModelArguments`): the preset, and implementations.
-        data_args (`DataArguments`): where the blocks are from.
+        data_args (`DataArguments`): that the blocks were made by.
         training_args (`TrainingArguments`): schedule; `output_dir` is the parent of all runs.
         tokenizer (`PreTrainedTokenizerBase`): of the blocks.
         blocks (`DatasetDict`): "train", "validation" and, optionally, "test": rows of `input_ids` of one length.
-        fluctuation_check_steps (`int`): see `RoutingArguments`.
-        fluctuation_tokens (`int`): see `RoutingArguments`.
+        fluctuation_check_steps (`int`): steps between checks of routing fluctuation; 0: none.
+        fluctuation_tokens (`int`): validation tokens that it is measured on.
     """
 
     model_args: ModelArguments
@@ -189,11 +182,7 @@ class Comparison:
     fluctuation_tokens: int
 
     def config_of(self, system: System) -> StableMoEConfig:
-        """Make the config of a system.
-
-        Raises:
-            ValueError: naming the system, if it cannot be made.
-        """
+        """Make the config of a system; a ValueError names the system."""
         fields = {**model_fields(self.tokenizer), **self.model_args.overrides, **system.config}
         try:
             config = load_preset(self.model_args.model_preset, **fields)
@@ -204,15 +193,15 @@ class Comparison:
         return config
 
     def build(self, system: System, seed: int) -> PreTrainedModel:
-        """Make the model that a run of a system begins with; random numbers are seeded already."""
+        """Make the model that a run begins with; the caller has seeded the random numbers."""
         return AutoModelForCausalLM.from_config(self.config_of(system), **self.model_args.implementations)
 
     def results_of(self, name: str, seed: int) -> Path:
-        """Give the file that holds the results of a run once it is finished."""
+        """Return the path of the results of a run, which exist once it is finished."""
         return Path(self.training_args.output_dir) / name / f"seed-{seed}" / RESULTS_FILE
 
     def arguments_of(self, name: str, seed: int) -> TrainingArguments:
-        """Make the training arguments of a run, which goes on where it was."""
+        """Make the training arguments of a run, which resumes from its last checkpoint."""
         args = copy.copy(self.training_args)
         args.output_dir, args.seed, args.data_seed = str(self.results_of(name, seed).parent), seed, seed
         args.run_name = f"{name}-{seed}"
@@ -220,17 +209,23 @@ class Comparison:
         return args
 
     def run(self, system: System, seed: int) -> dict:
-        """Train and measure a system, or read what was measured if that was done before.
+        """Train and measure a system, or read the results if the run is finished already.
 
         Args:
             system (`System`): what to train.
             seed (`int`): of the initial weights and of the order of batches.
 
         Returns:
-            `dict`: JSON-ready; see `_measure`.
+            `dict`, JSON-ready: `system`, `family` and `seed`; `perplexity` by split; `validation_curve` and
+                `training_curve`, lists of log entries; `seconds` of training, `tokens` and `tokens_per_second`;
+                `parameters`, `shared` and `experts`; `forward_flops` of one sequence; `config` and
+                `router_fingerprint`; of inference on the validation text `load` (share of the tokens of each expert, a
+                list per MoE layer), `load_max_over_mean`, `mean_gate` and `closed_gates` (share of gates below 0.05);
+                `transition`, its log entry, and `fluctuation`, the summary of `RoutingHistory`. `None` where there is
+                none.
 
         Raises:
-            ValueError: if its folder holds a run with other settings.
+            ValueError: if the folder of the run holds one with other settings.
         """
         path = self.results_of(system.name, seed)
         args = self.arguments_of(system.name, seed)
@@ -257,17 +252,7 @@ class Comparison:
     def train_model(
         self, model: PreTrainedModel, args: TrainingArguments, folder: RunFolder, callbacks: list
     ) -> BlockTrainer:
-        """Train a model on the blocks that all runs share, from its last checkpoint where there is one.
-
-        Args:
-            model (`PreTrainedModel`): a language model, as it is before the first step.
-            args (`TrainingArguments`): of `arguments_of`.
-            folder (`RunFolder`): of `args`, not claimed yet.
-            callbacks (`list[TrainerCallback]`): see `build_callbacks`.
-
-        Returns:
-            `BlockTrainer`: after the last step.
-        """
+        """Train a model on the shared blocks, from the last checkpoint of its folder, and return its Trainer."""
         trainer = BlockTrainer(
             model=model,
             args=args,
@@ -284,21 +269,14 @@ class Comparison:
         return trainer
 
     def _measure(self, trainer: BlockTrainer, clock: TrainingClockCallback) -> dict:
-        """Gather what a trained system came to.
-
-        Returns:
-            `dict`: `perplexity` by split, `validation_curve` and `training_curve` (lists of log entries), `seconds` of
-            training, `tokens_per_second`, `parameters` and `forward_flops` (see `flops.py`), `load` (share of the
-            validation tokens of each expert, a list a MoE layer), `load_max_over_mean`, `mean_gate`, `closed_gates` (see
-            `measure_routing`), `transition` and `fluctuation` (see `RoutingHistory.summary`), `None` where there is none.
-        """
+        """Evaluate a trained model, and gather the results of its run."""
         args, history = trainer.args, list(trainer.state.log_history)  # evaluation adds to it
         evaluated = {name: trainer.evaluate(rows) for name, rows in self.blocks.items() if name != "train"}
         routing = measure_routing(trainer, self.blocks["validation"])
         load = None if routing is None else routing["load"]
         tokens = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         tokens *= len(self.blocks["train"][0]["input_ids"])
-        fluctuation = Path(args.output_dir) / "routing_fluctuation.json"
+        fluctuation = Path(args.output_dir) / REPORT_FILE
         return {
             "perplexity": {name: perplexity_of(metrics["eval_loss"]) for name, metrics in evaluated.items()},
             "validation_curve": [
@@ -329,23 +307,18 @@ class Comparison:
 
 @torch.no_grad()
 def measure_routing(trainer: Trainer, rows) -> dict | None:
-    """Measure how inference routes.
-
-    Args:
-        trainer (`Trainer`): of a StableMoE language model; every process must call this.
-        rows (`Dataset`): with `input_ids`.
+    """Measure the routing of inference on rows of `input_ids`; every process must call this.
 
     Returns:
         `dict`: `load`, tokens sent to each expert, a `torch.DoubleTensor` of shape `(moe layers, num_experts)`;
-        `mean_gate`, over tokens and layers, and `closed_gates`, the share of gates below 0.05, which leave next to
-        nothing of what their expert does. `None` for a dense model.
+            `mean_gate`, over tokens and layers; `closed_gates`, share of gates below 0.05. `None` for a dense model.
     """
     model = trainer.model.eval()
     if not model.config.num_moe_layers:
         return None
     layers = model.moe_layers_by_name.values()
     load = torch.zeros(len(layers), model.config.num_experts, device=trainer.args.device)
-    gates = torch.zeros(3, device=trainer.args.device)  # how many, their sum, how many are closed
+    gates = torch.zeros(3, device=trainer.args.device)  # their number, their sum, the number of closed ones
 
     def observe(router, inputs, decision):
         gate = Routing(*decision[-1]).routing_weights
@@ -368,7 +341,7 @@ def measure_routing(trainer: Trainer, rows) -> dict | None:
 
 
 def finish(trainer: Trainer, results: dict, path: Path):
-    """Write the results of a run, which is what makes it finished, and free its memory before the next one begins."""
+    """Write the results, which marks the run as finished, and free its memory for the next one."""
     if trainer.is_world_process_zero():
         replace_file(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
     trainer.accelerator.wait_for_everyone()
@@ -380,7 +353,7 @@ def finish(trainer: Trainer, results: dict, path: Path):
 
 
 def settings_of(comparison: Comparison) -> dict:
-    """List what all runs shared, JSON-ready."""
+    """Return the settings that all runs share, JSON-ready."""
     args = comparison.training_args
     names = (
         "max_steps learning_rate lr_scheduler_type warmup_steps adam_beta1 adam_beta2 weight_decay max_grad_norm bf16 "
@@ -394,15 +367,3 @@ def settings_of(comparison: Comparison) -> dict:
         "validation_tokens": len(comparison.blocks["validation"])
         * len(comparison.blocks["validation"][0]["input_ids"]),
     }
-
-
-__all__ = [
-    "RESULTS_FILE",
-    "Comparison",
-    "System",
-    "check_comparable",
-    "finish",
-    "measure_routing",
-    "read_systems",
-    "settings_of",
-]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What a comparison came to: a table like the paper's table 2, and figures like its figures 2, 4, 5 and 7."""
+"""The results of a comparison: a table like the paper's table 2, and figures like its figures 2, 4, 5 and 7."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .comparison import RESULTS_FILE, Comparison, settings_of
 
 
 def group_by_system(runs: Sequence[dict]) -> dict[str, list[dict]]:
-    """Put the runs of a system together, systems in order of their first run."""
+    """Group runs by system, in the order of each system's first run."""
     groups: dict[str, list[dict]] = {}
     for run in runs:
         groups.setdefault(run["system"], []).append(run)
@@ -24,21 +24,21 @@ def group_by_system(runs: Sequence[dict]) -> dict[str, list[dict]]:
 
 
 def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> list[dict]:
-    """Sum up the runs of each system.
+    """Average the runs of each system over seeds.
 
     Args:
         runs (sequence of `dict`): of `Comparison.run`.
-        reference (`str`, *optional*): name of the system that the others are measured against.
+        reference (`str`, *optional*): name of the system that the others are compared with.
 
     Returns:
-        `list[dict]`: one row a system: `system`, `seeds`, `shared` and `experts` (parameters), `flops`, means and
-        standard deviations over seeds of the perplexity of each split (`validation_mean`, `validation_std`, ...; no
-        deviation with one seed), `above_reference`, by how much its validation perplexity exceeds that of the
-        reference (mean over the seeds that both have, of the ratio, minus 1) with `above_reference_std`,
-        `tokens_per_second`; of inference on the validation text `load_max_over_mean`, `mean_gate` and `closed_gates`;
-        `stage2_load`, the mean of the training logs after the transition; and, at the transition, `agreement` of the
-        distilled router, `kept_agreement`, the share of the tokens so far that a balanced table keeps where the backbone
-        sent them, and `transition_closed_gates`. `None` where there is none.
+        `list[dict]`: one row per system, `None` for what is missing: `system`; `seeds`, their number; `shared` and
+            `experts`, parameters; `flops` of one sequence; `tokens_per_second`; `validation_mean`, `validation_std`
+            and so on, mean and standard deviation of the perplexity of each split; `above_reference` and
+            `above_reference_std`, of the ratio of validation perplexities minus 1, over the seeds of both systems;
+            `load_max_over_mean`, `mean_gate` and `closed_gates` of inference on the validation text; `stage2_load`,
+            max/mean in the training logs of stage 2; and at the transition `agreement` of the distilled router,
+            `kept_agreement`, the share of tokens that a balanced table keeps at the backbone's expert, and
+            `transition_closed_gates`.
     """
     groups = group_by_system(runs)
     rows = []
@@ -53,15 +53,13 @@ def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> lis
             "mean_gate": _mean_of(run["mean_gate"] for run in group),
             "closed_gates": _mean_of(run.get("closed_gates") for run in group),
             "stage2_load": _mean_of(_stage2_load(run) for run in group),
-            **{
-                name: _mean_of((run["transition"] or {}).get(key) for run in group)
-                for name, key in (
-                    ("agreement", "transition_agreement"),
-                    ("kept_agreement", "transition_expected_agreement"),
-                    ("transition_closed_gates", "transition_closed_gates"),
-                )
-            },
         }
+        for column, logged in (
+            ("agreement", "transition_agreement"),
+            ("kept_agreement", "transition_expected_agreement"),
+            ("transition_closed_gates", "transition_closed_gates"),
+        ):
+            row[column] = _mean_of((run["transition"] or {}).get(logged) for run in group)
         for split in group[0]["perplexity"]:
             row[f"{split}_mean"], row[f"{split}_std"] = _spread([run["perplexity"][split] for run in group])
         if reference in groups:
@@ -80,7 +78,7 @@ def _mean_of(values) -> float | None:
 
 
 def _stage2_load(run: dict) -> float | None:
-    """Average max/mean of the training logs that hold steps of stage 2 alone."""
+    """Average max/mean over the training logs that cover steps of stage 2 only."""
     first = (run["transition"] or {}).get("transition_step", 0)
     return _mean_of(
         entry["load_max_over_mean"]
@@ -100,15 +98,7 @@ def _against(group: list[dict], reference: list[dict]) -> dict:
 
 
 def format_comparison(rows: Sequence[dict], reference: str | None = None) -> str:
-    """Lay out a table like the paper's table 2.
-
-    Args:
-        rows (sequence of `dict`): of `summarize_systems`.
-        reference (`str`, *optional*): see there.
-
-    Returns:
-        `str`: Markdown, without a newline at the end.
-    """
+    """Format rows of `summarize_systems` as a Markdown table like the paper's table 2."""
     headings = {
         "system": "system",
         "seeds": "seeds",
@@ -166,7 +156,7 @@ def _plus_minus(value: float, deviation: float | None, pattern: str, unit: str =
 
 
 def _short(count: float) -> str:
-    """Print a count with three digits and the letter of its magnitude."""
+    """Format a count with three digits and the letter of its magnitude."""
     for letter, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{letter}"
@@ -174,15 +164,11 @@ def _short(count: float) -> str:
 
 
 def write_figures(runs: Sequence[dict], folder: str | Path) -> list[Path]:
-    """Draw the figures of a comparison; none where matplotlib is not installed.
-
-    Args:
-        runs (sequence of `dict`): of `Comparison.run`.
-        folder (`str` or `Path`): where to put them.
+    """Draw the figures that the runs have data for; none where matplotlib is not installed.
 
     Returns:
         `list[Path]`: `perplexity.png` (figure 4), `experts.png` (figure 5, where a family has several numbers of
-        experts), `fluctuation.png` (figures 2 and 7) and `load.png`, those that there is something to draw for.
+            experts), `fluctuation.png` (figures 2 and 7) and `load.png`.
     """
     try:
         from matplotlib.figure import Figure
@@ -208,7 +194,7 @@ def write_figures(runs: Sequence[dict], folder: str | Path) -> list[Path]:
 
 
 def _color(name: str, groups: dict[str, list[dict]]) -> str:
-    """Give a system the same colour in every figure."""
+    """Return the colour of a system, the same in every figure."""
     return f"C{list(groups).index(name) % 10}"
 
 
@@ -237,7 +223,7 @@ def _draw_perplexity(panels, groups: dict[str, list[dict]]) -> bool:
 
 
 def _draw_experts(panels, groups: dict[str, list[dict]]) -> bool:
-    """Draw validation perplexity over the number of experts, a line a family."""
+    """Draw validation perplexity over the number of experts, one line per family."""
     families: dict[str, dict[int, list[float]]] = {}
     for group in groups.values():
         for run in group:
@@ -280,16 +266,16 @@ def _draw_load(panels, groups: dict[str, list[dict]]) -> bool:
 
 
 def write_report(comparison: Comparison, runs: Sequence[dict], reference: str, **more) -> str:
-    """Write `results.json`, `results.md` and the figures of the runs so far.
+    """Write `results.json`, `results.md` and the figures of the runs so far to the output folder of the comparison.
 
     Args:
-        comparison (`Comparison`): what they share; its output folder gets the files.
+        comparison (`Comparison`): of the runs.
         runs (sequence of `dict`): of `Comparison.run`.
-        reference (`str`): see `summarize_systems`.
+        reference (`str`): name of the system that the others are compared with.
         **more: further entries of `results.json`, JSON-ready.
 
     Returns:
-        `str`: the table of `format_comparison`.
+        `str`: the results as a Markdown table, without a newline at the end.
     """
     folder = Path(comparison.training_args.output_dir)
     rows = summarize_systems(runs, reference)
@@ -305,6 +291,3 @@ def write_report(comparison: Comparison, runs: Sequence[dict], reference: str, *
     replace_file(folder / "results.md", lambda partial: partial.write_text(table + "\n"))
     write_figures(runs, folder)
     return table
-
-
-__all__ = ["format_comparison", "group_by_system", "summarize_systems", "write_figures", "write_report"]

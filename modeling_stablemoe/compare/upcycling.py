@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What converting a dense model is worth: train a GPT-2, then let the dense model and its conversions train on.
+"""What converting a dense model is worth: train a GPT-2, then train it and its conversions further.
 
-All of them begin at the same weights, so with the same logits, and go on with the same data, order of batches, schedule
-and number of steps.
+All of them begin with the same weights, so the same logits, and continue with the same data, order of batches,
+schedule and number of steps.
 """
 
 import json
@@ -26,9 +26,9 @@ from .comparison import Comparison, System, finish
 
 logger = logging.getLogger(__name__)
 
-# The folder of the dense models that everything begins with, beside those of the systems.
+# The folder of the dense models, beside those of the systems.
 DENSE_FOLDER = "gpt2"
-# Added to the seed there: what follows shall not see the same batches again.
+# Added to the seed of a dense model, so that what follows does not see the same batches again.
 _DENSE_SEED = 1000
 
 
@@ -72,10 +72,10 @@ class DenseArguments:
 
 
 class UpcyclingComparison(Comparison):
-    """A comparison whose systems are conversions of one dense model a seed.
+    """A comparison whose systems are conversions of one dense model per seed, given by `DenseArguments`.
 
-    A system without MoE layers is the dense model itself, trained on; `config` of a system is what `from_dense` takes.
-    Arguments as of `Comparison`; `model_args` are `DenseArguments`.
+    A system without MoE layers is the dense model itself, trained further; `config` of a system is what `from_dense`
+    takes.
     """
 
     model_args: DenseArguments
@@ -86,28 +86,28 @@ class UpcyclingComparison(Comparison):
         return GPT2Config(**{**model_fields(self.tokenizer), **self.model_args.fields})
 
     def config_of(self, system: System) -> StableMoEConfig:
-        """Make the config of a system; see `Comparison.config_of`."""
+        """Make the config of a conversion; a ValueError names the system."""
         try:
             return config_of_dense(self.dense_config, **system.config)
         except ValueError as error:
             raise ValueError(f"System {system.name!r}: {error}") from error
 
     def build(self, system: System, seed: int) -> PreTrainedModel:
-        """Convert the dense model of a seed; see `Comparison.build`."""
+        """Convert the dense model of a seed."""
         folder = self.results_of(DENSE_FOLDER, seed).parent
         return StableMoEForCausalLM.from_dense(folder, **system.config, **self.model_args.implementations)
 
     def train_dense(self, seed: int) -> dict:
-        """Train the dense model of a seed, or read what was measured if that was done before.
+        """Train the dense model of a seed, or read the results if that is finished already.
 
         Args:
-            seed (`int`): of its initial weights and of the order of batches.
+            seed (`int`): of its initial weights and of the order of batches, both shifted from those of the systems.
 
         Returns:
-            `dict`: JSON-ready: `seed`, `perplexity` of the validation text, `steps` and `seconds` of training.
+            `dict`, JSON-ready: `seed`, `perplexity` of the validation text, `steps` and `seconds` of training.
 
         Raises:
-            ValueError: if its folder holds a run with other settings.
+            ValueError: if the folder of the model holds a run with other settings.
         """
         path, args = self.results_of(DENSE_FOLDER, seed), self.arguments_of(DENSE_FOLDER, seed)
         args.max_steps = self.model_args.dense_steps
@@ -128,13 +128,6 @@ class UpcyclingComparison(Comparison):
 
 
 def check_names(systems: list[System]):
-    """Refuse a system in the folder of the dense models.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Refuse a system that would use the folder of the dense models."""
     if any(Path(system.name) == Path(DENSE_FOLDER) for system in systems):
         raise ValueError(f"A system cannot be called {DENSE_FOLDER!r}: that folder is the dense models'.")
-
-
-__all__ = ["DENSE_FOLDER", "DenseArguments", "UpcyclingComparison", "check_names"]

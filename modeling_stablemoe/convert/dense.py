@@ -20,9 +20,9 @@ from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
 
 
-# What `from_pretrained` takes that says where a checkpoint is and in which dtype it is wanted.
+# What `from_pretrained` takes that says where a checkpoint is, and in which dtype and format it is wanted.
 LOADING_OPTIONS = (*HUB_OPTIONS, "dtype", "variant", "use_safetensors")
-# What a dense model says and does not determine: it changes no logit in evaluation.
+# A dense model has these fields, but they change no logit in evaluation: they are free to choose.
 FREE_FIELDS = (
     "dropout",
     "attention_dropout",
@@ -32,41 +32,19 @@ FREE_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
-# Fields of every config that are not about the model.
-_BOOKKEEPING = tuple(field.name for field in fields(PreTrainedConfig))
 
 
 class SourceTensors:
-    """The tensors of a dense model, each to be taken once.
-
-    Args:
-        tensors (`dict[str, torch.Tensor]`): its state dict.
-    """
+    """The state dict of a dense model, from which each tensor is taken once."""
 
     def __init__(self, tensors: dict[str, Tensor]):
-        self._left = dict(tensors)
+        self.left = dict(tensors)
 
     def take(self, name: str) -> Tensor:
-        """Take a tensor.
-
-        Raises:
-            ValueError: if there is none of this name.
-        """
-        if name not in self._left:
+        """Take the tensor of a name, which must be there."""
+        if name not in self.left:
             raise ValueError(f"The dense model has no tensor `{name}`, which its config asks for.")
-        return self._left.pop(name)
-
-    def finish(self):
-        """Refuse to leave tensors behind.
-
-        Raises:
-            ValueError: naming them.
-        """
-        if self._left:
-            raise ValueError(
-                f"The dense model has tensors that a StableMoE has no place for: {', '.join(sorted(self._left))}. Merge "
-                "adapters, undo quantization or remove extra heads first."
-            )
+        return self.left.pop(name)
 
 
 class DenseSource:
@@ -76,11 +54,7 @@ class DenseSource:
     required_values: dict[str, tuple[Any, str]] = {}
 
     def check(self, config: PreTrainedConfig):
-        """Refuse what our blocks cannot express.
-
-        Raises:
-            ValueError: naming field, value and remedy.
-        """
+        """Refuse what our blocks cannot express; a ValueError names field, value and remedy."""
         for name, (expected, meaning) in self.required_values.items():
             self.require(config, name, expected, meaning)
 
@@ -124,7 +98,7 @@ class GPT2Source(DenseSource):
     }
 
     def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """See `DenseSource.config_fields`; dropout is that of embeddings and residuals, which have one rate here."""
+        """Give the fields that GPT-2 determines; `dropout` is None where embeddings and residuals have two rates."""
         return {
             "vocab_size": config.vocab_size,
             "hidden_size": config.n_embd,
@@ -136,12 +110,12 @@ class GPT2Source(DenseSource):
             "do_layer_norm_before": True,
             "layer_norm_eps": config.layer_norm_epsilon,
             "initializer_range": config.initializer_range,
-            "dropout": _one_rate({"resid_pdrop": config.resid_pdrop, "embd_pdrop": config.embd_pdrop}),
+            "dropout": config.resid_pdrop if config.resid_pdrop == config.embd_pdrop else None,
             "attention_dropout": config.attn_pdrop,
         }
 
     def tensors(self, source: SourceTensors, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
-        """See `DenseSource.tensors`."""
+        """Yield GPT-2's tensors: matrices transposed, and the joint projection of attention cut in three."""
         yield "model.embed_tokens.weight", source.take("transformer.wte.weight")
         yield "model.embed_positions.weight", source.take("transformer.wpe.weight")
         for block in range(config.n_layer):
@@ -163,11 +137,9 @@ class GPT2Source(DenseSource):
 
 
 class OPTSource(DenseSource):
-    """OPT: pre-norm or post-norm blocks; learned positions, counted over real tokens as ours are.
+    """OPT: pre-norm or post-norm blocks; learned positions, counted over real tokens as ours are."""
 
-    The first two of its rows of positions are no positions: padding reads the second, nothing the first.
-    """
-
+    # The first two rows of positions are no positions: padding reads the second, nothing the first.
     offset = 2
     required_values = {
         "enable_bias": (True, "linear layers have no bias"),
@@ -176,14 +148,14 @@ class OPTSource(DenseSource):
     }
 
     def check(self, config: PreTrainedConfig):
-        """See `DenseSource.check`."""
+        """Refuse projected embeddings and a missing last LayerNorm, too."""
         super().check(config)
         self.require(config, "word_embed_proj_dim", config.hidden_size, "embeddings are projected to the hidden size")
         if config.do_layer_norm_before:
             self.require(config, "_remove_final_layer_norm", False, "no LayerNorm follows the last pre-norm block")
 
     def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """See `DenseSource.config_fields`; the rate of dropout falls on the embeddings, too, which OPT leaves whole."""
+        """Give the fields that OPT determines; here its rate of dropout applies to the embeddings, too."""
         return {
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
@@ -200,19 +172,15 @@ class OPTSource(DenseSource):
         }
 
     def tensors(self, source: SourceTensors, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
-        """See `DenseSource.tensors`."""
+        """Yield OPT's tensors, without the rows that are no positions."""
         decoder = "model.decoder"
         yield "model.embed_tokens.weight", source.take(f"{decoder}.embed_tokens.weight")
         yield "model.embed_positions.weight", source.take(f"{decoder}.embed_positions.weight")[self.offset :]
         for block in range(config.num_hidden_layers):
             old, new = f"{decoder}.layers.{block}", f"model.layers.{block}"
-            for theirs, ours in (
-                ("q_proj", "q_proj"),
-                ("k_proj", "k_proj"),
-                ("v_proj", "v_proj"),
-                ("out_proj", "o_proj"),
-            ):
-                yield from _parts(source, f"{old}.self_attn.{theirs}", f"{new}.self_attn.{ours}")
+            for name in "qkv":
+                yield from _parts(source, f"{old}.self_attn.{name}_proj", f"{new}.self_attn.{name}_proj")
+            yield from _parts(source, f"{old}.self_attn.out_proj", f"{new}.self_attn.o_proj")
             yield from _parts(source, f"{old}.self_attn_layer_norm", f"{new}.input_layernorm")
             yield from _parts(source, f"{old}.fc1", f"{new}.mlp.up_proj")
             yield from _parts(source, f"{old}.fc2", f"{new}.mlp.down_proj")
@@ -224,27 +192,12 @@ class OPTSource(DenseSource):
 DENSE_SOURCES: dict[str, type[DenseSource]] = {"gpt2": GPT2Source, "opt": OPTSource}
 
 
-def _one_rate(rates: dict[str, float]) -> float | None:
-    """Give the one rate of dropout that several fields agree on; `None` where they do not."""
-    return next(iter(rates.values())) if len(set(rates.values())) == 1 else None
-
-
 def convert_dense(
     model_class: type[PreTrainedModel], dense: PreTrainedModel | str | PathLike, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """Make a StableMoE of a dense model; see `StableMoEForCausalLM.from_dense`.
+    """Make a StableMoE of a dense model, or of its Hub name or folder.
 
-    Args:
-        model_class (`type`): `StableMoEForCausalLM`.
-        dense (`PreTrainedModel`, `str` or `PathLike`): the model, or where it is.
-        options (`dict`): everything else that `from_dense` takes; `None` is as good as nothing.
-
-    Returns:
-        `PreTrainedModel`
-
-    Raises:
-        OSError: if there is no such checkpoint.
-        ValueError: see `from_dense`.
+    `options` is everything else that `StableMoEForCausalLM.from_dense` takes; `None` stands for the default.
     """
     options = {name: value for name, value in options.items() if value is not None}
     implementations = {
@@ -268,27 +221,12 @@ def convert_dense(
 
 
 def config_of_dense(dense_config: PreTrainedConfig, **overrides: Any) -> StableMoEConfig:
-    """Make the config of the StableMoE that computes what a dense model does.
-
-    Args:
-        dense_config (`PreTrainedConfig`): of a supported architecture.
-        **overrides: what the dense model does not determine; see `check_overrides`.
-
-    Returns:
-        `StableMoEConfig`
-
-    Raises:
-        ValueError: if the dense model does not fit our blocks, or for an override that it leaves no room for.
-    """
+    """Make the config of the StableMoE that computes what a dense model does; overrides are fields it leaves free."""
     source = _source_of(dense_config)
     check_overrides(overrides)
     source.check(dense_config)
-    fixed = source.config_fields(dense_config)
-    fixed |= {
-        name: getattr(dense_config, name)
-        for name in ("use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    }
-    values = fixed | overrides
+    shared = ("use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    values = source.config_fields(dense_config) | {name: getattr(dense_config, name) for name in shared} | overrides
     if values["dropout"] is None:
         raise ValueError(
             f"`resid_pdrop` ({dense_config.resid_pdrop}) and `embd_pdrop` ({dense_config.embd_pdrop}) differ: a StableMoE "
@@ -299,13 +237,13 @@ def config_of_dense(dense_config: PreTrainedConfig, **overrides: Any) -> StableM
 
 
 def check_overrides(overrides: dict[str, Any]):
-    """Refuse fields that a dense model determines, and those that there are none of.
+    """Refuse overrides of fields that the dense model determines, or that do not exist.
 
     Args:
-        overrides (`dict`): fields of the config.
+        overrides (`dict`): fields of `StableMoEConfig` by name.
 
     Raises:
-        ValueError: naming them, and what there is to choose.
+        ValueError: naming the fields that are refused, and those that can be chosen.
     """
     free = [*routing_fields(), *FREE_FIELDS]
     refused = sorted(set(overrides) - set(free))
@@ -317,7 +255,7 @@ def check_overrides(overrides: dict[str, Any]):
 
 
 def routing_fields() -> list[str]:
-    """List the fields of our config that a dense model has nothing to say to: experts, routing and stage 1."""
+    """List the fields of our config that no dense model has: those of experts, routing and stage 1."""
     determined = {
         "vocab_size",
         "hidden_size",
@@ -334,26 +272,27 @@ def routing_fields() -> list[str]:
         "router_fingerprint",
         "pruned_tokens",
         *FREE_FIELDS,
-        *_BOOKKEEPING,
+        *(field.name for field in fields(PreTrainedConfig)),
     }
     return [field.name for field in fields(StableMoEConfig) if field.name not in determined]
 
 
 def load_dense(name_or_path: str | PathLike, **loading: Any) -> PreTrainedModel:
-    """Load a dense model of a supported architecture, refusing one that is not whole.
+    """Load a whole GPT-2 or OPT language model.
 
     Args:
         name_or_path (`str` or `PathLike`): Hub name or folder.
-        **loading: of `LOADING_OPTIONS`.
+        **loading: arguments of `from_pretrained`: `revision`, `token`, `cache_dir`, `dtype`, `variant` and the like.
 
     Returns:
         `PreTrainedModel`: in evaluation mode.
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if its architecture is another, or it has fewer or more tensors than that.
+        ValueError: if it is of another architecture, has a setting that our blocks cannot express, or has missing or
+            surplus tensors.
     """
-    where = {name: value for name, value in loading.items() if name not in ("dtype", "variant", "use_safetensors")}
+    where = {name: value for name, value in loading.items() if name in HUB_OPTIONS}
     config = AutoConfig.from_pretrained(name_or_path, **where)
     _source_of(config).check(config)
     model, info = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **loading)
@@ -392,11 +331,15 @@ def _check_whole(dense: PreTrainedModel):
 
 @torch.no_grad()
 def _load(model: PreTrainedModel, source: DenseSource, dense: PreTrainedModel):
-    """Put the tensors of a dense model into all of a StableMoE but its MoE layers."""
+    """Copy the tensors of a dense model into a StableMoE, whose MoE layers keep their own."""
     given = SourceTensors(dense.state_dict())
     tensors = dict(source.tensors(given, dense.config))
     tensors["lm_head.weight"] = given.take("lm_head.weight")
-    given.finish()
+    if given.left:
+        raise ValueError(
+            f"The dense model has tensors that a StableMoE has no place for: {', '.join(sorted(given.left))}. Merge "
+            "adapters, undo quantization or remove extra heads first."
+        )
     embedding = tensors["model.embed_tokens.weight"]
     if model.config.tie_word_embeddings and not torch.equal(tensors["lm_head.weight"], embedding):
         raise ValueError(
@@ -413,19 +356,3 @@ def _load(model: PreTrainedModel, source: DenseSource, dense: PreTrainedModel):
                 "config are not of one model."
             )
         own[name].copy_(tensor)
-
-
-__all__ = [
-    "DENSE_SOURCES",
-    "FREE_FIELDS",
-    "LOADING_OPTIONS",
-    "DenseSource",
-    "GPT2Source",
-    "OPTSource",
-    "SourceTensors",
-    "check_overrides",
-    "config_of_dense",
-    "convert_dense",
-    "load_dense",
-    "routing_fields",
-]

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Frozen models without the experts that a part of the vocabulary never reaches: the same logits on that part.
 
-Only a routing that is frozen into tables allows this: from the token ids alone it is known which experts are used.
-`prune_experts` makes a smaller model of one in memory, `load_pruned` reads nothing but what is kept from a checkpoint.
+This takes a routing that is frozen into tables, where token ids alone decide which experts are used. `prune_experts`
+makes a smaller model from one in memory, `load_pruned` from a checkpoint, of which it reads only what is kept.
 """
 
 import copy
@@ -31,7 +31,7 @@ from modeling_stablemoe.model.tensors_stablemoe import is_quantized, pack_ids, u
 
 
 _TABLE = "frozen_router.routing_table"
-# What stands in a text whatever it says, by its name in a config or generation config.
+# The token ids that any text may hold, by their names in a config or generation config.
 _SPECIAL_IDS = (
     "bos_token_id",
     "eos_token_id",
@@ -51,7 +51,8 @@ class LayerPruning:
         side (`int`): 0 in a language model or an encoder, 1 in a decoder.
         table (`torch.LongTensor` of shape `(V,)`): expert of each token id in the whole model.
         reached (`torch.LongTensor`): the experts of the ids that count, sorted.
-        kept (`torch.LongTensor` of shape `(N',)`): those and what fills up to N', the same in all layers: lowest first.
+        kept (`torch.LongTensor` of shape `(N',)`): the reached experts and the lowest others, up to the N' of all
+            layers; sorted.
         num_experts (`int`): N, of the whole model.
     """
 
@@ -69,7 +70,7 @@ class LayerPruning:
 
     @cached_property
     def new_table(self) -> Tensor:
-        """`torch.LongTensor` of shape `(V,)`: the same experts by their new numbers; id v without one goes to v mod N'."""
+        """`torch.LongTensor` of shape `(V,)`: the new number of each id's expert; v mod N' where it is not kept."""
         numbers = torch.zeros(self.num_experts, dtype=torch.long)
         numbers[self.kept] = torch.arange(len(self.kept))
         others = torch.arange(len(self.table)) % len(self.kept)
@@ -84,7 +85,7 @@ class Pruning:
         model_class (`type[PreTrainedModel]`): of the model.
         config (`StableMoEBaseConfig`): of the whole model.
         vocabularies (`list[torch.LongTensor]`): the ids that count, sorted: of the language model, or of encoder and decoder.
-        layers (`list[LayerPruning]`): one a MoE layer, in order.
+        layers (`list[LayerPruning]`): one per MoE layer, in order.
     """
 
     model_class: type[PreTrainedModel]
@@ -98,7 +99,7 @@ class Pruning:
         return len(self.layers[0].kept)
 
     def lost(self, side: int) -> Tensor:
-        """Tell the ids that have no expert of their own in some layer, now or since an earlier pruning.
+        """Return a mask of the ids that lose their expert in some layer, or have lost it in an earlier pruning.
 
         Args:
             side (`int`): 0 for a language model or an encoder, 1 for a decoder.
@@ -130,16 +131,16 @@ class Pruning:
         return config
 
     def take(self, weights: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Take from the weights of the whole model those of the pruned one, and read no other rows.
+        """Take the weights of the pruned model from those of the whole one, and read no other rows.
 
         Args:
             weights (`Mapping[str, Any]`): tensors, or slices of safetensors files, by name.
 
         Returns:
-            `dict[str, torch.Tensor]`: a state dict, none of whose tensors shares memory with `weights`.
+            `dict[str, torch.Tensor]`: a state dict that shares no memory with `weights`.
 
         Raises:
-            ValueError: if what has rows of experts is missing, or of another shape than the config says.
+            ValueError: if a weight of the experts is missing, or of another shape than the config says.
         """
         whole, pruned = (
             {name: values.shape for name, values in build_skeleton(self.model_class, config).state_dict().items()}
@@ -171,7 +172,7 @@ def _shape(values: Any) -> torch.Size:
 
 
 def build_skeleton(model_class: type[PreTrainedModel], config: StableMoEBaseConfig) -> PreTrainedModel:
-    """Build a model without memory for its weights, which lie on the meta device."""
+    """Build a model on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return model_class(copy.deepcopy(config))
 
@@ -184,24 +185,23 @@ def plan_pruning(
     target_ids: Iterable[int] | Tensor | None = None,
     generation_config: GenerationConfig | None = None,
 ) -> Pruning:
-    """Find out which experts a part of the vocabulary reaches.
+    """Find the experts that a part of the vocabulary reaches.
 
-    The ids that the configs give special tokens (begin, end, padding, start of a decoder) always count.
+    The special tokens that the configs name (begin, end, padding, start of a decoder) always count.
 
     Args:
         model_class (`type[PreTrainedModel]`): of the model.
         config (`StableMoEBaseConfig`): of the whole model, in stage 2.
-        tables (`Mapping[str, torch.Tensor]`): by the name of the MoE layer, the expert of each token id, `(V,)`.
-        token_ids (iterable of `int`): the part; of an encoder-decoder, of its sources.
-        target_ids (iterable of `int`, *optional*): of its targets. Default: as of its sources.
-        generation_config (`GenerationConfig`, *optional*): of the model, if it has one.
-
-    Returns:
-        `Pruning`
+        tables (`Mapping[str, torch.Tensor]`): the expert of each token id, `(V,)`, by the name of the MoE layer.
+        token_ids (iterable of `int`): the ids that the pruned model reads and writes; the source ids of an
+            encoder-decoder.
+        target_ids (iterable of `int`, *optional*): the target ids of an encoder-decoder. Default: `token_ids`.
+        generation_config (`GenerationConfig`, *optional*): of the model.
 
     Raises:
-        ValueError: for no ids, ids outside the vocabulary, `target_ids` of a model without decoder, and for a model that
-            cannot be pruned: see `require_prunable`.
+        ValueError: for no ids, ids outside the vocabulary, `target_ids` for a model without decoder, and for a model
+            that cannot be pruned: a dense one, one of stage 1, one whose router sees context or whose gate depends on
+            the scores of all experts, and one with quantised weights.
     """
     require_prunable(config)
     if target_ids is not None and not config.is_encoder_decoder:
@@ -211,27 +211,22 @@ def plan_pruning(
     if config.is_encoder_decoder:
         targets = token_ids if target_ids is None else target_ids
         vocabularies.append(_check_ids(targets, "target_ids", config.vocab_size, special))
-    num_first = len(tables)
-    if config.is_encoder_decoder:
-        num_first = len(config.encoder_moe_layer_positions)
+    num_first = len(config.encoder_moe_layer_positions) if config.is_encoder_decoder else len(tables)
     sides = [int(number >= num_first) for number in range(len(tables))]
     tables = {name: table.long().cpu() for name, table in tables.items()}
     reached = [table[vocabularies[side]].unique() for side, table in zip(sides, tables.values(), strict=True)]
     num_kept = max(len(experts) for experts in reached)
-    layers = [
-        LayerPruning(name, side, table, experts, _fill(experts, num_kept, config.num_experts), config.num_experts)
-        for side, (name, table), experts in zip(sides, tables.items(), reached, strict=True)
-    ]
+    layers = []
+    for side, (name, table), experts in zip(sides, tables.items(), reached, strict=True):
+        others = torch.arange(config.num_experts)
+        others = others[~torch.isin(others, experts)]
+        kept = torch.cat([experts, others[: num_kept - len(experts)]]).sort().values
+        layers.append(LayerPruning(name, side, table, experts, kept, config.num_experts))
     return Pruning(model_class, config, vocabularies, layers)
 
 
 def require_prunable(config: StableMoEBaseConfig):
-    """Refuse a model whose logits depend on experts that no table shows.
-
-    Raises:
-        ValueError: naming the remedy, for a dense model, one of stage 1, one that routes by earlier tokens, a gate that
-            depends on the scores of all experts, and quantised weights.
-    """
+    """Refuse a model whose logits depend on experts that no table shows; the ValueError names the remedy."""
     if not config.num_moe_layers:
         raise ValueError(
             "This is a dense model (its list of MoE layer positions is empty): it has no experts to prune."
@@ -248,18 +243,19 @@ def require_prunable(config: StableMoEBaseConfig):
             'and of `router_type="hash"`.'
         )
     router = ROUTERS.get(config.router_type)
-    is_own = (router.gate, router.forward) == (LearnedRouter.gate, LearnedRouter.forward) if _learns(router) else False
-    if router is not HashRouter and not is_own:
+    # The gate of `LearnedRouter` reads the score of the chosen expert alone.
+    gates_alone = router is HashRouter or (
+        router is not None
+        and issubclass(router, LearnedRouter)
+        and (router.gate, router.forward) == (LearnedRouter.gate, LearnedRouter.forward)
+    )
+    if not gates_alone:
         raise ValueError(
             f"`router_type` {config.router_type!r} weighs an expert by the scores of all of them, as a softmax does, so "
             'logits would change with every one that is left out. Prune models of "stable", "base" or "hash".'
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError("The weights are quantised. Prune the checkpoint that they were made of, then quantise that.")
-
-
-def _learns(router: type | None) -> bool:
-    return router is not None and issubclass(router, LearnedRouter)
 
 
 def _special_ids(config: StableMoEBaseConfig, generation_config: GenerationConfig | None) -> list[int]:
@@ -283,13 +279,6 @@ def _check_ids(ids: Iterable[int] | Tensor, name: str, vocab_size: int, special:
     return torch.cat([values.flatten().long().cpu(), torch.tensor(special, dtype=torch.long)]).unique()
 
 
-def _fill(experts: Tensor, num_kept: int, num_experts: int) -> Tensor:
-    """Add the lowest of the other experts, so that every layer keeps as many; sorted."""
-    others = torch.arange(num_experts)
-    others = others[~torch.isin(others, experts)]
-    return torch.cat([experts, others[: num_kept - len(experts)]]).sort().values
-
-
 def prune_experts(
     model: PreTrainedModel,
     token_ids: Iterable[int] | Tensor,
@@ -299,23 +288,25 @@ def prune_experts(
 ) -> PreTrainedModel:
     """Make a model without the experts that a part of the vocabulary never reaches.
 
-    On sequences of that part its logits are those of the whole model. Each layer keeps as many experts as the layer that
-    needs most. Any other id keeps its expert where that is kept, and else goes to expert `id mod N'`: a forward pass that
-    meets one says so once, and generation avoids it.
+    On sequences of that part its logits are those of the whole model. Each layer keeps as many experts as the layer
+    that needs most, N'. Any other id keeps its expert where that is kept, and otherwise goes to expert `id mod N'`: a
+    forward pass that meets such an id warns once, and generation avoids it.
 
     Args:
-        model (`PreTrainedModel`): of this package, frozen; stays as it is. Its weights are copied but for the experts that
-            are left out, so drop it, or let `load_pruned` read what is kept from a checkpoint.
-        token_ids (iterable of `int`): the part of the vocabulary; of an encoder-decoder, of its sources. Special tokens of
-            the config always count.
-        target_ids (iterable of `int`, *optional*): of the targets of an encoder-decoder. Default: as of the sources.
+        model (`PreTrainedModel`): of this package, frozen; it is not changed. The weights that are kept are copied:
+            drop the model afterwards, or save memory with `load_pruned`, which reads them from a checkpoint.
+        token_ids (iterable of `int`): the ids that the pruned model reads and writes; the source ids of an
+            encoder-decoder. Special tokens of the config always count.
+        target_ids (iterable of `int`, *optional*): the target ids of an encoder-decoder. Default: `token_ids`.
         confine_generation (`bool`): add the ids without an expert to `generation_config.suppress_tokens`.
 
     Returns:
         `PreTrainedModel`: of the same class, dtype, device and mode; it trains, saves and loads as any frozen model.
 
     Raises:
-        ValueError: see `plan_pruning`; also for weights that are sharded, offloaded, quantised or adapted.
+        ValueError: for no ids, ids outside the vocabulary, `target_ids` for a model without decoder, for a model whose
+            routing is not frozen into tables or whose gate depends on the scores of all experts, and for weights that
+            are sharded, offloaded, quantised or adapted.
     """
     _require_plain(model)
     require_prunable(model.config)
@@ -331,7 +322,7 @@ def prune_experts(
 
 
 def _require_plain(model: PreTrainedModel):
-    """Refuse a model whose parameters are not simply all there."""
+    """Refuse a model whose parameters are not all here, whole and its own."""
     if type(model) not in MODELS.values():
         raise ValueError(
             f"A {type(model).__name__} cannot be pruned: give one of {', '.join(MODELS)} (adapters merged into it), loaded "
@@ -358,22 +349,25 @@ def load_pruned(
 ) -> PreTrainedModel:
     """Load a checkpoint without the experts that a part of the vocabulary never reaches, and never read those.
 
-    See `prune_experts`. The memory that it takes is that of the pruned model.
+    The model is the one that `prune_experts` makes, but no more memory is taken than it needs.
 
     Args:
         checkpoint (`str` or `PathLike`): Hub name or folder, with weights as safetensors, in one file or several.
-        token_ids (iterable of `int`): see `prune_experts`.
-        target_ids (iterable of `int`, *optional*): see `prune_experts`.
-        confine_generation (`bool`): see `prune_experts`.
-        variant (`str`, *optional*): what `save_pretrained` was told: the weights are in model.<variant>.safetensors.
-        **kwargs: as of `from_pretrained`: `revision`, `token`, `cache_dir`, `dtype`, `device_map` and the like.
+        token_ids (iterable of `int`): the ids that the pruned model reads and writes; the source ids of an
+            encoder-decoder. Special tokens of the config always count.
+        target_ids (iterable of `int`, *optional*): the target ids of an encoder-decoder. Default: `token_ids`.
+        confine_generation (`bool`): add the ids without an expert to `generation_config.suppress_tokens`.
+        variant (`str`, *optional*): that the checkpoint was saved with; it has model.<variant>.safetensors.
+        **kwargs: arguments of `from_pretrained`: `revision`, `token`, `cache_dir`, `dtype`, `device_map` and the like.
 
     Returns:
         `PreTrainedModel`: of the class that the checkpoint was saved from, in evaluation mode.
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: see `plan_pruning`; also for a damaged checkpoint, and for one that is not of this package.
+        ValueError: for no ids, ids outside the vocabulary, `target_ids` for a model without decoder, for a model whose
+            routing is not frozen into tables or whose gate depends on the scores of all experts, for a damaged
+            checkpoint and for one that is not of this package.
     """
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     model_class, config, generation_config = read_configs(checkpoint, **hub)
@@ -390,14 +384,11 @@ def load_pruned(
 def read_configs(
     checkpoint: str | PathLike, **hub: Any
 ) -> tuple[type[PreTrainedModel], StableMoEBaseConfig, GenerationConfig | None]:
-    """Read what a checkpoint says besides its weights.
+    """Read the model class, the config and, if there is one, the generation config of a checkpoint.
 
     Args:
         checkpoint (`str` or `PathLike`): Hub name or folder.
-        **hub: as of `from_pretrained`: where the checkpoint is.
-
-    Returns:
-        `tuple`: the class that it was saved from, its config and, if it has any, its generation config.
+        **hub: arguments of `from_pretrained` that say where it is: `revision`, `token`, `cache_dir` and the like.
 
     Raises:
         OSError: if there is no such checkpoint.
@@ -413,20 +404,22 @@ def read_configs(
 
 @contextmanager
 def open_weights(checkpoint: str | PathLike, variant: str | None = None, **hub: Any) -> Iterator[dict[str, Any]]:
-    """Open the safetensors files of a checkpoint, of the Hub or in a folder.
+    """Open the safetensors files of a checkpoint.
 
     Args:
         checkpoint (`str` or `PathLike`): Hub name or folder.
-        variant (`str`, *optional*): see `load_pruned`.
-        **hub: as of `from_pretrained`.
+        variant (`str`, *optional*): that the checkpoint was saved with.
+        **hub: arguments of `from_pretrained` that say where it is: `revision`, `token`, `cache_dir` and the like.
 
     Yields:
-        `dict`: slices by the name of the tensor, which read what they are indexed by.
+        `dict`: safetensors slices by the current name of the tensor; only the rows they are indexed with are read.
 
     Raises:
-        ValueError: if there are none, or they cannot be read.
+        ValueError: if there are no such files, or they cannot be read.
     """
-    names = [_name_of_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
+    names = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
+    if variant is not None:
+        names = [f".{variant}.".join(name.rsplit(".", 1)) for name in names]
     single, index = (
         cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names
     )
@@ -447,22 +440,21 @@ def open_weights(checkpoint: str | PathLike, variant: str | None = None, **hub: 
             ) from error
 
 
-def _name_of_variant(name: str, variant: str | None) -> str:
-    stem, _, suffix = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{suffix}"
-
-
 def read_tables(
     model_class: type[PreTrainedModel], config: StableMoEBaseConfig, weights: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Read the frozen tables of a checkpoint, and check them against the fingerprint in its config.
 
+    Args:
+        model_class (`type[PreTrainedModel]`): that the checkpoint was saved from.
+        config (`StableMoEBaseConfig`): of the checkpoint.
+        weights (`Mapping[str, Any]`): slices of its safetensors files, by name.
+
     Returns:
-        `dict[str, torch.IntTensor]`: by the name of the MoE layer, `(V,)`.
+        `dict[str, torch.IntTensor]`: the expert of each token id, `(V,)`, by the name of the MoE layer.
 
     Raises:
-        ValueError: naming the layer, if a table is missing, damaged, or not the one that was saved; see also
-            `require_prunable`.
+        ValueError: if the model cannot be pruned, or a table is missing, damaged, or not the one that was saved.
     """
     require_prunable(config)
     layers: dict[str, StableMoELayer] = build_skeleton(model_class, config).moe_layers_by_name
@@ -482,14 +474,14 @@ def read_tables(
 
 
 def _build(pruning: Pruning, state: dict[str, Tensor], kwargs: dict[str, Any]) -> TwoStageRoutingMixin:
-    """Build the pruned model of its weights; the routing is checked as after any loading."""
+    # By `from_pretrained`, which checks the routing as after any loading.
     return pruning.model_class.from_pretrained(None, config=pruning.new_config, state_dict=state, **kwargs)
 
 
 def _finish(
     model: PreTrainedModel, pruning: Pruning, generation_config: GenerationConfig | None, confine_generation: bool
 ):
-    """Let a model generate as the whole one does, but for the ids that have lost their expert."""
+    """Let the pruned model generate as the whole one does, without the ids that have lost their expert."""
     if not model.can_generate():
         return
     if generation_config is not None:
@@ -499,17 +491,3 @@ def _finish(
         lost = pruning.lost(len(pruning.vocabularies) - 1).nonzero().flatten().tolist()
         suppressed = sorted({*(model.generation_config.suppress_tokens or []), *lost})
         model.generation_config.suppress_tokens = suppressed or None
-
-
-__all__ = [
-    "LayerPruning",
-    "Pruning",
-    "build_skeleton",
-    "load_pruned",
-    "open_weights",
-    "plan_pruning",
-    "prune_experts",
-    "read_configs",
-    "read_tables",
-    "require_prunable",
-]

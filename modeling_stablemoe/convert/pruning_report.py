@@ -1,10 +1,10 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What pruning keeps of a model, in figures: experts reached, parameters and bytes, and whether it pays."""
+"""What pruning keeps of a model, in numbers: experts reached, parameters and bytes, and whether it pays."""
 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_stablemoe.measure.report import format_table
@@ -15,22 +15,17 @@ from .pruning import LayerPruning, Pruning, build_skeleton
 from .saving import LogitComparison, compare_logits
 
 
-# Experts of a layer, to show what a vocabulary would reach of a random table.
+# Numbers of experts for which the reach into a random table is shown.
 _NUMBERS_OF_EXPERTS = (8, 32, 128, 512)
 
 
 def expected_reach(num_ids: int, num_experts: int) -> float:
-    """Compute how many of N experts n token ids reach on average where the table is random: N (1 - (1 - 1/N)^n).
-
-    Args:
-        num_ids (`int`): n.
-        num_experts (`int`): N.
-    """
+    """Return how many of N experts n token ids reach on average where the table is random: N (1 - (1 - 1/N)^n)."""
     return num_experts * (1 - (1 - 1 / num_experts) ** num_ids)
 
 
 def format_pruning(pruning: Pruning, vocabularies: Sequence[TextVocabulary]) -> str:
-    """Lay out what is kept of each MoE layer as a Markdown table, and of the whole model below.
+    """Format what is kept of each MoE layer as a Markdown table, and below it what is kept of the whole model.
 
     Args:
         pruning (`Pruning`): for the ids of the vocabularies.
@@ -85,7 +80,7 @@ def _size(module: nn.Module, config: StableMoEBaseConfig) -> tuple[int, int]:
 
 
 def format_random_tables(pruning: Pruning) -> str:
-    """Lay out what as many ids would reach of random tables, for some numbers of experts, as a Markdown table."""
+    """Format how many experts as many ids would reach in random tables, for some numbers of experts, in Markdown."""
     sizes = {f"ids{side}": len(ids) for side, ids in enumerate(pruning.vocabularies)}
     numbers = sorted({*_NUMBERS_OF_EXPERTS, pruning.config.num_experts})
     rows = [
@@ -103,25 +98,25 @@ def format_random_tables(pruning: Pruning) -> str:
 def compare_on_text(
     whole: PreTrainedModel, pruned: PreTrainedModel, pruning: Pruning, vocabularies: Sequence[TextVocabulary]
 ) -> LogitComparison:
-    """Compare the logits of a pruned model with those of the whole one, on what is in the vocabulary of the text.
+    """Compare the logits of a pruned model with those of the whole one, on the tokens of texts that it was pruned for.
 
     Args:
         whole (`PreTrainedModel`): in evaluation mode.
         pruned (`PreTrainedModel`): in evaluation mode, of the same dtype.
-        pruning (`Pruning`): of it.
-        vocabularies (sequence of `TextVocabulary`): it was made for.
+        pruning (`Pruning`): that the pruned model was made by.
+        vocabularies (sequence of `TextVocabulary`): of the texts; their beginnings are compared.
 
     Returns:
-        `LogitComparison`: of all sequences together.
+        `LogitComparison`: over all sequences.
 
     Raises:
         ValueError: if logits differ by more than rounding.
     """
     longest = pruning.config.max_position_embeddings
-    sides = [
-        [_inside(row, ids)[:longest] for row in vocabulary.beginnings]
-        for vocabulary, ids in zip(vocabularies, pruning.vocabularies, strict=True)
-    ]
+    sides = []
+    for vocabulary, ids in zip(vocabularies, pruning.vocabularies, strict=True):
+        rows = map(torch.tensor, vocabulary.beginnings)
+        sides.append([row[torch.isin(row, ids)][:longest] for row in rows])
     names = ("input_ids", "decoder_input_ids")
     pairs = [row for row in zip(*sides, strict=True) if all(len(ids) for ids in row)]
     parts = [
@@ -133,11 +128,3 @@ def compare_on_text(
         max((part.largest_difference for part in parts), default=0.0),
         max((part.allowed for part in parts), default=0.0),
     )
-
-
-def _inside(row: Sequence[int], ids: Tensor) -> Tensor:
-    row = torch.tensor(row)
-    return row[torch.isin(row, ids)]
-
-
-__all__ = ["compare_on_text", "expected_reach", "format_pruning", "format_random_tables"]

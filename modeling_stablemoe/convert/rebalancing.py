@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Balancing the routing of a checkpoint after the fact: any router, by a text that it has routed."""
+"""Balancing the routing of a trained checkpoint, with any router, on texts that it has routed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modeling_stablemoe.measure.inspection import LayerRouting, RoutedText
+from modeling_stablemoe.measure.meter import evenness
 from modeling_stablemoe.measure.report import format_table
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 from modeling_stablemoe.solvers.balancing import balanced_table
@@ -15,17 +16,18 @@ from modeling_stablemoe.solvers.balancing import balanced_table
 
 @dataclass(frozen=True)
 class LayerBalance:
-    """What balancing one MoE layer came to, on the tokens of the text.
+    """The effect of balancing one MoE layer, on the tokens of the text.
 
     Attributes:
-        name (`str`): of the layer.
-        tokens (`int`): of the text.
-        load_before (`float`): max/mean of the routing as it was.
+        name (`str`): qualified name of the layer.
+        tokens (`int`): number of tokens of the text.
+        load_before (`float`): max/mean of the experts' loads before.
         load_after (`float`): max/mean under the balanced table.
-        best_agreement (`float`): share of the tokens that any table could have kept where they were, in [0, 1].
+        best_agreement (`float`): largest share of the tokens, in [0, 1], that a table without a limit keeps at their
+            expert.
         agreement (`float`): share that the balanced table keeps there.
-        bound (`float`): share that no other table within the limit exceeds, given its more frequent ids.
-        alone (`int`): ids that outweigh the limit by themselves, each with an expert of its own.
+        bound (`float`): upper bound on that share for any table within the limit with the same frequent ids.
+        alone (`int`): number of ids that exceed the limit by themselves, each with an expert of its own.
     """
 
     name: str
@@ -38,33 +40,27 @@ class LayerBalance:
     alone: int
 
 
-def count_choices(token_ids: Tensor, experts: Tensor, vocab_size: int, num_experts: int) -> Tensor:
-    """Count how many tokens of each id went to each expert: `torch.DoubleTensor` of shape `(V, E)`."""
-    pairs = torch.bincount(token_ids * num_experts + experts, minlength=vocab_size * num_experts)
-    return pairs.view(vocab_size, num_experts).double()
-
-
 def rebalance(
     model: TwoStageRoutingMixin, texts: Sequence[RoutedText], max_load: float, num_bands: int = 1
 ) -> list[LayerBalance]:
-    """Give a model routing tables that are balanced on texts, and keep most of their tokens where they were.
+    """Give a model routing tables that are balanced on texts, and keep most tokens at their experts.
 
-    A model of stage 1 is frozen by it: its tokens were where the backbone router sent them. An id that the texts do not
-    hold stays where it was, or, where hidden states decide, goes to the expert of its number modulo `num_experts`;
-    it counts as one token.
+    This freezes a model of stage 1, whose tokens are kept where its backbone router sends them. An id that does not
+    occur in the texts keeps its expert, or gets expert `id mod num_experts` if hidden states decide, and counts as one
+    token.
 
     Args:
-        model (`TwoStageRoutingMixin`): with a table, or with a routing that one can stand for.
-        texts (sequence of `RoutedText`): what every MoE layer has routed; see `route_texts`.
-        max_load (`float`): tokens allowed on one expert, in mean loads; see `balanced_table`.
-        num_bands (`int`): see `balanced_table`.
+        model (`TwoStageRoutingMixin`): with tables, or with a router that tables can replace.
+        texts (sequence of `RoutedText`): of `route_texts`; every MoE layer must have routed one.
+        max_load (`float`): tokens allowed on one expert, in mean loads; >= 1.
+        num_bands (`int`): bands of token frequency that are balanced one after the other; 1 places all ids together.
 
     Returns:
-        `list[LayerBalance]`: one a MoE layer.
+        `list[LayerBalance]`: one per MoE layer.
 
     Raises:
-        ValueError: if a layer has routed none of the texts, for a `max_load` below 1, or for a model that has no
-            tables (see `require_tables`).
+        ValueError: if a layer has routed none of the texts, for a `max_load` below 1, or for a model that cannot have
+            tables.
     """
     model.require_tables()
     routed = {layer.name: (text.token_ids, layer) for text in texts for layer in text.layers}
@@ -85,7 +81,8 @@ def _balance(
 ) -> tuple[Tensor, LayerBalance]:
     vocab_size, num_experts = model.config.vocab_size, model.config.num_experts
     learns = model.routing_stage == 1 and layer.backbone_experts is not None
-    counts = count_choices(token_ids, layer.backbone_experts if learns else layer.experts, vocab_size, num_experts)
+    pairs = token_ids * num_experts + (layer.backbone_experts if learns else layer.experts)
+    counts = torch.bincount(pairs, minlength=vocab_size * num_experts).view(vocab_size, num_experts).double()
     agreement, weights = counts.clone(), counts.sum(-1)
     unseen = (weights == 0).nonzero().squeeze(-1)
     module, ids = model.moe_layers_by_name[layer.name], torch.arange(vocab_size, device=model.device)
@@ -99,7 +96,7 @@ def _balance(
         torch.bincount(experts, minlength=num_experts).double()
         for experts in (layer.experts, balanced.table[token_ids])
     ]
-    before, after = ((load.max() / load.mean()).item() for load in loads)
+    before, after = evenness(torch.stack(loads))["load_max_over_mean"].tolist()
     bound = min(best, kept + balanced.bound - balanced.agreement)
     return balanced.table, LayerBalance(
         name=layer.name,
@@ -114,7 +111,7 @@ def _balance(
 
 
 def format_balances(balances: Sequence[LayerBalance]) -> str:
-    """Lay out what balancing came to as a Markdown table."""
+    """Format the effect of balancing as a Markdown table, one row per MoE layer."""
     rows = [
         {
             "name": balance.name,
@@ -139,6 +136,3 @@ def format_balances(balances: Sequence[LayerBalance]) -> str:
         "alone": "ids above the limit, with an expert of their own",
     }
     return format_table(rows, headings)
-
-
-__all__ = ["LayerBalance", "count_choices", "format_balances", "rebalance"]

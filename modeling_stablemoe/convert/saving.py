@@ -16,18 +16,18 @@ from modeling_stablemoe.runs.recipes import read_preset
 from .dense import routing_fields
 
 
-# Rounding of a matrix product that another kernel makes, in units of the largest logit's last place.
+# How far the rounding of another kernel may move a logit, in units of the last place of the largest one.
 _ROUNDING_UNITS = 64
 
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """What comparing two models came to.
+    """How far the logits of two models differ.
 
     Attributes:
-        tokens (`int`): compared.
-        largest_difference (`float`): of two logits; 0.0 where all are equal to the bit.
-        allowed (`float`): what other kernels of the same products may round otherwise.
+        tokens (`int`): number of tokens compared.
+        largest_difference (`float`): largest absolute difference of two logits; 0.0 where all are equal to the bit.
+        allowed (`float`): largest difference that the rounding of other kernels explains.
     """
 
     tokens: int
@@ -53,10 +53,7 @@ def compare_logits(
         dense (`PreTrainedModel`): in evaluation mode.
         converted (`PreTrainedModel`): in evaluation mode, of the same dtype.
         input_ids (`torch.LongTensor` of shape `(batch, sequence)`): what both read.
-        **inputs (`torch.Tensor`): what else, such as `decoder_input_ids`.
-
-    Returns:
-        `LogitComparison`
+        **inputs (`torch.Tensor`): other inputs of both, such as `decoder_input_ids`.
 
     Raises:
         ValueError: if they differ by more than rounding.
@@ -79,13 +76,13 @@ def compare_logits(
 def ids_to_compare(
     config, tokenizer: PreTrainedTokenizerBase | None, text: str | None, num_tokens: int = 128
 ) -> Tensor:
-    """Choose what two models are compared on: a text, or random ids.
+    """Make the ids that two models are compared on: those of a text, or random ones.
 
     Args:
-        config (`PreTrainedConfig`): gives the vocabulary and the longest sequence.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the text.
-        text (`str`, *optional*): default: ids drawn from the vocabulary, the same each time.
-        num_tokens (`int`): how many ids are drawn.
+        config (`PreTrainedConfig`): of the model: vocabulary and longest sequence.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for a text.
+        text (`str`, *optional*): cut to the longest sequence. Default: random ids, the same on each call.
+        num_tokens (`int`): number of random ids.
 
     Returns:
         `torch.LongTensor` of shape `(1, sequence)`.
@@ -106,11 +103,11 @@ def ids_to_compare(
 
 
 def routing_of_preset(path: str | Path) -> dict:
-    """Read from a model preset what concerns experts, routing and stage 1; the shape is the dense model's.
+    """Read the fields of a model preset that concern experts, routing and stage 1, and leave out its shape.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no preset of a language model.
+        ValueError: if it is not a preset of a language model.
     """
     config_class, values = read_preset(path)
     if config_class.model_type != "stablemoe":
@@ -129,14 +126,14 @@ def save_converted(
     """Save a model with its code files, a tokenizer and a card, all or nothing.
 
     Args:
-        model (`PreTrainedModel`): what was converted.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): of the model that it was made of.
+        model (`PreTrainedModel`): the converted model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer.
         folder (`str` or `Path`): new, or empty.
         card (`ModelCard`, *optional*): its card.
 
     Raises:
-        OSError: if it cannot be written.
-        ValueError: if the folder holds anything.
+        OSError: if the folder cannot be written.
+        ValueError: if the folder is not empty.
     """
     with new_folder(folder) as partial:
         if tokenizer is not None:
@@ -144,6 +141,3 @@ def save_converted(
         model.save_pretrained(partial)
         if card is not None:
             card.save(partial / CARD_FILE)
-
-
-__all__ = ["LogitComparison", "compare_logits", "ids_to_compare", "routing_of_preset", "save_converted"]

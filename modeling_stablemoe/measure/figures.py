@@ -7,7 +7,7 @@ from pathlib import Path
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
 
 
-# Told apart by all kinds of colour vision (Okabe and Ito, 2008), in the order of most contrast.
+# Distinct for all kinds of colour vision (Okabe and Ito, 2008), the strongest contrasts first.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
 
@@ -40,24 +40,25 @@ def line_style(index: int) -> dict[str, str]:
 
 
 def mark_transitions(axes, steps: Mapping[str, int | None]):
-    """Draw where the routing was frozen: one line for all runs where they agree, otherwise one per run in its colour.
+    """Draw where the routing was frozen: one line if all runs agree, otherwise one per run in its colour.
 
-    `steps` has the step of the transition by run, in the order of their colours; `None` where there was none.
+    `steps` maps each run, in the order of colours, to the step of its transition, or to `None`.
     """
     known = {step for step in steps.values() if step is not None}
     if len(known) == 1:
         (step,) = known
-        axes.axvline(step, color="0.35", linestyle=(0, (5, 2)), linewidth=1.2, label="routing frozen")
-        return
-    for index, (name, step) in enumerate(steps.items()):
+        lines = [(step, "0.35", "routing frozen")]
+    else:
+        lines = [
+            (step, line_style(index)["color"], f"{name}: frozen") for index, (name, step) in enumerate(steps.items())
+        ]
+    for step, color, label in lines:
         if step is not None:
-            axes.axvline(
-                step, color=line_style(index)["color"], linestyle=(0, (5, 2)), linewidth=1.2, label=f"{name}: frozen"
-            )
+            axes.axvline(step, color=color, linestyle=(0, (5, 2)), linewidth=1.2, label=label)
 
 
 def add_legend(figure, panels: Sequence):
-    """Put one legend for all panels under them, where it hides nothing; none if no line has a name."""
+    """Put one legend for all panels below them, where it hides nothing; none if no line has a name."""
     entries = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -9,16 +9,16 @@ from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
 
 
 def forward_flops(model: PreTrainedModel, sequence_length: int) -> int:
-    """Count the floating-point operations of a forward pass over one sequence, as inference makes it.
+    """Count the floating-point operations of a forward pass over one sequence at inference.
 
-    Matrix products only, two operations per multiply-accumulate; the paper counts multiply-accumulates (table 2), so
-    its figures are half of these. Attention is counted over all pairs of positions, as there.
+    These are matrix products only, with two operations per multiply-accumulate; the paper counts multiply-accumulates
+    (table 2), half as many. As in the paper, attention counts all pairs of positions.
 
     Args:
-        model (`PreTrainedModel`): a language model of this package, or one of transformers.
+        model (`PreTrainedModel`): a language model of this package or of transformers.
         sequence_length (`int`): tokens.
     """
-    # Fused kernels are not all known to the counter.
+    # The counter does not know all fused kernels.
     implementations = model.config._attn_implementation, model.config._experts_implementation
     training = model.training
     input_ids = torch.zeros((1, sequence_length), dtype=torch.long, device=model.device)
@@ -35,7 +35,7 @@ def forward_flops(model: PreTrainedModel, sequence_length: int) -> int:
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """Count parameters as table 2 does; tables are not parameters in this sense.
+    """Count parameters as table 2 of the paper does; routing tables are not parameters.
 
     Returns:
         `dict[str, int]`: `shared` by all tokens, routers included, and `experts`, of all experts of all MoE layers.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Routing fluctuation: how the experts of fixed tokens change while training goes on (StableMoE, figures 2 and 7)."""
+"""Routing fluctuation: how the experts of the same tokens change during training (StableMoE, figures 2 and 7)."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from modeling_stablemoe.checkpoints.atomic_files import replace_file
 from .figures import save_figure
 
 
-# What a run leaves in its folder.
+# Files in the folder of a run.
 REPORT_FILE = "routing_fluctuation.json"
 FIGURE_FILE = "routing_fluctuation.png"
 
@@ -24,11 +24,11 @@ FIGURE_FILE = "routing_fluctuation.png"
 class RoutingHistory:
     """The experts of the same tokens at several steps of a training run.
 
-    Args:
+    Attributes:
         steps (`list[int]`): optimizer steps of the checks, ascending.
         stages (`list[int]`): routing stage at each check, 1 or 2.
-        experts (`list[torch.Tensor]`): one `torch.ShortTensor` of shape `(tokens,)` a check; the tokens of several MoE
-            layers stand one after the other.
+        experts (`list[torch.Tensor]`): one `torch.ShortTensor` of shape `(tokens,)` per check, in which the tokens of
+            several MoE layers follow one another.
     """
 
     def __init__(self):
@@ -37,15 +37,9 @@ class RoutingHistory:
         self.experts: list[Tensor] = []
 
     def record(self, step: int, stage: int, experts: Tensor) -> float | None:
-        """Add a check.
+        """Add a check of `experts`, a `torch.LongTensor` of the same shape each time.
 
-        Args:
-            step (`int`): optimizer step.
-            stage (`int`): routing stage, 1 or 2.
-            experts (`torch.LongTensor` of any shape, the same for every check): the expert of each token.
-
-        Returns:
-            `float`, *optional*: share of tokens whose expert changed since the last check; `None` at the first one.
+        Returns the share of tokens whose expert has changed since the last check; `None` at the first one.
         """
         self.steps.append(step)
         self.stages.append(stage)
@@ -73,12 +67,13 @@ class RoutingHistory:
         return torch.where(differs, steps, 0).amax(0)
 
     def summary(self) -> dict:
-        """Gather what figures 2 and 7 show.
+        """Compute what figures 2 and 7 show.
 
         Returns:
-            `dict`: `steps`, `stages`, `change_since_last_check`; `largest_change_in_stage2`; `last_fluctuation` with
-                `steps` and `cumulative_share`, the share of tokens that have settled for good by each step; and
-                `share_still_changing_after`, the share of tokens not settled by 20, 50 and 80 % of the last step.
+            `dict`, JSON-ready: `tokens`, their number; `steps`, `stages` and `change_since_last_check`, lists with an
+                entry per check; `largest_change_in_stage2`; `last_fluctuation` with `steps` and `cumulative_share`,
+                the share of tokens that have settled for good by each step; and `share_still_changing_after`, the
+                share of tokens not settled by 20, 50 and 80 % of the last step.
         """
         last = self.last_fluctuation_steps()
         total = self.steps[-1]
@@ -108,7 +103,7 @@ class RoutingHistory:
         replace_file(path, lambda partial: save_file(tensors, partial))
 
     def load(self, path: str | os.PathLike, last_step: int):
-        """Read the checks up to `last_step` that `save` wrote; later ones belong to steps that will be run again."""
+        """Read the checks up to `last_step` from a file of `save`; the steps of later ones will be run again."""
         with safe_open(path, framework="pt") as file:
             steps = file.get_tensor("steps")
             kept = int((steps <= last_step).sum())

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What the experts of a checkpoint hold: where it sends the tokens of a text, measured (StableMoE, table 9).
+"""Which tokens of a text the experts of a checkpoint receive (StableMoE, table 9).
 
-`route_texts` asks the model, `inspect_routing` measures, `format_report` lays the numbers out for people. Any router will do:
-experts and backbone scores are read off forward passes, so routing may depend on the context of a token.
+`route_texts` runs the model, `inspect_routing` measures, `format_report` formats the numbers for people. This works
+with any router, also one that depends on context: experts and backbone scores are those of forward passes.
 """
 
 import re
@@ -21,24 +21,24 @@ from .meter import evenness
 from .report import format_table
 
 
-# What each text is called in the arguments of `forward`, and in its output.
+# Prefixes of each kind of text in the arguments of `forward`, and in its output.
 _INPUT_PREFIX = {"text": "", "sources": "", "targets": "decoder_"}
 _OUTPUT_PREFIX = {"text": "", "sources": "encoder_", "targets": "decoder_"}
-# White space that would not be seen in a table.
+# Visible signs for white space in a table.
 _VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥"})
-# How tokenizers with byte fallback write a byte that is no character.
+# How tokenizers with byte fallback spell a byte that is not a character.
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Where one MoE layer sends the T tokens of a text.
+    """The experts of the T tokens of a text in one MoE layer.
 
     Attributes:
         name (`str`): qualified name of the layer.
-        experts (`torch.LongTensor` of shape `(T,)`): that inference uses, in [0, num_experts).
+        experts (`torch.LongTensor` of shape `(T,)`): those that inference uses (eq. 13 if distilled).
         backbone_experts (`torch.LongTensor` of shape `(T,)`, *optional*): argmax of the backbone scores (eqs. 5 and
-            6); `None` where the router has no scores.
+            6); `None` if the router has no scores.
     """
 
     name: str
@@ -48,13 +48,13 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class RoutedText:
-    """A text as the model read it, and where the MoE layers that saw it sent its T tokens.
+    """A text as the model reads it, and the experts of its T tokens in each MoE layer.
 
     Attributes:
         kind (`str`): "text" (language models), "sources" (of an encoder) or "targets" (of a decoder).
         token_ids (`torch.LongTensor` of shape `(T,)`): all documents, one after the other.
-        starts (`list[int]`): where each document, or sentence, begins in it.
-        layers (`list[LayerRouting]`): in the order in which tokens pass them; at least one.
+        starts (`list[int]`): index of the first token of each document, or sentence.
+        layers (`list[LayerRouting]`): in the order of the model; at least one.
     """
 
     kind: str
@@ -71,7 +71,7 @@ def route_texts(
     batch_tokens: int = 2048,
     show_progress: bool = False,
 ) -> list[RoutedText]:
-    """Let a model route texts, as it does at inference.
+    """Route texts as the model does at inference.
 
     A language model, or classifier, reads a document in windows of `max_position_embeddings` tokens, as in training. A
     sequence-to-sequence model reads sources and, as decoder input, targets shifted to the right.
@@ -82,15 +82,15 @@ def route_texts(
             are left out.
         targets (sequence of sequences of `int`, *optional*): token ids of the target of each source, with the end
             token; without them the decoder's layers are left out.
-        batch_tokens (`int`): tokens of a forward pass, padding included; a longer sequence passes alone.
-        show_progress (`bool`): show a bar.
+        batch_tokens (`int`): tokens of a forward pass, padding included; a longer sequence is a batch of its own.
+        show_progress (`bool`): show a progress bar.
 
     Returns:
-        `list[RoutedText]`: of the texts that an MoE layer saw: the text, or sources and targets; on the CPU.
+        `list[RoutedText]`: the text, or sources and targets, that an MoE layer reads; tensors are on the CPU.
 
     Raises:
-        ValueError: if the model has no MoE layer that sees these texts, there is no token, an id is outside the
-            vocabulary, or a source or target is longer than the model's positions.
+        ValueError: if no MoE layer of the model reads these texts, there is no token, an id is outside the vocabulary,
+            or a source or target is longer than the model's positions.
     """
     if not model.moe_layers_by_name:
         raise ValueError(
@@ -101,7 +101,7 @@ def route_texts(
         raise ValueError("There is no token in the text: nothing to route.")
     _check_rows(rows, model.config)
     places = {kind: list(accumulate((len(row[kind]) for row in rows), initial=0)) for kind in rows[0]}
-    # By kind of text and of choice, `(moe layers, T)`.
+    # By kind of text, then "experts" or "backbone": `(moe layers, T)`.
     routed: dict[str, dict[str, Tensor]] = {kind: {} for kind in places}
     model.eval()
     with tqdm(total=len(rows), desc="Routing", unit=" sequences", disable=not show_progress) as progress:
@@ -128,7 +128,7 @@ def route_texts(
 def _rows(
     config, documents: Sequence[Sequence[int]], targets: Sequence[Sequence[int]] | None
 ) -> tuple[list[dict[str, list[int]]], dict[str, list[int]]]:
-    """Lay out what the model reads at once, by kind of text, and where documents start among all tokens of a kind."""
+    """Return the sequences of the forward passes, by kind of text, and where each document starts in its kind."""
     if config.is_encoder_decoder:
         begin = config.decoder_start_token_id
         pairs = zip(documents, targets if targets is not None else [[]] * len(documents), strict=True)
@@ -149,7 +149,7 @@ def _rows(
 
 
 def _check_rows(rows: list[dict[str, list[int]]], config):
-    """Look before the model does: an accelerator would answer with a device assertion."""
+    """Refuse ids and lengths that a model on an accelerator would answer with a device assertion."""
     for row in rows:
         for kind, ids in row.items():
             wrong = next((token_id for token_id in ids if not 0 <= token_id < config.vocab_size), None)
@@ -166,7 +166,7 @@ def _check_rows(rows: list[dict[str, list[int]]], config):
 
 
 def _batches(rows: list[dict[str, list[int]]], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the rows of each forward pass, those of similar length together, the longest first."""
+    """Yield the indices of the rows of each forward pass: rows of similar length together, the longest first."""
     lengths = [max(map(len, row.values())) for row in rows]
     batch: list[int] = []
     for row in sorted(range(len(rows)), key=lambda row: -lengths[row]):
@@ -179,7 +179,7 @@ def _batches(rows: list[dict[str, list[int]]], batch_tokens: int) -> Iterator[li
 
 @torch.inference_mode()
 def _route_batch(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> Iterator[tuple[str, str, Tensor]]:
-    """Run the model; yield by kind of text the "experts" and, where there are scores, the "backbone" choice, `(L, B, S)`."""
+    """Run the model; yield kind of text, "experts" or (with scores) "backbone", and that choice, `(L, B, S)`."""
     inputs = {}
     for kind in rows[0]:
         ids = [torch.tensor(row[kind]) for row in rows]
@@ -203,12 +203,7 @@ def _route_batch(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> It
 
 
 def measure_load(experts: Tensor, num_experts: int) -> dict:
-    """Measure how evenly tokens `(T,)` are spread over experts, T > 0.
-
-    Returns:
-        `dict`: `tokens` and `share`, lists of N; `max_over_mean`, in [1, N]; `entropy` of the shares, nats;
-            `entropy_share`, of log N (`None` for one expert); `idle_experts`, the experts without a token.
-    """
+    """Measure how evenly tokens `(T,)`, T > 0, are spread over experts."""
     load = torch.bincount(experts, minlength=num_experts)
     share = load.double() / load.sum()
     even = evenness(load.double())
@@ -223,25 +218,14 @@ def measure_load(experts: Tensor, num_experts: int) -> dict:
 
 
 def count_token_experts(token_ids: Tensor, experts: Tensor) -> list[tuple[int, int, int]]:
-    """Return `(token id, expert, tokens)` of all pairs that occur; the most frequent first, then by id and expert."""
+    """Return `(token id, expert, tokens)` of all pairs that occur, the most frequent first, then by id and expert."""
     pairs, counts = torch.stack([token_ids, experts]).unique(dim=1, return_counts=True)
     found = zip(*pairs.tolist(), counts.tolist(), strict=True)
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
 
 
 def measure_agreement(token_ids: Tensor, experts: Tensor, backbone_experts: Tensor) -> dict:
-    """Measure how often the routing of inference is what the backbone router would choose, by token frequency.
-
-    Args:
-        token_ids (`torch.LongTensor` of shape `(T,)`): T > 0.
-        experts (`torch.LongTensor` of shape `(T,)`): that inference uses (eq. 13 for the distilled router).
-        backbone_experts (`torch.LongTensor` of shape `(T,)`): argmax of the backbone scores (eqs. 5 and 6).
-
-    Returns:
-        `dict`: `overall`, share of tokens; `by_frequency`, a `dict` for each range of frequencies that occurs, from
-        one power of two up to the next: `at_least` and `at_most` (how often a token id occurs in the text),
-        `distinct_tokens`, `tokens` and `agreement`, the share of those tokens.
-    """
+    """Measure how often inference and backbone router choose the same expert, by frequency of the tokens."""
     agrees = (experts == backbone_experts).double()
     _, inverse, counts = token_ids.unique(return_inverse=True, return_counts=True)
     powers = 2 ** torch.arange(63)
@@ -265,22 +249,27 @@ def measure_agreement(token_ids: Tensor, experts: Tensor, backbone_experts: Tens
 def inspect_routing(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[RoutedText], name: str, top_k: int = 20
 ) -> dict:
-    """Measure what each expert of each MoE layer got of a text (StableMoE, table 9).
+    """Measure which tokens of a text each expert of each MoE layer receives (StableMoE, table 9).
 
     Args:
         model (`PreTrainedModel`): that routed the texts.
-        tokenizer (`PreTrainedTokenizerBase`): turns ids into tokens that can be read.
+        tokenizer (`PreTrainedTokenizerBase`): of the texts.
         texts (sequence of `RoutedText`): of `route_texts`.
-        name (`str`): how to call the checkpoint.
-        top_k (`int`): tokens to list, of each expert and among those that go to several experts.
+        name (`str`): of the checkpoint in the report.
+        top_k (`int`): number of tokens to list, of each expert and among those of several experts.
 
     Returns:
         `dict`, JSON-ready: `checkpoint`, `router_type`, `routing_stage`, `router_fingerprint` (`None` in stage 1),
-            `num_experts`, and `layers`: of each its `name`, `text` (kind), `tokens`, `distinct_tokens`, `load`
-            (`tokens`, `share`, `max_over_mean`, `entropy` in nats, `entropy_share`, `idle_experts`), `experts` (of each
-            its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`),
-            `tokens_of_several_experts` (`distinct_tokens` and `tokens`, how many there are, and `most_frequent`) and
-            `agreement` (`overall` and `by_frequency`; `None` where the router has no scores).
+            `num_experts`, and `layers`, each with
+
+            - `name`, `text` (kind), and the numbers `tokens` and `distinct_tokens`;
+            - `load`: `tokens` and `share` of each expert, `max_over_mean` in [1, N], `entropy` of the shares in nats
+              and `entropy_share` of the largest entropy (`None` for one expert), `idle_experts` without a token;
+            - `experts`, each with its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`;
+            - `tokens_of_several_experts`: the numbers `distinct_tokens` and `tokens`, and the `most_frequent`;
+            - `agreement` of inference with the backbone router, `None` if that has no scores: `overall`, share of
+              tokens, and `by_frequency`, for each range between two powers of two that occurs `at_least` and `at_most`
+              (occurrences of a token id in the text), `distinct_tokens`, `tokens` and `agreement`.
     """
     return {
         "checkpoint": name,
@@ -308,8 +297,9 @@ def _measure_layer(text: RoutedText, layer: LayerRouting, num_experts: int, toke
             {"id": token_id, "token": token, "count": count}
             for (token_id, count), token in zip(own, names, strict=False)
         ]
-        experts.append({"expert": expert, "tokens": num_tokens, "distinct_tokens": len(own)})
-        experts[-1]["most_frequent"] = most_frequent
+        experts.append(
+            {"expert": expert, "tokens": num_tokens, "distinct_tokens": len(own), "most_frequent": most_frequent}
+        )
     return {
         "name": layer.name,
         "text": text.kind,
@@ -323,7 +313,7 @@ def _measure_layer(text: RoutedText, layer: LayerRouting, num_experts: int, toke
 
 
 def _tokens_of_several_experts(counted: list[tuple[int, int, int]], tokenizer, top_k: int) -> dict:
-    """Find the token ids that a router which sees context sends here and there."""
+    """Count and list the token ids that a router which sees context sends to several experts."""
     experts_of: dict[int, list[dict]] = {}
     for token_id, expert, count in counted:
         experts_of.setdefault(token_id, []).append({"expert": expert, "count": count})
@@ -340,11 +330,9 @@ def _tokens_of_several_experts(counted: list[tuple[int, int, int]], tokenizer, t
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[bytes]:
-    """Spell tokens as UTF-8, each on its own: leading spaces included, and characters cut where the tokenizer cuts.
+    """Spell each token on its own as UTF-8, with leading spaces, characters cut where the tokenizer cuts them.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): a byte-level BPE, or one that writes a space as U+2581.
-        token_ids (sequence of `int`): an id that the tokenizer does not know is spelt "<7>".
+    The tokenizer is a byte-level BPE, or one that writes a space as U+2581. An id that it does not know becomes "<7>".
     """
     decoder = tokenizer.backend_tokenizer.decoder if tokenizer.is_fast else None
     byte_of = (
@@ -368,19 +356,28 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 
 
 def readable_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
-    """Spell tokens for people: white space shows, bytes that are no whole character appear as in "\\xc3"."""
+    """Spell tokens for people: with visible white space, and bytes that are not a whole character as in "\\xc3"."""
     return [spelt.decode(errors="backslashreplace").translate(_VISIBLE) for spelt in token_bytes(tokenizer, token_ids)]
 
 
-_EXPERT_HEADINGS = {name: name.replace("_", " ") for name in ("expert", "tokens", "share", "distinct_tokens")}
-_EXPERT_HEADINGS["most_frequent"] = "most frequent tokens"
+_EXPERT_HEADINGS = {
+    "expert": "expert",
+    "tokens": "tokens",
+    "share": "share",
+    "distinct_tokens": "distinct tokens",
+    "most_frequent": "most frequent tokens",
+}
 _SEVERAL_HEADINGS = {"token": "token of several experts", "count": "tokens", "experts": "expert: tokens"}
-_AGREEMENT_HEADINGS = {"occurrences": "occurrences of a token", "distinct_tokens": "distinct tokens"}
-_AGREEMENT_HEADINGS |= {"tokens": "tokens", "agreement": "agreement"}
+_AGREEMENT_HEADINGS = {
+    "occurrences": "occurrences of a token",
+    "distinct_tokens": "distinct tokens",
+    "tokens": "tokens",
+    "agreement": "agreement",
+}
 
 
 def format_report(report: dict) -> str:
-    """Lay out a report of `inspect_routing` as Markdown, without a newline at the end."""
+    """Format a report of `inspect_routing` as Markdown, without a newline at the end."""
     frozen = f"frozen routing {report['router_fingerprint']}" if report["routing_stage"] == 2 else "not frozen"
     head = (
         f"# {report['checkpoint']}\n\nStage {report['routing_stage']} ({frozen}), router {report['router_type']!r}, "
@@ -399,7 +396,13 @@ def _format_layer(layer: dict) -> str:
         f"tokens: {idle}.",
     ]
     rows = [
-        {**expert, "share": f"{load['share'][expert['expert']]:.1%}", "most_frequent": _listed(expert)}
+        {
+            **expert,
+            "share": f"{load['share'][expert['expert']]:.1%}",
+            "most_frequent": ", ".join(
+                f"{_code(entry['token'])} {entry['count']}" for entry in expert["most_frequent"]
+            ),
+        }
         for expert in layer["experts"]
     ]
     parts.append(format_table(rows, _EXPERT_HEADINGS))
@@ -434,10 +437,6 @@ def _format_agreement(agreement: dict | None) -> str:
     ]
     head = f"On {agreement['overall']:.1%} of the tokens inference routes as the backbone router would:"
     return f"{head}\n\n{format_table(rows, _AGREEMENT_HEADINGS)}"
-
-
-def _listed(expert: dict) -> str:
-    return ", ".join(f"{_code(entry['token'])} {entry['count']}" for entry in expert["most_frequent"])
 
 
 def _code(token: str) -> str:

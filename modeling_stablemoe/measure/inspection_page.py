@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""One HTML file in which a text can be read with each token in the colour of its expert; it needs no network."""
+"""One HTML file, which needs no network, that shows a text with each token in the colour of its expert."""
 
 import html
 import json
@@ -15,7 +15,7 @@ from .inspection import RoutedText, token_bytes
 
 _TEMPLATE = Path(__file__).parent / "templates" / "inspection.html"
 _HEADER = ("checkpoint", "router_type", "routing_stage", "router_fingerprint", "num_experts")
-# What could end a script element or begin another, in any parser, as JSON escapes.
+# JSON escapes of the characters that could end a script element or begin another one.
 _HARMLESS = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
 
@@ -25,26 +25,26 @@ def build_page(report: dict, texts: Sequence[RoutedText], tokenizer: PreTrainedT
     Args:
         report (`dict`): of `inspect_routing`.
         texts (sequence of `RoutedText`): that the report was measured on.
-        tokenizer (`PreTrainedTokenizerBase`): that made them.
+        tokenizer (`PreTrainedTokenizerBase`): of the texts.
 
     Returns:
-        `str`: a whole HTML document. Its data stand in it as JSON, in the element with the id "data".
+        `str`: a whole HTML document, with its data as JSON in the element with the id "data".
     """
     data = json.dumps(page_data(report, texts, tokenizer), separators=(",", ":")).translate(_HARMLESS)
     values = {"title": html.escape(report["checkpoint"]), "data": data}
-    # In one pass: what is filled in is not searched for places to fill.
+    # In one pass, so that no placeholder is looked for in what is filled in.
     template = _TEMPLATE.read_text(encoding="utf-8")
     return re.sub(r"\{\{(title|data)\}\}", lambda place: values[place[1]], template)
 
 
 def page_data(report: dict, texts: Sequence[RoutedText], tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Gather what the page shows, in little space: a token is an index into the vocabulary of its text.
+    """Gather what the page shows, compactly: a token is an index into the vocabulary of its text.
 
     Returns:
-        `dict`, JSON-ready: the header of the report; `texts`: of each its `kind`, `starts` (of documents), `tokens`,
-            and `vocabulary` and `ids` of its distinct tokens, the most frequent first (a token that is not whole UTF-8
-            is a list of its bytes); `layers`: of each its `name`, the index of its `text`, `load` and `agreement` of
-            the report, and `experts` and `backbone`, the experts of each token (`None` where there are no scores).
+        `dict`, JSON-ready: the header of the report; `texts`, each with its `kind`, the `starts` of documents, its
+            `tokens`, and `vocabulary` and `ids` of the distinct ones, the most frequent first (a token that is not
+            whole UTF-8 as a list of its bytes); `layers`, each with its `name`, the index of its `text`, `load` and
+            `agreement` of the report, and the `experts` and `backbone` choice of each token (`None` without scores).
     """
     measured = iter(report["layers"])
     layers = []

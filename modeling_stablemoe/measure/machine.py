@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The machine that something is measured on: hardware by type, versions, memory, and fresh processes."""
+"""The machine that measurements run on: type of hardware, versions, memory, and fresh processes."""
 
 import multiprocessing
 import platform
@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Describe hardware by type, and versions."""
+    """Return the type of the hardware, the number of threads and the versions of Python, torch and transformers."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "hardware": hardware,
@@ -37,7 +37,7 @@ def _processor() -> str:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return how many bytes may still be taken; 0 where nothing tells. On a CPU a container's limit counts, too."""
+    """Return how many bytes can be allocated, on a CPU within a container's limit; 0 where that is unknown."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -52,10 +52,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held: of a CUDA device, else resident."""
+    """Return the largest number of bytes that this process has held, on a CUDA device or else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not `resource.getrusage` where it can be helped: its peak begins with that of the process that started this one.
+    # `resource.getrusage` is the second choice: its peak starts from that of the parent process.
     status = Path("/proc/self/status")
     if status.is_file():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -63,7 +63,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device):
-    """Let `peak_memory` start from what is held now; on a CPU only Linux can."""
+    """Let `peak_memory` start from what is held now; on a CPU this needs Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
@@ -75,14 +75,14 @@ class ChildError(RuntimeError):
 
 
 def run_alone(function: Callable, **arguments) -> Any:
-    """Call a function in a fresh process, whose memory is then that of this call alone.
+    """Call a function in a fresh process, whose memory is then that of this call alone, and return its result.
 
     Args:
-        function (`Callable`): of an importable module; what it takes and returns is pickled.
-        **arguments: what to call it with.
+        function (`Callable`): of an importable module; arguments and result are pickled.
+        **arguments: of the function.
 
     Raises:
-        ChildError: with the error's first line, if it failed or was killed.
+        ChildError: if the call failed, with the first line of the error, or if the process was killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])  # otherwise every process would import torch again

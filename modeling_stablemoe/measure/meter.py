@@ -22,7 +22,7 @@ from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 
 logger = logging.get_logger(__name__)
 
-# What `RoutingTotals.sums` holds, in this order, which checkpoints rely on.
+# What `RoutingTotals.sums` holds. Checkpoints rely on this order: new names go to the end.
 SUMS = (
     "targets",
     "task_loss",  # nats
@@ -47,8 +47,8 @@ class RoutingTotals:
     """Sums over the tokens of some forward passes.
 
     Attributes:
-        sums (`torch.DoubleTensor` of shape `(14,)`): in the order of `SUMS`. NaN stands for what there is none of:
-            agreement where nothing is distilled, entropy where there are no scores, overflow where there is no capacity.
+        sums (`torch.DoubleTensor` of shape `(len(SUMS),)`): in the order of `SUMS`. NaN for what does not exist:
+            agreement if nothing is distilled, entropy if there are no scores, overflow if there is no capacity.
         load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
     """
 
@@ -61,7 +61,7 @@ class RoutingTotals:
 
     def across_processes(self) -> "RoutingTotals":
         """Add up the sums of all processes, on the CPU; every process must call this."""
-        # One transfer: every number that is read would wait for the device.
+        # In one transfer, as each one waits for the device.
         packed = sum_across_processes(torch.cat([self.sums, self.load.flatten()])).cpu()
         return RoutingTotals(packed[: len(self.sums)], packed[len(self.sums) :].view_as(self.load))
 
@@ -72,20 +72,21 @@ class RoutingTotals:
     def metrics(self, stage: int) -> dict[str, float]:
         """Turn sums into means.
 
-        What is NaN stays NaN, as the Trainer's own `grad_norm` does: a loss or a hidden state that was not finite in
-        these passes makes `task_loss` or `common_direction` so. Loads, gates, agreement and the routing losses stay
-        finite, and so do the means of later passes.
+        NaN stays NaN, as the Trainer's own `grad_norm` does: a loss or a hidden state of these passes that was not
+        finite shows in `task_loss` or `common_direction`. Loads, gates, agreement, the routing losses and the means of
+        later passes stay finite.
 
         Args:
             stage (`int`): routing stage to report.
 
         Returns:
-            `dict[str, float]`: `task_loss` (nats per target token), `load_max_over_mean`, `load_min_over_mean` and
-            `load_entropy` of the worst layer, `dead_experts` of all layers, `mean_gate`, `closed_gates`,
-            `common_direction` and, where the routing learns, `router_entropy`, with a capacity `overflow` (share of the
-            routed tokens that were past it) and `routing_stage`; where there are tokens of stage 1 also `balance_loss` and, if the routing is distilled, `distillation_loss` (per token, summed
-            over layers, without their coefficients; tokens of stage 2 count with 0, as they do in the loss that is
-            trained), `distillation_agreement` (share of the tokens of stage 1) and `distillation_agreement_by_id`.
+            `dict[str, float]`: `routing_stage`; `load_max_over_mean`, `load_min_over_mean` and `load_entropy` of the
+                worst layer, `dead_experts` of all layers; `mean_gate`, `closed_gates`, `common_direction`, with scores
+                `router_entropy`, with a capacity `overflow` (share of the tokens past it); with labels `task_loss`
+                (nats per target token); with tokens of stage 1 `balance_loss` and, if the routing is distilled,
+                `distillation_loss` (both per token, summed over layers, without coefficients, 0 for tokens of stage 2
+                as in the loss that is trained), `distillation_agreement` (share of the tokens of stage 1) and
+                `distillation_agreement_by_id`.
         """
         sums = dict(zip(SUMS, self.sums.tolist(), strict=True))
         tokens, learned = sums["tokens"], sums["tokens_of_stage1"]
@@ -106,15 +107,15 @@ class RoutingTotals:
 
 
 def evenness(load: Tensor) -> dict[str, Tensor]:
-    """Measure how even the load of each MoE layer's experts is.
+    """Measure how evenly tokens are spread over the experts of each MoE layer.
 
     Args:
-        load (`torch.DoubleTensor` of shape `(..., num_experts)`): tokens sent to each expert of each layer.
+        load (`torch.DoubleTensor` of shape `(..., num_experts)`): tokens sent to each expert.
 
     Returns:
         `dict[str, torch.Tensor]` of shape `(...)`: `load_max_over_mean`, in [1, num_experts]; `load_min_over_mean`, in
-            [0, 1]; `load_entropy`, the entropy of the experts' shares over ln(num_experts), in [0, 1], 1 where all are
-            equal; and `dead_experts`, how many got no token. All but the last are NaN without tokens.
+            [0, 1]; `load_entropy`, the entropy of the experts' shares over ln(num_experts), in [0, 1], 1 if all are
+            equal; and `dead_experts`, the number without a token. All but the last are NaN without tokens.
     """
     mean, share = load.mean(-1), load / load.sum(-1, keepdim=True)
     entropy = torch.special.entr(share).sum(-1) / math.log(load.shape[-1]) if load.shape[-1] > 1 else share[..., 0]
@@ -133,9 +134,8 @@ class LayerLoads:
         load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert, on the CPU.
 
     Attributes:
-        relative (`list[list[float]]`): of each layer and expert, tokens over the mean of the layer's experts; NaN without
-            tokens.
-        by_layer (`dict[str, torch.Tensor]` of shape `(moe layers,)`): `evenness`.
+        relative (`list[list[float]]`): by layer and expert, tokens over the mean of the layer; NaN without tokens.
+        by_layer (`dict[str, torch.Tensor]` of shape `(moe layers,)`): the `evenness` of each layer.
     """
 
     def __init__(self, load: Tensor):
@@ -143,12 +143,12 @@ class LayerLoads:
         self.by_layer = evenness(load)
 
     def worst(self) -> dict[str, float]:
-        """Return each number of the layer that it is worst in; of dead experts their sum over layers."""
+        """Return each number of the layer where it is worst, and the sum of dead experts over layers."""
         combine = {"load_max_over_mean": torch.max, "dead_experts": torch.sum}
         return {name: combine.get(name, torch.min)(values).item() for name, values in self.by_layer.items()}
 
     def named(self, layers: Sequence[str]) -> dict[str, float]:
-        """Return the numbers of each layer except the least load, as `load_entropy/layer_0`; none of a single layer."""
+        """Return the numbers of each layer, as `load_entropy/layer_0`, but the least load; none of a single layer."""
         if len(layers) == 1:
             return {}
         return {
@@ -174,17 +174,26 @@ def layer_names(config: StableMoEBaseConfig) -> list[str]:
     return [f"{side}_{index}" for side, positions in sides.items() for index in range(len(positions))]
 
 
+def is_first_process() -> bool:
+    """Return True in the first process of several, and where there is only one."""
+    return not is_distributed() or dist.get_rank() == 0
+
+
 def imbalance(load: Tensor) -> float:
-    """Return max/mean of the experts' loads, `(moe layers, num_experts)`, of the worst layer; 1 is balanced."""
+    """Return the largest max/mean of the experts' loads, `(moe layers, num_experts)`, over layers; 1 is balanced."""
     return evenness(load)["load_max_over_mean"].max().item()
 
 
 class RoutingMeter:
-    """Watches the forward passes by which a model learns; nothing here waits for the device until it is asked.
+    """Adds up the routing statistics of a model's training passes, without waiting for the device until they are read.
 
     Args:
         model (`TwoStageRoutingMixin`): the model with its head.
         recent_steps (`int`): optimizer steps that `recent` covers.
+
+    Attributes:
+        token_counts (`torch.LongTensor` of shape `(moe layers, V)`, *optional*): how often each layer routed each
+            token id in stage 1, in this process: weighs the rows of the tables that are frozen.
     """
 
     def __init__(self, model: TwoStageRoutingMixin, recent_steps: int = 50):
@@ -192,7 +201,6 @@ class RoutingMeter:
         self._step: RoutingTotals | None = None
         self._window: RoutingTotals | None = None
         self._recent: deque[RoutingTotals] = deque(maxlen=recent_steps)
-        # How often each MoE layer saw each token id in stage 1: weighs the rows of the tables that are frozen.
         self.token_counts: Tensor | None = None
         self._resumed_counts: Tensor | None = None
         self._saw_other_passes = False
@@ -210,7 +218,7 @@ class RoutingMeter:
         if not self._is_known(output) or output.expert_load is None:
             return
         if not output.logits.requires_grad and not output.aux_loss.requires_grad:
-            return  # sampling between the steps, say
+            return  # not a pass that trains, such as sampling between steps
         load = output.expert_load.double()
         tokens = load.sum(-1).mean()  # layers of an encoder and a decoder route different numbers
         targets = task = torch.zeros((), device=load.device)
@@ -221,10 +229,18 @@ class RoutingMeter:
             task = output.task_loss * (targets if divisor is None else divisor)
         losses = {"balance_loss": output.balance_loss, "distillation_loss": output.distillation_loss}
         means = losses | dict(zip(RoutingHealth._fields, output.routing_health, strict=True))
-        weighted = torch.stack(list(means.values())).double() * tokens
-        sums = dict(zip(means, weighted.unbind(), strict=True))
+        weighted = torch.stack(list(means.values())).double() * tokens  # one kernel for all
+        sums = dict(zip(means, weighted, strict=True))
         sums |= {"targets": targets, "task_loss": task.squeeze(), "tokens": tokens, "tokens_of_stage1": tokens}
-        sums |= {"overflow": self._overflow(load), "tokens_read": self._tokens_read(load, args, kwargs)}
+        capacity_factor = self.model.config.expert_capacity_factor
+        if capacity_factor is None:
+            sums["overflow"] = load.new_full((), torch.nan)
+        else:
+            sums["overflow"] = count_overflow(load, capacity_factor).mean()
+        if self.model.config.is_encoder_decoder:
+            sums["tokens_read"] = self.model.count_tokens(*args, **kwargs).to(load.device)
+        else:
+            sums["tokens_read"] = load[0].sum()  # every layer routes every token
         learns = module.routing_stage == 1
         if not learns:  # there is nothing to agree on
             of_stage1 = ("tokens_of_stage1", "distillation_agreement", "distillation_agreement_by_id")
@@ -234,20 +250,8 @@ class RoutingMeter:
         if learns:
             self._count_tokens(module.routed_tokens(*args, **kwargs))
 
-    def _overflow(self, load: Tensor) -> Tensor:
-        """Count the tokens past capacity, a mean over layers; NaN where there is no capacity."""
-        capacity_factor = self.model.config.expert_capacity_factor
-        if capacity_factor is None:
-            return load.new_full((), torch.nan)
-        return count_overflow(load, capacity_factor).mean()
-
-    def _tokens_read(self, load: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        if not self.model.config.is_encoder_decoder:
-            return load[0].sum()  # every layer routes every token
-        return self.model.count_tokens(*args, **kwargs).to(load.device)
-
     def _is_known(self, output) -> bool:
-        """Return True if a forward pass gives what is measured; refuse one of stage 1 that does not."""
+        """Return True if a forward pass returns routing statistics; refuse one of stage 1 that does not."""
         if isinstance(output, (StableMoECausalLMOutputWithPast, StableMoESeq2SeqLMOutput)):
             return True
         problem = (
@@ -267,7 +271,7 @@ class RoutingMeter:
             device = next((token_ids.device for token_ids, _ in routed if token_ids is not None), None)
             self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long, device=device)
         for layer, (token_ids, mask) in enumerate(routed):
-            if token_ids is None:  # embeddings only: there are no ids to count
+            if token_ids is None:  # the model was given embeddings
                 continue
             self.token_counts = self.token_counts.to(token_ids.device)
             ones = torch.ones_like(token_ids) if mask is None else mask
@@ -303,9 +307,9 @@ class RoutingMeter:
         return sum(list(self._recent)[1:], start=self._recent[0]).across_processes()
 
     def recent_steps(self) -> dict[str, Tensor] | None:
-        """Return the totals of the last steps, `sums` and `load` with a row per step, of all processes, on the CPU.
+        """Return `sums` and `load` of the last steps, a row per step, over all processes, on the CPU.
 
-        Every process must call this. `resume_recent` takes it.
+        Every process must call this; `resume_recent` takes the result.
         """
         if not self._recent:
             return None
@@ -315,11 +319,11 @@ class RoutingMeter:
         return {name: sum_across_processes(getattr(steps, name).clone()).cpu() for name in ("sums", "load")}
 
     def resume_recent(self, steps: dict[str, Tensor]):
-        """Go on from the `recent_steps` of an earlier part of the run."""
-        # They are of all processes: one of them takes them up.
-        share = 1.0 if not is_distributed() or dist.get_rank() == 0 else 0.0
+        """Continue from the `recent_steps` of an earlier part of the run."""
+        # They are sums over all processes: only one of them adds them.
+        share = float(is_first_process())
         device = self.model.device
-        # An earlier version kept fewer sums.
+        # Earlier versions kept fewer sums.
         all_sums = F.pad(steps["sums"], (0, len(SUMS) - steps["sums"].shape[-1]))
         self._recent.extend(
             RoutingTotals(share * sums.to(device), share * load.to(device))
@@ -327,10 +331,10 @@ class RoutingMeter:
         )
 
     def counted_tokens(self) -> Tensor | None:
-        """Count how often each MoE layer routed each token id in stage 1, of all processes; every process must call this.
+        """Return how often each MoE layer routed each token id in stage 1; every process must call this.
 
         Returns:
-            `torch.DoubleTensor` of shape `(moe layers, V)`; `None` where there were none to count.
+            `torch.DoubleTensor` of shape `(moe layers, V)`, of all processes; `None` if nothing was counted.
         """
         if self.token_counts is None:
             return self._resumed_counts
@@ -338,5 +342,5 @@ class RoutingMeter:
         return counts if self._resumed_counts is None else counts + self._resumed_counts.to(counts.device)
 
     def resume_counts(self, counts: Tensor):
-        """Go on from the `counted_tokens` of an earlier part of the run."""
+        """Continue from the `counted_tokens` of an earlier part of the run."""
         self._resumed_counts = counts.double()

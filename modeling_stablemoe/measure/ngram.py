@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Count-based language models over the same blocks of tokens: the yardsticks that a neural model must beat."""
+"""Count-based language models over the same blocks of tokens: baselines that a neural model must beat."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,9 @@ def ngram_perplexities(
 ) -> dict[str, float]:
     """Measure a unigram and an interpolated bigram model on the targets that a causal language model predicts.
 
-    The bigram model is p(w | v) = a c(v, w) / c(v) + b c(w) / n + c / V (Jelinek and Mercer 1980); the unigram model is
-    the same without its first term. The weights are fitted by expectation maximisation to the validation tokens
-    themselves, which favours the count models.
+    The bigram model is p(w | v) = a c(v, w) / c(v) + b c(w) / n + c / V (Jelinek and Mercer 1980); the unigram model
+    lacks its first term. The weights are fitted by expectation maximisation to the validation tokens themselves, which
+    favours the count models.
 
     Args:
         train (iterable of `Mapping`): blocks with `input_ids`, to count.
@@ -26,12 +26,13 @@ def ngram_perplexities(
     Returns:
         `dict[str, float]`: perplexities `unigram` and `bigram`, per token.
     """
-    train_ids, ids = _blocks(train), _blocks(validation)
+    train_ids, ids = (torch.tensor([block["input_ids"] for block in blocks]) for blocks in (train, validation))
     previous, target = ids[:, :-1].flatten(), ids[:, 1:].flatten()
     counts = torch.bincount(train_ids.flatten(), minlength=vocab_size).double()
     unigram = counts[target] / counts.sum()
 
-    pairs, pair_counts = torch.unique(_pairs(train_ids, vocab_size), return_counts=True)
+    train_codes = (train_ids[:, :-1] * vocab_size + train_ids[:, 1:]).flatten()
+    pairs, pair_counts = torch.unique(train_codes, return_counts=True)
     histories = torch.bincount(train_ids[:, :-1].flatten(), minlength=vocab_size).double()
     codes = previous * vocab_size + target
     place = torch.searchsorted(pairs, codes).clamp(max=len(pairs) - 1)
@@ -43,14 +44,6 @@ def ngram_perplexities(
         "unigram": _interpolated_perplexity([unigram, uniform], em_steps),
         "bigram": _interpolated_perplexity([bigram, unigram, uniform], em_steps),
     }
-
-
-def _blocks(examples: Iterable[Mapping]) -> Tensor:
-    return torch.tensor([example["input_ids"] for example in examples])
-
-
-def _pairs(ids: Tensor, vocab_size: int) -> Tensor:
-    return (ids[:, :-1] * vocab_size + ids[:, 1:]).flatten()
 
 
 def _interpolated_perplexity(models: list[Tensor], em_steps: int) -> float:

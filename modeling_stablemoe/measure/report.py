@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The results of a training run, read off the Trainer's log history: numbers and short tables."""
+"""The results of a training run from the Trainer's log history: numbers and short tables."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ _STAGE_HEADINGS = {
     "fluctuation": "fluctuation",
 }
 
-# What Trainer logs of an evaluation besides what was measured.
+# Endings of what Trainer logs about the speed of an evaluation.
 _SPEEDS = ("_runtime", "_per_second", "_time")
 
 
@@ -30,7 +30,7 @@ def perplexity_of(loss: float) -> float:
 
 
 def measure_of(loss: float | None, has_language_head: bool) -> dict[str, float | None]:
-    """Name what an evaluation loss says: `perplexity` of a language head, `loss` of any other."""
+    """Return an evaluation loss under its name, as `perplexity` of a language head or `loss` of any other."""
     if not has_language_head:
         return {"loss": loss}
     return {"perplexity": None if loss is None else perplexity_of(loss)}
@@ -42,19 +42,18 @@ def stage_rows(
     last_step: int | None = None,
     has_language_head: bool = True,
 ) -> list[dict]:
-    """Sum up each stage that a run went through.
+    """Summarize each stage of a run.
 
     Args:
-        log_history (sequence of `dict`): `trainer.state.log_history` of a run, with `StageTransitionCallback` or not.
+        log_history (sequence of `dict`): `trainer.state.log_history` of the run.
         frozen (`bool`): whether the routing is frozen now; without a transition in the history it always was.
         last_step (`int`, *optional*): of the run. Default: that of the history.
         has_language_head (`bool`): whether the evaluation loss is that of tokens, so that it has a perplexity.
 
     Returns:
-        `list[dict]`: a row per stage, with `stage`, `steps` (the last step), `perplexity` (of the last evaluation in
-            it; without a language head `loss`), `load_max_over_mean` (of the last training log) and `fluctuation`
-            (stage 1: at the last check before the transition, stage 2: the largest after it); `None` where it was not
-            measured.
+        `list[dict]`: one row per stage: `stage`, `steps` (the last step), `perplexity` (of the last evaluation;
+            without a language head `loss`), `load_max_over_mean` (of the last training log) and `fluctuation` (of
+            stage 1 at the last check before the transition, of stage 2 the largest); `None` if it was not measured.
     """
     transition = next((entry["step"] for entry in log_history if "transition_step" in entry), None)
     if last_step is None:
@@ -69,10 +68,10 @@ def stage_rows(
 def _row(
     stage: int, first: int, last: int, transition: int | None, log_history: Sequence[dict], has_language_head: bool
 ) -> dict:
-    # Evaluation at the transition itself reads the new table, which holds what stage 1 evaluated a moment before.
+    # An evaluation at the transition belongs to stage 1: the new table holds what that has learned.
     entries = [entry for entry in log_history if (first < entry["step"] or first == 0) and entry["step"] <= last]
     losses = [entry["eval_loss"] for entry in entries if "eval_loss" in entry]
-    # A training log tells of the steps before it: the one at the transition belongs to stage 1.
+    # A training log covers the steps before it: the one at the transition belongs to stage 1.
     loads = [entry["load_max_over_mean"] for entry in entries if "load_max_over_mean" in entry and "loss" in entry]
     # The check at the transition is left out: it compares the learned routing with the table.
     changes = [
@@ -94,11 +93,11 @@ def _row(
 
 
 def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
-    """Lay out rows as a Markdown table, without a newline at the end.
+    """Format rows as a Markdown table, without a newline at the end.
 
     Args:
-        rows (sequence of `dict`): values by column; `None` or missing prints as a dash, floats with 4 digits.
-        headings (`dict[str, str]`): column -> heading, in order.
+        rows (sequence of `dict`): values by column; floats with 4 digits, a dash for what is `None` or missing.
+        headings (`dict[str, str]`): the heading of each column, in order.
     """
 
     def cell(value) -> str:
@@ -116,31 +115,12 @@ def format_table(rows: Sequence[dict], headings: dict[str, str]) -> str:
 
 
 def format_stages(rows: Sequence[dict]) -> str:
-    """Lay out the stages of a run as a Markdown table."""
+    """Format the stages of a run as a Markdown table, without a newline at the end."""
     return format_table(rows, {column: heading for column, heading in _STAGE_HEADINGS.items() if column in rows[0]})
 
 
-def summarize(
-    log_history: Sequence[dict],
-    frozen: bool = False,
-    last_step: int | None = None,
-    has_language_head: bool = True,
-) -> dict:
-    """Gather what a run's log history says of its routing; the arguments are those of `stage_rows`.
-
-    Returns:
-        `dict`: `stages`, a row per stage, and `distillation_agreement_at_transition`, the share of tokens on which
-            distilled and backbone router agreed when the routing was frozen; `None` if it was not.
-    """
-    transition = next((entry for entry in log_history if "transition_step" in entry), {})
-    return {
-        "stages": stage_rows(log_history, frozen, last_step, has_language_head),
-        "distillation_agreement_at_transition": transition.get("transition_agreement"),
-    }
-
-
 def describe_saved_model(results: dict) -> str | None:
-    """Return a sentence that says which model was saved; `None` if it is that of the last step."""
+    """Return a sentence on which model was saved, given the results of a run; `None` for that of the last step."""
     last_step = results["stages"][-1]["steps"]
     if results.get("step") in (None, last_step):
         return None
@@ -158,34 +138,38 @@ def summarize_run(model: PreTrainedModel, state: TrainerState, step: int) -> dic
     Args:
         model (`PreTrainedModel`): of this package.
         state (`TrainerState`): of the run.
-        step (`int`): that the model's weights are of, which may be those of a best checkpoint.
+        step (`int`): of the model's weights, which may be those of a best checkpoint.
 
     Returns:
-        `dict`: `parameters`, `step`, `routing_stage` (`None` for a dense model), `router_fingerprint`, `stages` and
-            `distillation_agreement_at_transition`.
+        `dict`: `parameters`, their number; `step`; `routing_stage` (`None` for a dense model); `router_fingerprint`;
+            `stages`, a row per stage with `stage`, `steps`, `perplexity` (without a language head `loss`),
+            `load_max_over_mean` and `fluctuation`; and `distillation_agreement_at_transition`, the share of tokens on
+            which distilled and backbone router agreed when the routing was frozen; `None` if it was not.
     """
     fingerprint = model.config.router_fingerprint
     stage = 1 if fingerprint is None else 2
+    transition = next((entry for entry in state.log_history if "transition_step" in entry), {})
     return {
         "parameters": get_model_param_count(model),
         "step": step,
         "routing_stage": stage if model.config.num_moe_layers else None,
         "router_fingerprint": fingerprint,
-        **summarize(state.log_history, fingerprint is not None, state.global_step, model.can_generate()),
+        "stages": stage_rows(state.log_history, stage == 2, state.global_step, model.can_generate()),
+        "distillation_agreement_at_transition": transition.get("transition_agreement"),
     }
 
 
 def last_evaluation(log_history: Sequence[dict], step: int | None = None, has_language_head: bool = True) -> dict:
-    """Return what the last evaluation of a run measured, as a model card takes it.
+    """Return the last evaluation of a run for a model card.
 
     Args:
         log_history (sequence of `dict`): `trainer.state.log_history`.
-        step (`int`, *optional*): the evaluation of this step is wanted. Default: the last there is.
+        step (`int`, *optional*): of the evaluation. Default: that of the last one.
         has_language_head (`bool`): whether the evaluation loss is that of tokens.
 
     Returns:
-        `dict`: `evaluated_step`, `split`, `perplexity`, and `bleu` and `chrf` if there were; without a language head
-            `loss` in their place, and `metrics`, all numbers that were logged with it; empty without evaluation.
+        `dict`: `evaluated_step`, `split`, `perplexity` and, if logged, `bleu` and `chrf`; without a language head
+            `loss` in their place and `metrics`, all numbers logged with it; empty without an evaluation.
     """
     entries = [entry for entry in log_history if "eval_loss" in entry and step in (None, entry["step"])]
     if not entries:
@@ -204,7 +188,7 @@ def last_evaluation(log_history: Sequence[dict], step: int | None = None, has_la
 
 
 def format_results(results: dict) -> str:
-    """Lay out the results of a language model for people, without a newline at the end.
+    """Format the results of a language model for people, without a newline at the end.
 
     Args:
         results (`dict`): of `summarize_run`, with `perplexity` and, optionally, `baselines`, perplexities by name.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The figures of a training run, or of several side by side, from what their folders hold of their log histories."""
+"""The figures of a training run, or of several side by side, from the log histories in their folders."""
 
 import json
 import math
@@ -11,16 +11,17 @@ import torch
 from safetensors import SafetensorError
 
 from modeling_stablemoe.checkpoints.architectures import MODELS
+from modeling_stablemoe.checkpoints.folders import checkpoints_in
 from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
 
 from .figures import add_legend, line_style, mark_transitions, require_matplotlib, save_figure
-from .fluctuation import RoutingHistory, draw_changes, draw_settled
+from .fluctuation import REPORT_FILE, RoutingHistory, draw_changes, draw_settled
 from .meter import evenness
 
 
 @dataclass
 class RunHistory:
-    """What the folder of a run tells of its course.
+    """The history of a run, read from its folder.
 
     Args:
         label (`str`): name in the figures.
@@ -45,11 +46,18 @@ class RunHistory:
         return [step for step, _ in points], [value for _, value in points]
 
     def expert_load(self) -> tuple[list[int], dict[str, list[list[float]]]]:
-        """Return the steps of the logs and, by MoE layer, the loads of its experts over their mean, a list per step."""
+        """Return steps and, by MoE layer, a list per step of the loads of its experts over their mean."""
         steps, layers = [], {}
-        names = self._layer_names()
+        # In metrics of each layer, which are logged if there are several.
+        prefixes = ("load_entropy/", "expert_load/")
+        logged = (name for entry in self.log_history for name in entry if name.startswith(prefixes))
+        names = list(dict.fromkeys(name.split("/")[1] for name in logged))
         for entry in self.log_history:
-            rows = entry.get("expert_load") or _rows_of_scalars(entry)
+            by_layer: dict[str, list[float]] = {}
+            for name, value in entry.items():
+                if name.startswith("expert_load/"):  # "expert_load/layer_0/expert_0"
+                    by_layer.setdefault(name.split("/")[1], []).append(value)
+            rows = entry.get("expert_load") or list(by_layer.values())
             if rows and not math.isnan(sum(map(sum, rows))):  # a window without tokens
                 steps.append(entry["step"])
                 for index, row in enumerate(rows):
@@ -57,17 +65,10 @@ class RunHistory:
                     layers.setdefault(name, []).append(row)
         return steps, layers
 
-    def _layer_names(self) -> list[str]:
-        """Read the names of the MoE layers off the metrics of each, which are there if there are several."""
-        names = {}
-        for entry in self.log_history:
-            names |= {name.split("/")[1]: None for name in entry if name.startswith(("load_entropy/", "expert_load/"))}
-        return list(names)
-
     def layer_curves(self) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
-        """Return the `evenness` of the loads, by number and MoE layer: steps and values.
+        """Return steps and values of each number of `evenness` by MoE layer.
 
-        Of each layer where its loads were logged, otherwise of the worst one, which has the name "".
+        If the loads of layers were not logged, it has the logged numbers of the worst layer under the name "".
         """
         steps, layers = self.expert_load()
         if not layers:
@@ -78,18 +79,9 @@ class RunHistory:
         }
 
 
-def _rows_of_scalars(entry: dict) -> list[list[float]]:
-    """Collect `expert_load/layer_0/expert_0` and so on of one log, a list per layer."""
-    layers: dict[str, list[float]] = {}
-    for name, value in entry.items():
-        if name.startswith("expert_load/"):
-            layers.setdefault(name.split("/")[1], []).append(value)
-    return list(layers.values())
-
-
-# Of panels side by side.
+# Panels side by side, at most.
 MAX_COLUMNS = 3
-# What is drawn of the loads: title and unit.
+# Title and unit of the numbers that are drawn of loads.
 LOAD_PANELS = {
     "load_max_over_mean": ("Heaviest expert", "tokens / mean"),
     "load_min_over_mean": ("Lightest expert", "tokens / mean"),
@@ -99,7 +91,7 @@ LOAD_PANELS = {
 
 
 def read_run(folder: str | Path, label: str | None = None) -> RunHistory:
-    """Read a run's history: that of the finished run, or of the last checkpoint that has one.
+    """Read the history of a run: of the finished run, or of the last checkpoint with one.
 
     Args:
         folder (`str` or `Path`): output folder of a run, or a checkpoint.
@@ -124,7 +116,7 @@ def read_run(folder: str | Path, label: str | None = None) -> RunHistory:
 
 
 def _has_language_head(*folders: Path) -> bool:
-    """Read off a saved config whether the model of a run predicts tokens, as most do."""
+    """Return True if the model of a run predicts tokens, by the first saved config; also if there is none."""
     for folder in folders:
         if (folder / "adapter_config.json").is_file():
             return _read_json(folder / "adapter_config.json").get("task_type") != "SEQ_CLS"
@@ -135,26 +127,19 @@ def _has_language_head(*folders: Path) -> bool:
 
 
 def _state_file(folder: Path) -> Path:
-    if (folder / "trainer_state.json").is_file():
-        return folder / "trainer_state.json"
-    checkpoints = [file for file in folder.glob("checkpoint-*/trainer_state.json") if _step_of(file) is not None]
-    if not checkpoints:
-        raise FileNotFoundError(
-            f"{str(folder)!r} holds no log history: neither `trainer_state.json` nor a checkpoint with one. It is written "
-            "with every checkpoint and by `trainer.save_state()`."
-        )
-    return max(checkpoints, key=_step_of)
-
-
-def _step_of(file: Path) -> int | None:
-    step = file.parent.name.removeprefix("checkpoint-")
-    return int(step) if step.isdecimal() else None
+    for place in (folder, *checkpoints_in(folder)):  # the newest checkpoint first
+        if (place / "trainer_state.json").is_file():
+            return place / "trainer_state.json"
+    raise FileNotFoundError(
+        f"{str(folder)!r} holds no log history: neither `trainer_state.json` nor a checkpoint with one. It is written "
+        "with every checkpoint and by `trainer.save_state()`."
+    )
 
 
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # undecodable bytes are one, too
+    except ValueError as error:  # undecodable bytes, too
         raise ValueError(f"{str(path)!r} is not valid JSON: {error}. It may have been cut off.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} is not a JSON object, but a {type(content).__name__}.")
@@ -162,8 +147,8 @@ def _read_json(path: Path) -> dict:
 
 
 def _read_fluctuation(folder: Path, last_step: int) -> dict | None:
-    """Read the checks of `RoutingFluctuationCallback`: those that it keeps while it runs, or its report."""
-    checks, report = folder / "routing_fluctuation.safetensors", folder / "routing_fluctuation.json"
+    """Read what `RoutingFluctuationCallback` keeps while it runs, or else its report."""
+    checks, report = folder / "routing_fluctuation.safetensors", folder / REPORT_FILE
     if checks.is_file():
         history = RoutingHistory()
         try:
@@ -175,19 +160,19 @@ def _read_fluctuation(folder: Path, last_step: int) -> dict | None:
 
 
 def write_run_figures(runs: Sequence[RunHistory], folder: str | Path, formats: Iterable[str] = ("png",)) -> list[Path]:
-    """Draw what there is to draw of runs.
+    """Draw the figures for which runs have logged something.
 
     Args:
-        runs (sequence of `RunHistory`): at least one, labels all different.
-        folder (`str` or `Path`): where to put the files; made where there is none.
+        runs (sequence of `RunHistory`): at least one; each with a label of its own.
+        folder (`str` or `Path`): where to put the files; created if necessary.
         formats (iterable of `str`): endings: `"png"`, `"svg"`.
 
     Returns:
         `list[Path]`: `loss` (figure 4), `fluctuation` (figures 2 and 7), `load`, `expert_load`, `distillation` and
-            `gates`, those that something was logged for, in each format.
+            `gates`, as far as there is something to draw, in each format.
 
     Raises:
-        ValueError: where matplotlib is not installed; if labels repeat.
+        ValueError: if matplotlib is not installed, or labels repeat.
     """
     figure_class = require_matplotlib()
     labels = [run.label for run in runs]
@@ -210,20 +195,20 @@ def _plot(axes, run: RunHistory, name: str, scale: float = 1.0, **style):
 
 
 def _finish(figure, panels: Sequence, runs: Sequence[RunHistory]):
-    """Add what every panel over steps has; leave out those without a line."""
+    """Hide the panels without a line, and complete the others."""
     for axes in panels:
         axes.set_visible(bool(axes.lines))
     panels = [axes for axes in panels if axes.get_visible()]
     for axes in panels:
         axes.set_xlabel(axes.get_xlabel() or "step")
-        axes.tick_params(labelbottom=True)  # also over a panel that is left out
+        axes.tick_params(labelbottom=True)  # also above a hidden panel
         axes.grid(alpha=0.3)
         mark_transitions(axes, {run.label: run.transition_step for run in runs})
     add_legend(figure, panels)
 
 
 def _draw_loss(figure, runs: Sequence[RunHistory]):
-    """Draw the training loss without routing losses, and the validation perplexity; the loss of heads that have none."""
+    """Draw the training loss without routing losses, and validation perplexity, or loss if a head has none."""
     from matplotlib.ticker import LogFormatter
 
     figure.set_size_inches(10, 4.4)
@@ -231,7 +216,7 @@ def _draw_loss(figure, runs: Sequence[RunHistory]):
     has_perplexity = all(run.has_language_head for run in runs)
     for index, run in enumerate(runs):
         style = {"label": run.label, **line_style(index)}
-        # A run without routing statistics, of a dense model say, has the whole loss alone, which is the same.
+        # Without routing statistics, as in runs of dense models, the whole loss is the task loss.
         _plot(panels[0], run, "task_loss" if run.curve("task_loss")[0] else "loss", **style)
         steps, losses = run.curve("eval_loss")
         if losses:
@@ -241,7 +226,7 @@ def _draw_loss(figure, runs: Sequence[RunHistory]):
     panels[1].set(ylabel="perplexity" if has_perplexity else "loss", title="Validation")
     if has_perplexity:
         panels[1].set_yscale("log")
-        # Plain numbers, also between powers of ten where the axis spans few of them.
+        # Plain numbers, also between powers of ten if the axis spans few of them.
         panels[1].yaxis.set_major_formatter("{x:.4g}")
         panels[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
         panels[1].tick_params(axis="y", which="minor", labelsize="small")
@@ -249,7 +234,7 @@ def _draw_loss(figure, runs: Sequence[RunHistory]):
 
 
 def _draw_fluctuation(figure, runs: Sequence[RunHistory]):
-    """Draw figures 2 and 7; the second only of runs whose folder holds the experts of each check."""
+    """Draw figures 2 and 7; figure 7 needs the experts of each check."""
     figure.set_size_inches(10, 4.4)
     panels = figure.subplots(1, 2, sharex=True)
     for index, run in enumerate(runs):
@@ -264,7 +249,7 @@ def _draw_fluctuation(figure, runs: Sequence[RunHistory]):
 
 
 def _draw_load(figure, runs: Sequence[RunHistory]):
-    """Draw how even the loads are: of one run each layer, of several the worst layer of each."""
+    """Draw how even the loads are: each layer of one run, or the worst layer of each of several runs."""
     figure.set_size_inches(10, 7)
     panels = list(figure.subplots(2, 2, sharex=True).flat)
     for axes, (name, (title, unit)) in zip(panels, LOAD_PANELS.items(), strict=True):
@@ -279,7 +264,7 @@ def _draw_load(figure, runs: Sequence[RunHistory]):
     panels[1].set_ylim(-0.02, 1.02)
     panels[2].set_ylim(top=1.02)
     panels[3].yaxis.get_major_locator().set_params(integer=True)
-    panels[3].set_ylim(bottom=-0.1)  # a line at 0 shows
+    panels[3].set_ylim(bottom=-0.1)  # so that a line at 0 is visible
     _finish(figure, panels, runs)
 
 
@@ -298,7 +283,7 @@ def _draw_expert_load(figure, runs: Sequence[RunHistory]):
     figure.set_size_inches(1.5 + 4.5 * columns, 0.6 + 3 * len(rows))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     heaviest = max((load for row in rows for *_, loads in row for log in loads for load in log), default=0.0)
-    # 1 is white; more than four times the mean is as dark as it gets, lest one outlier bleach the rest.
+    # 1 is white. From four times the mean on all is as dark, so that one outlier does not bleach the rest.
     norm = TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(2.0, min(heaviest, 4.0)))
     for row_of_axes, row in zip(grid, rows, strict=True):
         for axes, (run, title, steps, loads) in zip(row_of_axes, row, strict=False):
@@ -314,7 +299,7 @@ def _draw_expert_load(figure, runs: Sequence[RunHistory]):
 
 
 def _draw_heat_map(axes, steps: list[int], loads: list[list[float]], norm):
-    """Draw the loads of one layer, a list of them per step; a log covers the steps since the one before."""
+    """Draw the loads of one layer, a list per step; each log covers the steps since the last one."""
     edges = [max(0, 2 * steps[0] - steps[1]) if len(steps) > 1 else 0, *steps]
     experts = [expert - 0.5 for expert in range(len(loads[0]) + 1)]
     axes.set(xlabel="step", ylabel="expert")
@@ -325,7 +310,7 @@ def _draw_heat_map(axes, steps: list[int], loads: list[list[float]], norm):
 def _draw_shares(
     panels: Sequence, names: dict[str, tuple[str, str]], runs: Sequence[RunHistory], scale: float = 1.0, **style
 ):
-    """Draw numbers in [0, 1], each on a panel with its title and unit, times `scale`."""
+    """Draw numbers in [0, 1], times `scale`, each on a panel with its title and unit."""
     for axes, (name, (title, unit)) in zip(panels, names.items(), strict=True):
         for index, run in enumerate(runs):
             _plot(axes, run, name, scale, label=run.label, **style, **line_style(index))
@@ -333,7 +318,7 @@ def _draw_shares(
 
 
 def _draw_distillation(figure, runs: Sequence[RunHistory]):
-    """Draw how often the distilled router does what the backbone router does, and how fast its table still changes."""
+    """Draw how often distilled and backbone router agree, and how fast the table still changes."""
     figure.set_size_inches(13, 4.4)
     panels = figure.subplots(1, 3, sharex=True)
     names = {
@@ -350,7 +335,7 @@ def _draw_distillation(figure, runs: Sequence[RunHistory]):
 
 
 def _draw_gates(figure, runs: Sequence[RunHistory]):
-    """Draw what tells a healthy routing: gates, the common direction of hidden states, the entropy of the scores."""
+    """Draw the signs of a healthy routing: gates, common direction of hidden states, entropy of the scores."""
     figure.set_size_inches(10, 7)
     panels = list(figure.subplots(2, 2, sharex=True).flat)
     names = {
@@ -363,7 +348,7 @@ def _draw_gates(figure, runs: Sequence[RunHistory]):
     _finish(figure, panels, runs)
 
 
-# Each draws on an empty figure; without anything to draw it leaves no visible panel.
+# Each function draws on an empty figure, and leaves no visible panel if there is nothing to draw.
 FIGURES: dict[str, Callable] = {
     "loss": _draw_loss,
     "fluctuation": _draw_fluctuation,

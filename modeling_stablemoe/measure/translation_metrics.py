@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""How good translations are: sacreBLEU and chrF of every language pair, and their means over pairs."""
+"""The quality of translations: sacreBLEU and chrF of each language pair, and their means over pairs."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from .report import format_table
 
 
 _SCORE_HEADINGS = {"pair": "pair", "num_sentences": "sentences", "bleu": "BLEU", "chrf": "chrF"}
-# By ISO 639-1, 639-2 and 639-3. What sacreBLEU's own choice takes are the codes of two letters, and nothing after them.
+# Codes of ISO 639-1, 639-2 and 639-3. sacreBLEU itself chooses by codes of two letters only, without script or region.
 _LANGUAGES_OF_TOKENIZER = {
     "zh": ("zh", "zho", "chi", "cmn", "yue", "wuu", "hak", "nan", "gan", "hsn", "lzh"),
     "ja-mecab": ("ja", "jpn"),
@@ -26,8 +26,9 @@ def score_translations(hypotheses: Sequence[str], references: Sequence[str], pai
 
     Both metrics are sacreBLEU's with its defaults: cased BLEU with its own tokenization, and chrF2. The target language
     of a pair decides on the tokenizer: "zh" for Chinese, "ja-mecab" for Japanese, "ko-mecab" for Korean, "13a" for all
-    others and for what is romanised. Its script and region may follow its code: zh, zh_Hans, zh-CN, zho_Hant, ja_XX, kor_Hang. Of other
-    languages that are written without spaces, such as Thai, "13a" counts whole phrases as words: chrF says more of them.
+    others and for romanised text. Script and region may follow its code: zh, zh_Hans, zh-CN, zho_Hant, ja_XX,
+    kor_Hang. In other languages without spaces, such as Thai, "13a" counts whole phrases as words: chrF is more
+    reliable there.
 
     Args:
         hypotheses (sequence of `str`): translations by the model, detokenized.
@@ -36,8 +37,8 @@ def score_translations(hypotheses: Sequence[str], references: Sequence[str], pai
 
     Returns:
         `dict`: `pairs`, by pair in sorted order: `bleu` and `chrf`, each in [0, 100], and `num_sentences`;
-        `mean_bleu` and `mean_chrf`, in which every pair counts the same, as in table 3 of the paper; `bleu_signature`
-        and `chrf_signature`, where signatures that differ between pairs are each followed by their pairs.
+            `mean_bleu` and `mean_chrf`, in which every pair counts the same, as in table 3 of the paper;
+            `bleu_signature` and `chrf_signature`, each signature followed by its pairs if they differ.
 
     Raises:
         ImportError: if sacrebleu, or what it needs for Japanese or Korean, is not installed.
@@ -70,10 +71,13 @@ def score_translations(hypotheses: Sequence[str], references: Sequence[str], pai
 
 def _metrics(pair: str) -> dict[str, Any]:
     """Build sacreBLEU's metrics for the target language of a pair."""
-    sacrebleu_metrics = _import_sacrebleu_metrics()
+    try:
+        from sacrebleu import metrics  # training without scores does not need it
+    except ImportError as error:
+        raise ImportError("BLEU and chrF need sacrebleu: pip install 'modeling_stablemoe[translation]'.") from error
     tokenizer = _tokenizer_for(pair)
     try:
-        return {"bleu": sacrebleu_metrics.BLEU(tokenize=tokenizer), "chrf": sacrebleu_metrics.CHRF()}
+        return {"bleu": metrics.BLEU(tokenize=tokenizer), "chrf": metrics.CHRF()}
     except RuntimeError as error:
         extra = tokenizer.partition("-")[0]
         raise ImportError(
@@ -84,7 +88,7 @@ def _metrics(pair: str) -> dict[str, Any]:
 def _tokenizer_for(pair: str) -> str:
     """Choose the tokenizer of sacreBLEU for the target language of a pair."""
     source, *rest = pair.lower().split("-")
-    # "-" may also stand between language and region, of source and target: none of the codes is one of a region.
+    # "-" may also separate a language from its region, in source and target: no region has one of these codes.
     for place, tag in enumerate(rest or [source]):
         tokenizer = _TOKENIZER_OF_LANGUAGE.get(tag.partition("_")[0])
         if tokenizer is not None:
@@ -93,17 +97,8 @@ def _tokenizer_for(pair: str) -> str:
     return "13a"
 
 
-def _import_sacrebleu_metrics() -> Any:
-    """Import on use, as training without scores does not need sacrebleu."""
-    try:
-        from sacrebleu import metrics
-    except ImportError as error:
-        raise ImportError("BLEU and chrF need sacrebleu: pip install 'modeling_stablemoe[translation]'.") from error
-    return metrics
-
-
 def _join_signatures(signature_of_pair: dict[str, str]) -> str:
-    """Write a signature once, and name the pairs it holds for if it is not the only one."""
+    """Join the different signatures, each followed by its pairs if there are several."""
     pairs_of_signature: dict[str, list[str]] = {}
     for pair, signature in signature_of_pair.items():
         pairs_of_signature.setdefault(signature, []).append(pair)
@@ -113,18 +108,12 @@ def _join_signatures(signature_of_pair: dict[str, str]) -> str:
 
 
 def format_scores(scores: dict[str, Any]) -> str:
-    """Lay out the scores of `score_translations` as a Markdown table, a row per pair, with the signatures below."""
+    """Format scores of `score_translations` as a Markdown table, a row per pair, with the signatures below it."""
     rows = [{"pair": pair, **score} for pair, score in scores["pairs"].items()]
     if len(rows) > 1:
         rows.append({"pair": "mean", "bleu": scores["mean_bleu"], "chrf": scores["mean_chrf"]})
-    return "\n".join(
-        [
-            format_table(rows, _SCORE_HEADINGS),
-            "",
-            f"BLEU: {scores['bleu_signature']}",
-            f"chrF: {scores['chrf_signature']}",
-        ]
-    )
+    signatures = f"BLEU: {scores['bleu_signature']}\nchrF: {scores['chrf_signature']}"
+    return f"{format_table(rows, _SCORE_HEADINGS)}\n\n{signatures}"
 
 
 class TranslationMetrics:
@@ -132,7 +121,7 @@ class TranslationMetrics:
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): decodes the predictions; has a padding token.
-        references (sequence of `str`): reference of each row of the evaluated data set, in its order.
+        references (sequence of `str`): reference of each row of the evaluated data set, in order.
         pairs (sequence of `str`): language pair of each row.
 
     Attributes:
@@ -148,7 +137,7 @@ class TranslationMetrics:
         if len(references) != len(pairs):
             raise ValueError(f"references and pairs must be equally many; got {len(references)} and {len(pairs)}.")
         for pair in set(pairs):
-            _metrics(pair)  # what is not installed is missed now, not after hours of training
+            _metrics(pair)  # fails now, not after hours of training, if something is not installed
         self._tokenizer = tokenizer
         self._references = list(references)
         self._pairs = list(pairs)

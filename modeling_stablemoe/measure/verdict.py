@@ -17,31 +17,31 @@ from modeling_stablemoe.model.losses_stablemoe import is_distributed
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 from modeling_stablemoe.solvers.prices import table_load
 
-from .meter import RoutingMeter, imbalance
+from .meter import RoutingMeter, imbalance, is_first_process
 
 
-# Below it the distilled router keeps little more than chance of what the backbone does.
+# With a lower agreement the distilled router follows the backbone hardly more often than chance would.
 LEAST_AGREEMENT = 0.25
-# A random hash has 1.5 to 1.9 on natural text; above it stage 2 would be lopsided for ever.
+# A random hash has 1.5 to 1.9 on natural text; with a larger load stage 2 would stay unbalanced to its end.
 LARGEST_TABLE_LOAD = 2.0
-# Of more closed gates than that, an expert learns next to nothing.
+# With a larger share of closed gates an expert learns next to nothing.
 MOST_CLOSED_GATES = 0.5
 
 
 def tables_of(model: TwoStageRoutingMixin) -> Tensor | None:
-    """Return the tables that would be frozen now, `(moe layers, V)` on the CPU; `None` where weights would be frozen."""
+    """Return the tables that would be frozen now, `(moe layers, V)` on the CPU; `None` if weights would be frozen."""
     layers = list(model.moe_layers_by_name.values())
     if any(layer.bare_router.distilled_router.sees_context for layer in layers):
         return None
-    # Asked of the router as a whole: its parameters may be sharded, and one process alone must not ask.
+    # The parameters of a router may be sharded: every process has to ask for its table.
     return torch.stack([layer.bare_router.distilled_router.table().int().cpu() for layer in layers])
 
 
 class SettlingWatch:
-    """Watches the tables settle: at each check, the share of tokens whose expert is not that of the check before.
+    """Watches the tables settle: measures at each check the share of tokens whose expert has changed since the last.
 
     Args:
-        meter (`RoutingMeter`): knows how often each token id was routed.
+        meter (`RoutingMeter`): of the model; counts how often each token id was routed.
     """
 
     def __init__(self, meter: RoutingMeter):
@@ -50,11 +50,9 @@ class SettlingWatch:
         self.changes: list[float] = []
 
     def check(self) -> float | None:
-        """Compare the tables with those of the last check; every process must call this.
+        """Return the share of stage 1's tokens, over all layers, whose expert has changed since the last check.
 
-        Returns:
-            `float`, *optional*: share of the tokens of stage 1, over all layers, in [0, 1]; `None` at the first check,
-                and where there are no tables.
+        It is `None` at the first check, and if there are no tables. Every process must call this.
         """
         tables, counts = tables_of(self._meter.model), self._meter.counted_tokens()
         if tables is None or counts is None:
@@ -73,7 +71,7 @@ class SettlingWatch:
     def save(self, path: str | os.PathLike):
         """Write what a resumed run needs to go on watching, whole or not at all; every process must call this.
 
-        Nothing is written where there is no folder for it.
+        Nothing is written if the folder does not exist.
         """
         counts, recent = self._meter.counted_tokens(), self._meter.recent_steps()
         if counts is None or recent is None:
@@ -84,14 +82,14 @@ class SettlingWatch:
             **{f"recent_{name}": values for name, values in recent.items()},
             **({} if self._tables is None else {"tables": self._tables}),
         }
-        if _is_first_process() and Path(path).parent.is_dir():
+        if is_first_process() and Path(path).parent.is_dir():
             replace_file(Path(path), lambda partial: save_file(tensors, partial))
 
     def load(self, path: str | os.PathLike) -> bool:
-        """Take up what `save` wrote, and return True if there was such a file; every process must call this."""
-        found = [load_file(path) if _is_first_process() and Path(path).is_file() else None]
+        """Restore what `save` wrote, and return True if there is such a file; every process must call this."""
+        found = [load_file(path) if is_first_process() and Path(path).is_file() else None]
         if is_distributed():
-            # The other processes may not see the file, and all must decide alike.
+            # Other processes may not see the file, but all must decide alike.
             dist.broadcast_object_list(found, src=0)
         (tensors,) = found
         if tensors is None:
@@ -103,18 +101,14 @@ class SettlingWatch:
         return True
 
 
-def _is_first_process() -> bool:
-    return not is_distributed() or dist.get_rank() == 0
-
-
 @dataclass
 class Verdict:
-    """How good stage 1 is.
+    """How good the routing of stage 1 is.
 
     Args:
-        metrics (`dict[str, float]`): of the last steps, as they are logged.
-        table_load (`float`, *optional*): max/mean of the tokens of stage 1 under the table that would be frozen;
-            `None` where there is no table.
+        metrics (`dict[str, float]`): of the last steps, by their logged names.
+        table_load (`float`, *optional*): max/mean load of stage 1's tokens under the table that would be frozen;
+            `None` if there is no table.
         is_balanced_later (`bool`): whether freezing limits that load.
     """
 
@@ -123,7 +117,7 @@ class Verdict:
     is_balanced_later: bool
 
     def problems(self) -> list[str]:
-        """List what speaks against freezing, each with its remedy; empty for a routing that is worth it."""
+        """Return what speaks against freezing, each with its remedy; nothing for a routing that is worth it."""
         problems = []
         agreement = self.metrics.get("distillation_agreement", 1.0)
         if agreement < LEAST_AGREEMENT:
@@ -146,7 +140,7 @@ class Verdict:
 
 
 def judge(meter: RoutingMeter) -> Verdict:
-    """Judge the routing that a model learns, over the last steps; every process must call this."""
+    """Judge the routing that a model has learned, by its last steps; every process must call this."""
     recent = meter.recent()
     tables, counts = tables_of(meter.model), meter.counted_tokens()
     load = None
@@ -157,7 +151,7 @@ def judge(meter: RoutingMeter) -> Verdict:
 
 
 def load_of_frozen(model: TwoStageRoutingMixin, token_counts: Tensor | None) -> Tensor | None:
-    """Send counted tokens through the frozen tables, as `load_of` does; `None` where there are no counts or no tables."""
+    """Return the load of counted tokens under the frozen tables, `(moe layers, experts)`; `None` without either."""
     layers = model.moe_layers_by_name.values()
     if token_counts is None or not all(isinstance(layer.frozen_router, FrozenRouter) for layer in layers):
         return None
@@ -166,15 +160,9 @@ def load_of_frozen(model: TwoStageRoutingMixin, token_counts: Tensor | None) -> 
 
 
 def load_of(tables: Tensor, token_counts: Tensor, num_experts: int) -> Tensor:
-    """Send counted tokens through tables.
+    """Return the tokens that tables send to each expert, `(moe layers, num_experts)`.
 
-    Args:
-        tables (`torch.Tensor` of shape `(moe layers, V)`): the expert of each token id.
-        token_counts (`torch.Tensor` of shape `(moe layers, V)`): how often each occurs.
-        num_experts (`int`): N.
-
-    Returns:
-        `torch.DoubleTensor` of shape `(moe layers, num_experts)`: tokens.
+    `tables` has the expert of each token id and `token_counts` how often each occurs, both `(moe layers, V)`.
     """
     layers = zip(tables.long().cpu(), token_counts.double().cpu(), strict=True)
     return torch.stack([table_load(table, counts, num_experts) for table, counts in layers])
@@ -182,14 +170,14 @@ def load_of(tables: Tensor, token_counts: Tensor, num_experts: int) -> Tensor:
 
 @dataclass
 class FrozenReport:
-    """What was frozen.
+    """What was frozen, in numbers and words.
 
     Args:
         verdict (`Verdict`): on stage 1.
-        num_steps (`int`): last steps that its metrics cover.
+        num_steps (`int`): number of last steps that its metrics cover.
         load (`torch.Tensor` of shape `(moe layers, num_experts)`, *optional*): tokens of stage 1 under the frozen
             tables.
-        balanced (`list[BalancedTable]`): the balanced tables; empty where they were not balanced.
+        balanced (`list[BalancedTable]`): the balanced tables; empty if they were not balanced.
     """
 
     verdict: Verdict
@@ -198,7 +186,7 @@ class FrozenReport:
     balanced: list[BalancedTable]
 
     def metrics(self) -> dict[str, float]:
-        """Return what is logged as `transition_*`: of the last steps, the load of the tables, the price of balance."""
+        """Return what is logged as `transition_*`: metrics of the last steps, load of the tables, price of balance."""
         names = (
             "load_max_over_mean",
             "mean_gate",

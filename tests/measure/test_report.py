@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from modeling_stablemoe.measure.ngram import ngram_perplexities
-from modeling_stablemoe.measure.report import format_results, format_table, stage_rows, summarize
+from modeling_stablemoe.measure.report import format_results, format_table, stage_rows
 
 
 HISTORY = [
@@ -131,7 +131,8 @@ def test_pairs_across_blocks_are_not_counted():
 
 def test_results_print_the_table_the_agreement_and_the_baselines_above_the_model():
     results = {
-        **summarize([{"eval_loss": 1.0, "step": 5}, {"transition_step": 5, "transition_agreement": 0.25, "step": 5}]),
+        "stages": stage_rows([{"eval_loss": 1.0, "step": 5}, {"transition_step": 5, "step": 5}]),
+        "distillation_agreement_at_transition": 0.25,
         "perplexity": 3.0,
         "baselines": {"unigram": 9.0, "bigram": 5.0},
     }
