@@ -1,8 +1,4 @@
-"""Numbers that are not finite, experts without tokens or with all of them, batches without anything to learn from.
-
-Pure functions have such tests of their own: scores in `test_routing.py`, losses in `test_losses.py`, the balanced
-assignment in `test_assignment.py`, sentinels in `test_experts.py`, padding in `test_invariance.py`.
-"""
+"""Numbers that are not finite, experts without tokens or with all of them, batches without anything to learn from."""
 
 import json
 import logging
@@ -12,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.models import COUNTING, FOLLOWING, Decision, random_ids, tiny_model, tiny_seq2seq_model
+from helpers.matrices import one_fast
+from helpers.models import COUNTING, Decision, random_ids, tiny_model, tiny_seq2seq_model
 from helpers.trainers import make_trainer
 from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
@@ -23,7 +20,6 @@ pytestmark = pytest.mark.pairs
 
 KINDS = {
     "stable": {},
-    "following": FOLLOWING,
     "counts": COUNTING,
     "bigram": {"distilled_router": "bigram"},
     "switch": {"router_type": "switch"},
@@ -32,13 +28,20 @@ KINDS = {
 }
 FAMILIES = {"causal": tiny_model, "seq2seq": tiny_seq2seq_model}
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
-BAD = [torch.nan, torch.inf, -torch.inf]
-# Learned, then frozen where it can be.
-CASES = [(kind, stage) for kind in KINDS for stage in (1, 2) if stage == 1 or kind in ("stable", "counts", "bigram")]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+CASES = [(kind, 1) for kind in KINDS] + [("stable", 2), ("counts", 2), ("bigram", 2)]
 every_case = pytest.mark.parametrize(("kind", "stage"), CASES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_bad = pytest.mark.parametrize("bad", BAD)
+# Every router in a language model, some in an encoder and a decoder.
+every_model = pytest.mark.parametrize(
+    ("family", "kind", "stage"),
+    [
+        *(("causal", *case) for case in CASES),
+        ("seq2seq", "counts", 1),
+        ("seq2seq", "base", 1),
+        ("seq2seq", "stable", 2),
+    ],
+)
+every_bad = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 IDS = random_ids(low=3, high=90)
 NONE = torch.full_like(IDS, -100)
 PADDING = torch.zeros_like(IDS)
@@ -117,9 +120,10 @@ def warned():
 # Hidden states that are not finite
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("backend", BACKENDS)
-@every_case
+@pytest.mark.parametrize(
+    ("kind", "stage", "backend", "bad"),
+    [(*CASES[i], BACKENDS[i % 3], [torch.nan, torch.inf][i % 2]) for i in range(len(CASES))],
+)
 @torch.no_grad()
 def test_a_bad_token_leaves_the_other_tokens_of_its_layer_alone(kind, stage, backend, bad):
     model = build(kind, stage=stage, moe_layer_positions=[0]).eval()
@@ -137,8 +141,7 @@ def test_a_bad_token_leaves_the_other_tokens_of_its_layer_alone(kind, stage, bac
     assert not spoiled[0, 4].isfinite().any()
 
 
-@every_family
-@every_case
+@every_model
 def test_a_bad_token_spoils_the_loss_for_all_to_see_but_no_other_row_and_no_statistic(kind, stage, family):
     sound, sick = (build(kind, family, stage).train(kind != "base") for _ in range(2))  # BASE balances whole batches
     spoil(sick, torch.nan)
@@ -154,14 +157,13 @@ def test_a_bad_token_spoils_the_loss_for_all_to_see_but_no_other_row_and_no_stat
 
 
 @every_bad
-@pytest.mark.parametrize("kind", ["following", "counts"])
 @every_family
-def test_to_statistics_and_counts_a_bad_token_is_padding(kind, family, bad):
+def test_to_statistics_and_counts_a_bad_token_is_padding(family, bad):
     # The layer stands before the first block: attention brings nothing to it.
     only_first = {"moe_layer_positions": [0]} if family == "causal" else {"encoder_moe_layer_positions": [0]}
     if family == "seq2seq":
         only_first["decoder_moe_layer_positions"] = []
-    spoiled, padded = (build(kind, family, **only_first) for _ in range(2))
+    spoiled, padded = (build("counts", family, **only_first) for _ in range(2))
     for model in (spoiled, padded):
         model(IDS.flip(0), labels=IDS)
     stop = spoil(spoiled, bad, (0, -1))
@@ -177,27 +179,15 @@ def test_to_statistics_and_counts_a_bad_token_is_padding(kind, family, bad):
     assert_same(statistics_of(spoiled), before)
 
 
-@pytest.mark.parametrize("huge", [1e19, 1e30, 3e38])
+@pytest.mark.parametrize("huge", [1e19, 3e38])
 def test_squares_that_overflow_leave_the_running_variance_finite(huge):
-    model = build("following")
+    model = build("counts")
     spoil(model, huge, (slice(None), slice(3, None)))
     for _ in range(3):
         model(IDS, labels=IDS)
     assert finite_statistics(model)
     (layer,) = layers_of(model)
     assert layer.router.memory()["tokens"].item() == 3 * IDS.numel()
-
-
-def test_the_running_statistics_go_on_after_a_bad_batch_as_if_it_had_not_been():
-    spoiled, good = build("following"), build("following")
-    stop = spoil(spoiled, torch.nan, slice(None))
-    spoiled(IDS, labels=IDS)
-    stop()
-    for seed in range(3):
-        ids = random_ids(seed=seed)
-        for model in (spoiled, good):
-            model(ids, labels=ids)
-    assert_same(statistics_of(spoiled), statistics_of(good))
 
 
 def test_a_score_that_overflows_has_no_gradient_and_leaves_that_of_the_others_finite():
@@ -259,9 +249,8 @@ def test_vectors_are_routed_as_the_nearest_token_whatever_else_is_not_finite():
     assert model(inputs_embeds=vectors).logits.shape == (1, 3, 99)
 
 
-@pytest.mark.parametrize("kind", ["following", "counts"])
-def test_a_step_that_a_loss_scaler_skips_leaves_weights_and_statistics_sound(kind):
-    model = build(kind)
+def test_a_step_that_a_loss_scaler_skips_leaves_weights_and_statistics_sound():
+    model = build("counts")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
 
@@ -286,7 +275,7 @@ def test_a_step_that_a_loss_scaler_skips_leaves_weights_and_statistics_sound(kin
 
 
 @every_family
-@every_kind
+@pytest.mark.parametrize("kind", ["stable", "hash"])
 def test_logs_show_nan_where_there_was_some_and_nowhere_else(kind, family):
     model = build(kind, family)
     meter = RoutingMeter(model)
@@ -329,11 +318,10 @@ def test_sound_weights_are_frozen_without_a_word(warned):
     assert warned == []
 
 
-@every_bad
-def test_bad_weights_that_would_be_frozen_as_they_are_are_refused_by_their_layer(bad):
+def test_bad_weights_that_would_be_frozen_as_they_are_are_refused_by_their_layer():
     model = build("bigram", "seq2seq")
     with torch.no_grad():
-        layers_of(model)[2].router.distilled_router.embedding[3, 1] = bad
+        layers_of(model)[2].router.distilled_router.embedding[3, 1] = torch.inf
     with pytest.raises(ValueError, match=r"`model\.decoder\.moe_layers\.1` cannot be frozen: embedding hold NaN"):
         model.freeze_router()
     assert model.routing_stage == 1
@@ -351,7 +339,7 @@ def spoil_step(trainer, number: int):
     layers_of(trainer.model)[0].register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("kind", ["stable", "counts", "following"])
+@pytest.mark.parametrize("kind", one_fast("counts", "stable"))
 def test_a_run_that_has_diverged_still_freezes_and_its_logs_say_so(kind, tmp_path, warned):
     settings = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 6}
     trainer = make_trainer(tmp_path, StageTransitionCallback(4), model=build(kind), **settings)
@@ -389,7 +377,7 @@ def expert_slices(model, expert: int) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", one_fast(20, 1000))
 def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it(steps):
     small = {
         "vocab_size": 23,
@@ -402,7 +390,7 @@ def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it(steps):
     ids, (layer,), dead = random_ids(high=23), layers_of(model), 4
     memory = layer.router.memory
     with torch.no_grad():
-        memory.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, -12.0 - steps / 2]).view(torch.int32))
+        memory.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, -8.0 - steps / 2]).view(torch.int32))
     meter, optimizer = RoutingMeter(model), optimizer_of(model, lr=1e-3, weight_decay=0.1)
     before = expert_slices(model, dead)
 
@@ -418,7 +406,7 @@ def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it(steps):
 
     for _ in range(steps):
         assert step() == (0, False)
-    assert memory()["expert_bias"][dead] == -12.0  # 0.5 up at every step
+    assert memory()["expert_bias"][dead] == -8.0  # 0.5 up at every step
     assert memory()["expert_bias"].abs().max() < 100
     for parameter, start in before:
         assert_close(parameter.detach()[dead], start * (1 - 1e-3 * 0.1) ** steps, rtol=1e-4, atol=0)
@@ -431,7 +419,7 @@ def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it(steps):
     revived = next((number for number in range(100) if step()[0] > 0), None)
     assert revived is not None
     stopped = [parameter.detach()[dead].clone() for parameter, _ in before]
-    for _ in range(20):
+    for _ in range(5):
         step()
     moved = [
         not torch.equal(parameter.detach()[dead], start) for (parameter, _), start in zip(before, stopped, strict=True)
@@ -439,27 +427,6 @@ def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it(steps):
     assert all(moved)
     assert all(bool(parameter.isfinite().all()) for parameter, _ in before)
     assert meter.pop_window().metrics(1)["load_min_over_mean"] > 0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_expert_that_a_table_leaves_out_learns_once_the_table_sends_it_tokens(backend):
-    model = build("hash")
-    model.set_experts_implementation(backend)
-    without, served = (torch.arange(99) % number for number in (4, 5))
-    optimizer = optimizer_of(model, lr=1e-2, weight_decay=0.0)
-
-    def train(table):
-        model.set_routing_tables(table.unsqueeze(0))
-        before = expert_slices(model, 4)
-        for _ in range(5):
-            optimizer.zero_grad()
-            model(IDS, labels=IDS).loss.backward()
-            assert all(parameter.grad is not None for parameter, _ in before)
-            optimizer.step()
-        return [torch.equal(parameter.detach()[4], start) for parameter, start in before]
-
-    assert all(train(without))
-    assert not any(train(served))
 
 
 # One expert with all tokens
@@ -543,8 +510,7 @@ def weighted(outputs, model) -> float:
     return model.config.router_aux_loss_coef * outputs.aux_loss.item()
 
 
-@every_family
-@every_case
+@every_model
 def test_a_batch_of_padding_alone_is_harmless(kind, stage, family):
     model = build(kind, family, stage)
     model(IDS, labels=IDS)
@@ -575,8 +541,8 @@ def test_a_batch_of_padding_alone_is_harmless(kind, stage, family):
 
 
 @every_family
-@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 10], ids=str)
-@pytest.mark.parametrize("kind", ["stable", "switch", "hash"])
+@pytest.mark.parametrize("num_items", [None, torch.tensor(0), 10], ids=str)
+@pytest.mark.parametrize("kind", ["stable", "hash"])
 def test_tokens_without_targets_have_no_task_loss_whatever_it_is_divided_by(kind, num_items, family):
     model = build(kind, family)
     # Else its targets of -100 would be padding.
@@ -586,13 +552,13 @@ def test_tokens_without_targets_have_no_task_loss_whatever_it_is_divided_by(kind
     outputs.loss.backward()
     assert outputs.task_loss.item() == 0.0
     # They are routed, and so balanced; of a batch that is told its items they are no share.
-    assert (outputs.aux_loss.item() != 0.0) == (num_items is None and kind in ("stable", "switch"))
+    assert (outputs.aux_loss.item() != 0.0) == (num_items is None and kind == "stable")
     assert outputs.loss.item() == pytest.approx(weighted(outputs, model))
     assert_finite_gradients(model)
 
 
 @every_family
-@every_kind
+@pytest.mark.parametrize("kind", ["stable", "base"])
 def test_an_empty_micro_batch_adds_nothing_to_the_gradient_of_a_step(kind, family):
     with_it, without = build(kind, family), build(kind, family)
     count = with_it.count_targets(IDS)
@@ -602,7 +568,7 @@ def test_an_empty_micro_batch_adds_nothing_to_the_gradient_of_a_step(kind, famil
     assert_same(gradients_of(with_it), gradients_of(without))
 
 
-@every_family
+@pytest.mark.parametrize("family", one_fast(*FAMILIES))
 def test_a_run_with_a_batch_without_targets_trains_on_and_logs_finite_numbers(family, tmp_path):
     blocks = [{"input_ids": row} for row in random_ids(8, 6, seed=1)]
 
@@ -633,36 +599,31 @@ def test_a_run_with_a_batch_without_targets_trains_on_and_logs_finite_numbers(fa
 # Short sequences
 
 
-@pytest.mark.parametrize("num_items", [None, 4])
-@pytest.mark.parametrize("batch", [1, 3])
 @every_case
-def test_sequences_of_one_token_have_nothing_to_predict_and_are_routed(kind, stage, batch, num_items):
-    model, ids = build(kind, stage=stage), IDS[:batch, :1]
-    outputs = model(ids, labels=ids, num_items_in_batch=num_items)
-    outputs.loss.backward()
-    assert outputs.task_loss.item() == 0.0
-    assert outputs.loss.item() == pytest.approx(weighted(outputs, model))
-    assert outputs.expert_load.sum() == batch
-    assert_finite_gradients(model)
+def test_sequences_of_one_token_have_nothing_to_predict_and_are_routed(kind, stage):
+    model, ids = build(kind, stage=stage), IDS[:3, :1]
+    for num_items in (None, 4):
+        outputs = model(ids, labels=ids, num_items_in_batch=num_items)
+        outputs.loss.backward()
+        assert outputs.task_loss.item() == 0.0
+        assert outputs.loss.item() == pytest.approx(weighted(outputs, model))
+        assert outputs.expert_load.sum() == 3
+        assert_finite_gradients(model)
     assert model.eval()(ids, labels=ids).loss.item() == 0.0
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@every_case
-def test_sources_and_targets_of_one_token_are_learned(kind, stage, batch):
-    model, ids = build(kind, "seq2seq", stage), IDS[:batch, :1]
+@pytest.mark.parametrize(("kind", "stage"), [("counts", 1), ("base", 1), ("stable", 2)])
+def test_sources_and_targets_of_one_token_are_learned(kind, stage):
+    model, ids = build(kind, "seq2seq", stage), IDS[:1, :1]
     outputs = model(ids, labels=ids)
     outputs.loss.backward()
     assert outputs.task_loss.item() > 0
     assert outputs.loss.item() == pytest.approx(outputs.task_loss.item() + weighted(outputs, model))
-    assert outputs.expert_load.sum(-1).tolist() == [batch] * 3
+    assert outputs.expert_load.sum(-1).tolist() == [1] * 3
     assert_finite_gradients(model)
-    model.eval()
-    assert model(ids, labels=ids).loss.isfinite()
 
 
-@every_family
-@every_case
+@every_model
 def test_generation_from_one_token_continues_as_a_pass_without_cache_does(kind, stage, family):
     model = build(kind, family, stage).eval()
     prompt = IDS[:1, :1]
@@ -677,9 +638,8 @@ NO_TOKEN = r"There is no token: `{}` has shape \({}.*Pass one sequence at least,
 
 
 @every_family
-@every_kind
-def test_input_without_any_token_is_refused(kind, family):
-    model = build(kind, family)
+def test_input_without_any_token_is_refused(family):
+    model = build("stable", family)
     empty = IDS[:, :0]
     with pytest.raises(ValueError, match=NO_TOKEN.format("input_ids", "3, 0")):
         model(empty, labels=IDS)

@@ -14,6 +14,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from modeling_stablemoe.solvers.balancing import BalancedTable, balanced_table
 
 
+pytestmark = pytest.mark.pairs
+
+
 MAX_LOADS = [1.0, 1.05, 1.2, 1.5, 2.0]
 
 
@@ -94,7 +97,7 @@ def greedy_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: float
 
 
 @given(problem=small_problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_small_problems_keep_to_limit_and_bound_and_raise_the_limit_to_the_greedy_packing_at_most(problem):
     agreement, counts, max_load = problem
     assume(int(counts.max()) <= exact_limit(counts, agreement.shape[1], max_load))
@@ -114,7 +117,7 @@ def test_small_problems_keep_to_limit_and_bound_and_raise_the_limit_to_the_greed
 
 def test_small_problems_come_close_to_the_optimum_of_scipy():
     kept = []
-    for seed in range(60):
+    for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
         counts = torch.randint(1, 16, (12,), generator=generator)
         agreement = (torch.rand(12, 4, generator=generator) * counts.unsqueeze(-1)).round()
@@ -137,7 +140,7 @@ def tables_with_heavy_ids_alone(counts, num_experts: int, limit: Fraction, raise
 
 
 @given(problem=small_problems(most_ids=6, most_experts=3), heavy=st.lists(st.integers(16, 99), min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_ids_that_outweigh_the_limit_stand_alone_and_all_others_keep_to_it(problem, heavy):
     agreement, counts, max_load = problem
     counts = torch.cat([counts, torch.tensor(heavy)])[-len(agreement) :]
@@ -155,7 +158,7 @@ def test_ids_that_outweigh_the_limit_stand_alone_and_all_others_keep_to_it(probl
 
 
 @given(seed=st.integers(0, 999), max_load=st.sampled_from(MAX_LOADS[1:]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_bound_holds_against_brute_force_for_counts_that_are_not_whole(seed, max_load):
     generator = torch.Generator().manual_seed(seed)
     counts = torch.rand(6, generator=generator, dtype=torch.float64)
@@ -200,26 +203,16 @@ def test_many_ids_come_close_to_the_bound_and_beat_the_greedy_table(heaviest, ma
     assert result.bound < result.best_agreement
 
 
-@pytest.mark.parametrize("max_load", [4.0, 4.5])
-def test_rebalanced_table_stays_where_the_limit_does_not_bind(max_load):
+def test_rebalanced_table_stays_where_the_limit_does_not_bind():
     generator = torch.Generator().manual_seed(0)
     table, counts = torch.randint(4, (300,), generator=generator), torch.randint(1, 99, (300,), generator=generator)
-    result = balanced_table(torch.eye(4)[table] * counts.unsqueeze(-1), counts, max_load)
+    result = balanced_table(torch.eye(4)[table] * counts.unsqueeze(-1), counts, 4.0)
     assert torch.equal(result.table, table)
     assert result.agreement == result.bound == result.best_agreement == counts.sum()
 
 
-def test_rebalanced_table_moves_no_more_tokens_than_are_too_many():
-    # Expert 0 has 60 tokens of 80, in ids of one token; 20 may stay.
-    table = torch.cat([torch.zeros(60), torch.arange(20) % 3 + 1]).long()
-    result = balanced_table(torch.eye(4)[table], torch.ones(80), 1.0)
-    assert result.agreement == 40
-    assert result.bound == pytest.approx(40, rel=1e-4)
-    assert result.load.tolist() == [20] * 4
-
-
 @given(problem=small_problems(), exponent=st.sampled_from([-40, -3, 5, 60]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_scale_of_the_agreement_changes_nothing(problem, exponent):
     agreement, counts, max_load = problem
     result = balanced_table(agreement, counts, max_load)
@@ -229,7 +222,7 @@ def test_scale_of_the_agreement_changes_nothing(problem, exponent):
 
 
 @given(problem=small_problems(), factor=st.sampled_from([0.1, 0.25, 3.0, 1e6]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_counts_of_any_scale_keep_to_limit_and_bound(problem, factor):
     agreement, counts, max_load = problem
     # In float32 a tenth is off by more than loads may be.
@@ -265,7 +258,7 @@ def test_degenerate_problems_keep_what_can_be_kept(agreement, counts, max_load):
     assert_consistent(result, agreement, counts)
 
 
-@pytest.mark.parametrize("heaviest", [[5000.0], [5000.0, 9000.0], [9000.0] * 7])
+@pytest.mark.parametrize("heaviest", [[5000.0, 9000.0], [9000.0] * 7])
 @pytest.mark.parametrize("num_bands", [1, 4])
 def test_heavy_ids_do_not_move_the_limit_of_the_others(heaviest, num_bands):
     agreement, counts = zipf_problem(200, 8, 300.0)
@@ -292,33 +285,26 @@ def test_same_numbers_give_the_same_table_draw_no_random_numbers_and_stay_as_the
     assert torch.equal(counts, before[1])
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (3, 0)])
-def test_agreement_that_is_no_matrix_is_refused(shape):
-    with pytest.raises(ValueError, match=r"`agreement` has shape .* one row per token id"):
-        balanced_table(torch.ones(shape), torch.ones(3), 1.0)
-
-
-@pytest.mark.parametrize("shape", [(4,), (3, 1), ()])
-def test_counts_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"`token_counts` has shape .* one count per row"):
-        balanced_table(torch.ones(3, 2), torch.ones(shape), 1.0)
+MATRIX = {"agreement": torch.ones(3, 2), "token_counts": torch.ones(3), "max_load": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(-1.0, "holds -1.0; pass numbers >= 0"), (math.nan, "nan; pass finite")]
+    ("wrong", "message"),
+    [
+        ({"agreement": torch.ones(3)}, r"`agreement` has shape .* one row per token id"),
+        ({"agreement": torch.ones(3, 0)}, r"`agreement` has shape .* one row per token id"),
+        ({"token_counts": torch.ones(4)}, r"`token_counts` has shape .* one count per row"),
+        ({"token_counts": torch.ones(())}, r"`token_counts` has shape .* one count per row"),
+        ({"agreement": -torch.ones(3, 2)}, r"`agreement` .*holds -1.0; pass numbers >= 0"),
+        ({"token_counts": torch.tensor([1, math.nan, 1])}, r"`token_counts` .*nan; pass finite"),
+        ({"max_load": 0.99}, r"`max_load` is 0.99; pass a finite number >= 1"),
+        ({"max_load": math.nan}, r"`max_load` is nan; pass a finite number >= 1"),
+        ({"num_bands": 0}, "`num_bands` is 0; pass an integer >= 1"),
+    ],
 )
-@pytest.mark.parametrize("name", ["agreement", "token_counts"])
-def test_numbers_that_are_negative_or_not_finite_are_refused(name, value, message):
-    tensors = {"agreement": torch.ones(3, 2), "token_counts": torch.ones(3)}
-    tensors[name].view(-1)[1] = value
-    with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
-        balanced_table(**tensors, max_load=1.0)
-
-
-@pytest.mark.parametrize("max_load", [0.99, -1.0, math.nan, math.inf])
-def test_max_load_below_one_or_not_finite_is_refused(max_load):
-    with pytest.raises(ValueError, match=rf"`max_load` is {max_load}; pass a finite number >= 1"):
-        balanced_table(torch.ones(3, 2), torch.ones(3), max_load)
+def test_what_makes_no_problem_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_table(**MATRIX | wrong)
 
 
 # In bands of frequency
@@ -331,9 +317,8 @@ def bands_of(counts: torch.Tensor, num_bands: int) -> list[torch.Tensor]:
     return [order[(share * num_bands).ceil().clamp(1, num_bands) == band] for band in range(1, num_bands + 1)]
 
 
-@pytest.mark.parametrize("max_load", [1.02, 1.2])
-def test_every_band_is_spread_as_evenly_as_its_heaviest_ids_allow(max_load):
-    agreement, counts = zipf_problem(600, 8, 3000)
+def test_every_band_is_spread_as_evenly_as_its_heaviest_ids_allow():
+    (agreement, counts), max_load = zipf_problem(600, 8, 3000), 1.02
     plain = balanced_table(agreement, counts, max_load, 1)
     banded = balanced_table(agreement, counts, max_load, 6)
     assert torch.equal(plain.table, balanced_table(agreement, counts, max_load).table)
@@ -352,38 +337,3 @@ def test_every_band_is_spread_as_evenly_as_its_heaviest_ids_allow(max_load):
     assert loads[1].std() < loads[0].std()
     assert banded.agreement <= plain.agreement
     assert banded.limit == plain.limit
-
-
-@settings(max_examples=40, deadline=None)
-@given(small_problems(), st.integers(2, 3))
-def test_small_bands_keep_to_the_limit_beside_those_before(problem, num_bands):
-    agreement, counts, max_load = problem
-    result = balanced_table(agreement, counts, max_load, num_bands)
-    assert_consistent(result, agreement, counts)
-    num_experts = agreement.shape[1]
-    if num_experts == 1 or not counts.sum():
-        return
-    load = torch.zeros(num_experts, dtype=torch.double)
-    placed = 0.0
-    for ids in bands_of(counts, num_bands):
-        ids = ids[counts[ids] > 0]
-        if not len(ids):
-            continue
-        placed += counts[ids].sum().item()
-        limit, packed, needed = max_load * placed / num_experts, load.clone(), 0.0
-        alone = counts[ids] > limit + 1e-9
-        for count, is_alone in zip(counts[ids].tolist(), alone.tolist(), strict=True):
-            expert = int(packed.argmin())
-            packed[expert] += math.inf if is_alone else count
-            needed = needed if is_alone else max(needed, packed[expert].item())
-        capacity = max(limit, needed) + 1e-9
-        # An id that alone outweighs the limit fills an expert, so that nothing else fits beside it.
-        weights = counts[ids].double().masked_fill(alone, capacity)
-        added = torch.zeros(num_experts, dtype=torch.double).index_add(0, result.table[ids], weights)
-        assert (added <= (capacity - load).clamp(min=0)).all()
-        load.index_add_(0, result.table[ids], counts[ids].double())
-
-
-def test_no_band_is_refused():
-    with pytest.raises(ValueError, match="`num_bands` is 0; pass an integer >= 1"):
-        balanced_table(torch.ones(3, 2), torch.ones(3), 1.0, 0)
