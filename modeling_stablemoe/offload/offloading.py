@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Inference with experts that do not fit the device: kept in host memory or in the checkpoint, fetched ahead of use.
 
-A router that reads hidden states knows a layer's experts only when that layer is reached. Frozen routing knows those of
-all layers from the token ids, so they are copied while earlier blocks compute.
+A router that reads hidden states knows a layer's experts only when that layer is reached. Frozen routing knows those
+of all layers from the token ids, so they are copied while earlier blocks compute.
 """
 
 from os import PathLike

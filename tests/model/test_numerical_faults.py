@@ -1,16 +1,16 @@
 """Numbers that are not finite, experts without tokens or with all of them, batches without anything to learn from."""
 
 import json
-import logging
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+from helpers.logs import recorded_warnings
 from helpers.matrices import one_fast
-from helpers.models import COUNTING, Decision, random_ids, tiny_model, tiny_seq2seq_model
-from helpers.trainers import make_trainer
+from helpers.models import COUNTING, Decision, gradients, random_ids, tiny_model, tiny_seq2seq_model
+from helpers.trainers import assert_same_weights, make_trainer
 from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
 
@@ -84,37 +84,14 @@ def finite_statistics(model) -> bool:
     return all(bool(values.isfinite().all()) for memory in memories for values in memory.values())
 
 
-def assert_same(actual: dict, expected: dict):
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
-def gradients_of(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def assert_finite_gradients(model):
-    assert [name for name, gradient in gradients_of(model).items() if not gradient.isfinite().all()] == []
-
-
-class Messages(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.texts = []
-
-    def emit(self, record):
-        self.texts.append(record.getMessage())
+    assert [name for name, gradient in gradients(model).items() if not gradient.isfinite().all()] == []
 
 
 @pytest.fixture
 def warned():
-    """What the package's modules and transformers warn of."""
-    handler, loggers = Messages(), [logging.getLogger(name) for name in ("modeling_stablemoe", "transformers")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    yield handler.texts
-    for logger in loggers:
-        logger.removeHandler(handler)
+    with recorded_warnings("modeling_stablemoe") as messages:
+        yield messages
 
 
 # Hidden states that are not finite
@@ -153,7 +130,7 @@ def test_a_bad_token_spoils_the_loss_for_all_to_see_but_no_other_row_and_no_stat
     assert finite_statistics(sick)
     spoiled.loss.backward()
     # Nor is the gradient hidden: a loss scaler skips this step.
-    assert not all(gradient.isfinite().all() for gradient in gradients_of(sick).values())
+    assert not all(gradient.isfinite().all() for gradient in gradients(sick).values())
 
 
 @every_bad
@@ -171,12 +148,12 @@ def test_to_statistics_and_counts_a_bad_token_is_padding(family, bad):
     mask = torch.ones_like(IDS)
     mask[0, -1] = 0
     padded(IDS, attention_mask=mask, labels=IDS)
-    assert_same(statistics_of(spoiled), statistics_of(padded))
+    assert_same_weights(statistics_of(spoiled), statistics_of(padded))
     stop()
     spoil(spoiled, bad, slice(None))
     before = statistics_of(spoiled)
     spoiled(IDS, labels=IDS)
-    assert_same(statistics_of(spoiled), before)
+    assert_same_weights(statistics_of(spoiled), before)
 
 
 @pytest.mark.parametrize("huge", [1e19, 3e38])
@@ -215,27 +192,6 @@ def test_base_balances_tokens_with_bad_states_too(bad, where):
     assert outputs.expert_load.sum() == IDS.numel()
 
 
-@every_family
-def test_a_bad_embedding_of_one_id_spoils_its_rows_and_its_logit_alone(family):
-    model = build("stable", family).eval()
-    ids = IDS.clone()
-    ids[0, 3] = 7
-    ids[1:] = ids[1:].masked_fill(ids[1:] == 7, 8)
-    # In the rows that do not hold it the target does not either.
-    target = random_ids(seed=5, low=8, high=90)
-    rest = {"decoder_input_ids": target} if family == "seq2seq" else {}
-    good = model(ids, output_router_logits=True, **rest)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[7] = torch.nan
-    spoiled = model(ids, output_router_logits=True, **rest)
-    # The head shares the embedding.
-    others = torch.arange(model.config.vocab_size) != 7
-    assert torch.equal(spoiled.logits[1:][..., others], good.logits[1:][..., others])
-    assert spoiled.logits[..., 7].isnan().all()
-    for spoiled_index, good_index in zip(spoiled.expert_indices, good.expert_indices, strict=True):
-        assert torch.equal(spoiled_index, good_index)  # by token, as ever
-
-
 def test_vectors_are_routed_as_the_nearest_token_whatever_else_is_not_finite():
     model = build("stable").eval()
     with torch.no_grad():
@@ -247,31 +203,6 @@ def test_vectors_are_routed_as_the_nearest_token_whatever_else_is_not_finite():
     assert (first, last) == (3, 98)
     assert 0 <= bad < 99
     assert model(inputs_embeds=vectors).logits.shape == (1, 3, 99)
-
-
-def test_a_step_that_a_loss_scaler_skips_leaves_weights_and_statistics_sound():
-    model = build("counts")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-
-    def step():
-        scaler.scale(model(IDS, labels=IDS).loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    step()
-    weights, followed = [p.clone() for p in model.parameters() if p.requires_grad], statistics_of(model)
-    stop = spoil(model, torch.inf, slice(None))
-    step()
-    assert scaler.get_scale() == 2.0**7
-    assert all(torch.equal(a, b) for a, b in zip(weights, optimizer.param_groups[0]["params"], strict=True))
-    assert_same(statistics_of(model), followed)
-    stop()
-    step()
-    assert scaler.get_scale() == 2.0**7
-    assert not torch.equal(weights[0], optimizer.param_groups[0]["params"][0])
-    assert all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
 
 
 @every_family
@@ -363,116 +294,55 @@ def test_a_run_that_has_diverged_stops_where_weights_would_be_frozen(tmp_path):
         trainer.train()
 
 
-# An expert without tokens
+# Experts without tokens, and one with all
 
 
-def optimizer_of(model, **settings):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
-
-
-def expert_slices(model, expert: int) -> list[torch.Tensor]:
-    """Every stacked tensor of the first MoE layer's experts, and the part of one expert in it."""
-    return [
-        (parameter, parameter.detach()[expert].clone()) for parameter in layers_of(model)[0].expert_stack.parameters()
-    ]
-
-
-@pytest.mark.parametrize("steps", one_fast(20, 1000))
-def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it(steps):
-    small = {
-        "vocab_size": 23,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_expert_sublayers": 1,
-    }
-    model = tiny_model(expert_bias_rate=0.5, num_attention_heads=1, balance_loss_coef=0.0, **small).train()
-    ids, (layer,), dead = random_ids(high=23), layers_of(model), 4
-    memory = layer.router.memory
+def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it():
+    small = {"num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = tiny_model(expert_bias_rate=0.5, balance_loss_coef=0.0, **small).train()
+    (layer,), dead = layers_of(model), 4
     with torch.no_grad():
-        memory.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, -8.0 - steps / 2]).view(torch.int32))
-    meter, optimizer = RoutingMeter(model), optimizer_of(model, lr=1e-3, weight_decay=0.1)
-    before = expert_slices(model, dead)
+        layer.router.memory.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, -18.0]).view(torch.int32))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.1)
+    experts = list(layer.expert_stack.parameters())
 
-    def step():
-        outputs = model(ids, labels=ids)
+    def step() -> int:
+        outputs = model(IDS, labels=IDS)
         outputs.loss.backward()
-        gradients = [parameter.grad[dead] for parameter, _ in before]
-        received = outputs.expert_load[0, dead].item(), any(bool(gradient.any()) for gradient in gradients)
         optimizer.step()
         optimizer.zero_grad()
-        meter.end_step()
-        return received
+        return outputs.expert_load[0, dead].item()
 
-    for _ in range(steps):
-        assert step() == (0, False)
-    assert memory()["expert_bias"][dead] == -8.0  # 0.5 up at every step
-    assert memory()["expert_bias"].abs().max() < 100
-    for parameter, start in before:
-        assert_close(parameter.detach()[dead], start * (1 - 1e-3 * 0.1) ** steps, rtol=1e-4, atol=0)
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert not optimizer.state[parameter][name][dead].any()
-    assert all(
-        torch.as_tensor(value).isfinite().all() for state in optimizer.state.values() for value in state.values()
-    )
-    assert meter.pop_window().metrics(1)["load_min_over_mean"] == 0
-    revived = next((number for number in range(100) if step()[0] > 0), None)
-    assert revived is not None
-    stopped = [parameter.detach()[dead].clone() for parameter, _ in before]
-    for _ in range(5):
-        step()
-    moved = [
-        not torch.equal(parameter.detach()[dead], start) for (parameter, _), start in zip(before, stopped, strict=True)
-    ]
-    assert all(moved)
-    assert all(bool(parameter.isfinite().all()) for parameter, _ in before)
-    assert meter.pop_window().metrics(1)["load_min_over_mean"] > 0
+    start = [parameter.detach()[dead].clone() for parameter in experts]
+    assert not any(step() for _ in range(20))
+    assert layer.router.memory()["expert_bias"][dead] == -8.0  # 0.5 up at every step
+    decayed = [parameter.detach()[dead] for parameter in experts]
+    assert_close(decayed, [values * (1 - 1e-3 * 0.1) ** 20 for values in start], rtol=1e-4, atol=0)
+    assert not any(optimizer.state[parameter]["exp_avg"][dead].any() for parameter in experts)
+    assert any(step() for _ in range(100))
+    assert all(optimizer.state[parameter]["exp_avg"][dead].any() for parameter in experts)
+    assert all(bool(parameter.isfinite().all()) for parameter in learned)
 
 
-# One expert with all tokens
-
-
-def build_crowded(kind: str, stage: int, backend: str):
-    """A model of which expert 2 gets all tokens, at a gate near 1."""
-    settings = {"router_type": "switch", "distilled_router": "word_embedding"} if kind == "switch" else {}
-    model = build("stable", **settings)
-    model.set_experts_implementation(backend)
+@pytest.mark.parametrize(("router", "largest"), [("stable", 5 - 1), ("switch", 5)])
+def test_one_expert_with_all_tokens_costs_the_most(router, largest):
+    model = build("stable", router_type=router, distilled_router="word_embedding")
     (layer,) = layers_of(model)
     with torch.no_grad():
         layer.router.centroids.fill_(-1.0)[2] = 1.0
     layer.register_forward_pre_hook(lambda module, args: (args[0].abs() + 0.5, *args[1:]))
-    if stage == 2:
-        model.set_routing_tables(torch.full((1, 99), 2))
-    return model
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kind", ["stable", "switch"])
-def test_one_expert_with_all_tokens_is_the_same_on_every_backend_and_costs_the_most(kind, stage):
-    results = []
-    for backend in BACKENDS:
-        model = build_crowded(kind, stage, backend)
-        meter = RoutingMeter(model)
-        outputs = model(IDS, labels=IDS)
-        outputs.loss.backward()
-        meter.end_step()
-        assert outputs.expert_load.tolist() == [[0, 0, 21, 0, 0]]
-        metrics = meter.pop_window().metrics(stage)
-        assert metrics["load_max_over_mean"] == 5
-        assert metrics["load_min_over_mean"] == 0
-        gate = outputs.routing_health.mean_gate.item()
-        assert gate > 0.99
-        largest = {"stable": (5 - 1) * gate, "switch": 5 * gate}[kind] if stage == 1 else 0.0
-        assert outputs.balance_loss.item() == pytest.approx(largest, rel=1e-5)
-        results.append((outputs.logits, gradients_of(model)))
-    (logits, gradients), *others = results
-    for other_logits, other_gradients in others:
-        assert_close(other_logits, logits, rtol=1e-5, atol=1e-5)
-        assert other_gradients.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            assert_close(
-                other_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
+    meter = RoutingMeter(model)
+    outputs = model(IDS, labels=IDS)
+    outputs.loss.backward()
+    meter.end_step()
+    assert outputs.expert_load.tolist() == [[0, 0, 21, 0, 0]]
+    metrics = meter.pop_window().metrics(1)
+    assert (metrics["load_max_over_mean"], metrics["load_min_over_mean"]) == (5, 0)
+    gate = outputs.routing_health.mean_gate.item()
+    assert gate > 0.99
+    assert outputs.balance_loss.item() == pytest.approx(largest * gate, rel=1e-5)
+    assert_finite_gradients(model)
 
 
 @every_family
@@ -485,22 +355,6 @@ def test_base_with_fewer_tokens_than_experts_gives_none_two(shape, family):
     assert outputs.expert_load.max() == 1
     assert (outputs.expert_load.sum(-1) == ids.numel()).all()
     assert_finite_gradients(model)
-
-
-def test_an_id_heavier_than_the_limit_gets_an_expert_of_its_own_when_a_balanced_table_is_frozen():
-    model = build("stable", max_frozen_load=1.05)
-    ids = torch.where(torch.rand(8, 30) < 0.9, 7, random_ids(8, 30))
-    for _ in range(4):
-        model(ids, labels=ids)
-    (layer,) = layers_of(model)
-    (balanced,) = model.freeze_router()
-    heaviest = layer.router.memory()["token_counts"][7].item()
-    limit = 1.05 * balanced.load.mean().item()
-    assert balanced.alone.tolist() == [7]
-    assert balanced.load.max() == heaviest > limit
-    assert balanced.load.sort().values[-2] <= balanced.limit == pytest.approx(limit)
-    table = layer.frozen_router.values()
-    assert (table == table[7]).sum() == 1
 
 
 # Batches without anything to learn from
@@ -524,8 +378,8 @@ def test_a_batch_of_padding_alone_is_harmless(kind, stage, family):
     if family == "causal":
         assert outputs.loss.item() == outputs.aux_loss.item() == 0.0
         assert outputs.expert_load.sum() == 0
-        assert_same(statistics_of(model), before)
-        assert not any(gradient.any() for gradient in gradients_of(model).values())
+        assert_same_weights(statistics_of(model), before)
+        assert not any(gradient.any() for gradient in gradients(model).values())
         # Means over no tokens are left out; the loads have none to compare.
         metrics = meter.pop_window().metrics(model.routing_stage)
         shares = {"load_max_over_mean", "load_min_over_mean", "load_entropy"}
@@ -565,7 +419,7 @@ def test_an_empty_micro_batch_adds_nothing_to_the_gradient_of_a_step(kind, famil
     for model in (with_it, without):
         model(IDS, labels=IDS, num_items_in_batch=count).loss.backward()
     with_it(IDS, attention_mask=PADDING, labels=NONE, num_items_in_batch=count).loss.backward()
-    assert_same(gradients_of(with_it), gradients_of(without))
+    assert_same_weights(gradients(with_it), gradients(without))
 
 
 @pytest.mark.parametrize("family", one_fast(*FAMILIES))
@@ -610,17 +464,6 @@ def test_sequences_of_one_token_have_nothing_to_predict_and_are_routed(kind, sta
         assert outputs.expert_load.sum() == 3
         assert_finite_gradients(model)
     assert model.eval()(ids, labels=ids).loss.item() == 0.0
-
-
-@pytest.mark.parametrize(("kind", "stage"), [("counts", 1), ("base", 1), ("stable", 2)])
-def test_sources_and_targets_of_one_token_are_learned(kind, stage):
-    model, ids = build(kind, "seq2seq", stage), IDS[:1, :1]
-    outputs = model(ids, labels=ids)
-    outputs.loss.backward()
-    assert outputs.task_loss.item() > 0
-    assert outputs.loss.item() == pytest.approx(outputs.task_loss.item() + weighted(outputs, model))
-    assert outputs.expert_load.sum(-1).tolist() == [1] * 3
-    assert_finite_gradients(model)
 
 
 @every_model

@@ -96,6 +96,7 @@ def test_the_gradients_have_gradients_themselves(index):
         assert torch.autograd.gradgradcheck(norm, (x, scale, shift), fast_mode=True)
 
 
+@pytest.mark.slow
 def test_the_operators_are_sound_for_the_compiler():
     tokens = order_of([1, 0, 3, E])
     x, weight, bias, scale, shift = parameters((4, X), (E, Y, X), (E, Y), (E, X), (E, X))

@@ -8,9 +8,8 @@ from transformers import AutoModelForCausalLM
 from helpers import reference
 from helpers.checkpoints import run_without_package
 from helpers.doubles import EXACT, SLOPE, arrays, layer_input, slopes_of
-from helpers.matrices import one_fast
 from helpers.models import Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
-from helpers.trainers import BLOCKS, Recorder, assert_same_weights, make_trainer, training_logs, weights
+from helpers.trainers import BLOCKS, Recorder, make_trainer, training_logs
 from modeling_stablemoe import (
     RoutingStatisticsCallback,
     StableMoEForCausalLM,
@@ -355,29 +354,6 @@ def test_the_trainer_trains_every_router_and_logs_its_statistics(kind, tmp_path)
     if kind.startswith("base"):
         assert last["load_max_over_mean"] < 1.1
     assert not any("transition_step" in entry for entry in trainer.state.log_history)
-
-
-@pytest.mark.parametrize("kind", one_fast("base distilled", "switch distilled"))
-def test_the_callback_freezes_every_router_that_is_distilled_and_a_resumed_run_ends_the_same(kind, tmp_path):
-    def trainer():
-        saving = {"save_strategy": "steps", "save_steps": 4, "max_steps": 9}
-        return make_trainer(tmp_path, StageTransitionCallback(5), model=model_of(kind), **saving)
-
-    whole = trainer()
-    whole.train()
-    assert whole.model.routing_stage == 2
-    for step in (4, 8):
-        resumed = trainer()
-        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
-        assert_same_weights(weights(resumed.model), weights(whole.model))
-
-
-@pytest.mark.parametrize("kind", ["stable", "switch"])
-def test_a_micro_batch_weighs_its_auxiliary_loss_by_its_share_of_targets(kind):
-    model = model_of(kind).train()
-    whole = model(IDS, labels=IDS)
-    part = model(IDS, labels=IDS, num_items_in_batch=72)
-    assert_close(part.aux_loss, whole.aux_loss / 2)
 
 
 # The configuration

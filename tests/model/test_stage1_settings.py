@@ -167,21 +167,6 @@ def test_statistics_are_saved_to_the_bit_and_survive_a_cast(tmp_path):
         assert torch.equal(values, layer_of(model).router.memory()[name]), name
 
 
-def test_statistics_stand_still_in_evaluation_and_in_stage_2():
-    model = steps(tiny_model(**EVERYTHING), 2)
-    before = {
-        name: values.clone()
-        for name, values in layer_of(model).router.named_parameters()
-        if not values.is_floating_point()
-    }
-    model.eval()(random_ids(), output_router_logits=True)
-    model.freeze_router()
-    steps(model, 1)
-    for name, values in layer_of(model).router.named_parameters():
-        if name in before:
-            assert torch.equal(values, before[name]), name
-
-
 # The bias of experts
 
 
@@ -207,10 +192,8 @@ def recount(decisions, half_life: int | None = None) -> torch.Tensor:
     for decision in decisions:
         if half_life is not None:
             counts *= 0.5 ** (decision.trace.token_ids.numel() / half_life)
-        for token_id, expert in zip(
-            decision.trace.token_ids.flatten().tolist(), decision.expert_index.flatten().tolist(), strict=True
-        ):
-            counts[token_id, expert] += 1
+        index = (decision.trace.token_ids.flatten(), decision.expert_index.flatten())
+        counts.index_put_(index, torch.ones((), dtype=torch.double), accumulate=True)
     return counts
 
 
@@ -226,9 +209,10 @@ def test_counts_are_a_histogram_of_where_tokens_went(half_life):
 def test_counts_are_a_histogram_under_accumulation_too(tmp_path):
     model = tiny_model(distilled_router="counts", moe_layer_positions=[1])
     decisions = traced(model)
-    make_trainer(tmp_path, StageTransitionCallback(12), model=model, gradient_accumulation_steps=3).train()
+    options = {"max_steps": 4, "gradient_accumulation_steps": 3}
+    make_trainer(tmp_path, StageTransitionCallback(4), model=model, **options).train()
     counted = recount(decisions)
-    assert counted.sum() == 12 * 3 * 2 * 16
+    assert counted.sum() == 4 * 3 * 2 * 16
     assert torch.equal(layer_of(model).router.distilled_router.counts().double(), counted)
     seen = counted.sum(-1) > 0
     table = layer_of(model).frozen_router.values().long()
@@ -295,32 +279,6 @@ def test_experts_are_equal_through_stage_1_and_part_in_stage_2():
     assert not torch.equal(stack.sublayers[0].up_proj[0], stack.sublayers[0].up_proj[1])
 
 
-def test_shared_experts_compute_what_equal_experts_compute_and_share_the_gradient():
-    torch.manual_seed(0)
-    shared = StableMoEForCausalLM(tiny_config(share_experts_in_stage1=True))
-    for sublayer in layer_of(shared).expert_stack.sublayers:
-        sublayer.down_proj.data.copy_(torch.randn(1, 32, 37).expand(5, -1, -1) * 0.1)
-    separate = StableMoEForCausalLM(tiny_config())
-    separate.load_state_dict(shared.state_dict())
-    ids = random_ids()
-    losses = []
-    for model in (shared, separate):
-        output = model.train()(ids, labels=ids)
-        output.loss.backward()
-        losses.append(output.loss)
-    assert_close(*losses)
-    for name, parameter in shared.named_parameters():
-        if ".expert_stack." in name:
-            whole = separate.get_parameter(name).grad.mean(0, keepdim=True)
-            assert_close(
-                parameter.grad,
-                whole.expand_as(parameter),
-                rtol=1e-4,
-                atol=1e-7,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
-
-
 # Gates that begin stage 2 anew
 
 
@@ -353,10 +311,9 @@ def test_a_balanced_table_keeps_to_the_limit_on_the_tokens_of_stage_1(settings):
         steps(each, 6)
     plain.freeze_router()
     (balanced,) = model.freeze_router()
-    loads = [torch.bincount(each.route(ids.unsqueeze(0))[0, 0], minlength=5).double() for each in (plain, model)]
+    loads = [torch.bincount(each.route(ids.unsqueeze(0))[0, 0], minlength=5) for each in (plain, model)]
     # Ids that were never seen count as one token each, hence the slack.
-    limit = 1.1 * (len(ids) + 99) / 5
-    assert loads[1].max() <= limit < loads[0].max() + 99
+    assert loads[1].max() <= 1.1 * (len(ids) + 99) / 5
     assert loads[1].max() < loads[0].max()
     assert balanced.agreement <= balanced.bound <= balanced.best_agreement
     assert torch.equal(balanced.table, model.route(EVERY_ID)[0, 0])
@@ -378,34 +335,16 @@ def test_an_encoder_and_a_decoder_are_balanced_by_their_own_tokens():
 
 
 def test_a_run_with_every_setting_resumes_to_the_same_bits(tmp_path):
-    def train(folder, **arguments):
-        trainer = make_trainer(
-            folder,
-            StageTransitionCallback(9, settled_change=0.0),
-            model=tiny_model(dropout=0.1, **EVERYTHING),
-            save_strategy="steps",
-            save_steps=4,
-            **arguments.pop("options", {}),
-        )
-        trainer.train(**arguments)
-        return trainer
+    def trainer():
+        model = tiny_model(dropout=0.1, **EVERYTHING)
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
+        return make_trainer(tmp_path, StageTransitionCallback(6, settled_change=0.0), model=model, **saving)
 
-    whole = train(tmp_path / "whole")
-    resumed = train(tmp_path / "whole", resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert whole.model.routing_stage == 2
     assert_same_weights(weights(resumed.model), weights(whole.model))
-
-
-@pytest.mark.slow
-def test_a_compiled_training_step_follows_the_statistics():
-    model, plain = tiny_model(**EVERYTHING), tiny_model(**EVERYTHING)
-    compiled = torch.compile(model, backend="aot_eager")
-    ids = random_ids()
-    for _ in range(2):
-        compiled.train()(ids, labels=ids).loss.backward()
-        plain.train()(ids, labels=ids).loss.backward()
-    for name, values in layer_of(plain).router.memory().items():
-        assert_close(layer_of(model).router.memory()[name], values, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # The configuration
@@ -418,7 +357,6 @@ def test_a_compiled_training_step_follows_the_statistics():
         ({"router_normalization": "batch"}, "`router_normalization` 'batch' is unknown; choose one of"),
         ({"share_experts_in_stage1": 1.5}, "`share_experts_in_stage1` must be True or False"),
         ({"balance_loss_warmup_tokens": -1}, "`balance_loss_warmup_tokens` is a number of tokens"),
-        ({"balance_loss_warmup_tokens": 0.5}, "`balance_loss_warmup_tokens` is a number of tokens"),
         ({"balance_window_tokens": -1}, "`balance_window_tokens` is a number of tokens"),
         ({"balance_window_tokens": 9, "router_type": "base"}, "belongs to a balance loss, which 'base' has not"),
         ({"router_half_life": 0}, "`router_half_life` is a number of tokens"),

@@ -59,6 +59,12 @@ def load(folder, place, model_class=StableMoEForCausalLM, **options):
     return aligned(model_class.from_pretrained(folder, **options))
 
 
+def load_offloaded(folder, place="disk", experts_on_device=2, **options):
+    model = load(folder, place, **options)
+    offload_experts(model, device="cpu", experts_on_device=experts_on_device)
+    return model
+
+
 def aligned(model):
     """Move tensors out of the mapped file, where they start anywhere: a product's last bit depends on it."""
     for values in (*model.parameters(), *model.buffers()):
@@ -83,8 +89,7 @@ def distinct_experts(model, ids) -> list[int]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_are_the_same_bits(checkpoint, model, backend, experts_on_device, place):
     model.set_experts_implementation(backend)
-    offloaded = load(checkpoint, place, experts_implementation=backend)
-    offload_experts(offloaded, device="cpu", experts_on_device=experts_on_device)
+    offloaded = load_offloaded(checkpoint, place, experts_on_device=experts_on_device, experts_implementation=backend)
     for _ in range(2):  # into empty slots, and into full ones
         assert torch.equal(logits(offloaded), logits(model))
         assert torch.equal(logits(offloaded, IDS[:1, :1], MASK[:1, -1:]), logits(model, IDS[:1, :1], MASK[:1, -1:]))
@@ -97,8 +102,7 @@ def test_outputs_are_the_same_bits(checkpoint, model, backend, experts_on_device
 )
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_generation_is_the_same(checkpoint, model, place, options):
-    offloaded = load(checkpoint, place)
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(checkpoint, place)
     torch.manual_seed(1)
     expected = model.generate(IDS, attention_mask=MASK, max_new_tokens=8, **options)
     torch.manual_seed(1)
@@ -119,8 +123,7 @@ def test_encoder_and_decoder_are_offloaded(tmp_path):
 def test_experts_of_a_variant_are_read_from_its_file(checkpoint, model, tmp_path):
     tiny_model(seed=1, moe_layer_positions=[0, 2], intermediate_size=48).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, variant="own")
-    offloaded = load(tmp_path, "disk", variant="own")
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(tmp_path, variant="own")
     assert torch.equal(logits(offloaded), logits(model))
 
 
@@ -197,8 +200,7 @@ def test_embeddings_in_place_of_ids(model):
 
 def test_bfloat16_is_read_from_a_checkpoint_of_float32(checkpoint):
     whole = load(checkpoint, "memory", dtype=torch.bfloat16)
-    offloaded = load(checkpoint, "disk", dtype=torch.bfloat16)
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(checkpoint, dtype=torch.bfloat16)
     assert {p.dtype for p in offloaded.parameters() if p.is_floating_point()} == {torch.bfloat16}
     assert torch.equal(logits(offloaded), logits(whole))
 
@@ -420,15 +422,13 @@ def single_file(model, tmp_path):
 
 
 def test_a_deleted_checkpoint_is_still_read(single_file, model):
-    offloaded = load(single_file.parent, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(single_file.parent)
     single_file.unlink()
     assert torch.equal(logits(offloaded), logits(model))
 
 
 def test_a_checkpoint_that_is_cut_off_is_one_clear_error(single_file, model):
-    offloaded = load(single_file.parent, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=5)
+    offloaded = load_offloaded(single_file.parent, experts_on_device=5)
     known = IDS[:1, :1]
     expected = logits(model, known, None)
     assert torch.equal(logits(offloaded, known, None), expected)
@@ -443,8 +443,7 @@ def test_a_checkpoint_that_is_cut_off_is_one_clear_error(single_file, model):
 
 
 def test_a_read_that_fails_for_a_while_is_tried_again(checkpoint, model, monkeypatch):
-    offloaded = load(checkpoint, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(checkpoint)
     rows = offloaded.model.moe_layers[1].expert_stack.rows["sublayers.1.up_proj"]
     with monkeypatch.context() as broken:
         broken.setattr(rows.file, "state", None)
@@ -456,8 +455,7 @@ def test_a_read_that_fails_for_a_while_is_tried_again(checkpoint, model, monkeyp
 
 
 def test_a_backward_pass_through_another_expert_is_refused(checkpoint):
-    offloaded = load(checkpoint, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=1)
+    offloaded = load_offloaded(checkpoint, experts_on_device=1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         offloaded(IDS, labels=IDS).loss.backward()
 
