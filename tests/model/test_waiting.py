@@ -38,7 +38,7 @@ def test_a_step_of_a_stage_waits_for_nothing(waits, step, stage):
     assert not {name: wait for name, wait in steps.items() if wait}
 
 
-@pytest.mark.parametrize("variant", ["hash", "switch", "following", "counting", "capacity", "shared"])
+@pytest.mark.parametrize("variant", ["hash", "switch", "counting", "capacity", "shared"])
 def test_a_training_step_of_another_router_waits_for_nothing(waits, variant):
     assert waits[f"train {variant}"] is None
 
