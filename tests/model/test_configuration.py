@@ -134,6 +134,19 @@ def test_a_value_that_would_be_misread_is_refused_with_its_field(fields, message
         tiny_config(**fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decoder_start_token_id": 91}, "91 lies outside the vocabulary 0..90"),
+        ({"pad_token_id": None}, "None lies outside the vocabulary 0..90"),
+        ({"is_encoder_decoder": False}, "must be True: for a model without encoder"),
+    ],
+)
+def test_what_a_decoder_needs_is_refused_with_its_field(fields, message):
+    with pytest.raises(ValueError, match=rf"^`{next(iter(fields))}` .*{re.escape(message)}"):
+        tiny_seq2seq_config(**fields)
+
+
 @pytest.mark.parametrize("make", [tiny_config, tiny_seq2seq_config])
 def test_every_field_has_a_rule(make):
     config = make()
@@ -199,6 +212,10 @@ def test_what_is_set_later_is_checked_like_what_is_set_first(tmp_path):
         with pytest.raises(ValueError, match="`pad_token_id` 1 lies outside the vocabulary"):
             act(config)
     assert not list(tmp_path.iterdir())
+    config = tiny_config()
+    config.balance_loss_coef = None  # at the start that of the router
+    with pytest.raises(ValueError, match="`balance_loss_coef` must be a finite number"):
+        StableMoEForCausalLM(config)
 
 
 def test_a_config_file_and_what_overrides_it_are_checked(tmp_path):
