@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from modeling_stablemoe.solvers import assignment as assignment_stablemoe
+from modeling_stablemoe.solvers import assignment
 from modeling_stablemoe.solvers.assignment import (
     balanced_assignment,
     best_paths,
@@ -115,21 +115,6 @@ def test_loads_are_even_and_the_sum_is_that_of_scipy(kind, num_tokens, num_exper
     assert missing <= (0 if kind == "integers" else allowed_loss(scores))
 
 
-@given(
-    rows=st.integers(1, 5).flatmap(
-        lambda experts: st.lists(
-            st.lists(st.integers(-3, 3), min_size=experts, max_size=experts), min_size=1, max_size=24
-        )
-    )
-)
-@settings(max_examples=60, deadline=None)
-def test_small_whole_numbers_reach_the_largest_sum_exactly(rows):
-    scores = torch.tensor(rows, dtype=torch.float32)
-    expert = balanced_assignment(scores)
-    assert_balanced(expert, scores.shape[1])
-    assert sum_of(scores, expert) == largest_sum(scores)
-
-
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(600, 16), (517, 16), (100, 130)])
 @pytest.mark.parametrize("kind", ["normal", "common direction", "integers", "repeated rows"])
 def test_sum_of_scipy_with_prices_that_need_steps(kind, num_tokens, num_experts):
@@ -148,7 +133,7 @@ def test_many_tokens_need_few_rounds_and_no_exchange_would_pay(kind, num_tokens,
         rounds.append(1)
         return best_paths(*args)
 
-    monkeypatch.setattr(assignment_stablemoe, "best_paths", count)
+    monkeypatch.setattr(assignment, "best_paths", count)
     scores = make_scores(kind, num_tokens, num_experts)
     expert = balanced_assignment(scores)
     assert_balanced(expert, num_experts)
@@ -189,17 +174,17 @@ def test_few_tokens_or_experts(num_tokens, num_experts):
         assert expert.item() == scores.argmax().item()
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 0)])
-def test_scores_that_are_no_matrix_are_refused(shape):
-    with pytest.raises(ValueError, match="tokens, experts"):
-        balanced_assignment(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
-def test_scores_that_are_not_finite_are_refused(value):
-    scores = torch.zeros(4, 2)
-    scores[1, 1] = value
-    with pytest.raises(ValueError, match="finite"):
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.zeros(3), "tokens, experts"),
+        (torch.zeros(3, 0), "tokens, experts"),
+        (torch.tensor([[0.0, torch.nan]]), "finite"),
+        (torch.tensor([[0.0, -torch.inf]]), "finite"),
+    ],
+)
+def test_scores_that_are_no_matrix_of_finite_numbers_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
         balanced_assignment(scores)
 
 
@@ -245,30 +230,19 @@ def test_same_scores_give_the_same_experts_and_draw_no_random_numbers():
     assert torch.equal(balanced_assignment(scores.clone()), first)
 
 
-def test_scores_stay_as_they_are_and_no_graph_is_kept(monkeypatch):
-    prices = record_prices(monkeypatch)
-    scores = make_scores("common direction", 500, 8).double().requires_grad_()
-    before = scores.detach().clone()
-    assert not balanced_assignment(scores).requires_grad
-    assert not prices[0].requires_grad
-    assert torch.equal(scores.detach(), before)
-
-
-def test_autocast_does_not_blur_the_prices(monkeypatch):
-    prices = record_prices(monkeypatch)
-    scores = make_scores("common direction", 500, 8)
-    balanced_assignment(scores)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        balanced_assignment(scores)
-    assert torch.equal(prices[0], prices[1])
-
-
-def record_prices(monkeypatch) -> list[torch.Tensor]:
+def test_scores_stay_as_they_are_and_prices_have_no_graph_and_are_not_blurred_by_autocast(monkeypatch):
     prices = []
 
     def record(scores):
         prices.append(clearing_prices(scores))
         return prices[-1]
 
-    monkeypatch.setattr(assignment_stablemoe, "clearing_prices", record)
-    return prices
+    monkeypatch.setattr(assignment, "clearing_prices", record)
+    scores = make_scores("common direction", 500, 8).requires_grad_()
+    before = scores.detach().clone()
+    balanced_assignment(scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        balanced_assignment(scores)
+    assert not prices[0].requires_grad
+    assert torch.equal(prices[0], prices[1])
+    assert torch.equal(scores.detach(), before)
