@@ -466,17 +466,6 @@ def test_sequences_of_one_token_have_nothing_to_predict_and_are_routed(kind, sta
     assert model.eval()(ids, labels=ids).loss.item() == 0.0
 
 
-@every_model
-def test_generation_from_one_token_continues_as_a_pass_without_cache_does(kind, stage, family):
-    model = build(kind, family, stage).eval()
-    prompt = IDS[:1, :1]
-    tokens = model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True)
-    assert torch.equal(
-        model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False), tokens
-    )
-    assert tokens.shape == (1, 5)
-
-
 NO_TOKEN = r"There is no token: `{}` has shape \({}.*Pass one sequence at least, of one token at least"
 
 
