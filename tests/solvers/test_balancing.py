@@ -144,7 +144,7 @@ def test_greedy_packing_misses_the_limit_but_a_table_within_it_is_found():
 @pytest.mark.parametrize("heaviest", [300.0, 30000.0])
 @pytest.mark.parametrize("max_load", [1.05, 1.5])
 def test_many_ids_come_close_to_the_bound(heaviest, max_load):
-    agreement, counts = zipf_problem(1000, 16, heaviest)
+    agreement, counts = zipf_problem(2000, 16, heaviest)
     result = balanced_table(agreement, counts, max_load)
     assert_consistent(result, agreement, counts)
     assert result.limit == pytest.approx(max_load * counts.sum().item() / 16, rel=1e-9)
