@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Experts that stay in host memory or on disk and are fetched ahead of use."""
+"""Inference with experts that stay in host memory or on disk and are fetched before they are needed."""
 
 from .offloading import experts_on_disk, offload_experts
 

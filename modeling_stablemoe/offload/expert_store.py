@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Where the rows of offloaded experts lie: tensors in host memory, or safetensors files that are read row by row.
+"""Where the weights of offloaded experts are kept: in host memory, or in safetensors files read one expert at a time.
 
-Loading with a `device_map` leaves on accelerate's hooks in which file each offloaded tensor stands; it is taken from there.
+A model loaded with a `device_map` has accelerate's hooks, which know the file of each offloaded tensor.
 """
 
 import json
@@ -20,7 +20,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class MemoryRows:
-    """The rows of a tensor `(num_experts, ...)` in host memory; pinned, a CUDA device copies from it on its own."""
+    """The rows of a tensor `(num_experts, ...)` in host memory; from pinned memory a CUDA device copies by itself."""
 
     def __init__(self, tensor: Tensor, pinned: bool):
         self.tensor = tensor.detach().pin_memory() if pinned else tensor.detach()
@@ -28,7 +28,7 @@ class MemoryRows:
         self.in_memory = True
 
     def read(self, row: int, target: Tensor):
-        """Copy a row into `target`; to a CUDA device without waiting for it."""
+        """Copy a row into `target`, without waiting for it if that is on a CUDA device."""
         target.copy_(self.tensor[row], non_blocking=target.is_cuda)
 
     def whole(self) -> Tensor:
@@ -37,24 +37,21 @@ class MemoryRows:
 
 
 class CheckpointFile:
-    """A safetensors file, open for reading parts of tensors into memory that is there already.
+    """A safetensors file, open for reading parts of its tensors into existing memory.
 
-    A mapped file would count as this process's memory, page by page, and end the process where it was cut off meanwhile.
-
-    Args:
-        path (`str` or `Path`): of the file.
+    It is not mapped: mapped pages count as the process's memory, and a file that is cut off would kill the process.
 
     Raises:
-        ValueError: if it is no safetensors file.
+        ValueError: if the file is not a safetensors file.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # Stays open: whoever deletes or replaces the file leaves this one readable.
+        # Stays open, and so readable even if the file is deleted or replaced.
         self.file = open(self.path, "rb", buffering=0)  # noqa: SIM115
         self.state = self._state()
         try:
-            # The format: eight bytes with the length of a JSON header, the header, the tensors.
+            # Eight bytes with the length of the JSON header, then the header, then the tensors.
             length = int.from_bytes(self.file.read(8), "little")
             self.header = json.loads(self.file.read(length) if length < self.state[0] else b"")
         except ValueError as error:
@@ -66,10 +63,10 @@ class CheckpointFile:
         return status.st_size, status.st_mtime_ns
 
     def read(self, offset: int, target: Tensor):
-        """Read bytes, from `offset` after the start of the first tensor, into a contiguous tensor on the CPU.
+        """Fill a contiguous CPU tensor from the bytes at `offset`, counted from the start of the first tensor.
 
         Raises:
-            OSError: where the file was written to or cut off since it was opened.
+            OSError: if the file has been written to or cut off since it was opened.
         """
         if self._state() != self.state:
             raise OSError("it has been written to or cut off since the model was loaded")
@@ -80,19 +77,14 @@ class CheckpointFile:
             if not count:
                 raise OSError("it ends too early")
             rest = rest[count:]
-        torch.autograd.graph.increment_version(target)  # a backward pass through the former expert must not run
+        torch.autograd.graph.increment_version(target)  # so that a backward pass through the previous expert fails
 
 
 class FileRows:
-    """The rows of a tensor in a safetensors file.
-
-    Args:
-        file (`CheckpointFile`): of the checkpoint.
-        name (`str`): of the tensor in it.
-        dtype (`torch.dtype`): what the model computes in, whatever the file holds.
+    """The rows of a tensor `name` in a safetensors file, converted to the model's `dtype`.
 
     Raises:
-        ValueError: for a tensor that is missing, or holds no floating point numbers.
+        ValueError: if the tensor is missing or not of a floating-point dtype.
     """
 
     def __init__(self, file: CheckpointFile, name: str, dtype: torch.dtype):
@@ -109,11 +101,7 @@ class FileRows:
         self.in_memory = False
 
     def read(self, row: int, target: Tensor):
-        """Read a row into `target`.
-
-        Raises:
-            OSError: naming file and remedy.
-        """
+        """Read a row into `target`; raises `OSError` with the file and the remedy."""
         self._read(self.offset + row * self.row_bytes, target)
 
     def whole(self) -> Tensor:
@@ -126,7 +114,7 @@ class FileRows:
         try:
             if target.device.type == "cpu" and target.dtype == self.stored:
                 return self.file.read(offset, target)
-            # torch keeps pinned memory until the copy out of it is done, and then uses it again.
+            # torch reuses pinned memory only after the copy out of it is done.
             buffer = torch.empty(target.shape, dtype=self.stored, pin_memory=target.is_cuda)
             self.file.read(offset, buffer)
             target.copy_(buffer, non_blocking=target.is_cuda)
@@ -138,16 +126,16 @@ class FileRows:
 
 
 def find_rows(name: str, stack: nn.Module, files: dict[str, CheckpointFile], pinned: bool) -> dict[str, MemoryRows]:
-    """Find where the experts of a MoE layer lie, by the parameter's name in its stack.
+    """Find where the weights of a stack of experts are, by parameter name.
 
     Args:
-        name (`str`): of the stack, for the error.
-        stack (`StableMoEExperts`): with its parameters in memory, or offloaded by accelerate's hooks.
-        files (`dict[str, CheckpointFile]`): the files that are open already; others are added.
-        pinned (`bool`): whether rows in host memory are pinned.
+        name (`str`): name of the stack, for the error.
+        stack (`StableMoEExperts`): its parameters are in memory or offloaded by accelerate's hooks.
+        files (`dict[str, CheckpointFile]`): open files by path; newly opened ones are added.
+        pinned (`bool`): whether to pin rows in host memory.
 
     Raises:
-        ValueError: for parameters that are nowhere.
+        ValueError: if a parameter is on the meta device and no hook has its values.
     """
     rows = {}
     for key, parameter in expert_parameters(stack):
@@ -165,25 +153,25 @@ def find_rows(name: str, stack: nn.Module, files: dict[str, CheckpointFile], pin
             )
         rows[key] = MemoryRows(value.cpu(), pinned)
         if parameter.device.type == "cpu":
-            parameter.data = rows[key].tensor  # so that no layer is in memory twice for longer than this
+            parameter.data = rows[key].tensor  # or the layer would stay in memory twice
     return rows
 
 
 def expert_parameters(stack: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the parameters of a stack of experts with their names in it, in one order for all stacks."""
+    """Yield the parameters of a stack of experts by name, in the same order for every stack."""
     for index, sublayer in enumerate(stack.sublayers):
         for name in EXPERT_PARAMETERS:
             yield f"sublayers.{index}.{name}", getattr(sublayer, name)
 
 
 def offloaded_value(module: nn.Module, name: str) -> Tensor | None:
-    """Fetch a parameter that accelerate has offloaded, as its hook would; `None` where no hook has it."""
+    """Return the values of a parameter that accelerate has offloaded, or `None` if no hook has them."""
     weights_map, key = _weights_map(module, name)
     return None if weights_map is None else weights_map[key]
 
 
 def _file_of(module: nn.Module, name: str) -> dict[str, str] | None:
-    """Return the safetensors file that an offloaded parameter stands in, and its name there."""
+    """Return the safetensors file of an offloaded parameter and its name there, or `None`."""
     weights_map, key = _weights_map(module, name)
     prefix = ""
     if isinstance(weights_map, PrefixedDataset):
@@ -195,7 +183,7 @@ def _file_of(module: nn.Module, name: str) -> dict[str, str] | None:
 
 
 def _weights_map(module: nn.Module, name: str):
-    """Find the values that a hook has for a parameter: the map, and the parameter's name in it."""
+    """Return the map in which accelerate's hook keeps a parameter's values, and the parameter's name in it."""
     owner_name, _, key = name.rpartition(".")
     hook = getattr(module.get_submodule(owner_name), "_hf_hook", None)
     for each in getattr(hook, "hooks", [hook]):

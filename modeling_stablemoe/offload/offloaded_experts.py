@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The experts of a MoE layer that are kept elsewhere: a few slots on the device, filled before the layer runs.
+"""A MoE layer's experts when most are kept off the device: a few slots on it are filled before the layer runs.
 
 Shape suffixes: T tokens, D hidden size, E experts, W tokens of one wave.
 """
@@ -22,16 +22,16 @@ from .expert_store import FileRows, MemoryRows, expert_parameters
 
 @dataclass
 class OffloadStatistics:
-    """What was counted over all MoE layers since the last `reset`.
+    """Counts over all MoE layers since the last `reset`.
 
     Attributes:
         layer_passes (`int`): forward passes of MoE layers.
-        waves (`int`): how many times the slots of a layer were worked through; more than `layer_passes` where a pass
-            needed more experts than there are slots.
-        requests (`int`): distinct experts that the layer passes needed.
-        hits (`int`): of these, in a slot or on their way there when the layer began.
-        resident (`int`): of these, in a slot since an earlier forward pass.
-        bytes_moved (`int`): copied or read into slots.
+        waves (`int`): groups of experts that the passes computed; more than `layer_passes` if a pass needed more
+            experts than there are slots.
+        requests (`int`): experts that the passes needed, each counted once per layer and pass.
+        hits (`int`): those that were in a slot, or on their way there, when the layer began.
+        resident (`int`): those that were in a slot from an earlier forward pass.
+        bytes_moved (`int`): bytes copied or read into slots.
     """
 
     layer_passes: int = 0
@@ -45,17 +45,17 @@ class OffloadStatistics:
 
     @property
     def hit_rate(self) -> float:
-        """`float`: share of requests that were hits; NaN without any request."""
+        """`float`: hits / requests; NaN without requests."""
         return self.hits / self.requests if self.requests else float("nan")
 
     @property
     def seconds_waited(self) -> float:
-        """`float`: how long layers waited for experts; of a CUDA device its own waiting, which this waits for."""
+        """`float`: seconds that layers waited for experts; on CUDA the device's time, which this synchronizes with."""
         self._add_up(len(self._waits))
         return self._seconds
 
     def add_wait(self, began: torch.cuda.Event, ended: torch.cuda.Event):
-        """Keep two events, whose time is added once somebody asks for it or there are many."""
+        """Keep two CUDA events; the time between them is added up later, so that nothing waits here."""
         self._waits.append((began, ended))
         if len(self._waits) > 200:
             self._add_up(100)
@@ -67,11 +67,11 @@ class OffloadStatistics:
         del self._waits[:count]
 
     def reset(self):
-        """Start again at 0."""
+        """Set all counts to 0."""
         self.__init__()
 
     def __str__(self) -> str:
-        """Describe the counts in a line."""
+        """Return the counts as one line of text."""
         return (
             f"{self.requests} experts needed in {self.layer_passes} layer passes ({self.waves} waves): "
             f"{100 * self.hit_rate:.1f} % there or on their way in time, {self.resident} there from before; "
@@ -80,28 +80,14 @@ class OffloadStatistics:
 
 
 class Transfers:
-    """Copies on their way to slots, one after the other, in the order in which they were asked for.
-
-    To a CUDA device they run on a stream of their own. What has to be read first, or is copied by the CPU itself, is done
-    by a thread.
-    """
+    """Runs copies to slots one after the other, on a CUDA stream of its own or in a thread if the CPU takes part."""
 
     def __init__(self):
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="experts")
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def start(self, copy: Callable[[], None], device: torch.device, after, in_background: bool) -> Future:
-        """Start a copy.
-
-        Args:
-            copy (`Callable`): does it.
-            device (`torch.device`): of the slots.
-            after (`torch.cuda.Event`, *optional*): what the copy waits for on the device.
-            in_background (`bool`): whether the thread calls `copy`.
-
-        Returns:
-            `Future`: an event on the device that follows the copy; `None` where the copy is done by then.
-        """
+        """Run `copy` after the CUDA event `after`; the future holds the event that follows it, or `None` on a CPU."""
         run = partial(self._run, copy, device, after)
         if in_background:
             return self.pool.submit(run)
@@ -122,41 +108,33 @@ class Transfers:
         return done
 
     def close(self):
-        """End the thread, once it is done."""
+        """Finish the copies and end the thread."""
         self.pool.shutdown()
 
 
 @dataclass
 class Plan:
-    """What is known of a layer's forward pass before it runs.
+    """The experts that a layer's forward pass needs."""
 
-    Attributes:
-        index (`torch.LongTensor` of shape `(T,)`): the expert of each token, on the CPU, E for sentinels.
-        announced (`torch.LongTensor` of shape `(T,)`, *optional*): the same on the device, where it was known ahead.
-        needed (`list[int]`): the experts, each once.
-        resident (`int`): how many of them were in a slot.
-        thread (`int`): whose forward pass it is.
-    """
-
-    index: Tensor
-    announced: Tensor | None
-    needed: list[int]
-    resident: int
-    thread: int
+    index: Tensor  # (T,), the expert of each token, on the CPU; E for sentinels
+    announced: Tensor | None  # the same on the device, if `prefetch` was given it
+    needed: list[int]  # distinct experts
+    resident: int  # how many of them were in a slot
+    thread: int  # id of the thread that runs the pass
 
 
 class OffloadedExperts(nn.Module):
-    """Takes the place of a `StableMoEExperts` whose experts are elsewhere; it computes the same, for inference.
+    """Replaces a `StableMoEExperts` whose weights are kept off the device, for inference, with the same outputs.
 
-    Experts stay in their slots until others need them; those that were not needed for longest go first.
+    Experts stay in their slots until others need the room; the least recently used go first.
 
     Args:
         stack (`StableMoEExperts`): the experts; its parameters may be on the meta device.
-        rows (`dict[str, MemoryRows or FileRows]`): where each of its parameters lies.
-        num_slots (`int`): K, experts that the device has room for.
+        rows (`dict[str, MemoryRows or FileRows]`): where the values of each parameter are.
+        num_slots (`int`): K, how many experts the device has room for.
         device (`torch.device`): where to compute.
-        transfers (`Transfers`): of all layers.
-        statistics (`OffloadStatistics`): of all layers.
+        transfers (`Transfers`): shared by all layers.
+        statistics (`OffloadStatistics`): shared by all layers.
     """
 
     def __init__(
@@ -172,30 +150,29 @@ class OffloadedExperts(nn.Module):
         self.num_experts, self.num_slots = stack.num_experts, num_slots
         self.rows, self.transfers, self.statistics = rows, transfers, statistics
         self.slots = _build_slots(stack, num_slots, device)
-        self.slot_of: OrderedDict[int, int] = OrderedDict()  # by expert; the one needed last stands last
+        self.slot_of: OrderedDict[int, int] = OrderedDict()  # by expert, the most recently used last
         self.free = list(range(num_slots))
         self.on_their_way: dict[int, Future] = {}
         self.plan: Plan | None = None
-        # No two threads work with the same slots at a time.
-        self.lock = threading.RLock()
-        self.used = None  # the event after which the device has no more need of what is in the slots
+        self.lock = threading.RLock()  # one thread at a time uses the slots
+        self.used = None  # the CUDA event after which slots may be overwritten
         self._mark_used()
         self.register_state_dict_pre_hook(_refuse_state_dict)
         self.register_load_state_dict_pre_hook(_refuse_state_dict)
 
     @property
     def device(self) -> torch.device:
-        """`torch.device`: of the slots."""
+        """`torch.device`: where the slots are."""
         return self.slots.sublayers[0].up_proj.device
 
     def prefetch(self, expert_index: Tensor):
-        """Start to fetch the experts of a forward pass; at most as many as there are slots.
+        """Start to fetch the experts of the next forward pass, at most as many as there are slots.
 
-        This is where the host waits for the device, once: it has to know the tokens.
+        The host waits for the device here, to read the indices.
 
         Args:
             expert_index (`torch.LongTensor` of any shape): the expert of each token, in [0, num_experts], as `forward`
-                will get it.
+                will be given it.
 
         Raises:
             ValueError: while training.
@@ -206,18 +183,18 @@ class OffloadedExperts(nn.Module):
             self._fetch_first(self._waves(self.plan.needed))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_) -> Tensor:
-        """Compute what the experts do, as `StableMoEExperts` would.
+        """Return what `StableMoEExperts.forward` returns.
 
         Raises:
             ValueError: while training.
-            OSError: if experts cannot be read; naming file and remedy. The others still work.
+            OSError: if experts cannot be read, with the file and the remedy; the other experts still work.
         """
-        # An order of the tokens by expert, which the layer may pass as well, does not help: they are sorted by slot.
+        # The layer may also pass the tokens' order by expert, which is of no use here: they are sorted by slot.
         self._require_inference()
         with self.lock:
             plan = self._take_plan(top_k_index.flatten())
             if plan.announced is not None and plan.announced.device.type != "cpu":
-                # Should never be. Asking would make the host wait: the output says it.
+                # Should never differ. Comparing on the host would make it wait, so a difference shows as NaN.
                 differs_T1 = (plan.announced != top_k_index.flatten()).unsqueeze(-1)
                 top_k_weights = top_k_weights.masked_fill(differs_T1, float("nan"))
             waves = self._waves(plan.needed)
@@ -229,7 +206,7 @@ class OffloadedExperts(nn.Module):
                 self._mark_used()
 
     def settle(self):
-        """Wait until nothing is on its way."""
+        """Wait until all copies are done."""
         with self.lock:
             for future in self.on_their_way.values():
                 if future.exception() is None and future.result() is not None:
@@ -237,7 +214,7 @@ class OffloadedExperts(nn.Module):
             self._forget_failed()
 
     def _apply(self, fn, recurse: bool = True):
-        # A move or a cast copies what is in the slots.
+        # A move or a cast copies the slots, which must be filled by then.
         self.settle()
         super()._apply(fn, recurse)
         self._mark_used()
@@ -260,16 +237,16 @@ class OffloadedExperts(nn.Module):
         return Plan(on_host, index_T if announced else None, needed, resident, threading.get_ident())
 
     def _take_plan(self, index_T: Tensor) -> Plan:
-        """Return what was announced of this very pass; otherwise look at the experts now."""
+        """Return the plan that `prefetch` made for this pass, or make one now."""
         plan, self.plan = self.plan, None
         if plan is not None and plan.thread == threading.get_ident() and plan.index.shape == index_T.shape:
             if index_T.device.type != "cpu" or torch.equal(plan.index, index_T):
-                self._forget_failed()  # they are tried once more
+                self._forget_failed()  # so that they are tried again
                 return plan
         return self._make_plan(index_T, announced=False)
 
     def _waves(self, needed: list[int]) -> list[list[int]]:
-        """Deal experts into parts that fit the slots, beside the next part where there are several."""
+        """Return one wave if all experts fit the slots, otherwise waves of which two fit at a time."""
         if len(needed) <= self.num_slots:
             return [needed]
         wanted = set(needed)
@@ -297,7 +274,7 @@ class OffloadedExperts(nn.Module):
         return 2 if self.num_slots > 1 else 1
 
     def _fetch(self, experts: Collection[int], keep: Collection[int] = ()):
-        """Fetch experts into slots, none of which is one of `keep`."""
+        """Fetch experts into slots that are free or hold neither these experts nor those of `keep`."""
         wanted = {*experts, *keep}
         moves = []
         for expert in experts:
@@ -326,7 +303,7 @@ class OffloadedExperts(nn.Module):
                 self.statistics.bytes_moved += rows.row_bytes
 
     def _await(self, experts: list[int]):
-        """Let the layer wait until experts are in their slots: the host, or its current stream of a CUDA device."""
+        """Wait until experts are in their slots: on the host, and on CUDA in the current stream."""
         futures = dict.fromkeys(self.on_their_way[expert] for expert in experts if expert in self.on_their_way)
         if not futures:
             return
@@ -354,7 +331,7 @@ class OffloadedExperts(nn.Module):
         self.statistics.add_wait(began, ended)
 
     def _forget_failed(self):
-        """Empty the slots of experts that could not be read, so that the next pass that needs them tries again."""
+        """Free the slots of experts that could not be read, so that the next pass tries again."""
         for expert, future in list(self.on_their_way.items()):
             if future.done() and future.exception() is not None:
                 del self.on_their_way[expert]
@@ -368,7 +345,7 @@ class OffloadedExperts(nn.Module):
     # Computing
 
     def _run(self, waves: list[list[int]], index_T: Tensor, hidden_TD: Tensor, gate_T1: Tensor) -> Tensor:
-        """Compute the waves one after the other, each while the next is fetched."""
+        """Compute one wave after the other, while the next is being fetched."""
         if len(waves) == 1:
             self._await(waves[0])
             return self._compute(waves[0], index_T, hidden_TD, gate_T1)
@@ -386,14 +363,14 @@ class OffloadedExperts(nn.Module):
         return delta_TD
 
     def _compute(self, experts: list[int], index_T: Tensor, hidden_TD: Tensor, gate_T1: Tensor) -> Tensor:
-        """Run the tokens through the slots of their experts; those of no such expert are sentinels."""
+        """Run tokens through the slots of their experts; tokens of other experts become sentinels, which add zero."""
         slot_E = torch.full((self.num_experts + 1,), self.num_slots)
         slot_E[experts] = torch.tensor([self.slot_of[expert] for expert in experts], dtype=torch.long)
         return self.slots(hidden_TD, slot_E[index_T].unsqueeze(-1).to(hidden_TD.device, non_blocking=True), gate_T1)
 
 
 def _build_slots(stack: StableMoEExperts, num_slots: int, device: torch.device) -> StableMoEExperts:
-    """Make a stack of as many experts as there are slots, of zeros, in the dtypes of another stack."""
+    """Build a stack of `num_slots` experts of zeros in the dtypes of `stack`."""
     with torch.device("meta"):
         slots = StableMoEExperts(stack.config)
     for sublayer, source in zip(slots.sublayers, stack.sublayers, strict=True):

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Inference with experts that do not fit the device: kept in host memory or in the checkpoint, fetched ahead of use.
 
-With a router that looks at hidden states, the experts of a layer are known when the layer before it has run. Frozen
-routing knows those of all layers from the token ids: they are copied while the blocks before them compute.
+A router that reads hidden states knows a layer's experts only when that layer is reached. Frozen routing knows those
+of all layers from the token ids, so they are copied while earlier blocks compute.
 """
 
 from os import PathLike
@@ -23,12 +23,12 @@ from .offloaded_experts import OffloadedExperts, OffloadStatistics, Transfers
 
 
 class ExpertOffload:
-    """The experts of a model while they are offloaded, as `offload_experts` returns it.
+    """A model's offloaded experts, as returned by `offload_experts`.
 
     Attributes:
-        model (`torch.nn.Module`): whose experts they are.
+        model (`torch.nn.Module`): the model.
         statistics (`OffloadStatistics`): hits, bytes and waits so far.
-        experts_on_device (`int`): K, slots of each MoE layer.
+        experts_on_device (`int`): K, slots per MoE layer.
     """
 
     def __init__(self, model: nn.Module, stacks: dict[str, StableMoEExperts], num_slots: int):
@@ -47,11 +47,11 @@ class ExpertOffload:
 
     @torch.no_grad()
     def remove(self, device: str | torch.device = "cpu") -> nn.Module:
-        """Make the model an ordinary one again, with all of its experts in memory on a device; return it.
+        """Undo the offloading: bring all experts into memory, move the model to `device` and return it.
 
         Raises:
             OSError: if experts cannot be read; the model stays as it is.
-            ValueError: if that has been done already.
+            ValueError: if `remove` has been called before.
         """
         layers = moe_layers_of(self.model)
         if not all(isinstance(layer.expert_stack, OffloadedExperts) for layer in layers.values()):
@@ -71,7 +71,7 @@ class ExpertOffload:
         return self.model.to(device)
 
     def __str__(self) -> str:
-        """Describe slots and statistics in a line."""
+        """Return slots and statistics as one line of text."""
         return f"{self.experts_on_device} experts per layer on the device: {self.statistics}"
 
 
@@ -84,27 +84,26 @@ def offload_experts(
     experts_on_device: int | None = None,
     max_bytes: int | None = None,
 ) -> ExpertOffload:
-    """Keep a model's experts out of the device, and fetch those of a forward pass before it gets to them.
+    """Keep a model's experts off the device, and fetch those of a forward pass before it reaches them.
 
-    Everything else moves to the device. Experts stay in host memory, or, of a model that was loaded with
-    `device_map=experts_on_disk(...)`, in the checkpoint's files, from where they are read one by one.
+    Everything else moves to the device. Experts stay in host memory, or in the checkpoint's files if the model was
+    loaded with `device_map=experts_on_disk(...)`.
 
-    The model is then for inference: evaluation and `generate` give what they gave before. It can be neither trained nor
-    saved until `remove()`.
+    Evaluation and `generate` give the same results as before. Until `remove()`, the model cannot be trained or saved.
 
     Args:
-        model (`torch.nn.Module`): a StableMoE model with frozen routing, or what wraps it; loaded in any way.
-        device (`str` or `torch.device`, *optional*): where to compute; default: an accelerator if there is one.
-        experts_on_device (`int`, *optional*): K, how many experts of each MoE layer the device has room for, in
-            [1, num_experts]. A pass that needs more of them works through them in waves.
-        max_bytes (`int`, *optional*): in place of it: for the slots of all layers together.
+        model (`torch.nn.Module`): a StableMoE model with frozen routing, loaded in any way, or a wrapper around it.
+        device (`str` or `torch.device`, *optional*): where to compute; defaults to an accelerator if there is one.
+        experts_on_device (`int`, *optional*): K, how many experts per MoE layer the device has room for, in
+            [1, num_experts]. A pass that needs more computes them in waves.
+        max_bytes (`int`, *optional*): instead of `experts_on_device`, bytes for the slots of all layers together.
 
     Returns:
-        `ExpertOffload`: statistics, and the way back.
+        `ExpertOffload`: statistics, and `remove()` to undo the offloading.
 
     Raises:
-        ValueError: for a model without MoE layers or in stage 1; whose experts are quantised, sharded, adapted or offloaded
-            already; for sizes that are out of range.
+        ValueError: if the model has no MoE layers or is in stage 1, if its experts are quantised, sharded, adapted or
+            already offloaded, or if a size is out of range.
     """
     layers = moe_layers_of(model)
     _check_model(layers)
@@ -117,7 +116,7 @@ def offload_experts(
         name: find_rows(f"{name}.expert_stack", stack, files, device.type == "cuda") for name, stack in stacks.items()
     }
     _remove_hooks(model, stacks.values())
-    for stack in stacks.values():  # the store has the values
+    for stack in stacks.values():  # `rows` has the values
         for key, parameter in list(expert_parameters(stack)):
             _set_parameter(stack, key, torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     offload = ExpertOffload(model, stacks, num_slots)
@@ -130,19 +129,19 @@ def offload_experts(
 
 
 def experts_on_disk(name_or_path: str | PathLike, model_class: type | None = None, **kwargs) -> dict[str, str]:
-    """Make the `device_map` that leaves the experts of a checkpoint in its files.
+    """Return the `device_map` that leaves the experts of a checkpoint in its files.
 
     Args:
-        name_or_path (`str` or `PathLike`): of the checkpoint, as for `from_pretrained`; its weights are not read.
-        model_class (`type`, *optional*): what it will be loaded as; default: what it was saved as.
-        **kwargs: for `AutoConfig.from_pretrained`: `revision`, `subfolder`, `token`, `cache_dir`.
+        name_or_path (`str` or `PathLike`): the checkpoint, as for `from_pretrained`; its weights are not read.
+        model_class (`type`, *optional*): the class to load it with; defaults to the one that it was saved from.
+        **kwargs: passed to `AutoConfig.from_pretrained`, such as `revision`, `subfolder`, `token` and `cache_dir`.
 
     Returns:
-        `dict[str, str]`: "disk" for the experts, "cpu" for all the rest.
+        `dict[str, str]`: "disk" for the experts, "cpu" for everything else.
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: if it is not one of a StableMoE model.
+        ValueError: if it is not a checkpoint of a StableMoE model.
     """
     config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     name = model_class.__name__ if model_class is not None else (config.architectures or ["nothing"])[0]
@@ -156,7 +155,7 @@ def experts_on_disk(name_or_path: str | PathLike, model_class: type | None = Non
 
 
 def _places(module: nn.Module, name: str = ""):
-    """List where modules go, each as high up as all of it goes to one place."""
+    """Yield the outermost modules that are either all experts or without experts, each with its place."""
     if isinstance(module, StableMoEExperts):
         yield name, "disk"
     elif name and not any(isinstance(each, StableMoEExperts) for each in module.modules()):
@@ -200,7 +199,7 @@ def _check_model(layers: dict[str, StableMoELayer]):
 
 
 def _device_of(device: str | torch.device | None) -> torch.device:
-    """Return the device with its number, so that it equals that of tensors."""
+    """Return the device with its index, so that it equals the `device` of tensors on it."""
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return torch.empty(0, device=device).device
@@ -225,7 +224,7 @@ def _count_slots(
 
 
 def _remove_hooks(model: nn.Module, stacks):
-    """Undo what a `device_map` has put around the model; all but the experts is brought into memory."""
+    """Remove accelerate's hooks and bring all weights but the experts' into memory."""
     experts = {module for stack in stacks for module in stack.modules()}
     values = {
         (module, name): offloaded_value(module, name)

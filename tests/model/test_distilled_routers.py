@@ -1,6 +1,5 @@
 """Tests of the distilled routers that look back at earlier tokens: definitions, caches, frozen weights, training."""
 
-import copy
 import functools
 import logging
 
@@ -9,19 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache, set_seed
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.trainer_utils import get_last_checkpoint
 
-from helpers.checkpoints import edit_config, edit_weights, run_without_package
-from helpers.models import padded, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
-from helpers.trainers import make_seq2seq_trainer, make_trainer, weights
-from modeling_stablemoe import (
-    RoutingFluctuationCallback,
-    StableMoEConfig,
-    StableMoEForCausalLM,
-    StableMoEForConditionalGeneration,
-    StageTransitionCallback,
-)
+from helpers.checkpoints import edit_weights
+from helpers.matrices import one_fast
+from helpers.models import padded, random_ids, switch_checkpointing, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.trainers import make_trainer, weights
+from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.model.configuration_stablemoe import DISTILLED_ROUTERS, TABLE_ROUTERS
 from modeling_stablemoe.model.context_stablemoe import whole_sequences
 from modeling_stablemoe.model.distillation_stablemoe import ContextRouter, sees_context
@@ -31,8 +25,6 @@ pytestmark = pytest.mark.pairs
 
 
 KINDS = [kind for kind in DISTILLED_ROUTERS if kind not in TABLE_ROUTERS]
-# How many tokens back a router sees; a Transformer sees all.
-REACH = {"bigram": 1, "cnn": 4}
 PAD, START = 2, 1
 ROWS = [random_ids(1, length, seed=length, low=3, high=91)[0] for length in (2, 5, 9)]
 FAMILIES = {
@@ -40,8 +32,7 @@ FAMILIES = {
     "seq2seq": tiny_seq2seq_model,
 }
 
-every_kind = pytest.mark.parametrize("kind", KINDS)
-# One of each class, for tests that take long.
+# One of each class; layers of a Transformer are in the definition.
 every_class = pytest.mark.parametrize("kind", ["bigram", "cnn", "transformer_2"])
 every_family = pytest.mark.parametrize("family", FAMILIES)
 both_stages = pytest.mark.parametrize("stage", [1, 2])
@@ -143,11 +134,13 @@ def reference_scores(kind: str, router: ContextRouter, row) -> np.ndarray:
     return np.stack(features(w, w["embedding"][np.asarray(row)])) @ w["centroids"].T
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("width", [7, 8, 10])  # one head, two, five
 def test_each_kind_is_what_its_definition_says(kind, width):
     model = build(kind, distilled_router_dim=width)
     for layer, router in enumerate(distilled_of(model)):
+        if kind.startswith("transformer"):
+            assert len(router.qkv_weight) == int(kind[-1])
         for row in ROWS:
             expected = reference_scores(kind, router, row)
             tokens = whole_sequences(row.unsqueeze(0))
@@ -156,25 +149,6 @@ def test_each_kind_is_what_its_definition_says(kind, width):
             np.testing.assert_allclose(actual[0].detach().numpy(), expected, rtol=1e-10, atol=1e-10)
             np.testing.assert_allclose(router(tokens)[0].detach().numpy(), expected, rtol=1e-4, atol=1e-4)
             assert model.route(row.unsqueeze(0))[layer, 0].tolist() == expected.argmax(-1).tolist()
-
-
-def test_a_transformer_router_has_as_many_layers_as_it_says_and_the_widest_is_the_papers():
-    for layers in (1, 2, 3):
-        router = distilled_of(build(f"transformer_{layers}", distilled_router_dim=50))[0]
-        assert router.qkv_weight.shape == (layers, 150, 50)
-    assert len(KINDS) == 5
-
-
-@every_kind
-def test_a_token_sees_what_is_within_reach_and_nothing_that_follows(kind):
-    router = distilled_of(build(kind))[0]
-    ids = random_ids(1, 12)
-    before = router(whole_sequences(ids), exact=True)[0]
-    other = ids.clone()
-    other[0, 4] = 98
-    change = (router(whole_sequences(other), exact=True)[0] - before).abs().amax(-1)
-    seen = range(4, 4 + REACH.get(kind, 8) + 1)
-    assert [bool(c > 1e-9) for c in change] == [t in seen for t in range(12)]
 
 
 def test_the_word_embedding_sees_no_context_and_costs_none():
@@ -190,7 +164,7 @@ def test_the_word_embedding_sees_no_context_and_costs_none():
 # How it starts
 
 
-@every_kind
+@every_class
 def test_weights_start_orthogonal_normal_one_or_zero(kind):
     torch.manual_seed(0)
     model = StableMoEForCausalLM(tiny_config(distilled_router=kind, vocab_size=2000, distilled_router_dim=50))
@@ -204,34 +178,12 @@ def test_weights_start_orthogonal_normal_one_or_zero(kind):
             assert not parameter.any()
         elif name.endswith("_weight"):
             assert_close(parameter.std(), torch.tensor(parameter.shape[-1] ** -0.5), rtol=0.1, atol=0)
-    ids = random_ids(4, 16)
-    features = router(whole_sequences(ids)) @ router.centroids * 100  # centroids are orthogonal: what they see of f
-    assert torch.isfinite(features).all()
-    assert (layers_of(model)[0].frozen_router.weights.embedding == -1).all()
-    assert (model.routing_stage, model.router_fingerprint()) == (1, None)
 
 
 # Padding and batches
 
 
-@every_family
-@every_kind
-@both_stages
-def test_neither_padding_nor_the_rest_of_the_batch_moves_a_real_token(kind, family, stage):
-    model = build(kind, stage, family)
-    expected = alone(model)
-    assert any(len(of_row.unique()) > 2 for of_row in expected)
-    for side, extra in (("left", 0), ("left", 3), ("right", 0), ("right", 4)):
-        ids, mask = batch_of(ROWS, side, extra)
-        assert_all_equal(taken_out(experts(model, ids, mask), mask), expected)
-        assert_all_equal(taken_out(model.route(ids, mask), mask), expected)
-        # What stands where the padding is does not matter.
-        assert_all_equal(taken_out(experts(model, ids.masked_fill(mask == 0, 7), mask), mask), expected)
-    ids, mask = batch_of(ROWS[::-1][:2], "left")
-    assert_all_equal(taken_out(experts(model, ids, mask), mask), expected[::-1][:2])
-
-
-@every_kind
+@every_class
 def test_a_row_of_padding_only_stays_finite(kind):
     router = distilled_of(build(kind))[0]
     ids = random_ids(2, 6)
@@ -276,11 +228,9 @@ def test_a_cache_routes_as_the_whole_sequence_however_it_is_cut(kind, family, st
     model = build(kind, stage, family)
     ids, mask = batch_of([random_ids(1, length, seed=length)[0] % 91 for length in (3, 7, 9)], "left", 1)
     expected, expected_unpadded = model.route(ids, mask)[-2:], model.route(ids)[-2:]
-    for cache_kind in ("dynamic", "of config", "static"):
-        for sizes in ([1] * 10, [4, 1, 5], [10], [9, 1]):
-            cache = cache_for(model, cache_kind, length=14)
-            routed = in_pieces(model, ids, mask, cache, sizes)
-            assert_all_equal(taken_out(routed, mask), taken_out(expected, mask))
+    for cache_kind, sizes in (("dynamic", [1] * 10), ("of config", [4, 1, 5]), ("static", [4, 1, 5])):
+        routed = in_pieces(model, ids, mask, cache_for(model, cache_kind, length=14), sizes)
+        assert_all_equal(taken_out(routed, mask), taken_out(expected, mask))
         assert torch.equal(in_pieces(model, ids, None, cache_for(model, cache_kind, 14), [6, 4]), expected_unpadded)
 
 
@@ -316,19 +266,12 @@ def test_ids_live_in_the_cache_as_one_more_layer_and_move_with_it():
     assert torch.equal(torch.stack(outputs.expert_indices), model.route(rows)[..., 4:])
 
 
-def test_a_cache_that_holds_keys_without_ids_is_refused():
-    model, ids = build("bigram"), random_ids()
-    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=20)):
-        stranger = build("word_embedding")(ids, past_key_values=cache, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"^The cache holds keys of 7 tokens but the ids of 0, .* from the start"):
-            model(ids, past_key_values=stranger)
-
-
-def test_a_cache_of_a_deeper_model_is_refused():
-    model, ids = build("bigram"), random_ids()
-    deeper = build("word_embedding", num_hidden_layers=3)(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"^The cache holds keys of 7 tokens but the ids of 0"):
-        model(ids, past_key_values=deeper)
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_a_cache_that_holds_keys_without_ids_is_refused(blocks):
+    ids = random_ids()
+    stranger = build("word_embedding", num_hidden_layers=blocks)(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"^The cache holds keys of 7 tokens but the ids of 0, .* from the start"):
+        build("bigram")(ids, past_key_values=stranger)
 
 
 def test_an_offloaded_cache_is_refused():
@@ -341,12 +284,9 @@ def test_an_offloaded_cache_is_refused():
 @every_family
 def test_packed_sequences_that_nothing_tells_apart_are_refused(family):
     packed = {"cu_seq_lens_q": torch.tensor([0, 3, 7], dtype=torch.int32), "position_ids": torch.arange(7)[None]}
-    model, ids = build("cnn", family=family), random_ids(1)
-    for mask in (torch.ones_like(ids), None):
-        cache = DynamicCache() if mask is None else None
-        cache = EncoderDecoderCache(cache, DynamicCache()) if family == "seq2seq" and cache else cache
-        with pytest.raises(ValueError, match=r"^A 'cnn' router looks back .* in a language model alone.* Pad them"):
-            run(model, ids, mask, cache=cache, **packed)
+    ids = random_ids(1)
+    with pytest.raises(ValueError, match=r"^A 'cnn' router looks back .* in a language model alone.* Pad them"):
+        run(build("cnn", family=family), ids, torch.ones_like(ids), **packed)
 
 
 def packed_row() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -356,7 +296,7 @@ def packed_row() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.cat(ROWS)[None], positions[None], ends.int()
 
 
-@every_kind
+@every_class
 @both_stages
 @torch.no_grad()
 def test_sequences_packed_into_a_row_are_routed_as_each_alone(kind, stage):
@@ -385,17 +325,20 @@ def test_packing_teaches_what_rows_of_their_own_do(kind):
 
 
 @every_family
-@every_kind
+@every_class
 @both_stages
 @torch.no_grad()
-def test_padding_in_the_middle_of_a_row_moves_no_token_and_no_logit(kind, family, stage):
+def test_padding_anywhere_in_a_row_moves_no_token_and_no_logit(kind, family, stage):
     model = build(kind, stage, family)
     rows = list(random_ids(2, 9, low=3, high=91))
-    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1], [1] * 2 + [0] * 5 + [1] * 7])
+    mask = torch.tensor([[0, 1, 0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1], [1] * 2 + [0] * 3 + [1] * 7 + [0] * 2])
     ids = torch.full_like(mask, PAD).masked_scatter(mask.bool(), torch.cat(rows))
     expected = alone(model, rows)
-    assert_all_equal(taken_out(experts(model, ids, mask), mask), expected)
-    assert_all_equal(taken_out(model.route(ids, mask), mask), expected)
+    assert any(len(of_row.unique()) > 2 for of_row in expected)
+    for filler in (PAD, 7):  # what stands where the padding is does not matter
+        filled = ids.masked_fill(mask == 0, filler)
+        assert_all_equal(taken_out(experts(model, filled, mask), mask), expected)
+        assert_all_equal(taken_out(model.route(filled, mask), mask), expected)
     for cache_kind in ("dynamic", "static"):
         pieces = in_pieces(model, ids, mask, cache_for(model, cache_kind, 18), [3, 1, 6, 4])
         assert_all_equal(taken_out(pieces, mask), [of_row[-2:] for of_row in expected])
@@ -415,18 +358,12 @@ def test_a_mask_that_does_not_cover_the_cache_is_refused():
 # Generation
 
 # No token twice, or a tiny model says one word for ever; so padding must be banned from rows that have none, too.
-COMMON = {"max_new_tokens": 8, "eos_token_id": None, "do_sample": False, "no_repeat_ngram_size": 1}
+COMMON = {"max_new_tokens": 6, "eos_token_id": None, "do_sample": False, "no_repeat_ngram_size": 1}
 COMMON["suppress_tokens"] = [PAD]
-MODES = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 20},
-}
 
 
 def generated(model, rows, **kwargs) -> torch.Tensor:
     """The new tokens of a left-padded batch, which on an encoder-decoder is source and prompt."""
-    set_seed(1)  # of sampling
     ids, mask = batch_of([torch.cat([torch.tensor([START]), row]) for row in rows], "left")
     if model.config.is_encoder_decoder:
         kwargs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
@@ -435,18 +372,16 @@ def generated(model, rows, **kwargs) -> torch.Tensor:
 
 
 @every_family
-@every_class
+@pytest.mark.parametrize("kind", ["cnn", "transformer_2"])
 @both_stages
 def test_generation_gives_the_same_tokens_with_every_cache_and_with_none(kind, family, stage):
     model = build(kind, stage, family)
-    for options in MODES.values():
-        expected = generated(model, ROWS, use_cache=False, **options)
-        assert torch.equal(generated(model, ROWS, **options), expected)
-    greedy = generated(model, ROWS, use_cache=False)
+    greedy, beams = generated(model, ROWS, use_cache=False), generated(model, ROWS, use_cache=False, num_beams=3)
+    assert torch.equal(generated(model, ROWS), greedy)
+    assert torch.equal(generated(model, ROWS, num_beams=3), beams)
     static = {"cache_implementation": "static", "disable_compile": True}
     assert torch.equal(generated(model, ROWS, **static), greedy)
-    for row, expected in zip(ROWS, greedy, strict=True):
-        assert torch.equal(generated(model, [row])[0], expected)
+    assert torch.equal(generated(model, ROWS[:1])[0], greedy[0])
     # Without the ban on repeated tokens, guesses from the prompt come true and are kept, others are cropped.
     repeating = random_ids(1, 4, low=3, high=91)[0].repeat(3)
     guessed, plain = (
@@ -455,22 +390,8 @@ def test_generation_gives_the_same_tokens_with_every_cache_and_with_none(kind, f
     assert torch.equal(guessed, plain)
 
 
-@every_kind
-@both_stages
-def test_cached_generation_routes_each_position_as_route_says_of_the_whole(kind, stage):
-    model = build(kind, stage)
-    seen = [[], []]
-    for layer, routed in zip(layers_of(model), seen, strict=True):
-        layer.router.register_forward_hook(lambda _m, _a, decision, routed=routed: routed.append(decision[1]))
-    ids, mask = batch_of(ROWS, "left")
-    tokens = model.generate(ids, attention_mask=mask, **COMMON)[:, :-1]  # the last is never an input
-    routed = torch.stack([torch.cat(indices, 1) for indices in seen])
-    mask = torch.cat([mask, torch.ones(3, 7, dtype=torch.long)], 1)
-    assert_all_equal(taken_out(routed, mask), taken_out(model.route(tokens, mask), mask))
-
-
 @pytest.mark.parametrize("use_cache", [True, False])
-@every_kind
+@pytest.mark.parametrize("kind", ["cnn"])
 def test_embeddings_as_input_continue_as_ids_do(kind, use_cache):
     model, ids = build(kind), random_ids(3, 5)
     options = {**COMMON, "no_repeat_ngram_size": 0, "attention_mask": torch.ones_like(ids), "use_cache": use_cache}
@@ -486,18 +407,18 @@ def plenty(model) -> torch.Tensor:
 
 
 @every_family
-@every_kind
+@every_class
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @torch.no_grad()
 def test_freezing_changes_nothing(kind, family, dtype):
     model = build(kind, 1, family).to(dtype)
-    ids, mask = plenty(model), None
+    ids = plenty(model)
     for router in distilled_of(model):  # near-ties, that another order of summation would break
         router.centroids.copy_(router.centroids[:1] + 1e-2 * torch.randn_like(router.centroids))
-    before = run(model, ids, mask)
+    before = run(model, ids)
     routed = model.route(ids)
     model.freeze_router()
-    after = run(model, ids, mask)
+    after = run(model, ids)
     assert torch.equal(torch.stack(before.expert_indices), routed)
     assert torch.equal(torch.stack(after.expert_indices), routed)
     assert torch.equal(model.route(ids), routed)
@@ -505,7 +426,7 @@ def test_freezing_changes_nothing(kind, family, dtype):
     assert all(len(layer.unique()) > 1 for layer in routed)
 
 
-@every_kind
+@every_class
 def test_the_fingerprint_is_that_of_this_routing_and_no_other(kind):
     model = build(kind, 2)
     fingerprints = {model.router_fingerprint(), build("word_embedding", 2).router_fingerprint()}
@@ -519,7 +440,7 @@ def test_the_fingerprint_is_that_of_this_routing_and_no_other(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@every_kind
+@every_class
 @torch.no_grad()
 def test_frozen_routing_is_the_same_in_every_dtype(kind, dtype):
     model = build(kind, 2)
@@ -534,73 +455,16 @@ def test_frozen_routing_is_the_same_in_every_dtype(kind, dtype):
     assert model.router_fingerprint() == fingerprint
 
 
-@every_kind
-def test_optimizers_move_nothing_that_is_frozen(kind):
-    model = build(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
-
-    def train(steps):
-        for step in range(steps):
-            ids = random_ids(4, 9, seed=step)
-            model.train()(ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    before = model.route(plenty(model))
-    train(6)
-    assert not torch.equal(model.route(plenty(model)), before)
-    model.freeze_router()
-    kept, routed = copy.deepcopy(layers_of(model)[0].frozen_router.contents()), model.route(plenty(model))
-    centroids = layers_of(model)[0].router.centroids.detach().clone()
-    train(6)
-    assert_close(layers_of(model)[0].frozen_router.contents(), kept, rtol=0, atol=0)
-    assert torch.equal(model.route(plenty(model)), routed)
-    assert not torch.equal(layers_of(model)[0].router.centroids, centroids)
-    assert model.router_fingerprint() == model.config.router_fingerprint
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.normal_()
-    assert torch.equal(experts(model, plenty(model)), routed)
-
-
-def test_a_diverged_router_is_refused_and_nothing_is_frozen():
-    model = build("cnn")
-    with torch.no_grad():
-        distilled_of(model)[1].conv_weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"cannot be frozen: conv_weight hold NaN or infinite .* lower the learning"):
-        model.freeze_router()
-    assert not any(layer.frozen_router.is_frozen for layer in layers_of(model))
-
-
 def test_tables_of_ones_own_are_refused():
     with pytest.raises(ValueError, match=r"^A 'bigram' router looks back .* has no tables to set\. Build "):
         build("bigram").set_routing_tables(torch.zeros(2, 99, dtype=torch.long))
-
-
-def test_names_are_checked():
-    with pytest.raises(
-        ValueError, match=r"'trigram' is unknown; choose one of \['word_embedding', 'counts', 'bigram', 'cnn'"
-    ):
-        StableMoEConfig(distilled_router="trigram")
-    with pytest.raises(ValueError, match=r"'bigram' has nothing to learn from a hash"):
-        StableMoEConfig(router_type="hash", distilled_router="bigram")
-
-
-@every_kind
-def test_a_switch_router_is_distilled_too(kind):
-    model = build(kind, router_type="switch")
-    before = model.route(plenty(model))
-    assert torch.equal(experts(model, plenty(model)), before)
-    model.freeze_router()
-    assert torch.equal(experts(model, plenty(model)), before)
 
 
 # Resizing
 
 
 @every_family
-@every_kind
+@every_class
 @both_stages
 def test_resizing_keeps_old_ids_and_takes_a_new_one_for_an_old_one(kind, family, stage, tmp_path):
     model = build(kind, stage, family)
@@ -644,71 +508,28 @@ def assert_same_model(model, source):
     assert torch.equal(experts(model.eval(), plenty(source)), source.route(plenty(source)))
 
 
-@every_family
-@every_kind
+@every_class
 @both_stages
-def test_checkpoints_keep_routing_and_stage(kind, family, stage, tmp_path):
-    model = build(kind, stage, family)
+def test_checkpoints_keep_routing_and_stage(kind, stage, tmp_path):
+    model = build(kind, stage)
     model.save_pretrained(tmp_path)
-    cls = StableMoEForCausalLM if family == "language model" else StableMoEForConditionalGeneration
-    loaded, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    loaded, info = StableMoEForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert_same_model(loaded, model)
     if stage == 2:
-        assert_same_model(cls.from_pretrained(tmp_path, dtype=torch.bfloat16), model)
+        assert_same_model(StableMoEForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), model)
         stored = load_file(tmp_path / "model.safetensors")
         frozen = {name: tensor for name, tensor in stored.items() if "frozen_router.weights" in name}
         assert {tensor.dtype for tensor in frozen.values()} == {torch.int32}
         assert len(frozen) == len([name for name in stored if ".distilled_router." in name])
 
 
-@both_stages
-def test_moe_layers_on_disk_give_the_same_model(stage, tmp_path):
-    model = build("transformer_2", stage)
-    model.save_pretrained(tmp_path / "saved")
-    placement = {"model.moe_layers": "disk", "lm_head": "cpu"}
-    placement |= {f"model.{name}": "cpu" for name in ("embed_tokens", "embed_positions", "layers", "norm")}
-    loaded = StableMoEForCausalLM.from_pretrained(
-        tmp_path / "saved", device_map=placement, offload_folder=tmp_path / "offload"
-    )
-    assert layers_of(loaded)[0].router.centroids.is_meta
-    assert_same_model(loaded, model)
-
-
-def test_a_sharded_checkpoint_loads_the_same_model(source, tmp_path):
-    source.save_pretrained(tmp_path, max_shard_size="10KB")
-    assert_same_model(StableMoEForCausalLM.from_pretrained(tmp_path), source)
-
-
-def test_remote_code_routes_and_generates_where_the_package_is_not_installed(checkpoint, source, tmp_path):
-    code = """
-        import sys
-        import torch
-        from transformers import AutoModelForCausalLM
-        checkpoint, results = sys.argv[1:]
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True)
-        assert type(model).__module__.startswith("transformers_modules."), type(model)
-        ids = torch.load(results + "/ids.pt")
-        generated = model.generate(ids, max_new_tokens=4, do_sample=False)
-        torch.save([model.routing_stage, model.router_fingerprint(), model.route(ids), generated], results + "/facts.pt")
-    """
-    torch.save(plenty(source), tmp_path / "ids.pt")
-    run_without_package(code, tmp_path / "elsewhere", checkpoint, tmp_path)
-    stage, fingerprint, routed, tokens = torch.load(tmp_path / "facts.pt")
-    assert (stage, fingerprint) == (2, source.router_fingerprint())
-    assert torch.equal(routed, source.route(plenty(source)))
-    assert torch.equal(tokens, source.generate(plenty(source), max_new_tokens=4, do_sample=False))
-
-
 WEIGHTS = "model.moe_layers.{}.frozen_router.weights.{}"
 
 
-def drop(*layers):
-    def edit(stored):
-        for name in [name for name in stored for layer in layers if name.startswith(WEIGHTS.format(layer, ""))]:
-            del stored[name]
-
-    return edit
+def drop_layer(stored):
+    for name in [name for name in stored if name.startswith(WEIGHTS.format(1, ""))]:
+        del stored[name]
 
 
 def set_bits(layer: int, name: str, bits: int):
@@ -723,16 +544,14 @@ DAMAGE = {
     ),
     "a number lost": (set_bits(1, "qkv_weight", -1), DAMAGED % ("qkv_weight", 5, "is missing")),
     "a NaN": (set_bits(1, "embedding", 0x7FC00000), DAMAGED % ("embedding", 5, "is NaN or infinite")),
-    "an infinity": (set_bits(1, "embedding", 0x7F800000), DAMAGED % ("embedding", 5, "is NaN or infinite")),
     "a tensor lost": (
         lambda stored: stored.pop(WEIGHTS.format(1, "norm_bias")),
         DAMAGED % ("norm_bias", 0, "is missing"),
     ),
     "a layer lost": (
-        drop(1),
+        drop_layer,
         r"says that the routing is frozen .* the frozen router of model\.moe_layers\.1 is missing",
     ),
-    "all layers lost": (drop(0, 1), r"the frozen router of model\.moe_layers\.0, model\.moe_layers\.1 is missing"),
 }
 
 
@@ -744,19 +563,12 @@ def test_damaged_weights_are_refused(checkpoint, damage):
         StableMoEForCausalLM.from_pretrained(checkpoint)
 
 
-def test_a_config_of_another_routing_is_refused(checkpoint):
-    edit_config(checkpoint, router_fingerprint="ab" * 32)
-    with pytest.raises(ValueError, match=r"^The frozen routers of .* the config has abab"):
-        StableMoEForCausalLM.from_pretrained(checkpoint)
-
-
-@every_kind
-def test_state_dicts_bring_their_stage(kind, caplog):
-    frozen, learning = build(kind, 2), build(kind, seed=7)
+def test_state_dicts_bring_their_stage(caplog):
+    frozen, learning = build("transformer_2", 2), build("transformer_2", seed=7)
     learning.load_state_dict(frozen.state_dict())
     assert_same_model(learning, frozen)
     with pytest.raises(ValueError, match=r"^The frozen routers of model\.moe_layers\.0, .* are not those"):
-        frozen.load_state_dict(build(kind, 2, seed=7).state_dict())
+        frozen.load_state_dict(build("transformer_2", 2, seed=7).state_dict())
     assert_same_model(frozen, learning)
     damaged = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
     damaged[WEIGHTS.format(1, "centroids")][2, 1] = -1
@@ -770,18 +582,9 @@ def test_state_dicts_bring_their_stage(kind, caplog):
     assert_same_model(frozen, learning)
     logging.getLogger("modeling_stablemoe").propagate = True
     with caplog.at_level(logging.WARNING):
-        frozen.load_state_dict(build(kind).state_dict())
+        frozen.load_state_dict(build("transformer_2").state_dict())
     assert "These weights are from stage 1" in caplog.text
     assert (frozen.routing_stage, frozen.config.router_fingerprint) == (1, None)
-
-
-@both_stages
-def test_copies_keep_the_stage_and_follow_their_own_weights(stage):
-    model = build("cnn", stage)
-    twin = copy.deepcopy(model)
-    assert_same_model(twin, model)
-    twin.load_state_dict(build("cnn", 3 - stage, seed=7).state_dict())
-    assert (twin.routing_stage, model.routing_stage) == (3 - stage, stage)
 
 
 # Learning
@@ -794,7 +597,7 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
 
 
 @every_family
-@every_kind
+@every_class
 def test_distillation_reaches_all_of_the_distilled_router_and_nothing_else(kind, family):
     model = build(kind, 1, family).train()
     outputs = run(model, plenty(model), labels=plenty(model))
@@ -805,59 +608,23 @@ def test_distillation_reaches_all_of_the_distilled_router_and_nothing_else(kind,
     assert not gradients(model, run(model, plenty(model), labels=plenty(model)).loss).keys() & distilled
 
 
-@every_kind
-def test_training_in_stage_1_routes_by_the_backbone(kind):
-    model = build(kind).train()
-    outputs = run(model, plenty(model))
-    greedy = torch.stack([logits.argmax(-1).view(8, 20) for logits in outputs.router_logits])
-    assert torch.equal(torch.stack(outputs.expert_indices), greedy)
-    assert not torch.equal(greedy, model.route(plenty(model)))
-
-
-@every_kind
-def test_padding_does_not_teach(kind):
-    model = build(kind).train()
-    losses = []
-    for side, filler in (("left", 5), ("left", 50), ("right", 5)):
-        ids, mask = batch_of(ROWS, side, 2)
-        losses.append(run(model, ids.masked_fill(mask == 0, filler), mask).distillation_loss)
-    assert_close(torch.stack(losses[1:]), losses[0].expand(2), rtol=1e-4, atol=1e-5)
-
-
-@every_family
 @every_class
-@both_stages
-def test_gradient_checkpointing_changes_no_gradient(kind, family, stage):
-    model = build(kind, stage, family).train()
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    model = build(kind).train()
     ids, mask = batch_of(ROWS, "left")
     expected = gradients(model, run(model, ids, mask, labels=ids).loss)
-    # Its name differs between versions of transformers.
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch({"use_reentrant": False})
+    switch_checkpointing(model, {"use_reentrant": False})
     actual = gradients(model, run(model, ids, mask, labels=ids).loss)
     assert_close(actual, expected, rtol=0, atol=0)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_a_compiled_model_is_one_graph_with_the_same_routing():
-    for kind in ("cnn", "transformer_1"):
-        model = build(kind, 2)
-        model(plenty(model), output_router_logits=True)  # installs the hooks that record outputs
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        outputs = compiled(plenty(model), use_cache=False, output_router_logits=True)
-        assert torch.equal(torch.stack(outputs.expert_indices), model.route(plenty(model)))
-        torch._dynamo.reset()
 
 
 # Trainer
 
 
-@every_class
+@pytest.mark.parametrize("kind", one_fast("transformer_2", "bigram", "cnn"))
 def test_trainer_freezes_and_resumes_across_the_transition(kind, tmp_path, capsys):
-    saving = {"save_strategy": "steps", "save_steps": 3}
-
     def trainer(folder):
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 8}
         return make_trainer(folder, StageTransitionCallback(5), model=build(kind), **saving)
 
     whole = trainer(tmp_path / "whole")
@@ -877,23 +644,3 @@ def test_trainer_freezes_and_resumes_across_the_transition(kind, tmp_path, capsy
         assert resumed.model.router_fingerprint() == whole.model.router_fingerprint()
     loaded = StableMoEForCausalLM.from_pretrained(get_last_checkpoint(tmp_path / "whole"))
     assert_same_model(loaded, whole.model.eval())
-
-
-def test_trainer_of_an_encoder_decoder_freezes_both_sides(tmp_path):
-    model = build("cnn", family="seq2seq")
-    trainer = make_seq2seq_trainer(tmp_path, StageTransitionCallback(3), model=model)
-    trainer.train()
-    assert model.routing_stage == 2
-    assert len(model.moe_layers_by_name) == 3
-
-
-def test_fluctuation_is_of_the_backbone_in_stage_1_and_none_in_stage_2(tmp_path):
-    model = build("transformer_1")
-    rows = [{"input_ids": row} for row in random_ids(4, 16, seed=1)]
-    callback = RoutingFluctuationCallback(rows, check_steps=3)
-    make_trainer(tmp_path, StageTransitionCallback(6), callback, model=model).train()
-    changes = callback.history.summary()
-    assert callback.history.stages[-1] == 2
-    assert torch.equal(callback.history.experts[-1], callback.history.experts[-2])
-    assert not torch.equal(callback.history.experts[0], callback.history.experts[1])
-    assert changes

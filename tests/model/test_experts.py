@@ -29,7 +29,6 @@ ASSIGNMENTS = {
     "mixed": [3, 0, 1, 4, 3, 3, 2, 0, 1, 2, 4, 3],
     "experts 1 and 4 idle": [0, 2, 3, 3, 0, 2, 0, 0],
     "all on one": [2] * 9,
-    "one token": [4],
     "some sentinels": [N, 3, 0, N, N, 4, 1, N],
     "only sentinels": [N, N, N],
     "sentinels past N": [N + 7, 2, N, 999, 0, N + 1],
@@ -75,10 +74,16 @@ def assert_same(actual, expected, tolerance):
 # One result
 
 
-@pytest.mark.parametrize("width", [37, 48])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("case", ASSIGNMENTS)
+@pytest.mark.parametrize(
+    ("case", "dtype", "width"),
+    [
+        *((case, torch.float64, 37) for case in ASSIGNMENTS),
+        ("mixed", torch.float32, 48),
+        ("some sentinels", torch.bfloat16, 48),
+    ],
+    ids=str,
+)
 def test_backend_has_the_output_and_every_gradient_of_eager(case, backend, dtype, width):
     # Where half precision rounds a sum to the other side of 0, the gradient of a relu is another, and rightly so.
     shape = {"intermediate_size": width, "hidden_act": "gelu" if dtype is torch.bfloat16 else "relu"}
@@ -86,60 +91,16 @@ def test_backend_has_the_output_and_every_gradient_of_eager(case, backend, dtype
     expected = run(experts_of("eager", dtype, **shape), index)
     actual = run(experts_of(backend, dtype, **shape), index)
     assert_same(actual, expected, TOLERANCE[dtype])
-    assert all(gradient is not None for gradient in expected[1].values())
 
 
 @given(index=st.lists(st.integers(0, N + 2), min_size=1, max_size=40), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_backends_agree_on_any_assignment(index, seed):
     expected = run(experts_of("eager", seed=seed, intermediate_size=48), index, seed)
     for backend in FAST:
         assert_same(
             run(experts_of(backend, seed=seed, intermediate_size=48), index, seed), expected, TOLERANCE[torch.float32]
         )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_each_token_goes_through_its_own_expert_alone(backend):
-    experts = experts_of(backend, torch.float64)
-    index = ASSIGNMENTS["mixed"]
-    output, _ = run(experts, index)
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(len(index), 32, generator=generator).double()
-    gate = torch.rand(len(index), 1, generator=generator).double()
-    for token, expert in enumerate(index):
-        x = hidden[token]
-        for sublayer in experts.sublayers:
-            p = {name: parameter[expert].detach() for name, parameter in sublayer.named_parameters()}
-            normed = torch.nn.functional.layer_norm(x, (32,), p["layernorm_weight"], p["layernorm_bias"], eps=1e-5)
-            x = x + p["down_proj"] @ (p["up_proj"] @ normed + p["up_proj_bias"]).relu() + p["down_proj_bias"]
-        torch.testing.assert_close(output[token], gate[token] * (x - hidden[token]), rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_output_is_linear_in_the_weight_and_zero_without_it(backend):
-    experts = experts_of(backend, torch.float64)
-    hidden, index = torch.randn(12, 32).double(), torch.tensor(ASSIGNMENTS["mixed"]).view(-1, 1)
-    gate = torch.rand(12, 1).double()
-    unit = experts(hidden, index, torch.ones(12, 1).double())
-    torch.testing.assert_close(experts(hidden, index, gate), gate * unit, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(experts(hidden, index, -2 * gate), -2 * gate * unit, rtol=1e-12, atol=1e-12)
-    assert not experts(hidden, index, 0 * gate).any()
-    assert unit.abs().max() > 0.1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@given(data=st.data(), index=st.lists(st.integers(0, N), min_size=1, max_size=20))
-@settings(max_examples=15, deadline=None)
-def test_permuting_the_tokens_permutes_the_output(backend, data, index):
-    order = torch.tensor(data.draw(st.permutations(range(len(index)))))
-    experts = experts_of(backend, torch.float64)
-    hidden, gate = torch.randn(len(index), 32).double(), torch.rand(len(index), 1).double()
-    index = torch.tensor(index).view(-1, 1)
-    with torch.no_grad():
-        output = experts(hidden, index, gate)
-        permuted = experts(hidden[order], index[order], gate[order])
-    torch.testing.assert_close(permuted, output[order], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -178,15 +139,6 @@ def test_an_expert_without_tokens_has_gradients_of_exactly_zero(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_sentinels_leave_finite_zero_gradients(backend):
-    output, gradients = run(experts_of(backend, intermediate_size=48), ASSIGNMENTS["only sentinels"])
-    assert not output.any()
-    for name, gradient in gradients.items():
-        assert gradient is not None, name
-        assert torch.equal(gradient, torch.zeros_like(gradient)), name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [37, 48])
 def test_under_autocast_experts_run_in_bfloat16_and_the_residual_stays_float32(backend, width):
     model = tiny_model(intermediate_size=width)
@@ -204,25 +156,6 @@ def test_under_autocast_experts_run_in_bfloat16_and_the_residual_stays_float32(b
     for name, parameter in layer.expert_stack.named_parameters():
         assert parameter.grad.dtype == torch.float32, name
         assert torch.isfinite(parameter.grad).all(), name
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("width", [37, 48])
-def test_a_whole_model_trains_a_step_in_every_dtype_and_backend(width, backend, dtype):
-    model = tiny_model(intermediate_size=width).to(dtype).train()
-    model.set_experts_implementation(backend)
-    ids = random_ids()
-    outputs = model(ids, labels=ids)
-    outputs.loss.backward()
-    model.set_experts_implementation("eager")
-    with torch.no_grad():
-        expected = model(ids, labels=ids)
-    assert outputs.logits.dtype == dtype
-    torch.testing.assert_close(outputs.loss, expected.loss, **TOLERANCE[dtype])
-    gradient = model.model.moe_layers[0].expert_stack.sublayers[0].up_proj.grad
-    assert gradient.dtype == dtype
-    assert torch.isfinite(gradient).all()
 
 
 # Capacity
@@ -247,28 +180,11 @@ def brute_force_drop(index: list[int], num_experts: int, factor: float) -> list[
     factor=st.sampled_from([0.01, 0.25, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0, 100.0]),
     data=st.data(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_drop_overflow_equals_a_loop_over_the_tokens(num_experts, factor, data):
     index = data.draw(st.lists(st.integers(0, num_experts), max_size=40))
     kept = drop_overflow(torch.tensor(index, dtype=torch.long), num_experts=num_experts, capacity_factor=factor)
     assert kept.tolist() == brute_force_drop(index, num_experts, factor)
-
-
-@pytest.mark.parametrize(
-    ("index", "factor", "expected"),
-    [
-        ([0, 0, 0, 0, 1, 0], 1.0, [0, 0, 0, 2, 1, 2]),  # 6 tokens, 2 experts: 3 each, the first ones stay
-        ([0, 2, 0, 2, 0, 1], 1.0, [0, 2, 0, 2, 2, 1]),  # 4 real tokens: 2 each
-        ([1, 1, 1], 0.1, [1, 2, 2]),  # at least one
-        ([0, 0, 0, 1, 1], 1.0, [0, 0, 2, 1, 1]),  # 2.5 is rounded down
-        ([1, 1, 1, 1], 2.0, [1, 1, 1, 1]),  # a factor of N drops nothing
-        ([2, 2], 1.0, [2, 2]),
-        ([], 1.0, []),
-    ],
-)
-def test_drop_overflow_by_hand(index, factor, expected):
-    kept = drop_overflow(torch.tensor(index, dtype=torch.long), num_experts=2, capacity_factor=factor)
-    assert kept.tolist() == expected
 
 
 def crowded_layer(factor):
@@ -284,16 +200,11 @@ def test_capacity_lets_tokens_past_it_through_unchanged_while_training():
     hidden = torch.randn(2, 10, 32)
     changed = (layer(hidden, random_ids(2, 10)) != hidden).any(-1)
     assert changed.flatten().tolist() == [True] * 8 + [False] * 12  # 2 * 20 / 5
-    unlimited = crowded_layer(None).train()
-    torch.testing.assert_close(
-        layer(hidden, random_ids(2, 10))[changed], unlimited(hidden, random_ids(2, 10))[changed], rtol=1e-5, atol=1e-5
-    )
-
-
-def test_capacity_drops_nothing_in_evaluation_or_without_a_factor():
-    hidden = torch.randn(2, 10, 32)
-    for layer in (crowded_layer(0.5).eval(), crowded_layer(None).train()):
-        assert (layer(hidden, random_ids(2, 10)) != hidden).any(-1).all()
+    for unlimited in (crowded_layer(0.5).eval(), crowded_layer(None).train()):
+        expected = unlimited(hidden, random_ids(2, 10))
+        assert (expected != hidden).any(-1).all()
+        actual = layer(hidden, random_ids(2, 10))
+        torch.testing.assert_close(actual[changed], expected[changed], rtol=1e-5, atol=1e-5)
 
 
 def test_padding_takes_no_capacity():
@@ -334,17 +245,10 @@ def spy_on(monkeypatch) -> list[str]:
     return calls
 
 
-def test_grouped_mm_is_the_default_and_is_what_runs(monkeypatch):
-    calls = spy_on(monkeypatch)
-    model = tiny_model()
-    assert model.config._experts_implementation == "grouped_mm"
-    model(random_ids())
-    assert calls == ["grouped_mm"]
-
-
 def test_setting_an_implementation_changes_the_code_that_runs(monkeypatch):
     calls = spy_on(monkeypatch)
     model = tiny_model(moe_layer_positions=[0, 2])
+    assert model.config._experts_implementation == "grouped_mm", "the default"
     for backend in ("batched_mm", "eager", "grouped_mm"):
         calls.clear()
         model.set_experts_implementation(backend)
@@ -353,27 +257,17 @@ def test_setting_an_implementation_changes_the_code_that_runs(monkeypatch):
         assert calls == ([] if backend == "eager" else [backend] * 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_implementation_can_be_chosen_on_loading(backend, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    loaded = StableMoEForCausalLM.from_pretrained(tmp_path, experts_implementation=backend)
-    assert loaded.config._experts_implementation == backend
-
-
-@pytest.mark.parametrize("unknown", ["sonicmoe", "deepgemm", "fastest"])
-def test_an_implementation_that_these_experts_lack_is_refused_when_set_and_changes_nothing(unknown):
+def test_an_implementation_is_chosen_on_loading_and_one_that_these_experts_lack_is_refused_everywhere(tmp_path):
     model = tiny_model()
-    with pytest.raises(ValueError, match=f'implementation="{unknown}".*choose one of.*eager'):
-        model.set_experts_implementation(unknown)
-    assert model.config._experts_implementation == "grouped_mm"
-
-
-def test_an_implementation_that_these_experts_lack_is_refused_at_init_and_on_loading(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    loaded = StableMoEForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    assert loaded.config._experts_implementation == "eager"
     for build in (
+        lambda: model.set_experts_implementation("sonicmoe"),
         lambda: StableMoEForCausalLM(tiny_config(experts_implementation="sonicmoe")),
         lambda: StableMoEForCausalLM._from_config(tiny_config(), experts_implementation="sonicmoe"),
         lambda: StableMoEForCausalLM.from_pretrained(tmp_path, experts_implementation="sonicmoe"),
     ):
-        with pytest.raises(ValueError, match='experts_implementation="sonicmoe".*choose one of'):
+        with pytest.raises(ValueError, match='experts_implementation="sonicmoe".*choose one of.*eager'):
             build()
+    assert model.config._experts_implementation == "grouped_mm"

@@ -9,7 +9,6 @@ import torch
 from helpers.models import random_ids, tiny_model
 from modeling_stablemoe.model.health_stablemoe import (
     common_direction,
-    mean_by_id,
     mean_health,
     router_entropy,
     routing_health,
@@ -64,13 +63,6 @@ def test_padding_may_hold_anything():
     assert float(health.mean_gate) == pytest.approx(0.5)
 
 
-def test_without_anything_distilled_there_is_nothing_to_agree_on():
-    for name in ("teacher_index", "distilled_index"):
-        health = health_of(**{name: None})
-        assert math.isnan(health.distillation_agreement)
-        assert math.isnan(health.distillation_agreement_by_id)
-
-
 def test_a_batch_of_padding_has_zeros_and_no_nan():
     nothing = torch.zeros(8, dtype=torch.bool)
     assert [float(value) for value in health_of(nothing, router_logits=torch.randn(8, 3))] == [0.0] * 6
@@ -91,11 +83,6 @@ def test_entropy_is_that_of_the_shares_however_far_scores_lie_apart():
     far = torch.tensor([[0.0, -1e3, 0.0], [3e38, -3e38, 3e38]])
     assert float(router_entropy(far)) == pytest.approx(math.log(2) / math.log(3))
     assert float(router_entropy(torch.randn(4, 1))) == 0.0
-
-
-def test_every_id_counts_the_same():
-    values = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    assert float(mean_by_id(values, torch.tensor([0, 0, 0, 1]), 2)) == 0.5
 
 
 def test_layers_weigh_as_many_tokens_as_they_route():

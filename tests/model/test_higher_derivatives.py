@@ -66,23 +66,6 @@ def test_a_hessian_vector_product_has_every_term_with_every_backend(kind, stage)
         assert_same(hessian_vector_product(model, batch_of(model)), expected)
 
 
-@pytest.mark.slow
-def test_compiled_experts_have_second_derivatives_too_or_say_that_they_have_none():
-    experts = smooth(tiny_model).model.moe_layers[0].expert_stack
-    hidden = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
-    index, gate = torch.tensor([[3], [0], [1], [4], [3], [5]]), torch.ones(6, 1, dtype=torch.float64)
-
-    def second_derivative(run):
-        (gradient,) = torch.autograd.grad(run(hidden, index, gate).pow(3).sum(), hidden, create_graph=True)
-        return torch.autograd.grad(gradient.square().sum(), [hidden, *experts.parameters()])
-
-    expected = second_derivative(experts)
-    assert_close(second_derivative(torch.compile(experts, fullgraph=True, backend="eager")), expected)
-    torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match="does not currently support double backward"):
-        second_derivative(torch.compile(experts, fullgraph=True, backend="aot_eager"))
-
-
 def test_a_gradient_that_is_differentiated_is_the_gradient():
     model = smooth(tiny_model).train()
     parameters = [p for name, p in model.named_parameters() if "expert_stack" in name]

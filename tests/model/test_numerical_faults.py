@@ -1,19 +1,16 @@
-"""Numbers that are not finite, experts without tokens or with all of them, batches without anything to learn from.
-
-Pure functions have such tests of their own: scores in `test_routing.py`, losses in `test_losses.py`, the balanced
-assignment in `test_assignment.py`, sentinels in `test_experts.py`, padding in `test_invariance.py`.
-"""
+"""Numbers that are not finite, experts without tokens or with all of them, batches without anything to learn from."""
 
 import json
-import logging
 import math
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.models import COUNTING, FOLLOWING, Decision, random_ids, tiny_model, tiny_seq2seq_model
-from helpers.trainers import make_trainer
+from helpers.logs import recorded_warnings
+from helpers.matrices import one_fast
+from helpers.models import COUNTING, Decision, gradients, random_ids, tiny_model, tiny_seq2seq_model
+from helpers.trainers import assert_same_weights, make_trainer
 from modeling_stablemoe import RoutingStatisticsCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
 
@@ -23,7 +20,6 @@ pytestmark = pytest.mark.pairs
 
 KINDS = {
     "stable": {},
-    "following": FOLLOWING,
     "counts": COUNTING,
     "bigram": {"distilled_router": "bigram"},
     "switch": {"router_type": "switch"},
@@ -32,13 +28,20 @@ KINDS = {
 }
 FAMILIES = {"causal": tiny_model, "seq2seq": tiny_seq2seq_model}
 BACKENDS = ["eager", "grouped_mm", "batched_mm"]
-BAD = [torch.nan, torch.inf, -torch.inf]
-# Learned, then frozen where it can be.
-CASES = [(kind, stage) for kind in KINDS for stage in (1, 2) if stage == 1 or kind in ("stable", "counts", "bigram")]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+CASES = [(kind, 1) for kind in KINDS] + [("stable", 2), ("counts", 2), ("bigram", 2)]
 every_case = pytest.mark.parametrize(("kind", "stage"), CASES)
 every_family = pytest.mark.parametrize("family", FAMILIES)
-every_bad = pytest.mark.parametrize("bad", BAD)
+# Every router in a language model, some in an encoder and a decoder.
+every_model = pytest.mark.parametrize(
+    ("family", "kind", "stage"),
+    [
+        *(("causal", *case) for case in CASES),
+        ("seq2seq", "counts", 1),
+        ("seq2seq", "base", 1),
+        ("seq2seq", "stable", 2),
+    ],
+)
+every_bad = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 IDS = random_ids(low=3, high=90)
 NONE = torch.full_like(IDS, -100)
 PADDING = torch.zeros_like(IDS)
@@ -81,45 +84,23 @@ def finite_statistics(model) -> bool:
     return all(bool(values.isfinite().all()) for memory in memories for values in memory.values())
 
 
-def assert_same(actual: dict, expected: dict):
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
-def gradients_of(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def assert_finite_gradients(model):
-    assert [name for name, gradient in gradients_of(model).items() if not gradient.isfinite().all()] == []
-
-
-class Messages(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.texts = []
-
-    def emit(self, record):
-        self.texts.append(record.getMessage())
+    assert [name for name, gradient in gradients(model).items() if not gradient.isfinite().all()] == []
 
 
 @pytest.fixture
 def warned():
-    """What the package's modules and transformers warn of."""
-    handler, loggers = Messages(), [logging.getLogger(name) for name in ("modeling_stablemoe", "transformers")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    yield handler.texts
-    for logger in loggers:
-        logger.removeHandler(handler)
+    with recorded_warnings("modeling_stablemoe") as messages:
+        yield messages
 
 
 # Hidden states that are not finite
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("backend", BACKENDS)
-@every_case
+@pytest.mark.parametrize(
+    ("kind", "stage", "backend", "bad"),
+    [(*CASES[i], BACKENDS[i % 3], [torch.nan, torch.inf][i % 2]) for i in range(len(CASES))],
+)
 @torch.no_grad()
 def test_a_bad_token_leaves_the_other_tokens_of_its_layer_alone(kind, stage, backend, bad):
     model = build(kind, stage=stage, moe_layer_positions=[0]).eval()
@@ -137,8 +118,7 @@ def test_a_bad_token_leaves_the_other_tokens_of_its_layer_alone(kind, stage, bac
     assert not spoiled[0, 4].isfinite().any()
 
 
-@every_family
-@every_case
+@every_model
 def test_a_bad_token_spoils_the_loss_for_all_to_see_but_no_other_row_and_no_statistic(kind, stage, family):
     sound, sick = (build(kind, family, stage).train(kind != "base") for _ in range(2))  # BASE balances whole batches
     spoil(sick, torch.nan)
@@ -150,18 +130,17 @@ def test_a_bad_token_spoils_the_loss_for_all_to_see_but_no_other_row_and_no_stat
     assert finite_statistics(sick)
     spoiled.loss.backward()
     # Nor is the gradient hidden: a loss scaler skips this step.
-    assert not all(gradient.isfinite().all() for gradient in gradients_of(sick).values())
+    assert not all(gradient.isfinite().all() for gradient in gradients(sick).values())
 
 
 @every_bad
-@pytest.mark.parametrize("kind", ["following", "counts"])
 @every_family
-def test_to_statistics_and_counts_a_bad_token_is_padding(kind, family, bad):
+def test_to_statistics_and_counts_a_bad_token_is_padding(family, bad):
     # The layer stands before the first block: attention brings nothing to it.
     only_first = {"moe_layer_positions": [0]} if family == "causal" else {"encoder_moe_layer_positions": [0]}
     if family == "seq2seq":
         only_first["decoder_moe_layer_positions"] = []
-    spoiled, padded = (build(kind, family, **only_first) for _ in range(2))
+    spoiled, padded = (build("counts", family, **only_first) for _ in range(2))
     for model in (spoiled, padded):
         model(IDS.flip(0), labels=IDS)
     stop = spoil(spoiled, bad, (0, -1))
@@ -169,35 +148,23 @@ def test_to_statistics_and_counts_a_bad_token_is_padding(kind, family, bad):
     mask = torch.ones_like(IDS)
     mask[0, -1] = 0
     padded(IDS, attention_mask=mask, labels=IDS)
-    assert_same(statistics_of(spoiled), statistics_of(padded))
+    assert_same_weights(statistics_of(spoiled), statistics_of(padded))
     stop()
     spoil(spoiled, bad, slice(None))
     before = statistics_of(spoiled)
     spoiled(IDS, labels=IDS)
-    assert_same(statistics_of(spoiled), before)
+    assert_same_weights(statistics_of(spoiled), before)
 
 
-@pytest.mark.parametrize("huge", [1e19, 1e30, 3e38])
+@pytest.mark.parametrize("huge", [1e19, 3e38])
 def test_squares_that_overflow_leave_the_running_variance_finite(huge):
-    model = build("following")
+    model = build("counts")
     spoil(model, huge, (slice(None), slice(3, None)))
     for _ in range(3):
         model(IDS, labels=IDS)
     assert finite_statistics(model)
     (layer,) = layers_of(model)
     assert layer.router.memory()["tokens"].item() == 3 * IDS.numel()
-
-
-def test_the_running_statistics_go_on_after_a_bad_batch_as_if_it_had_not_been():
-    spoiled, good = build("following"), build("following")
-    stop = spoil(spoiled, torch.nan, slice(None))
-    spoiled(IDS, labels=IDS)
-    stop()
-    for seed in range(3):
-        ids = random_ids(seed=seed)
-        for model in (spoiled, good):
-            model(ids, labels=ids)
-    assert_same(statistics_of(spoiled), statistics_of(good))
 
 
 def test_a_score_that_overflows_has_no_gradient_and_leaves_that_of_the_others_finite():
@@ -225,27 +192,6 @@ def test_base_balances_tokens_with_bad_states_too(bad, where):
     assert outputs.expert_load.sum() == IDS.numel()
 
 
-@every_family
-def test_a_bad_embedding_of_one_id_spoils_its_rows_and_its_logit_alone(family):
-    model = build("stable", family).eval()
-    ids = IDS.clone()
-    ids[0, 3] = 7
-    ids[1:] = ids[1:].masked_fill(ids[1:] == 7, 8)
-    # In the rows that do not hold it the target does not either.
-    target = random_ids(seed=5, low=8, high=90)
-    rest = {"decoder_input_ids": target} if family == "seq2seq" else {}
-    good = model(ids, output_router_logits=True, **rest)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[7] = torch.nan
-    spoiled = model(ids, output_router_logits=True, **rest)
-    # The head shares the embedding.
-    others = torch.arange(model.config.vocab_size) != 7
-    assert torch.equal(spoiled.logits[1:][..., others], good.logits[1:][..., others])
-    assert spoiled.logits[..., 7].isnan().all()
-    for spoiled_index, good_index in zip(spoiled.expert_indices, good.expert_indices, strict=True):
-        assert torch.equal(spoiled_index, good_index)  # by token, as ever
-
-
 def test_vectors_are_routed_as_the_nearest_token_whatever_else_is_not_finite():
     model = build("stable").eval()
     with torch.no_grad():
@@ -259,34 +205,8 @@ def test_vectors_are_routed_as_the_nearest_token_whatever_else_is_not_finite():
     assert model(inputs_embeds=vectors).logits.shape == (1, 3, 99)
 
 
-@pytest.mark.parametrize("kind", ["following", "counts"])
-def test_a_step_that_a_loss_scaler_skips_leaves_weights_and_statistics_sound(kind):
-    model = build(kind)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-
-    def step():
-        scaler.scale(model(IDS, labels=IDS).loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    step()
-    weights, followed = [p.clone() for p in model.parameters() if p.requires_grad], statistics_of(model)
-    stop = spoil(model, torch.inf, slice(None))
-    step()
-    assert scaler.get_scale() == 2.0**7
-    assert all(torch.equal(a, b) for a, b in zip(weights, optimizer.param_groups[0]["params"], strict=True))
-    assert_same(statistics_of(model), followed)
-    stop()
-    step()
-    assert scaler.get_scale() == 2.0**7
-    assert not torch.equal(weights[0], optimizer.param_groups[0]["params"][0])
-    assert all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad)
-
-
 @every_family
-@every_kind
+@pytest.mark.parametrize("kind", ["stable", "hash"])
 def test_logs_show_nan_where_there_was_some_and_nowhere_else(kind, family):
     model = build(kind, family)
     meter = RoutingMeter(model)
@@ -329,11 +249,10 @@ def test_sound_weights_are_frozen_without_a_word(warned):
     assert warned == []
 
 
-@every_bad
-def test_bad_weights_that_would_be_frozen_as_they_are_are_refused_by_their_layer(bad):
+def test_bad_weights_that_would_be_frozen_as_they_are_are_refused_by_their_layer():
     model = build("bigram", "seq2seq")
     with torch.no_grad():
-        layers_of(model)[2].router.distilled_router.embedding[3, 1] = bad
+        layers_of(model)[2].router.distilled_router.embedding[3, 1] = torch.inf
     with pytest.raises(ValueError, match=r"`model\.decoder\.moe_layers\.1` cannot be frozen: embedding hold NaN"):
         model.freeze_router()
     assert model.routing_stage == 1
@@ -351,7 +270,7 @@ def spoil_step(trainer, number: int):
     layers_of(trainer.model)[0].register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("kind", ["stable", "counts", "following"])
+@pytest.mark.parametrize("kind", one_fast("counts", "stable"))
 def test_a_run_that_has_diverged_still_freezes_and_its_logs_say_so(kind, tmp_path, warned):
     settings = {"max_steps": 6, "logging_steps": 2, "save_strategy": "steps", "save_steps": 6}
     trainer = make_trainer(tmp_path, StageTransitionCallback(4), model=build(kind), **settings)
@@ -375,137 +294,55 @@ def test_a_run_that_has_diverged_stops_where_weights_would_be_frozen(tmp_path):
         trainer.train()
 
 
-# An expert without tokens
+# Experts without tokens, and one with all
 
 
-def optimizer_of(model, **settings):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **settings)
-
-
-def expert_slices(model, expert: int) -> list[torch.Tensor]:
-    """Every stacked tensor of the first MoE layer's experts, and the part of one expert in it."""
-    return [
-        (parameter, parameter.detach()[expert].clone()) for parameter in layers_of(model)[0].expert_stack.parameters()
-    ]
-
-
-@pytest.mark.parametrize("steps", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it(steps):
-    small = {
-        "vocab_size": 23,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_expert_sublayers": 1,
-    }
-    model = tiny_model(expert_bias_rate=0.5, num_attention_heads=1, balance_loss_coef=0.0, **small).train()
-    ids, (layer,), dead = random_ids(high=23), layers_of(model), 4
-    memory = layer.router.memory
+def test_an_expert_without_tokens_only_decays_and_its_bias_revives_it():
+    small = {"num_attention_heads": 1, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = tiny_model(expert_bias_rate=0.5, balance_loss_coef=0.0, **small).train()
+    (layer,), dead = layers_of(model), 4
     with torch.no_grad():
-        memory.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, -12.0 - steps / 2]).view(torch.int32))
-    meter, optimizer = RoutingMeter(model), optimizer_of(model, lr=1e-3, weight_decay=0.1)
-    before = expert_slices(model, dead)
+        layer.router.memory.expert_bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, -18.0]).view(torch.int32))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.1)
+    experts = list(layer.expert_stack.parameters())
 
-    def step():
-        outputs = model(ids, labels=ids)
+    def step() -> int:
+        outputs = model(IDS, labels=IDS)
         outputs.loss.backward()
-        gradients = [parameter.grad[dead] for parameter, _ in before]
-        received = outputs.expert_load[0, dead].item(), any(bool(gradient.any()) for gradient in gradients)
         optimizer.step()
         optimizer.zero_grad()
-        meter.end_step()
-        return received
+        return outputs.expert_load[0, dead].item()
 
-    for _ in range(steps):
-        assert step() == (0, False)
-    assert memory()["expert_bias"][dead] == -12.0  # 0.5 up at every step
-    assert memory()["expert_bias"].abs().max() < 100
-    for parameter, start in before:
-        assert_close(parameter.detach()[dead], start * (1 - 1e-3 * 0.1) ** steps, rtol=1e-4, atol=0)
-        for name in ("exp_avg", "exp_avg_sq"):
-            assert not optimizer.state[parameter][name][dead].any()
-    assert all(
-        torch.as_tensor(value).isfinite().all() for state in optimizer.state.values() for value in state.values()
-    )
-    assert meter.pop_window().metrics(1)["load_min_over_mean"] == 0
-    revived = next((number for number in range(100) if step()[0] > 0), None)
-    assert revived is not None
-    stopped = [parameter.detach()[dead].clone() for parameter, _ in before]
-    for _ in range(20):
-        step()
-    moved = [
-        not torch.equal(parameter.detach()[dead], start) for (parameter, _), start in zip(before, stopped, strict=True)
-    ]
-    assert all(moved)
-    assert all(bool(parameter.isfinite().all()) for parameter, _ in before)
-    assert meter.pop_window().metrics(1)["load_min_over_mean"] > 0
+    start = [parameter.detach()[dead].clone() for parameter in experts]
+    assert not any(step() for _ in range(20))
+    assert layer.router.memory()["expert_bias"][dead] == -8.0  # 0.5 up at every step
+    decayed = [parameter.detach()[dead] for parameter in experts]
+    assert_close(decayed, [values * (1 - 1e-3 * 0.1) ** 20 for values in start], rtol=1e-4, atol=0)
+    assert not any(optimizer.state[parameter]["exp_avg"][dead].any() for parameter in experts)
+    assert any(step() for _ in range(100))
+    assert all(optimizer.state[parameter]["exp_avg"][dead].any() for parameter in experts)
+    assert all(bool(parameter.isfinite().all()) for parameter in learned)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_an_expert_that_a_table_leaves_out_learns_once_the_table_sends_it_tokens(backend):
-    model = build("hash")
-    model.set_experts_implementation(backend)
-    without, served = (torch.arange(99) % number for number in (4, 5))
-    optimizer = optimizer_of(model, lr=1e-2, weight_decay=0.0)
-
-    def train(table):
-        model.set_routing_tables(table.unsqueeze(0))
-        before = expert_slices(model, 4)
-        for _ in range(5):
-            optimizer.zero_grad()
-            model(IDS, labels=IDS).loss.backward()
-            assert all(parameter.grad is not None for parameter, _ in before)
-            optimizer.step()
-        return [torch.equal(parameter.detach()[4], start) for parameter, start in before]
-
-    assert all(train(without))
-    assert not any(train(served))
-
-
-# One expert with all tokens
-
-
-def build_crowded(kind: str, stage: int, backend: str):
-    """A model of which expert 2 gets all tokens, at a gate near 1."""
-    settings = {"router_type": "switch", "distilled_router": "word_embedding"} if kind == "switch" else {}
-    model = build("stable", **settings)
-    model.set_experts_implementation(backend)
+@pytest.mark.parametrize(("router", "largest"), [("stable", 5 - 1), ("switch", 5)])
+def test_one_expert_with_all_tokens_costs_the_most(router, largest):
+    model = build("stable", router_type=router, distilled_router="word_embedding")
     (layer,) = layers_of(model)
     with torch.no_grad():
         layer.router.centroids.fill_(-1.0)[2] = 1.0
     layer.register_forward_pre_hook(lambda module, args: (args[0].abs() + 0.5, *args[1:]))
-    if stage == 2:
-        model.set_routing_tables(torch.full((1, 99), 2))
-    return model
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("kind", ["stable", "switch"])
-def test_one_expert_with_all_tokens_is_the_same_on_every_backend_and_costs_the_most(kind, stage):
-    results = []
-    for backend in BACKENDS:
-        model = build_crowded(kind, stage, backend)
-        meter = RoutingMeter(model)
-        outputs = model(IDS, labels=IDS)
-        outputs.loss.backward()
-        meter.end_step()
-        assert outputs.expert_load.tolist() == [[0, 0, 21, 0, 0]]
-        metrics = meter.pop_window().metrics(stage)
-        assert metrics["load_max_over_mean"] == 5
-        assert metrics["load_min_over_mean"] == 0
-        gate = outputs.routing_health.mean_gate.item()
-        assert gate > 0.99
-        largest = {"stable": (5 - 1) * gate, "switch": 5 * gate}[kind] if stage == 1 else 0.0
-        assert outputs.balance_loss.item() == pytest.approx(largest, rel=1e-5)
-        results.append((outputs.logits, gradients_of(model)))
-    (logits, gradients), *others = results
-    for other_logits, other_gradients in others:
-        assert_close(other_logits, logits, rtol=1e-5, atol=1e-5)
-        assert other_gradients.keys() == gradients.keys()
-        for name, gradient in gradients.items():
-            assert_close(
-                other_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
-            )
+    meter = RoutingMeter(model)
+    outputs = model(IDS, labels=IDS)
+    outputs.loss.backward()
+    meter.end_step()
+    assert outputs.expert_load.tolist() == [[0, 0, 21, 0, 0]]
+    metrics = meter.pop_window().metrics(1)
+    assert (metrics["load_max_over_mean"], metrics["load_min_over_mean"]) == (5, 0)
+    gate = outputs.routing_health.mean_gate.item()
+    assert gate > 0.99
+    assert outputs.balance_loss.item() == pytest.approx(largest * gate, rel=1e-5)
+    assert_finite_gradients(model)
 
 
 @every_family
@@ -520,22 +357,6 @@ def test_base_with_fewer_tokens_than_experts_gives_none_two(shape, family):
     assert_finite_gradients(model)
 
 
-def test_an_id_heavier_than_the_limit_gets_an_expert_of_its_own_when_a_balanced_table_is_frozen():
-    model = build("stable", max_frozen_load=1.05)
-    ids = torch.where(torch.rand(8, 30) < 0.9, 7, random_ids(8, 30))
-    for _ in range(4):
-        model(ids, labels=ids)
-    (layer,) = layers_of(model)
-    (balanced,) = model.freeze_router()
-    heaviest = layer.router.memory()["token_counts"][7].item()
-    limit = 1.05 * balanced.load.mean().item()
-    assert balanced.alone.tolist() == [7]
-    assert balanced.load.max() == heaviest > limit
-    assert balanced.load.sort().values[-2] <= balanced.limit == pytest.approx(limit)
-    table = layer.frozen_router.values()
-    assert (table == table[7]).sum() == 1
-
-
 # Batches without anything to learn from
 
 
@@ -543,8 +364,7 @@ def weighted(outputs, model) -> float:
     return model.config.router_aux_loss_coef * outputs.aux_loss.item()
 
 
-@every_family
-@every_case
+@every_model
 def test_a_batch_of_padding_alone_is_harmless(kind, stage, family):
     model = build(kind, family, stage)
     model(IDS, labels=IDS)
@@ -558,8 +378,8 @@ def test_a_batch_of_padding_alone_is_harmless(kind, stage, family):
     if family == "causal":
         assert outputs.loss.item() == outputs.aux_loss.item() == 0.0
         assert outputs.expert_load.sum() == 0
-        assert_same(statistics_of(model), before)
-        assert not any(gradient.any() for gradient in gradients_of(model).values())
+        assert_same_weights(statistics_of(model), before)
+        assert not any(gradient.any() for gradient in gradients(model).values())
         # Means over no tokens are left out; the loads have none to compare.
         metrics = meter.pop_window().metrics(model.routing_stage)
         shares = {"load_max_over_mean", "load_min_over_mean", "load_entropy"}
@@ -575,8 +395,8 @@ def test_a_batch_of_padding_alone_is_harmless(kind, stage, family):
 
 
 @every_family
-@pytest.mark.parametrize("num_items", [None, 0, torch.tensor(0), 10], ids=str)
-@pytest.mark.parametrize("kind", ["stable", "switch", "hash"])
+@pytest.mark.parametrize("num_items", [None, torch.tensor(0), 10], ids=str)
+@pytest.mark.parametrize("kind", ["stable", "hash"])
 def test_tokens_without_targets_have_no_task_loss_whatever_it_is_divided_by(kind, num_items, family):
     model = build(kind, family)
     # Else its targets of -100 would be padding.
@@ -586,23 +406,23 @@ def test_tokens_without_targets_have_no_task_loss_whatever_it_is_divided_by(kind
     outputs.loss.backward()
     assert outputs.task_loss.item() == 0.0
     # They are routed, and so balanced; of a batch that is told its items they are no share.
-    assert (outputs.aux_loss.item() != 0.0) == (num_items is None and kind in ("stable", "switch"))
+    assert (outputs.aux_loss.item() != 0.0) == (num_items is None and kind == "stable")
     assert outputs.loss.item() == pytest.approx(weighted(outputs, model))
     assert_finite_gradients(model)
 
 
 @every_family
-@every_kind
+@pytest.mark.parametrize("kind", ["stable", "base"])
 def test_an_empty_micro_batch_adds_nothing_to_the_gradient_of_a_step(kind, family):
     with_it, without = build(kind, family), build(kind, family)
     count = with_it.count_targets(IDS)
     for model in (with_it, without):
         model(IDS, labels=IDS, num_items_in_batch=count).loss.backward()
     with_it(IDS, attention_mask=PADDING, labels=NONE, num_items_in_batch=count).loss.backward()
-    assert_same(gradients_of(with_it), gradients_of(without))
+    assert_same_weights(gradients(with_it), gradients(without))
 
 
-@every_family
+@pytest.mark.parametrize("family", one_fast(*FAMILIES))
 def test_a_run_with_a_batch_without_targets_trains_on_and_logs_finite_numbers(family, tmp_path):
     blocks = [{"input_ids": row} for row in random_ids(8, 6, seed=1)]
 
@@ -633,53 +453,25 @@ def test_a_run_with_a_batch_without_targets_trains_on_and_logs_finite_numbers(fa
 # Short sequences
 
 
-@pytest.mark.parametrize("num_items", [None, 4])
-@pytest.mark.parametrize("batch", [1, 3])
 @every_case
-def test_sequences_of_one_token_have_nothing_to_predict_and_are_routed(kind, stage, batch, num_items):
-    model, ids = build(kind, stage=stage), IDS[:batch, :1]
-    outputs = model(ids, labels=ids, num_items_in_batch=num_items)
-    outputs.loss.backward()
-    assert outputs.task_loss.item() == 0.0
-    assert outputs.loss.item() == pytest.approx(weighted(outputs, model))
-    assert outputs.expert_load.sum() == batch
-    assert_finite_gradients(model)
+def test_sequences_of_one_token_have_nothing_to_predict_and_are_routed(kind, stage):
+    model, ids = build(kind, stage=stage), IDS[:3, :1]
+    for num_items in (None, 4):
+        outputs = model(ids, labels=ids, num_items_in_batch=num_items)
+        outputs.loss.backward()
+        assert outputs.task_loss.item() == 0.0
+        assert outputs.loss.item() == pytest.approx(weighted(outputs, model))
+        assert outputs.expert_load.sum() == 3
+        assert_finite_gradients(model)
     assert model.eval()(ids, labels=ids).loss.item() == 0.0
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-@every_case
-def test_sources_and_targets_of_one_token_are_learned(kind, stage, batch):
-    model, ids = build(kind, "seq2seq", stage), IDS[:batch, :1]
-    outputs = model(ids, labels=ids)
-    outputs.loss.backward()
-    assert outputs.task_loss.item() > 0
-    assert outputs.loss.item() == pytest.approx(outputs.task_loss.item() + weighted(outputs, model))
-    assert outputs.expert_load.sum(-1).tolist() == [batch] * 3
-    assert_finite_gradients(model)
-    model.eval()
-    assert model(ids, labels=ids).loss.isfinite()
-
-
-@every_family
-@every_case
-def test_generation_from_one_token_continues_as_a_pass_without_cache_does(kind, stage, family):
-    model = build(kind, family, stage).eval()
-    prompt = IDS[:1, :1]
-    tokens = model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True)
-    assert torch.equal(
-        model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False), tokens
-    )
-    assert tokens.shape == (1, 5)
 
 
 NO_TOKEN = r"There is no token: `{}` has shape \({}.*Pass one sequence at least, of one token at least"
 
 
 @every_family
-@every_kind
-def test_input_without_any_token_is_refused(kind, family):
-    model = build(kind, family)
+def test_input_without_any_token_is_refused(family):
+    model = build("stable", family)
     empty = IDS[:, :0]
     with pytest.raises(ValueError, match=NO_TOKEN.format("input_ids", "3, 0")):
         model(empty, labels=IDS)

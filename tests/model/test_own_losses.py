@@ -73,7 +73,7 @@ def test_a_loss_that_leaves_the_routing_losses_out_is_refused_in_stage_1(tmp_pat
     assert trainer.state.global_step == 0, "before the optimizer has moved anything"
 
 
-@pytest.mark.parametrize("distilled_router", ["counts", "bigram", "cnn", "transformer_1"])
+@pytest.mark.parametrize("distilled_router", ["counts", "cnn"])
 def test_it_is_refused_whatever_is_distilled_into(tmp_path, distilled_router):
     model = tiny_model(distilled_router=distilled_router)
     with pytest.raises(ValueError, match=LOST):
@@ -107,9 +107,10 @@ def test_it_is_refused_for_a_translation_model(tmp_path):
 def test_in_stage_2_any_loss_will_do(tmp_path, caplog):
     model = tiny_model()
     model.freeze_router()
-    trainer = make_trainer(tmp_path, RoutingStatisticsCallback(), model=model, trainer_class=OwnLossTrainer)
+    callback = RoutingStatisticsCallback()
+    trainer = make_trainer(tmp_path, callback, model=model, trainer_class=OwnLossTrainer, max_steps=2)
     trainer.train()
-    assert trainer.state.global_step == 12
+    assert trainer.state.global_step == 2
     assert WITHOUT_LABELS not in caplog.text
 
 

@@ -10,7 +10,6 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
-from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.model.products_stablemoe import grouped_layer_norm, grouped_linear, permute, sort_by_expert
 
 
@@ -45,7 +44,7 @@ def parameters(*shapes):
 
 
 @given(st.lists(st.lists(st.integers(0, E + 3), min_size=6, max_size=6), min_size=1, max_size=3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_tokens_are_sorted_by_expert_layer_by_layer_and_find_their_way_back(index):
     index = torch.tensor(index)
     for of_layer, sorted_tokens in zip(index, sort_by_expert(index, E), strict=True):
@@ -69,7 +68,7 @@ def test_rows_come_back_and_so_do_their_gradients():
 # The operators
 
 
-@pytest.mark.parametrize("index", [[1, 0, 3, 1], [2, 2, 2], [E, 1, E, 0], [E, E]], ids=str)
+@pytest.mark.parametrize("index", [[1, 0, 3, 1], [E, 2, E, 2]], ids=str)
 def test_the_gradients_of_products_and_norms_are_those_of_finite_differences(index):
     tokens = order_of(index)
     x, weight, bias, scale, shift = parameters((len(index), X), (E, Y, X), (E, Y), (E, X), (E, X))
@@ -77,7 +76,7 @@ def test_the_gradients_of_products_and_norms_are_those_of_finite_differences(ind
     assert torch.autograd.gradcheck(lambda *inputs: grouped_layer_norm(*inputs, tokens, 1e-5), (x, scale, shift))
 
 
-@pytest.mark.parametrize("index", [[1, 0, 3, 1], [2, 2, 2], [E, 1, E, 0], [E, E]], ids=str)
+@pytest.mark.parametrize("index", [[1, 0, 3, 1], [E, 2, E, 2]], ids=str)
 def test_the_gradients_have_gradients_themselves(index):
     tokens = order_of(index)
     x, weight, bias, scale, shift = parameters((len(index), X), (E, Y, X), (E, Y), (E, X), (E, X))
@@ -97,18 +96,7 @@ def test_the_gradients_have_gradients_themselves(index):
         assert torch.autograd.gradgradcheck(norm, (x, scale, shift), fast_mode=True)
 
 
-def test_sentinels_get_zeros_and_an_idle_expert_a_gradient_of_zeros():
-    tokens = order_of([E, 1, 1])
-    x, weight, bias = parameters((3, X), (E, Y, X), (E, Y))
-    product = grouped_linear(x, weight, bias, tokens)
-    assert torch.equal(product[2], torch.zeros(Y, dtype=torch.float64))
-    assert_close(product[:2], x[:2] @ weight[1].T + bias[1])
-    product.sum().backward()
-    assert not x.grad[2].any()
-    assert weight.grad[1].any()
-    assert not weight.grad[[0, 2, 3]].any()
-
-
+@pytest.mark.slow
 def test_the_operators_are_sound_for_the_compiler():
     tokens = order_of([1, 0, 3, E])
     x, weight, bias, scale, shift = parameters((4, X), (E, Y, X), (E, Y), (E, X), (E, X))
@@ -117,53 +105,20 @@ def test_the_operators_are_sound_for_the_compiler():
     torch.library.opcheck(operators.grouped_layer_norm, (x, scale, shift, tokens.offsets, 1e-5))
 
 
-@pytest.mark.slow
-def test_a_training_step_compiles_to_one_graph_and_learns_alike():
-    model, ids = tiny_model(intermediate_size=48), random_ids()
-    model.freeze_router()
-    model.train().set_experts_implementation("grouped_mm")
-
-    def gradients(step) -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        step(input_ids=ids, labels=ids).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = gradients(model)
-    compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
-    assert compiled.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert_close(compiled[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
-
-
 # Once a forward pass
 
 
-def frozen(**overrides) -> StableMoEForCausalLM:
-    model = tiny_model(moe_layer_positions=[0, 1, 2], **overrides)
-    model.freeze_router()
-    return model.eval()
-
-
-def test_a_frozen_model_sorts_once_for_all_layers_and_sublayers():
-    model = frozen(num_expert_sublayers=3)
-    with torch.no_grad(), CountedOperators() as counted:
-        model(random_ids())
-    assert counted.counts["sort"] == 1
-
-
-def test_a_learning_model_sorts_once_a_layer():
-    model = tiny_model(moe_layer_positions=[0, 1, 2], num_expert_sublayers=3).train()
+@pytest.mark.parametrize(
+    ("stage", "backend", "sorts"), [(2, "grouped_mm", 1), (1, "grouped_mm", 3), (2, "batched_mm", 0)]
+)
+def test_tokens_are_sorted_once_where_the_routing_is_known_and_per_layer_where_it_is_learned(stage, backend, sorts):
+    model = tiny_model(moe_layer_positions=[0, 1, 2]).train()
+    model.set_experts_implementation(backend)
+    if stage == 2:
+        model.freeze_router()
     with CountedOperators() as counted:
         model(random_ids())
-    assert counted.counts["sort"] == 3
-
-
-def test_a_backend_that_sorts_nothing_is_spared_it():
-    model = frozen()
-    model.set_experts_implementation("batched_mm")
-    with torch.no_grad(), CountedOperators() as counted:
-        model(random_ids())
-    assert counted.counts["sort"] == 0
+    assert counted.counts["sort"] == sorts
 
 
 @pytest.mark.parametrize("capacity", [None, 0.5])
@@ -183,17 +138,13 @@ def test_what_is_known_ahead_is_what_each_layer_would_find_out(build, mode, capa
     assert torch.equal(ahead.loss, alone.loss)
 
 
-# One token
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decoding_one_token_reads_one_expert_and_gives_what_a_batch_gives(dtype):
-    model, ids = frozen(num_expert_sublayers=2).to(dtype), random_ids()[:1]
+def test_decoding_one_token_reads_one_expert_and_gives_what_a_batch_gives():
+    model, ids = tiny_model(moe_layer_positions=[0, 1, 2]), random_ids()[:1]
+    model.freeze_router()
     with torch.no_grad():
-        together = model(ids).logits
+        together = model.eval()(ids).logits
         cache = model(ids[:, :-1], use_cache=True).past_key_values
         with CountedOperators() as counted:
             alone = model(ids[:, -1:], past_key_values=cache).logits
-    tolerance = {} if dtype is torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    assert_close(alone[:, 0], together[:, -1], **tolerance)
+    assert_close(alone[:, 0], together[:, -1])
     assert not [name for name in counted.counts if name.startswith("grouped")]

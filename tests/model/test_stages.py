@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from helpers.models import random_ids, tiny_model
-from modeling_stablemoe import StableMoEForCausalLM, StableMoEModel
+from modeling_stablemoe import StableMoEForCausalLM
 
 
 IDS = random_ids(4, 9)
@@ -43,26 +43,6 @@ def train(model, steps: int, optimizer, set_to_none: bool = True):
 # Freezing
 
 
-@pytest.mark.parametrize("positions", [[1], [0, 2], [0, 1, 2]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_freezing_changes_the_expert_of_no_id(positions, dtype):
-    model = learning(moe_layer_positions=positions).to(dtype).eval()
-    before = model.route(EVERY_ID)
-    assert before.shape == (len(positions), 1, 99)
-    assert all(len(layer.unique()) == 5 for layer in before)
-    logits = model(IDS).logits
-    model.freeze_router()
-    assert torch.equal(model.route(EVERY_ID), before)
-    assert torch.equal(torch.stack([table.long() for table in tables(model)]), before[:, 0])
-    assert torch.equal(model(IDS).logits, logits)
-
-
-def test_route_gives_the_experts_that_evaluation_uses():
-    for model in (learning().eval(), frozen().eval()):
-        used = model(IDS, output_router_logits=True).expert_indices
-        assert torch.equal(torch.stack(used), model.route(IDS))
-
-
 def test_the_stage_and_the_fingerprint_follow_freezing():
     model = learning()
     assert (model.routing_stage, model.router_fingerprint(), model.config.router_fingerprint) == (1, None, None)
@@ -81,26 +61,6 @@ def test_freezing_twice_is_an_error_that_changes_nothing():
     with pytest.raises(RuntimeError, match=rf"frozen already \(fingerprint {fingerprint}\).*stage-1 checkpoint"):
         model.freeze_router()
     assert torch.equal(model.route(EVERY_ID), before)
-
-
-def test_a_training_pass_routes_by_the_backbone_before_and_by_the_table_after():
-    model = learning().train()
-    before = torch.stack(model(IDS, output_router_logits=True).expert_indices)
-    assert not torch.equal(before, model.route(IDS))
-    model.freeze_router()
-    assert torch.equal(torch.stack(model(IDS, output_router_logits=True).expert_indices), model.route(IDS))
-
-
-def test_the_fingerprint_is_the_same_in_every_dtype_and_after_saving(tmp_path):
-    model = frozen()
-    fingerprint = model.router_fingerprint()
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        cast = copy.deepcopy(model).to(dtype)
-        assert cast.model.embed_tokens.weight.dtype == dtype
-        assert [table.dtype for table in tables(cast)] == [torch.int32] * 2
-        assert cast.router_fingerprint() == fingerprint
-    model.save_pretrained(tmp_path)
-    assert StableMoEForCausalLM.from_pretrained(tmp_path).router_fingerprint() == fingerprint
 
 
 def test_the_fingerprint_is_that_of_this_routing_and_no_other():
@@ -126,20 +86,6 @@ def test_the_fingerprint_of_a_known_table_does_not_change_between_versions():
     assert model.router_fingerprint() == "e239dd514aa8719ce661fe8814a18d123a70102f89390c5ba7111f32914967d1"
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_frozen_model_reads_its_tables_whatever_becomes_of_the_distilled_router(training):
-    model = frozen().train(training)
-    before = model(IDS, output_router_logits=True)
-    with torch.no_grad():
-        for layer in model.model.moe_layers:
-            layer.router.distilled_router.embedding.normal_()
-            layer.router.distilled_router.centroids.zero_()
-    after = model(IDS, output_router_logits=True)
-    assert torch.equal(torch.stack(after.expert_indices), torch.stack(before.expert_indices))
-    assert torch.equal(torch.stack(after.expert_indices), torch.stack([table[IDS].long() for table in tables(model)]))
-    assert_close(after.logits, before.logits, rtol=0, atol=0)
-
-
 # Optimizers
 
 
@@ -151,42 +97,22 @@ def sgd(model):
     return torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
 
 
-def test_adamw_with_weight_decay_moves_nothing_of_a_frozen_routing():
-    model = learning()
-    optimizer = adamw(model)
-    train(model, 3, optimizer)
+@pytest.mark.parametrize("kind", ["word_embedding", "transformer_1"])
+@pytest.mark.parametrize(("make_optimizer", "set_to_none"), [(adamw, True), (sgd, False)])
+def test_no_optimizer_moves_a_frozen_routing(make_optimizer, set_to_none, kind):
+    model = learning(distilled_router=kind)
+    optimizer = make_optimizer(model)
+    train(model, 5, optimizer, set_to_none)
     model.freeze_router()
     fingerprint, routes = model.router_fingerprint(), model.route(EVERY_ID)
-    kept = {n: p.detach().clone() for n, p in model.state_dict().items() if "distilled" in n or "frozen" in n}
-    assert len(kept) == 6
-    moved = model.model.moe_layers[0].router.centroids.detach().clone()
-    train(model, 25, optimizer)
+    router = model.model.moe_layers[0].router
+    embedding, centroids = router.distilled_router.embedding.detach().clone(), router.centroids.detach().clone()
+    train(model, 8, optimizer, set_to_none)
+    # Momentum and decay of gradients of zero do move D, which is why routing must not read it any more.
+    assert torch.equal(router.distilled_router.embedding, embedding) is set_to_none
+    assert not torch.allclose(router.centroids, centroids, atol=1e-3)
     assert torch.equal(model.route(EVERY_ID), routes)
     assert model.router_fingerprint() == fingerprint
-    assert_close({n: p for n, p in model.state_dict().items() if n in kept}, kept, rtol=0, atol=0)
-    assert not torch.allclose(model.model.moe_layers[0].router.centroids, moved, atol=1e-3)
-
-
-def test_momentum_from_stage_1_and_gradients_of_zero_move_no_routing():
-    model = learning()
-    optimizer = sgd(model)
-    train(model, 5, optimizer, set_to_none=False)
-    model.freeze_router()
-    fingerprint, routes = model.router_fingerprint(), model.route(EVERY_ID)
-    embedding = model.model.moe_layers[0].router.distilled_router.embedding
-    before = embedding.detach().clone()
-    train(model, 20, optimizer, set_to_none=False)
-    # D does drift here, which is why routing must not read it any more.
-    assert not torch.equal(embedding, before)
-    assert torch.equal(model.route(EVERY_ID), routes)
-    assert model.router_fingerprint() == fingerprint
-
-
-def test_routing_does_learn_in_stage_1():
-    model = learning()
-    before = model.route(EVERY_ID)
-    train(model, 20, adamw(model))
-    assert not torch.equal(model.route(EVERY_ID), before)
 
 
 # Resizing
@@ -195,11 +121,9 @@ def test_routing_does_learn_in_stage_1():
 @pytest.mark.parametrize(
     ("arguments", "size"),
     [
-        ({"new_num_tokens": 110}, 110),
+        ({"new_num_tokens": 100, "pad_to_multiple_of": 16}, 112),
         ({"new_num_tokens": 50}, 50),
         ({"new_num_tokens": 99}, 99),
-        ({"new_num_tokens": 100, "pad_to_multiple_of": 16}, 112),
-        ({"pad_to_multiple_of": 64}, 128),
     ],
 )
 @pytest.mark.parametrize("stage", [1, 2])
@@ -242,14 +166,6 @@ def test_a_resized_model_trains_and_freezes_with_its_new_ids():
 # Loading state dicts
 
 
-def test_frozen_weights_bring_an_unfrozen_model_to_stage_2():
-    source, model = frozen().eval(), learning(seed=7).eval()
-    model.load_state_dict(source.state_dict())
-    assert model.routing_stage == 2
-    assert model.config.router_fingerprint == source.router_fingerprint()
-    assert_close(model(IDS).logits, source(IDS).logits, rtol=0, atol=0)
-
-
 def test_stage_1_weights_bring_a_frozen_model_back_with_a_warning(caplog):
     source, model = learning(seed=7).eval(), frozen().eval()
     logging.getLogger("modeling_stablemoe").propagate = True
@@ -262,23 +178,25 @@ def test_stage_1_weights_bring_a_frozen_model_back_with_a_warning(caplog):
     assert model.routing_stage == 2
 
 
-def test_the_weights_of_another_frozen_routing_are_refused():
-    model = frozen()
-    with pytest.raises(
-        ValueError, match=r"The routing tables of model\.moe_layers\.0, .* are not those .* fingerprint is"
-    ):
-        model.load_state_dict(frozen(seed=7).state_dict())
+TABLE = "model.moe_layers.1.frozen_router.routing_table"
 
 
-@pytest.mark.parametrize("damage", ["another routing", "an id without an expert", "an expert that there is not"])
-def test_refused_weights_leave_the_model_as_it_was(damage):
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (None, r"The routing tables of model\.moe_layers\.0, .* are not those .* fingerprint is"),
+        (-1, rf"`{re.escape(TABLE)}` is damaged: token id 3 has no expert"),
+        (5, rf"`{re.escape(TABLE)}` is damaged: token id 3 is sent to expert 5"),
+    ],
+    ids=["another routing", "an id without an expert", "an expert that there is not"],
+)
+def test_weights_that_do_not_fit_are_refused_and_leave_the_model_as_it_was(row, message):
     model = frozen()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weights = frozen(seed=7).state_dict() if damage == "another routing" else copy.deepcopy(before)
-    [name, *_] = [name for name in weights if name.endswith("routing_table")]
-    if damage != "another routing":
-        weights[name][3] = -1 if damage == "an id without an expert" else 5
-    with pytest.raises(ValueError, match="are not those|is damaged: token id 3"):
+    weights = frozen(seed=7).state_dict() if row is None else copy.deepcopy(before)
+    if row is not None:
+        weights[TABLE][3] = row
+    with pytest.raises(ValueError, match=message):
         model.load_state_dict(weights)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.config.router_fingerprint == model.router_fingerprint()
@@ -292,24 +210,6 @@ def test_the_same_frozen_routing_with_other_weights_is_loaded():
     assert_close(model.eval()(IDS).logits, trained.eval()(IDS).logits, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("row", "value", "problem"), [(5, -1, "has no expert"), (98, 5, "is sent to expert 5")])
-def test_a_damaged_table_in_a_state_dict_is_refused(row, value, problem):
-    state = frozen().state_dict()
-    state["model.moe_layers.1.frozen_router.routing_table"] = tables(frozen())[1].clone()
-    state["model.moe_layers.1.frozen_router.routing_table"][row] = value
-    message = rf"`.*moe_layers\.1\.frozen_router\.routing_table` is damaged: token id {row} {problem}"
-    with pytest.raises(ValueError, match=message):
-        learning().load_state_dict(state)
-
-
-def test_the_backbone_takes_the_stage_of_its_weights():
-    source = frozen()
-    backbone = StableMoEModel(learning().config)
-    backbone.load_state_dict(source.model.state_dict())
-    assert backbone.routing_stage == 2
-    assert backbone.router_fingerprint() == source.router_fingerprint()
-
-
 # Copies
 
 
@@ -320,9 +220,8 @@ def by_torch(model):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_torch])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_copies_keep_the_stage_and_follow_their_own_weights(duplicate, stage):
+@pytest.mark.parametrize(("stage", "duplicate"), [(1, copy.deepcopy), (2, by_torch)])
+def test_copies_keep_the_stage_and_follow_their_own_weights(stage, duplicate):
     model = (learning() if stage == 1 else frozen()).eval()
     twin = duplicate(model)
     assert twin.routing_stage == stage

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from helpers import ROOT
+from helpers.matrices import one_fast
 from helpers.workplaces import load_script, refuse
 
 
@@ -19,7 +20,7 @@ def in_one_process(monkeypatch):
     monkeypatch.setattr(script, "run_alone", lambda function, **arguments: function(**arguments))
 
 
-@pytest.mark.parametrize("options", [[], ["--drop_cache", "true", "--dtype", "bfloat16"]], ids=["cached", "from disk"])
+@pytest.mark.parametrize("options", one_fast(["--drop_cache", "true", "--dtype", "bfloat16"], []), ids=str)
 def test_every_way_is_measured(in_one_process, tmp_path, capsys, options):
     script.main([*TINY, "--experts_on_device", "2", "--output_dir", str(tmp_path), *options])
     result = json.loads((tmp_path / "offloading.json").read_text())

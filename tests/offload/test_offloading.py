@@ -6,13 +6,10 @@ import time
 import accelerate
 import pytest
 import torch
-from safetensors import safe_open
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast, TextGenerationPipeline
+from transformers import TextGenerationPipeline
 
+from helpers.dense_models import word_tokenizer
 from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import (
     StableMoEForCausalLM,
@@ -51,11 +48,6 @@ def checkpoint(tmp_path_factory):
     return save_frozen(tmp_path_factory.mktemp("causal"), model, max_shard_size="20KB")
 
 
-@pytest.fixture(scope="module")
-def seq2seq_checkpoint(tmp_path_factory):
-    return save_frozen(tmp_path_factory.mktemp("seq2seq"), tiny_seq2seq_model())
-
-
 @pytest.fixture
 def model(checkpoint):
     return load(checkpoint, "memory")
@@ -65,6 +57,12 @@ def load(folder, place, model_class=StableMoEForCausalLM, **options):
     if place == "disk":
         options["device_map"] = experts_on_disk(folder, model_class)
     return aligned(model_class.from_pretrained(folder, **options))
+
+
+def load_offloaded(folder, place="disk", experts_on_device=2, **options):
+    model = load(folder, place, **options)
+    offload_experts(model, device="cpu", experts_on_device=experts_on_device)
+    return model
 
 
 def aligned(model):
@@ -91,8 +89,7 @@ def distinct_experts(model, ids) -> list[int]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_are_the_same_bits(checkpoint, model, backend, experts_on_device, place):
     model.set_experts_implementation(backend)
-    offloaded = load(checkpoint, place, experts_implementation=backend)
-    offload_experts(offloaded, device="cpu", experts_on_device=experts_on_device)
+    offloaded = load_offloaded(checkpoint, place, experts_on_device=experts_on_device, experts_implementation=backend)
     for _ in range(2):  # into empty slots, and into full ones
         assert torch.equal(logits(offloaded), logits(model))
         assert torch.equal(logits(offloaded, IDS[:1, :1], MASK[:1, -1:]), logits(model, IDS[:1, :1], MASK[:1, -1:]))
@@ -105,18 +102,17 @@ def test_outputs_are_the_same_bits(checkpoint, model, backend, experts_on_device
 )
 @pytest.mark.parametrize("place", ["memory", "disk"])
 def test_generation_is_the_same(checkpoint, model, place, options):
-    offloaded = load(checkpoint, place)
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(checkpoint, place)
     torch.manual_seed(1)
     expected = model.generate(IDS, attention_mask=MASK, max_new_tokens=8, **options)
     torch.manual_seed(1)
     assert torch.equal(offloaded.generate(IDS, attention_mask=MASK, max_new_tokens=8, **options), expected)
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_encoder_and_decoder_are_offloaded(seq2seq_checkpoint, place):
-    whole = load(seq2seq_checkpoint, "memory", StableMoEForConditionalGeneration)
-    offloaded = load(seq2seq_checkpoint, place, StableMoEForConditionalGeneration)
+def test_encoder_and_decoder_are_offloaded(tmp_path):
+    save_frozen(tmp_path, tiny_seq2seq_model())
+    whole = load(tmp_path, "memory", StableMoEForConditionalGeneration)
+    offloaded = load(tmp_path, "disk", StableMoEForConditionalGeneration)
     offload = offload_experts(offloaded, device="cpu", experts_on_device=2)
     source = random_ids(3, 9, low=3, high=91)
     expected = whole.generate(source, num_beams=2, max_new_tokens=6)
@@ -127,8 +123,7 @@ def test_encoder_and_decoder_are_offloaded(seq2seq_checkpoint, place):
 def test_experts_of_a_variant_are_read_from_its_file(checkpoint, model, tmp_path):
     tiny_model(seed=1, moe_layer_positions=[0, 2], intermediate_size=48).save_pretrained(tmp_path)
     model.save_pretrained(tmp_path, variant="own")
-    offloaded = load(tmp_path, "disk", variant="own")
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(tmp_path, variant="own")
     assert torch.equal(logits(offloaded), logits(model))
 
 
@@ -193,15 +188,7 @@ def test_adapters_of_experts_are_refused(model):
 def test_pipelines_take_an_offloaded_model(model):
     offload_experts(model, device="cpu", experts_on_device=2)
     generator = TextGenerationPipeline(model=model, tokenizer=word_tokenizer())
-    assert generator("a b", max_new_tokens=3)[0]["generated_text"].startswith("a b")
-
-
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(
-        WordLevel({"<eos>": 0, "<pad>": 1, **{chr(97 + n): n + 2 for n in range(26)}}, unk_token="<pad>")
-    )
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>")
+    assert generator("w2 w3", max_new_tokens=3)[0]["generated_text"].startswith("w2 w3")
 
 
 def test_embeddings_in_place_of_ids(model):
@@ -213,8 +200,7 @@ def test_embeddings_in_place_of_ids(model):
 
 def test_bfloat16_is_read_from_a_checkpoint_of_float32(checkpoint):
     whole = load(checkpoint, "memory", dtype=torch.bfloat16)
-    offloaded = load(checkpoint, "disk", dtype=torch.bfloat16)
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(checkpoint, dtype=torch.bfloat16)
     assert {p.dtype for p in offloaded.parameters() if p.is_floating_point()} == {torch.bfloat16}
     assert torch.equal(logits(offloaded), logits(whole))
 
@@ -246,7 +232,7 @@ def test_threads_do_not_mix_up_experts(model):
     wrong = []
 
     def work(ids, right):
-        wrong.extend(turn for turn in range(10) if not torch.equal(logits(model, ids, None), right))
+        wrong.extend(turn for turn in range(5) if not torch.equal(logits(model, ids, None), right))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(batches, expected, strict=True)]
     for thread in threads:
@@ -291,7 +277,7 @@ def test_all_layers_are_announced_before_the_first_block_runs(model):
     assert offload.statistics.hit_rate == 1
 
 
-@pytest.mark.parametrize("experts_on_device", [1, 2, 5])
+@pytest.mark.parametrize("experts_on_device", [2, 5])
 def test_layers_wait_for_slow_reads(model, monkeypatch, experts_on_device):
     expected = logits(model)
     offload = offload_experts(model, device="cpu", experts_on_device=experts_on_device)
@@ -436,15 +422,13 @@ def single_file(model, tmp_path):
 
 
 def test_a_deleted_checkpoint_is_still_read(single_file, model):
-    offloaded = load(single_file.parent, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(single_file.parent)
     single_file.unlink()
     assert torch.equal(logits(offloaded), logits(model))
 
 
 def test_a_checkpoint_that_is_cut_off_is_one_clear_error(single_file, model):
-    offloaded = load(single_file.parent, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=5)
+    offloaded = load_offloaded(single_file.parent, experts_on_device=5)
     known = IDS[:1, :1]
     expected = logits(model, known, None)
     assert torch.equal(logits(offloaded, known, None), expected)
@@ -459,8 +443,7 @@ def test_a_checkpoint_that_is_cut_off_is_one_clear_error(single_file, model):
 
 
 def test_a_read_that_fails_for_a_while_is_tried_again(checkpoint, model, monkeypatch):
-    offloaded = load(checkpoint, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=2)
+    offloaded = load_offloaded(checkpoint)
     rows = offloaded.model.moe_layers[1].expert_stack.rows["sublayers.1.up_proj"]
     with monkeypatch.context() as broken:
         broken.setattr(rows.file, "state", None)
@@ -472,25 +455,9 @@ def test_a_read_that_fails_for_a_while_is_tried_again(checkpoint, model, monkeyp
 
 
 def test_a_backward_pass_through_another_expert_is_refused(checkpoint):
-    offloaded = load(checkpoint, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=1)
+    offloaded = load_offloaded(checkpoint, experts_on_device=1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         offloaded(IDS, labels=IDS).loss.backward()
-
-
-def test_experts_are_read_from_where_the_checkpoint_has_them(checkpoint):
-    """The names and rows of the files themselves."""
-    offloaded = load(checkpoint, "disk")
-    offload_experts(offloaded, device="cpu", experts_on_device=5)
-    logits(offloaded)
-    stack = offloaded.model.moe_layers[1].expert_stack
-    expert, slot = next(iter(stack.slot_of.items()))
-    name = "model.moe_layers.1.expert_stack.sublayers.0.down_proj"
-    for path in checkpoint.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            if name in file.keys():  # noqa: SIM118
-                stored = file.get_slice(name)[expert]
-    assert torch.equal(stack.slots.sublayers[0].down_proj[slot], stored)
 
 
 # On a CUDA device

@@ -1,8 +1,5 @@
 """The balanced assignment: against scipy's exact one, its loads, degenerate scores, and what it leaves alone."""
 
-import time
-from statistics import median
-
 import numpy as np
 import pytest
 import torch
@@ -10,15 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from helpers.models import tiny_config
-from modeling_stablemoe.model.experts_stablemoe import StableMoEExperts
-from modeling_stablemoe.solvers import assignment as assignment_stablemoe
+from modeling_stablemoe.solvers import assignment
 from modeling_stablemoe.solvers.assignment import (
     balanced_assignment,
     best_paths,
     clearing_prices,
     round_to_grid,
 )
+
+
+pytestmark = pytest.mark.pairs
 
 
 def largest_sum(scores: torch.Tensor) -> float:
@@ -53,50 +51,37 @@ def assert_balanced(expert: torch.Tensor, num_experts: int) -> None:
     assert sorted(load.tolist()) == [places] * (num_experts - num_extra) + [places + 1] * num_extra
 
 
+def normal(*shape):
+    return torch.randn(*shape)
+
+
+def repeated(distinct: int, num_tokens: int, num_experts: int):
+    return normal(distinct, num_experts)[torch.randint(distinct, (num_tokens,))]
+
+
+# Scores of T tokens on E experts.
+KINDS = {
+    "normal": normal,
+    "common direction": lambda T, E: normal(T, E) + 30 * normal(1, E),
+    "one direction": lambda T, E: normal(T, 1) * normal(1, E),
+    "heavy tails": lambda T, E: normal(T, E) / normal(T, E),
+    "integers": lambda T, E: torch.randint(-2, 3, (T, E)).float(),
+    "two rows": lambda T, E: repeated(2, T, E),
+    "repeated rows": lambda T, E: repeated(1 + T // 8, T, E),
+    "nearly repeated rows": lambda T, E: repeated(1 + T // 8, T, E) * (1 + 1e-7 * normal(T, 1)),
+    "noisy repeated rows": lambda T, E: repeated(2, T, E) + 1e-4 * normal(T, E),
+    "saturated": lambda T, E: torch.sigmoid(20 * normal(T, E)),
+    "zeros": torch.zeros,
+    "equal": lambda T, E: torch.full((T, E), 0.1),
+    "constant columns": lambda T, E: normal(1, E).repeat(T, 1),
+    "one wanted": lambda T, E: torch.eye(E)[-1].repeat(T, 1),
+}
+
+
 def make_scores(kind: str, num_tokens: int, num_experts: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    def repeated(distinct):
-        return normal(distinct, num_experts)[torch.randint(distinct, (num_tokens,), generator=generator)]
-
-    kinds = {
-        "normal": lambda: normal(num_tokens, num_experts),
-        "common direction": lambda: normal(num_tokens, num_experts) + 30 * normal(1, num_experts),
-        "one direction": lambda: normal(num_tokens, 1) * normal(1, num_experts),
-        "heavy tails": lambda: normal(num_tokens, num_experts) / normal(num_tokens, num_experts),
-        "integers": lambda: torch.randint(-2, 3, (num_tokens, num_experts), generator=generator).float(),
-        "two rows": lambda: repeated(2),
-        "repeated rows": lambda: repeated(1 + num_tokens // 8),
-        "nearly repeated rows": lambda: repeated(1 + num_tokens // 8) * (1 + 1e-7 * normal(num_tokens, 1)),
-        "noisy repeated rows": lambda: repeated(2) + 1e-4 * normal(num_tokens, num_experts),
-        "saturated": lambda: torch.sigmoid(20 * normal(num_tokens, num_experts)),
-        "zeros": lambda: torch.zeros(num_tokens, num_experts),
-        "equal": lambda: torch.full((num_tokens, num_experts), 0.1),
-        "constant columns": lambda: normal(1, num_experts).repeat(num_tokens, 1),
-        "one wanted": lambda: torch.eye(num_experts)[-1].repeat(num_tokens, 1),
-    }
-    return kinds[kind]()
-
-
-KINDS = [
-    "normal",
-    "common direction",
-    "one direction",
-    "heavy tails",
-    "integers",
-    "two rows",
-    "repeated rows",
-    "nearly repeated rows",
-    "noisy repeated rows",
-    "saturated",
-    "zeros",
-    "equal",
-    "constant columns",
-    "one wanted",
-]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return KINDS[kind](num_tokens, num_experts)
 
 
 def test_by_hand_the_token_that_loses_least_leaves_the_crowded_expert():
@@ -115,9 +100,13 @@ def test_by_hand_the_odd_token_goes_where_it_brings_most():
     assert balanced_assignment(torch.tensor([[2.0, 1.0], [2.0, 1.0], [0.0, 3.0]])).tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@given(num_tokens=st.integers(1, 60), num_experts=st.integers(1, 11), seed=st.integers(0, 999))
-@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(KINDS)),
+    num_tokens=st.integers(1, 60),
+    num_experts=st.integers(1, 11),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=100, deadline=None)
 def test_loads_are_even_and_the_sum_is_that_of_scipy(kind, num_tokens, num_experts, seed):
     scores = make_scores(kind, num_tokens, num_experts, seed)
     expert = balanced_assignment(scores)
@@ -126,22 +115,7 @@ def test_loads_are_even_and_the_sum_is_that_of_scipy(kind, num_tokens, num_exper
     assert missing <= (0 if kind == "integers" else allowed_loss(scores))
 
 
-@given(
-    rows=st.integers(1, 5).flatmap(
-        lambda experts: st.lists(
-            st.lists(st.integers(-3, 3), min_size=experts, max_size=experts), min_size=1, max_size=24
-        )
-    )
-)
-@settings(max_examples=200, deadline=None)
-def test_small_whole_numbers_reach_the_largest_sum_exactly(rows):
-    scores = torch.tensor(rows, dtype=torch.float32)
-    expert = balanced_assignment(scores)
-    assert_balanced(expert, scores.shape[1])
-    assert sum_of(scores, expert) == largest_sum(scores)
-
-
-@pytest.mark.parametrize(("num_tokens", "num_experts"), [(600, 16), (517, 16), (100, 130), (300, 128)])
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(600, 16), (517, 16), (100, 130)])
 @pytest.mark.parametrize("kind", ["normal", "common direction", "integers", "repeated rows"])
 def test_sum_of_scipy_with_prices_that_need_steps(kind, num_tokens, num_experts):
     scores = make_scores(kind, num_tokens, num_experts)
@@ -150,7 +124,7 @@ def test_sum_of_scipy_with_prices_that_need_steps(kind, num_tokens, num_experts)
     assert largest_sum(scores) - sum_of(scores, expert) <= allowed_loss(scores)
 
 
-@pytest.mark.parametrize("num_tokens", [4096, 4093])
+@pytest.mark.parametrize("num_tokens", [2048, 2045])
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_tokens_need_few_rounds_and_no_exchange_would_pay(kind, num_tokens, monkeypatch):
     num_experts, rounds = 16, []
@@ -159,7 +133,7 @@ def test_many_tokens_need_few_rounds_and_no_exchange_would_pay(kind, num_tokens,
         rounds.append(1)
         return best_paths(*args)
 
-    monkeypatch.setattr(assignment_stablemoe, "best_paths", count)
+    monkeypatch.setattr(assignment, "best_paths", count)
     scores = make_scores(kind, num_tokens, num_experts)
     expert = balanced_assignment(scores)
     assert_balanced(expert, num_experts)
@@ -182,7 +156,7 @@ def best_exchange(scores: torch.Tensor, expert: torch.Tensor) -> float:
     return gain[allowed].max().item()
 
 
-@pytest.mark.parametrize("kind", ["common direction", "noisy repeated rows", "heavy tails"])
+@pytest.mark.parametrize("kind", ["common direction", "noisy repeated rows"])
 def test_prices_leave_few_tokens_to_move(kind):
     scores = round_to_grid(make_scores(kind, 4096, 16))
     load = torch.bincount((scores - clearing_prices(scores)).argmax(-1), minlength=16)
@@ -200,17 +174,17 @@ def test_few_tokens_or_experts(num_tokens, num_experts):
         assert expert.item() == scores.argmax().item()
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (3, 0)])
-def test_scores_that_are_no_matrix_are_refused(shape):
-    with pytest.raises(ValueError, match="tokens, experts"):
-        balanced_assignment(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_scores_that_are_not_finite_are_refused(value):
-    scores = torch.zeros(4, 2)
-    scores[1, 1] = value
-    with pytest.raises(ValueError, match="finite"):
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.zeros(3), "tokens, experts"),
+        (torch.zeros(3, 0), "tokens, experts"),
+        (torch.tensor([[0.0, torch.nan]]), "finite"),
+        (torch.tensor([[0.0, -torch.inf]]), "finite"),
+    ],
+)
+def test_scores_that_are_no_matrix_of_finite_numbers_are_refused(scores, message):
+    with pytest.raises(ValueError, match=message):
         balanced_assignment(scores)
 
 
@@ -223,19 +197,12 @@ def test_every_float_dtype_reaches_its_largest_sum(dtype):
     assert largest_sum(scores) - sum_of(scores, expert) <= allowed_loss(scores.double())
 
 
-@pytest.mark.parametrize("exponent", [-1040, -1000, -100, 100, 1000, 1016])
+@pytest.mark.parametrize("exponent", [-1040, -100, 1016])
 def test_scale_changes_nothing(exponent):
     # Whole numbers, so that the smallest scales lose no bits.
     scores = torch.randint(-99, 100, (60, 5), generator=torch.Generator().manual_seed(0)).double()
     scaled = scores * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)
     assert torch.equal(balanced_assignment(scaled), balanced_assignment(scores))
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_extreme_float32_scores_reach_the_largest_sum(scale):
-    scores = make_scores("normal", 60, 5) * scale
-    missing = largest_sum(scores.double() / scale) - sum_of(scores.double() / scale, balanced_assignment(scores))
-    assert missing <= allowed_loss(scores.double() / scale)
 
 
 def test_a_constant_added_to_a_row_changes_nothing():
@@ -253,9 +220,8 @@ def test_order_of_tokens_and_experts_does_not_matter():
     assert torch.equal(experts[balanced_assignment(scores[:, experts])], expert)
 
 
-@pytest.mark.parametrize("kind", ["normal", "zeros", "two rows"])
-def test_same_scores_give_the_same_experts_and_draw_no_random_numbers(kind):
-    scores = make_scores(kind, 500, 8)
+def test_same_scores_give_the_same_experts_and_draw_no_random_numbers():
+    scores = make_scores("two rows", 500, 8)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = balanced_assignment(scores)
@@ -264,50 +230,19 @@ def test_same_scores_give_the_same_experts_and_draw_no_random_numbers(kind):
     assert torch.equal(balanced_assignment(scores.clone()), first)
 
 
-def test_scores_stay_as_they_are_and_no_graph_is_kept(monkeypatch):
-    prices = record_prices(monkeypatch)
-    scores = make_scores("common direction", 500, 8).double().requires_grad_()
-    before = scores.detach().clone()
-    assert not balanced_assignment(scores).requires_grad
-    assert not prices[0].requires_grad
-    assert torch.equal(scores.detach(), before)
-
-
-def test_autocast_does_not_blur_the_prices(monkeypatch):
-    prices = record_prices(monkeypatch)
-    scores = make_scores("common direction", 500, 8)
-    balanced_assignment(scores)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        balanced_assignment(scores)
-    assert torch.equal(prices[0], prices[1])
-
-
-def record_prices(monkeypatch) -> list[torch.Tensor]:
+def test_scores_stay_as_they_are_and_prices_have_no_graph_and_are_not_blurred_by_autocast(monkeypatch):
     prices = []
 
     def record(scores):
         prices.append(clearing_prices(scores))
         return prices[-1]
 
-    monkeypatch.setattr(assignment_stablemoe, "clearing_prices", record)
-    return prices
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["normal", "common direction"])
-def test_8192_tokens_cost_a_fraction_of_what_their_experts_cost(kind):
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_experts": 32, "num_expert_sublayers": 3}
-    config = tiny_config(**sizes)
-    config._experts_implementation = "grouped_mm"
-    experts = StableMoEExperts(config)
-    for parameter in experts.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    scores, hidden = make_scores(kind, 8192, 32), torch.randn(8192, 256, requires_grad=True)
-    ratios = []
-    for _ in range(5):
-        start = time.perf_counter()
-        index = balanced_assignment(scores)
-        assigned = time.perf_counter()
-        experts(hidden, index.unsqueeze(-1), torch.ones(8192, 1)).sum().backward()
-        ratios.append((assigned - start) / (time.perf_counter() - assigned))
-    assert median(ratios) < 0.2, ratios
+    monkeypatch.setattr(assignment, "clearing_prices", record)
+    scores = make_scores("common direction", 500, 8).requires_grad_()
+    before = scores.detach().clone()
+    balanced_assignment(scores)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        balanced_assignment(scores)
+    assert not prices[0].requires_grad
+    assert torch.equal(prices[0], prices[1])
+    assert torch.equal(scores.detach(), before)

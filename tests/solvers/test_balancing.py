@@ -1,6 +1,5 @@
 """The balanced table: bound and limit against scipy and brute force, degenerate tables, and errors."""
 
-import itertools
 import math
 from fractions import Fraction
 
@@ -12,6 +11,9 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from modeling_stablemoe.solvers.balancing import BalancedTable, balanced_table
+
+
+pytestmark = pytest.mark.pairs
 
 
 MAX_LOADS = [1.0, 1.05, 1.2, 1.5, 2.0]
@@ -81,20 +83,8 @@ def zipf_problem(num_ids: int, num_experts: int, heaviest: float, seed: int = 0)
     return shares.double() * counts.unsqueeze(-1), counts
 
 
-def greedy_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: float) -> float:
-    """Heaviest id first, each to the expert with room where most tokens agree."""
-    room, kept = [limit] * agreement.shape[1], 0.0
-    for token in counts.argsort(descending=True).tolist():
-        expert = max(
-            (i for i in range(len(room)) if room[i] >= counts[token]), key=agreement[token].tolist().__getitem__
-        )
-        room[expert] -= counts[token].item()
-        kept += agreement[token, expert].item()
-    return kept
-
-
 @given(problem=small_problems())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_small_problems_keep_to_limit_and_bound_and_raise_the_limit_to_the_greedy_packing_at_most(problem):
     agreement, counts, max_load = problem
     assume(int(counts.max()) <= exact_limit(counts, agreement.shape[1], max_load))
@@ -114,7 +104,7 @@ def test_small_problems_keep_to_limit_and_bound_and_raise_the_limit_to_the_greed
 
 def test_small_problems_come_close_to_the_optimum_of_scipy():
     kept = []
-    for seed in range(60):
+    for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
         counts = torch.randint(1, 16, (12,), generator=generator)
         agreement = (torch.rand(12, 4, generator=generator) * counts.unsqueeze(-1)).round()
@@ -124,20 +114,8 @@ def test_small_problems_come_close_to_the_optimum_of_scipy():
     assert min(kept) > 0.85
 
 
-def tables_with_heavy_ids_alone(counts, num_experts: int, limit: Fraction, raised: float) -> list[tuple[int, ...]]:
-    """All tables in which an id above the limit shares its expert with no token, and the others keep to one raised."""
-    fitting = []
-    for table in itertools.product(range(num_experts), repeat=len(counts)):
-        shares = [
-            [int(counts[v]) for v in range(len(counts)) if table[v] == i and counts[v]] for i in range(num_experts)
-        ]
-        if all(len(share) == 1 if max(share, default=0) > limit else sum(share) <= raised for share in shares):
-            fitting.append(table)
-    return fitting
-
-
 @given(problem=small_problems(most_ids=6, most_experts=3), heavy=st.lists(st.integers(16, 99), min_size=1, max_size=3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_ids_that_outweigh_the_limit_stand_alone_and_all_others_keep_to_it(problem, heavy):
     agreement, counts, max_load = problem
     counts = torch.cat([counts, torch.tensor(heavy)])[-len(agreement) :]
@@ -147,30 +125,6 @@ def test_ids_that_outweigh_the_limit_stand_alone_and_all_others_keep_to_it(probl
     if agreement.shape[1] > 1:
         assert sorted(result.alone.tolist()) == [v for v, count in enumerate(counts.tolist()) if count > limit]
     assert counts[result.alone].tolist() == sorted(counts[result.alone].tolist(), reverse=True)
-    fitting = tables_with_heavy_ids_alone(counts, agreement.shape[1], limit, float(limit) + 1e-9)
-    assert fitting or result.limit > float(limit) + 1e-9
-    fitting = tables_with_heavy_ids_alone(counts, agreement.shape[1], limit, result.limit + 1e-9)
-    best = max(sum(int(agreement[v, i]) for v, i in enumerate(table)) for table in fitting)
-    assert result.agreement <= best <= result.bound * (1 + 1e-9)
-
-
-@given(seed=st.integers(0, 999), max_load=st.sampled_from(MAX_LOADS[1:]))
-@settings(max_examples=30, deadline=None)
-def test_bound_holds_against_brute_force_for_counts_that_are_not_whole(seed, max_load):
-    generator = torch.Generator().manual_seed(seed)
-    counts = torch.rand(6, generator=generator, dtype=torch.float64)
-    assume(counts.max() <= max_load * counts.sum() / 3)
-    agreement = torch.rand(6, 3, generator=generator, dtype=torch.float64) * counts.unsqueeze(-1)
-    result = balanced_table(agreement, counts, max_load)
-    assert_consistent(result, agreement, counts)
-    tables = torch.tensor(list(itertools.product(range(3), repeat=6)))
-    load = torch.stack([(counts * (tables == i)).sum(-1) for i in range(3)], dim=-1)
-    kept = agreement.gather(1, tables.T).sum(0)
-    best = kept[load.amax(-1) <= result.limit * (1 + 1e-9)].max().item()
-    assert result.agreement <= best * (1 + 1e-9)
-    assert best <= result.bound * (1 + 1e-9)
-    needed, limit = load.amax(-1).min().item(), max_load * counts.sum().item() / 3
-    assert result.limit > limit * (1 + 1e-9) or needed <= limit * (1 + 1e-9)
 
 
 def test_by_hand_the_id_that_loses_least_leaves_the_crowded_expert():
@@ -189,37 +143,26 @@ def test_greedy_packing_misses_the_limit_but_a_table_within_it_is_found():
 
 @pytest.mark.parametrize("heaviest", [300.0, 30000.0])
 @pytest.mark.parametrize("max_load", [1.05, 1.5])
-def test_many_ids_come_close_to_the_bound_and_beat_the_greedy_table(heaviest, max_load):
+def test_many_ids_come_close_to_the_bound(heaviest, max_load):
     agreement, counts = zipf_problem(2000, 16, heaviest)
     result = balanced_table(agreement, counts, max_load)
     assert_consistent(result, agreement, counts)
     assert result.limit == pytest.approx(max_load * counts.sum().item() / 16, rel=1e-9)
     # The bound takes ids as divisible, and the heaviest ones are nearly as heavy as an expert may be.
     assert result.bound - result.agreement <= 2e-2 * result.bound
-    assert result.agreement > greedy_agreement(agreement, counts.clamp(max=result.limit), result.limit)
     assert result.bound < result.best_agreement
 
 
-@pytest.mark.parametrize("max_load", [4.0, 4.5])
-def test_rebalanced_table_stays_where_the_limit_does_not_bind(max_load):
+def test_rebalanced_table_stays_where_the_limit_does_not_bind():
     generator = torch.Generator().manual_seed(0)
     table, counts = torch.randint(4, (300,), generator=generator), torch.randint(1, 99, (300,), generator=generator)
-    result = balanced_table(torch.eye(4)[table] * counts.unsqueeze(-1), counts, max_load)
+    result = balanced_table(torch.eye(4)[table] * counts.unsqueeze(-1), counts, 4.0)
     assert torch.equal(result.table, table)
     assert result.agreement == result.bound == result.best_agreement == counts.sum()
 
 
-def test_rebalanced_table_moves_no_more_tokens_than_are_too_many():
-    # Expert 0 has 60 tokens of 80, in ids of one token; 20 may stay.
-    table = torch.cat([torch.zeros(60), torch.arange(20) % 3 + 1]).long()
-    result = balanced_table(torch.eye(4)[table], torch.ones(80), 1.0)
-    assert result.agreement == 40
-    assert result.bound == pytest.approx(40, rel=1e-4)
-    assert result.load.tolist() == [20] * 4
-
-
 @given(problem=small_problems(), exponent=st.sampled_from([-40, -3, 5, 60]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_scale_of_the_agreement_changes_nothing(problem, exponent):
     agreement, counts, max_load = problem
     result = balanced_table(agreement, counts, max_load)
@@ -229,7 +172,7 @@ def test_scale_of_the_agreement_changes_nothing(problem, exponent):
 
 
 @given(problem=small_problems(), factor=st.sampled_from([0.1, 0.25, 3.0, 1e6]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_counts_of_any_scale_keep_to_limit_and_bound(problem, factor):
     agreement, counts, max_load = problem
     # In float32 a tenth is off by more than loads may be.
@@ -265,7 +208,7 @@ def test_degenerate_problems_keep_what_can_be_kept(agreement, counts, max_load):
     assert_consistent(result, agreement, counts)
 
 
-@pytest.mark.parametrize("heaviest", [[5000.0], [5000.0, 9000.0], [9000.0] * 7])
+@pytest.mark.parametrize("heaviest", [[5000.0, 9000.0], [9000.0] * 7])
 @pytest.mark.parametrize("num_bands", [1, 4])
 def test_heavy_ids_do_not_move_the_limit_of_the_others(heaviest, num_bands):
     agreement, counts = zipf_problem(200, 8, 300.0)
@@ -279,111 +222,48 @@ def test_heavy_ids_do_not_move_the_limit_of_the_others(heaviest, num_bands):
 
 
 def test_same_numbers_give_the_same_table_draw_no_random_numbers_and_stay_as_they_are():
-    agreement, counts = zipf_problem(400, 8, 300.0)
+    agreement, counts = zipf_problem(200, 8, 300.0)
     before, state = (agreement.clone(), counts.clone()), torch.get_rng_state()
     first = balanced_table(agreement.requires_grad_(), counts, 1.05)
-    torch.manual_seed(3)
-    assert torch.equal(balanced_table(agreement, counts, 1.05).table, first.table)
-    torch.manual_seed(0)
-    torch.set_rng_state(state)
-    balanced_table(agreement, counts, 1.05)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(agreement.detach(), before[0])
     assert torch.equal(counts, before[1])
+    torch.manual_seed(3)
+    assert torch.equal(balanced_table(agreement, counts, 1.05).table, first.table)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (3, 0)])
-def test_agreement_that_is_no_matrix_is_refused(shape):
-    with pytest.raises(ValueError, match=r"`agreement` has shape .* one row per token id"):
-        balanced_table(torch.ones(shape), torch.ones(3), 1.0)
-
-
-@pytest.mark.parametrize("shape", [(4,), (3, 1), ()])
-def test_counts_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"`token_counts` has shape .* one count per row"):
-        balanced_table(torch.ones(3, 2), torch.ones(shape), 1.0)
+MATRIX = {"agreement": torch.ones(3, 2), "token_counts": torch.ones(3), "max_load": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("value", "message"), [(-1.0, "holds -1.0; pass numbers >= 0"), (math.nan, "nan; pass finite")]
+    ("wrong", "message"),
+    [
+        ({"agreement": torch.ones(3)}, r"`agreement` has shape .* one row per token id"),
+        ({"agreement": torch.ones(3, 0)}, r"`agreement` has shape .* one row per token id"),
+        ({"token_counts": torch.ones(4)}, r"`token_counts` has shape .* one count per row"),
+        ({"token_counts": torch.ones(())}, r"`token_counts` has shape .* one count per row"),
+        ({"agreement": -torch.ones(3, 2)}, r"`agreement` .*holds -1.0; pass numbers >= 0"),
+        ({"token_counts": torch.tensor([1, math.nan, 1])}, r"`token_counts` .*nan; pass finite"),
+        ({"max_load": 0.99}, r"`max_load` is 0.99; pass a finite number >= 1"),
+        ({"max_load": math.nan}, r"`max_load` is nan; pass a finite number >= 1"),
+        ({"num_bands": 0}, "`num_bands` is 0; pass an integer >= 1"),
+    ],
 )
-@pytest.mark.parametrize("name", ["agreement", "token_counts"])
-def test_numbers_that_are_negative_or_not_finite_are_refused(name, value, message):
-    tensors = {"agreement": torch.ones(3, 2), "token_counts": torch.ones(3)}
-    tensors[name].view(-1)[1] = value
-    with pytest.raises(ValueError, match=f"`{name}` .*{message}"):
-        balanced_table(**tensors, max_load=1.0)
-
-
-@pytest.mark.parametrize("max_load", [0.99, -1.0, math.nan, math.inf])
-def test_max_load_below_one_or_not_finite_is_refused(max_load):
-    with pytest.raises(ValueError, match=rf"`max_load` is {max_load}; pass a finite number >= 1"):
-        balanced_table(torch.ones(3, 2), torch.ones(3), max_load)
+def test_what_makes_no_problem_is_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        balanced_table(**MATRIX | wrong)
 
 
 # In bands of frequency
 
 
-def bands_of(counts: torch.Tensor, num_bands: int) -> list[torch.Tensor]:
-    """Ids from frequent to rare, cut where the tokens so far pass another share of all."""
-    order = counts.double().argsort(descending=True, stable=True)
-    share = counts.double()[order].cumsum(0) / counts.sum()
-    return [order[(share * num_bands).ceil().clamp(1, num_bands) == band] for band in range(1, num_bands + 1)]
-
-
-@pytest.mark.parametrize("max_load", [1.02, 1.2])
-def test_every_band_is_spread_as_evenly_as_its_heaviest_ids_allow(max_load):
-    agreement, counts = zipf_problem(600, 8, 3000)
-    plain = balanced_table(agreement, counts, max_load, 1)
-    banded = balanced_table(agreement, counts, max_load, 6)
-    assert torch.equal(plain.table, balanced_table(agreement, counts, max_load).table)
+def test_bands_of_frequency_spread_frequent_ids_more_evenly_for_some_agreement():
+    agreement, counts = zipf_problem(300, 8, 3000)
+    plain, banded = (balanced_table(agreement, counts, 1.02, num_bands) for num_bands in (1, 6))
     assert_consistent(banded, agreement, counts)
-    placed = torch.zeros(8, dtype=torch.double)
-    for ids in bands_of(counts, 6):
-        before = placed.clone()
-        placed.index_add_(0, banded.table[ids], counts[ids].double())
-        allowed = max(max_load * placed.sum() / 8, before.min() + counts[ids].max())
-        assert (placed[placed > before] <= allowed * (1 + 1e-9)).all()
-    frequent = torch.cat(bands_of(counts, 6)[:4])
-    loads = [
-        torch.zeros(8, dtype=torch.double).index_add(0, result.table[frequent], counts[frequent].double())
-        for result in (plain, banded)
-    ]
+    order = counts.argsort(descending=True, stable=True)
+    frequent = order[counts[order].cumsum(0) <= 4 / 6 * counts.sum()]
+    loads = [torch.bincount(result.table[frequent], counts[frequent].double(), 8) for result in (plain, banded)]
     assert loads[1].std() < loads[0].std()
     assert banded.agreement <= plain.agreement
     assert banded.limit == plain.limit
-
-
-@settings(max_examples=40, deadline=None)
-@given(small_problems(), st.integers(2, 3))
-def test_small_bands_keep_to_the_limit_beside_those_before(problem, num_bands):
-    agreement, counts, max_load = problem
-    result = balanced_table(agreement, counts, max_load, num_bands)
-    assert_consistent(result, agreement, counts)
-    num_experts = agreement.shape[1]
-    if num_experts == 1 or not counts.sum():
-        return
-    load = torch.zeros(num_experts, dtype=torch.double)
-    placed = 0.0
-    for ids in bands_of(counts, num_bands):
-        ids = ids[counts[ids] > 0]
-        if not len(ids):
-            continue
-        placed += counts[ids].sum().item()
-        limit, packed, needed = max_load * placed / num_experts, load.clone(), 0.0
-        alone = counts[ids] > limit + 1e-9
-        for count, is_alone in zip(counts[ids].tolist(), alone.tolist(), strict=True):
-            expert = int(packed.argmin())
-            packed[expert] += math.inf if is_alone else count
-            needed = needed if is_alone else max(needed, packed[expert].item())
-        capacity = max(limit, needed) + 1e-9
-        # An id that alone outweighs the limit fills an expert, so that nothing else fits beside it.
-        weights = counts[ids].double().masked_fill(alone, capacity)
-        added = torch.zeros(num_experts, dtype=torch.double).index_add(0, result.table[ids], weights)
-        assert (added <= (capacity - load).clamp(min=0)).all()
-        load.index_add_(0, result.table[ids], counts[ids].double())
-
-
-def test_no_band_is_refused():
-    with pytest.raises(ValueError, match="`num_bands` is 0; pass an integer >= 1"):
-        balanced_table(torch.ones(3, 2), torch.ones(3), 1.0, 0)

@@ -24,7 +24,7 @@ from transformers import StaticCache, masking_utils
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from helpers.models import COUNTING, FOLLOWING, tiny_model, tiny_seq2seq_model
+from helpers.models import COUNTING, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe.measure.meter import RoutingMeter
 from modeling_stablemoe.training.loops import drop_idle_gradients
 
@@ -136,23 +136,18 @@ def cases() -> dict[str, Callable]:
         "look to": partial(look, lambda values: torch.zeros(3).to(DEVICE)),
     }
     for stage, frozen in (("stage 1", False), ("stage 2", True)):
-        for backend in ("grouped_mm", "batched_mm"):
-            options = {"backend": backend, "frozen": frozen}
-            found[f"train {stage} {backend}"] = partial(train, **options)
-            found[f"train {stage} {backend} padded"] = partial(train, padded=True, **options)
-            found[f"decode {stage} {backend}"] = partial(decode, **options)
-        found[f"decode {stage} masked"] = partial(decode, masked=True, frozen=frozen)
-        found[f"decode {stage} cnn masked"] = partial(decode, masked=True, frozen=frozen, distilled_router="cnn")
-        found[f"train {stage} watched"] = partial(train, watched=True, frozen=frozen)
-        found[f"train {stage} cache"] = partial(train, use_cache=True, frozen=frozen)
+        everything = {"padded": True, "use_cache": True, "watched": True, "frozen": frozen}
+        found[f"train {stage} grouped_mm"] = partial(train, **everything)
+        found[f"train {stage} batched_mm"] = partial(train, backend="batched_mm", frozen=frozen)
         found[f"train {stage} seq2seq"] = partial(train, tiny_seq2seq_model, padded=True, watched=True, frozen=frozen)
         found[f"train {stage} cnn"] = partial(train, frozen=frozen, distilled_router="cnn")
-        found[f"decode {stage} cnn"] = partial(decode, frozen=frozen, distilled_router="cnn")
+        found[f"decode {stage} grouped_mm masked"] = partial(decode, masked=True, frozen=frozen)
+        found[f"decode {stage} batched_mm"] = partial(decode, backend="batched_mm", frozen=frozen)
+        found[f"decode {stage} cnn masked"] = partial(decode, masked=True, frozen=frozen, distilled_router="cnn")
     variants = {
         "hash": {"router_type": "hash"},
         "switch": {"router_type": "switch"},
         "base": {"router_type": "base"},
-        "following": FOLLOWING,
         "counting": COUNTING,
         "capacity": {"expert_capacity_factor": 2.0},
         "shared": {"share_experts_in_stage1": True},
