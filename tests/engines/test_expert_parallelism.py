@@ -306,7 +306,7 @@ def ran(tmp_path_factory) -> Path:
 def ran_slow(tmp_path_factory) -> Path:
     scenarios = [use, *([gradients, shared_batch, transition, trainer] if SENDS_TOKENS else [])]
     scenarios += [shards, shards_of_fsdp] if KEEPS_SHARDS else []
-    return run_processes(tmp_path_factory.mktemp("slow"), ["causal 1", *SLOW], scenarios)
+    return run_processes(tmp_path_factory.mktemp("slow"), [*FAST, *SLOW], scenarios)
 
 
 @pytest.fixture
