@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,11 +16,10 @@ import transformers
 from packaging import version
 from safetensors.torch import load_file
 
-from helpers import ROOT
 from helpers.checkpoints import CODE_FILES
 from helpers.forks import LATEST, ShortWorkplace, die, fault, fill_disk, finish, fork_script, last_step
 from helpers.trainers import make_trainer
-from helpers.workplaces import assert_same_saved_weights, children_of, content, free_port, load_script, refuse
+from helpers.workplaces import assert_same_saved_weights, content, load_script, refuse
 from modeling_stablemoe.checkpoints.engines import check_engine
 from modeling_stablemoe.checkpoints.folders import last_complete_checkpoint, what_is_missing
 from modeling_stablemoe.checkpoints.manifests import MANIFEST_FILE, CheckpointManifestCallback
@@ -114,49 +112,6 @@ def test_one_killed_process_of_two_leaves_no_checkpoint_without_its_random_state
     assert last_step(folder) == 2
     finish(workplace, "two", *LATEST, engine="ddp")
     assert_same_saved_weights(folder, expected)
-
-
-@pytest.mark.slow
-def test_launcher_ends_the_other_process_when_one_is_killed(workplace):
-    command = [
-        *("-m", "accelerate.commands.launch", "--config_file", ROOT / "configuration/accelerate/ddp-cpu.yaml"),
-        *("--main_process_port", free_port(), ROOT / "scripts" / "run_clm.py"),
-    ]
-    arguments = workplace.arguments("launched", "--per_device_train_batch_size", "2", max_steps=2000)
-    launcher = subprocess.Popen(
-        [sys.executable, *map(str, command), *arguments],
-        cwd=workplace.folder,
-        env={**workplace.environment, "GLOO_SOCKET_IFNAME": "lo"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while last_step(workplace.folder / "launched") is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        ranks = children_of(launcher.pid)
-        assert len(ranks) == 2
-        os.kill(ranks[1], signal.SIGKILL)
-        assert launcher.wait(timeout=60) != 0
-        assert not [pid for pid in ranks if is_running(pid)]
-    finally:
-        end_session(launcher)
-    assert last_step(workplace.folder / "launched") >= 2
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def end_session(process: subprocess.Popen):
-    """Kill a process and all that it has started."""
-    if process.poll() is None or Path(f"/proc/{process.pid}").exists():
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 # A full disk
