@@ -2,6 +2,7 @@
 
 import helpers  # noqa: F401, I001 - sets the environment before torch reads it
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(items):
         # Fixtures of a module are made once: its tests run in one worker.
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+def pytest_collection_finish():
+    # Every Trainer collects garbage when it starts: it need not look at all that was imported.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

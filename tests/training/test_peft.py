@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from helpers.checkpoints import EVERY_ID, run_without_package
+from helpers.matrices import one_fast
 from helpers.models import random_ids, tiny_model
 from helpers.trainers import Recorder, make_trainer, training_logs
 from modeling_stablemoe import (
@@ -196,14 +197,6 @@ def test_adapters_and_merged_models_load_in_a_fresh_interpreter_by_remote_code(t
 # Across the transition
 
 
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
 STAGED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
 CONFIGS = {
     "word_embedding": ({}, STAGE1),
@@ -212,7 +205,6 @@ CONFIGS = {
         {"distilled_router": "counts", "max_frozen_load": 1.3, "expert_bias_rate": 0.1},
         {"target_parameters": [*EXPERTS, "router.centroids"]},
     ),
-    "bigram": ({"distilled_router": "bigram"}, STAGE1),
 }
 
 
@@ -245,7 +237,7 @@ def at_steps(*pairs):
     return pytest.mark.parametrize(("staged", "step"), pairs, indirect=["staged"])
 
 
-@at_steps(("word_embedding", 2), ("counts", 6), ("bigram", 4))
+@at_steps(("word_embedding", 4), ("counts", 2))
 def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
     kind, trainer, _ = staged
     model = staged_model(kind)
@@ -264,7 +256,7 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
     assert last | {"tokens_per_second": 0.0} == expected | {"tokens_per_second": 0.0}
 
 
-@at_steps(("word_embedding", 2), ("counts", 6))
+@at_steps(("counts", 6))
 def test_adapters_resume_with_their_routing_wherever_their_checkpoint_is(staged, tmp_path, step):
     kind, trainer, _ = staged
     moved = tmp_path / "last-checkpoint"
@@ -282,7 +274,7 @@ def test_adapters_resume_with_their_routing_wherever_their_checkpoint_is(staged,
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-@at_steps(("word_embedding", 2), ("counts", 2), ("bigram", 6))
+@at_steps(("word_embedding", 2), ("word_embedding", 6), ("counts", 2))
 def test_adapters_without_their_routing_are_not_resumed(staged, tmp_path, step):
     kind, trainer, _ = staged
     moved = tmp_path / "last-checkpoint"
@@ -396,7 +388,7 @@ class Searching(TrainerCallback):
         state.is_hyper_param_search = True
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", one_fast(False, True))
 def test_trials_of_a_search_save_in_folders_of_their_own(tmp_path, frozen):
     routes = {}
     for run_name in ("run-0", "run-1"):
@@ -425,7 +417,7 @@ def test_trials_of_a_search_save_in_folders_of_their_own(tmp_path, frozen):
         assert torch.equal(loaded.route(IDS), route)
 
 
-@pytest.mark.parametrize("way", ["attention", "router", "adapted router"])
+@pytest.mark.parametrize("way", ["router", "adapted router"])
 def test_fluctuation_is_that_of_the_backbone_router_whatever_is_adapted(tmp_path, way):
     with torch.no_grad():
         indices = base_model().train()(IDS, output_router_logits=True).expert_indices  # the tiny model has no dropout
