@@ -351,10 +351,11 @@ def test_the_plan_deals_out_every_parameter_of_the_experts_and_nothing_of_a_rout
     assert others <= {as_rule(name) for name, _ in model.named_modules()}
 
 
-def test_the_parameters_behind_the_table_of_memory():
+@pytest.mark.parametrize("num_experts", [64, 128, 1024])
+def test_the_parameters_behind_the_table_of_memory(num_experts):
     with torch.device("meta"):
-        model = StableMoEForCausalLM(load_preset(PRESETS / "paper-large.json"))
-    assert count_parameters(model)["experts"] == 3_223_977_984
+        model = StableMoEForCausalLM(load_preset(PRESETS / "paper-large.json", num_experts=num_experts))
+    assert count_parameters(model)["experts"] == num_experts * 50_374_656
     assert count_parameters(model)["shared"] == pytest.approx(358e6, rel=0.003)
     # All of it is dealt out, and stands in one layer: what an engine that gathers layers gathers at once.
     assert {as_rule(name) for name in parameters_of_experts(model)} <= model._ep_plan.keys()
