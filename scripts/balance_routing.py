@@ -21,7 +21,7 @@ from modeling_stablemoe.runs import (
 
 @dataclass
 class BalanceArguments:
-    """How to balance, and where the result goes."""
+    """How to balance, and where to save the result."""
 
     output_dir: str = field(metadata={"help": "New folder for the balanced checkpoint and its tokenizer."})
     max_load: float = field(

@@ -56,7 +56,7 @@ def parse_arguments(argv=None):
 
 
 def prepare(model_args, data_args, compare_args, training_args) -> tuple:
-    """Make what all runs share, and the systems to run."""
+    """Prepare what all runs share, and the systems to run."""
     if model_args.model_preset is None:
         raise ValueError("Systems are trained from the beginning: name a `--model_preset`, no `--model_name_or_path`.")
     check_comparable(data_args, training_args)
@@ -94,7 +94,7 @@ def main(argv=None):
     with one_line_errors():
         comparison, systems = prepare(*arguments, training_args)
         runs, table = [], ""
-        # Seed by seed, so that whatever is there after an interruption can be compared.
+        # Seed by seed, so that an interrupted comparison has complete seeds to compare.
         for seed in compare_args.seeds:
             for system in systems:
                 runs.append(comparison.run(system, seed))

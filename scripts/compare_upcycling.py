@@ -55,7 +55,7 @@ def parse_arguments(argv=None):
 
 
 def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
-    """Make what all runs share, and the systems to run."""
+    """Prepare what all runs share, and the systems to run."""
     check_comparable(data_args, training_args)
     systems = read_systems(upcycling_args.systems, upcycling_args.only)
     check_names(systems)
@@ -79,7 +79,7 @@ def main(argv=None):
     with one_line_errors():
         comparison, systems = prepare(*arguments, training_args)
         starts, runs, table = [], [], ""
-        # Seed by seed, so that whatever is there after an interruption can be compared.
+        # Seed by seed, so that an interrupted comparison has complete seeds to compare.
         for seed in upcycling_args.seeds:
             starts.append(comparison.train_dense(seed))
             for system in systems:

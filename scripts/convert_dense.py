@@ -25,7 +25,7 @@ from modeling_stablemoe.runs import help_of, one_line_errors, parse_overrides, q
 
 @dataclass
 class ConvertArguments:
-    """What to convert a dense model to."""
+    """The StableMoE to make of a dense model."""
 
     num_experts: int | None = field(
         default=None, metadata={"help": "Experts of each MoE layer. Default: 32, as the paper's base model."}
@@ -65,7 +65,7 @@ class ConvertArguments:
         self.overrides = parse_overrides(self.config_overrides)
 
     def options(self) -> dict:
-        """Gather what `from_dense` takes."""
+        """Return the arguments of `from_dense`."""
         named = {name: getattr(self, name) for name in ("num_experts", "moe_layer_positions")}
         preset = routing_of_preset(self.model_preset) if self.model_preset else {}
         return preset | self.overrides | {name: value for name, value in named.items() if value is not None}
@@ -74,7 +74,7 @@ class ConvertArguments:
 def parse_arguments(argv=None):
     """Parse the command line: `(arguments, source, output folder)`."""
     parser = HfArgumentParser(ConvertArguments, **help_of(__doc__))
-    # Before the options: those that take several values would take them, too.
+    # Before the options, as those with several values would take them, too.
     parser.usage = "%(prog)s source output_dir [--option value ...]"
     parser.add_argument("source", help="Hub name or folder of a GPT-2 or OPT checkpoint")
     parser.add_argument("output_dir", help="new folder for the StableMoE and its tokenizer")
@@ -86,7 +86,7 @@ def parse_arguments(argv=None):
 
 
 def load_tokenizer(args: ConvertArguments, source: str):
-    """Load the tokenizer to save; `None` where none is wanted."""
+    """Load the tokenizer to save; `None` if none is wanted."""
     if args.tokenizer_name == "":
         return None
     name, revision = (args.tokenizer_name, None) if args.tokenizer_name else (source, args.revision)
@@ -96,7 +96,7 @@ def load_tokenizer(args: ConvertArguments, source: str):
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer loads ({error}); {remedy}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        # What transformers makes of a checkpoint without tokenizer files.
+        # Without tokenizer files, transformers makes one that has special tokens alone.
         raise ValueError(f"no tokenizer loads ({name!r} has none); {remedy}")
     return tokenizer
 
@@ -112,7 +112,7 @@ def describe(dense: PreTrainedModel, model: StableMoEForCausalLM) -> str:
 
 
 def convert(args: ConvertArguments, source: str, output_dir: str) -> str:
-    """Convert, compare and save; tell what came of it."""
+    """Convert, compare and save; return the report."""
     require_new_folder(output_dir)
     options = args.options()
     check_overrides(options)

@@ -24,7 +24,7 @@ from modeling_stablemoe.runs import (
 
 @dataclass
 class OutputArguments:
-    """What comes out, besides the tables on the standard output."""
+    """What to write besides the tables on the standard output."""
 
     top_k: int = field(default=20, metadata={"help": "Tokens to list of each expert."})
     json: str | None = field(default=None, metadata={"help": "File to write the numbers to."})
@@ -38,7 +38,7 @@ class OutputArguments:
             raise ValueError("--top_k must be >= 1")
 
     def check_folders(self):
-        """Check before the work whether its results can be kept.
+        """Check before the work that its results can be written.
 
         Raises:
             FileNotFoundError: if a file is to go where there is no folder.
@@ -56,7 +56,7 @@ def main(argv=None):
     with one_line_errors():
         output_args.check_folders()
         model, tokenizer, texts = route_through_checkpoint(name, text_args)
-        # Without the folders above it, which are nobody else's business.
+        # Only the folder's name, as the page may be shared.
         report = inspect_routing(model, tokenizer, texts, Path(os.path.abspath(name)).name, output_args.top_k)
         contents = {}
         if output_args.json:

@@ -87,11 +87,11 @@ class OffloadingArguments:
 
 
 def make_checkpoint(args: OffloadingArguments, folder: Path):
-    """Save a random model whose experts do something, with random tables."""
+    """Save a random model with random tables, whose experts change the output."""
     set_seed(args.seed)
     config = load_preset(args.model_preset, **args.overrides)
     with torch.device("meta"):
-        StableMoEForCausalLM(config)  # refused before anything large is made
+        StableMoEForCausalLM(config)  # refuses a bad config before anything large is made
     model = StableMoEForCausalLM(config)
     for layer in moe_layers_of(model).values():
         for sublayer in layer.expert_stack.sublayers:
@@ -116,7 +116,7 @@ def checkpoint_of(args: OffloadingArguments) -> Iterator[Path]:
 
 
 def check_lengths(args: OffloadingArguments, config) -> int:
-    """Return the number of slots, and refuse what the model cannot do."""
+    """Return the number of slots; refuse settings that the model cannot run."""
     if not getattr(config, "moe_layer_positions", None):
         raise ValueError("The model must be a causal language model with MoE layers.")
     longest = max(args.prompt_length, args.steps + 2)
@@ -129,8 +129,8 @@ def check_lengths(args: OffloadingArguments, config) -> int:
 
 
 def measure(args: OffloadingArguments) -> tuple[dict[str, list[dict]], dict]:
-    """Measure all arms by turns, each in a fresh process; return what each round gave, and the settings for the report."""
-    # Without a GPU, what is offloaded to the CPU is where it is computed with: accelerate leaves it in place.
+    """Measure all arms in turn, each in a fresh process; return the rounds, and the settings for the report."""
+    # Without a GPU, accelerate offloads nothing to the CPU, where the computation runs anyway.
     names = [name for name in ARMS if args.device == "cuda" or name != "accelerate-host"]
     rounds: dict[str, list[dict]] = {name: [] for name in names}
     with checkpoint_of(args) as checkpoint:

@@ -18,7 +18,7 @@ from modeling_stablemoe.model import RoutingHealth
 from modeling_stablemoe.runs import load_preset, one_line_errors, parse_options, parse_overrides, quiet_libraries
 
 
-# Steps that are not counted.
+# Warm-up steps, which are not counted.
 WARM_UP = 3
 
 
@@ -50,7 +50,7 @@ class MeasureArguments:
 
 
 class WithoutHealth(StableMoEForCausalLM):
-    """A model that does not take the health of its routing."""
+    """A model that does not measure the health of its routing."""
 
     def _health_of(self, routing, mask):
         return RoutingHealth(*[torch.zeros((), device=self.device)] * len(RoutingHealth._fields))
@@ -106,16 +106,16 @@ class Arm:
 
 
 def take_turns(arms: dict[str, Arm], ids: torch.Tensor, steps: int) -> dict[str, list[float]]:
-    """Let the arms take their steps by turns; return the seconds of each."""
+    """Let the arms take steps in turn; return the seconds of each step by arm."""
     names = list(arms)
     for step in range(steps + WARM_UP):
-        for name in names[step % len(names) :] + names[: step % len(names)]:  # none is always first
+        for name in names[step % len(names) :] + names[: step % len(names)]:  # so that no arm is always first
             arms[name].step(ids)
     return {name: arm.seconds[-steps:] for name, arm in arms.items()}
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return for each step what statistics added to it, in percent."""
+    """Return the time that statistics add to each step, in percent."""
     pairs = {
         "the model's own": ("bare", "no callback"),
         "the callback's": ("no callback", "callback"),

@@ -39,7 +39,7 @@ from modeling_stablemoe.runs import (
 
 @dataclass
 class PruneArguments:
-    """Where the result goes, and what is done with it."""
+    """Where to save the result, and what to do with it."""
 
     output_dir: str | None = field(
         default=None, metadata={"help": "New folder for the pruned checkpoint, its tokenizer and card."}
@@ -63,7 +63,7 @@ class PruneArguments:
 
 
 def plan(name: str, text_args: VocabularyArguments) -> tuple[Pruning, list[TextVocabulary]]:
-    """Read the text and the tables, and find out what is kept."""
+    """Read the text and the tables, and plan which experts to keep."""
     model_class, config, generation_config = read_configs(name)
     with open_weights(name) as weights:
         tables = read_tables(model_class, config, weights)
@@ -89,7 +89,7 @@ def save(model: PreTrainedModel, name: str, text_args: VocabularyArguments, fold
 
 
 def run(name: str, text_args: VocabularyArguments, prune_args: PruneArguments) -> str:
-    """Plan, and unless it is a dry run prune, compare and save; tell what came of it."""
+    """Plan and, unless it is a dry run, prune, compare and save; return the report."""
     if not prune_args.dry_run:
         require_new_folder(prune_args.output_dir)
     pruning, vocabularies = plan(name, text_args)

@@ -60,7 +60,7 @@ def parse_arguments(argv=None):
 
 
 def card_facts(model_args: ModelArguments, data_args: DataArguments, card_args: CardArguments) -> CardFacts:
-    """Gather what the model card says besides what is measured."""
+    """Gather what the model card says besides the measurements."""
     corpora = data_args.train_files or [data_args.dataset_name or f"Python {data_args.embedded_corpus}"]
     return card_args.facts(corpora[:1], model_args.model_name_or_path, dataset_config=data_args.dataset_config_name)
 
@@ -78,8 +78,8 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
 
 
 def prepare(model_args, data_args, routing_args, folder_args, facts, training_args) -> tuple:
-    """Make everything that training needs: `(trainer, blocks, checkpoint to resume from)`."""
-    # A checkpoint reads what its own tokenizer writes.
+    """Prepare everything that training needs: `(trainer, blocks, checkpoint to resume from)`."""
+    # A checkpoint needs its own tokenizer.
     data_args.tokenizer_name = data_args.tokenizer_name or model_args.model_name_or_path
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, model_args, data_args, routing_args)
     with training_args.main_process_first(desc="data"):

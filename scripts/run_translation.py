@@ -85,7 +85,7 @@ def parse_arguments(argv=None):
 
 
 def check_training_arguments(training_args: Seq2SeqTrainingArguments):
-    """Refuse options of Trainer that would do something else here than they say."""
+    """Refuse options of Trainer that would not do here what they say."""
     if training_args.do_train and training_args.per_device_train_batch_size != 1:
         raise ValueError(
             f"`--per_device_train_batch_size {training_args.per_device_train_batch_size}`: what Trainer takes for an "
@@ -97,7 +97,7 @@ def check_training_arguments(training_args: Seq2SeqTrainingArguments):
 
 
 def prepare_generation(model: PreTrainedModel, training_args: Seq2SeqTrainingArguments):
-    """Let `generate` default to what the run is scored with, here and for all who load the model."""
+    """Make the settings that the run is scored with the defaults of `generate`, also for users of the saved model."""
     config = model.generation_config
     config.max_length = training_args.generation_max_length or model.config.max_position_embeddings
     config.num_beams = training_args.generation_num_beams or 1
@@ -109,7 +109,7 @@ def prepare_generation(model: PreTrainedModel, training_args: Seq2SeqTrainingArg
 
 
 def card_facts(model_args: ModelArguments, data_args: TranslationDataArguments, card_args: CardArguments) -> CardFacts:
-    """Gather what the model card says besides what is measured."""
+    """Gather what the model card says besides the measurements."""
     named = [name.partition(":") for name in data_args.parallel_datasets]  # name:configuration
     return card_args.facts(
         [name for name, _, _ in named] or data_args.test_files or data_args.train_files or [f"Python {EMBEDDED_PAIR}"],
@@ -120,7 +120,7 @@ def card_facts(model_args: ModelArguments, data_args: TranslationDataArguments, 
 
 
 def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts, training_args) -> tuple:
-    """Make everything that training needs: `(trainer, encoded splits, checkpoint to resume from)`."""
+    """Prepare everything that training needs: `(trainer, encoded splits, checkpoint to resume from)`."""
     check_training_arguments(training_args)
     settings = (model_args, data_args, batch_args, routing_args)
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, *settings)
@@ -170,7 +170,7 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts,
 
 
 def translate(trainer: TranslationTrainer, split: Dataset) -> tuple[dict, float]:
-    """Translate and score a split: its scores, with the translations beside them in a file, and its perplexity."""
+    """Translate and score a split; write the translations to a file and return the scores and the perplexity."""
     metrics = TranslationMetrics(trainer.processing_class, split["target"], split["pair"])
     trainer.compute_metrics = metrics
     loss = trainer.predict(split, metric_key_prefix="test").metrics["test_loss"]
@@ -184,7 +184,7 @@ def translate(trainer: TranslationTrainer, split: Dataset) -> tuple[dict, float]
 
 
 def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
-    """Score the test split (the validation split where there is none), write the results and print them."""
+    """Score the test split (without one, the validation split), write the results and print them."""
     name = "test" if "test" in encoded else "validation"
     scores, perplexity = translate(trainer, encoded[name])
     results = {"split": name, "scores": scores, "perplexity": perplexity, **summarize_run(trainer)}

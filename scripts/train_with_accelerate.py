@@ -43,7 +43,7 @@ class LoopArguments:
 
 
 def check_stage(model: PreTrainedModel, arguments: LoopArguments):
-    """Refuse a stage 1 that has no end, or that is over before it begins."""
+    """Refuse a stage 1 that never ends, or that is over before it begins."""
     if model.routing_stage == 2 and arguments.stage1_steps is not None:
         raise ValueError("The model's routing is frozen already: leave `--stage1_steps` out.")
     if model.routing_stage == 1 and not 1 <= (arguments.stage1_steps or 0) <= arguments.max_steps:
@@ -54,7 +54,7 @@ def check_stage(model: PreTrainedModel, arguments: LoopArguments):
 
 
 def steps_of(loader: DataLoader, arguments: LoopArguments, first: int) -> Iterator[tuple[int, list[dict]]]:
-    """Yield the number and the micro-batches of each step, from step `first` on, over and over the data."""
+    """Yield the number and the micro-batches of each step, starting at step `first` and cycling through the data."""
     step, epoch, batches = 0, 0, []
     while True:
         loader.set_epoch(epoch)
@@ -78,9 +78,9 @@ def backward(accelerator: Accelerator, model, batches: list[dict]) -> torch.Tens
     for number, batch in enumerate(batches, start=1):
         # Processes exchange gradients once per step.
         with accelerator.no_sync(model) if number < len(batches) else nullcontext():
-            # Each loss is this micro-batch's share of the mean; routing losses are weighed alike.
+            # Each loss is this micro-batch's share of the mean over all targets; routing losses get the same weight.
             loss = model(**batch, num_items_in_batch=targets).loss
-            # What processes exchange is the average of their gradients; wanted is the sum.
+            # Processes average their gradients; what is wanted is the sum.
             accelerator.backward(loss * accelerator.num_processes)
         total += loss.detach()
     return accelerator.reduce(total)
@@ -96,7 +96,7 @@ def train(accelerator: Accelerator, model: PreTrainedModel, blocks, arguments: L
     accelerator.register_for_checkpointing(scheduler)
     done = 0
     if arguments.resume_from is not None:
-        accelerator.load_state(arguments.resume_from)  # weights bring their stage
+        accelerator.load_state(arguments.resume_from)  # the weights include the stage
         done = scheduler.last_epoch
     check_same_routing(model, "at the start of training")
     wrapped.train()

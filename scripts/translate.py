@@ -24,7 +24,7 @@ from modeling_stablemoe.runs import help_of, one_line_errors
 
 logger = logging.getLogger("translate")
 
-# Lines are sorted by length within this many batches, so that a batch has little padding.
+# Lines are sorted by length within this many batches, to keep padding short.
 BATCHES_PER_CHUNK = 16
 
 
@@ -58,7 +58,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
 
 
 def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer, or end the script with one line that says why not."""
+    """Load model and tokenizer, or end the script with a line that gives the reason."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return load_saved(name, StableMoEForConditionalGeneration, device_map="auto"), tokenizer
@@ -68,7 +68,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def encode(lines: dict[int, str], model, tokenizer, target_language: str | None) -> list[list[int]]:
-    """Turn numbered lines into token ids; what is longer than the model's positions is cut off, with a warning."""
+    """Return the token ids of numbered lines, cut off to the model's positions with a warning."""
     longest = model.config.max_position_embeddings
     encoded = encode_sources(list(lines.values()), [target_language] * len(lines), tokenizer)
     for number, ids in zip(lines, encoded, strict=True):

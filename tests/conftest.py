@@ -2,17 +2,21 @@
 
 import helpers  # noqa: F401, I001 - sets the environment before torch reads it
 
+import gc
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from helpers.interpreters import interpreters
 from helpers.matrices import leave_most_combinations_to_slow
 from helpers.models import tiny_model
 from helpers.workplaces import CausalWorkplace, TrainedRun, TranslationWorkplace
 from transformers import set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
+from modeling_stablemoe.hub import release_checks
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow, and before pytest-xdist reads the groups
@@ -22,6 +26,12 @@ def pytest_collection_modifyitems(items):
         # Fixtures of a module are made once: its tests run in one worker.
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
+
+
+def pytest_collection_finish():
+    # Every Trainer collects garbage when it starts: it need not look at all that was imported.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +80,13 @@ def trained_clm_copy(trained_clm, tmp_path) -> Path:
 def trained_translation_copy(trained_translation, tmp_path) -> Path:
     """The run folder's copy, to change."""
     return Path(shutil.copytree(trained_translation.folder, tmp_path / "whole"))
+
+
+@pytest.fixture
+def forked_probe(monkeypatch):
+    """Let the check of a release load a checkpoint's own code in a fork, which need not import torch first."""
+
+    def run(command: list[str], *, input: str, cwd: str, **options):
+        return interpreters().run("-c", input, *command[2:], cwd=cwd)
+
+    monkeypatch.setattr(release_checks, "subprocess", SimpleNamespace(run=run))

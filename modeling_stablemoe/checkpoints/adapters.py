@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What PEFT leaves out: it saves adapters and `modules_to_save`, and a routing that is frozen meanwhile is in neither.
+"""The routing in checkpoints of PEFT, which saves adapters and `modules_to_save` and nothing else.
 
-The frozen routing, and what routers count in stage 1, are integers in the base model, which a checkpoint of adapters does
-not hold. They go into a file beside it, and among the adapters, with which PEFT loads them wherever the folder is.
+The frozen routing, and what routers count in stage 1, are integers of the base model. They are written to a file
+beside the adapters, and among the adapters too, so that PEFT loads them wherever the folder is.
 """
 
 import logging
@@ -25,7 +25,7 @@ from .finding import find_stablemoe
 logger = logging.getLogger(__name__)
 
 ROUTING_FILE = "stablemoe_routing.safetensors"
-# PEFT's own.
+# The name that PEFT gives to its file.
 _ADAPTERS_FILE = "adapter_model.safetensors"
 
 # What PEFT puts into the names of what it has wrapped.
@@ -33,16 +33,16 @@ _WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.|$)")
 
 
 def holds_adapters(model: nn.Module) -> bool:
-    """Return True if `save_pretrained` of a model writes adapters alone: PEFT's models, and those with `add_adapter`."""
+    """Return True if `save_pretrained` writes only adapters: for models of PEFT and after `add_adapter`."""
     return bool(getattr(model, "peft_config", None))
 
 
 def save_routing(model: nn.Module, folder: str | Path):
-    """Write what a checkpoint of adapters lacks of the routing; every process must call this.
+    """Add the routing to a checkpoint of adapters; every process must call this.
 
-    It goes into `stablemoe_routing.safetensors`, which `load_routing` reads, and into the adapters that `PeftModel` has
-    saved there, as PEFT itself does with embeddings that have been resized: `PeftModel.from_pretrained` and `load_adapter`
-    give the base model its routing and its stage.
+    It is written to `stablemoe_routing.safetensors`, which `load_routing` reads, and into the adapter file of a
+    `PeftModel`, where PEFT puts resized embeddings too: `PeftModel.from_pretrained` and `load_adapter` then restore
+    the routing and the stage of the base model.
 
     Args:
         model (`torch.nn.Module`): a StableMoE model, or what wraps it.
@@ -59,8 +59,8 @@ def save_routing(model: nn.Module, folder: str | Path):
         plain = {_WRAPPED.sub("", name): values for name, values in tensors.items()}
         replace_file(Path(folder) / ROUTING_FILE, lambda path: save_file(plain, path, metadata))
         prefix = next(name for name, module in model.named_modules() if module is stablemoe)
-        if prefix:  # the adapters of `add_adapter` are transformers', which has no place for other weights
-            # PEFT has saved what `modules_to_save` trains.
+        if prefix:  # transformers saves the adapters of `add_adapter` and has no place for other weights
+            # PEFT itself saves what `modules_to_save` trains.
             of_base = {
                 f"{prefix}.{name}": values for name, values in tensors.items() if ".modules_to_save." not in name
             }
@@ -74,10 +74,10 @@ def _add_tensors(path: Path, tensors: dict[str, Tensor]):
 
 
 def load_routing(model: nn.Module, folder: str | Path):
-    """Give a model the routing that `save_routing` wrote, stage and all; every process must call this.
+    """Restore the routing that `save_routing` wrote, and the stage with it; every process must call this.
 
     Args:
-        model (`torch.nn.Module`): a StableMoE model, or what wraps it; of the base model that the adapters were trained on.
+        model (`torch.nn.Module`): the base model that the adapters were trained on, or what wraps it.
         folder (`str` or `Path`): where the adapters are.
 
     Raises:
@@ -110,7 +110,7 @@ def load_routing(model: nn.Module, folder: str | Path):
 
 
 def has_routing(model: nn.Module, is_frozen: bool) -> bool:
-    """Return False for a model whose routing is that of a new one, though it was trained and, if `is_frozen`, frozen."""
+    """Return False if a model that was trained (and frozen, if `is_frozen`) has the routing of a new one."""
     stablemoe = find_stablemoe(model)
     if stablemoe.routing_stage == 2:
         return True
@@ -119,13 +119,13 @@ def has_routing(model: nn.Module, is_frozen: bool) -> bool:
 
 
 def copy_routing(checkpoint: str | Path, folder: str | Path):
-    """Copy the file that `save_routing` wrote, where there is one."""
+    """Copy the file that `save_routing` wrote, if there is one."""
     if (Path(checkpoint) / ROUTING_FILE).is_file():
         shutil.copy(Path(checkpoint) / ROUTING_FILE, folder)
 
 
 def _integers(stablemoe: nn.Module) -> dict[str, Tensor]:
-    """Find the integers of the MoE layers, which are buffers, by name."""
+    """Return the integer buffers of the MoE layers by name."""
     return {
         f"{layer}.{name}": values
         for layer, module in stablemoe.moe_layers_by_name.items()

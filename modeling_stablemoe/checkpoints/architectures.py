@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The models of this package by name, and loading a checkpoint as the one that it was saved from."""
+"""The models of this package by name, and loading a checkpoint as the class it was saved from."""
 
 from os import PathLike
 from typing import Any
@@ -33,12 +33,12 @@ MODELS: dict[str, type[PreTrainedModel]] = {
         StableMoEForConditionalGeneration,
     )
 }
-# What `from_pretrained` takes that says where a checkpoint is.
+# Arguments of `from_pretrained` that say where a checkpoint is.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "force_download", "local_files_only", "proxies")
 
 
 def read_saved_class(checkpoint: str | PathLike, **hub: Any) -> tuple[type[PreTrainedModel], StableMoEBaseConfig]:
-    """Return class and config of the model that a checkpoint, a Hub name or folder, was saved from, by its config.
+    """Return the class and the config of the model that a checkpoint (Hub name or folder) was saved from.
 
     Raises:
         OSError: if there is no such checkpoint.
@@ -63,12 +63,12 @@ def load_saved(
 ) -> PreTrainedModel:
     """Load a checkpoint with the head that it was saved with.
 
-    An Auto class makes any model of any checkpoint: it drops the head that the model has not, and draws the one that the
-    checkpoint has not.
+    An Auto class would load any checkpoint as its own class: it drops a head that it does not have, and initialises
+    one that the checkpoint lacks.
 
     Args:
         checkpoint (`str` or `PathLike`): Hub name or folder.
-        wanted (`type`, *optional*): the only class that will do. Default: any of `MODELS`.
+        wanted (`type`, *optional*): the only class to accept. Default: any of `MODELS`.
         **loading: arguments of `from_pretrained`.
 
     Returns:

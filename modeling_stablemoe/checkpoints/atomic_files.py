@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def replace_file(path: str | os.PathLike, write: Callable[[Path], object]):
-    """Let `write` fill a file beside `path`, then put it in the place of `path` in one step.
+    """Let `write` fill a file beside `path`, then rename it to `path` in one step.
 
     Args:
-        path (`str` or `os.PathLike`): the file to replace; a crash leaves the old one, if there was one.
+        path (`str` or `os.PathLike`): the file to replace; a crash leaves an existing one as it was.
         write (`Callable`): called with the path, ending in `.partial`, to write to.
     """
     path = Path(path)
@@ -34,10 +34,10 @@ def require_new_folder(path: str | os.PathLike):
 
 @contextmanager
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Fill a folder beside `path`, which takes its place at the end; an error in between leaves nothing behind.
+    """Fill a folder beside `path` and rename it to `path` at the end; an error before that leaves nothing behind.
 
     Args:
-        path (`str` or `os.PathLike`): a folder that is not there, or empty.
+        path (`str` or `os.PathLike`): a folder that does not exist or is empty.
 
     Yields:
         `Path`: the folder to fill, hidden and ending in `.partial`.

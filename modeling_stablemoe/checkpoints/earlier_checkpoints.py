@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The names of tensors in earlier checkpoints, and what `from_pretrained` makes of them."""
+"""Names of tensors in earlier checkpoints, which `from_pretrained` maps to the current ones."""
 
 import copy
 import re
@@ -10,17 +10,17 @@ from transformers.core_model_loading import WeightRenaming
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
 
 
-# Norms of experts are called as Trainer knows norms: by the earlier names it took them for matrices.
+# The current names tell Trainer that these are norms; by the earlier ones it took them for matrices and decayed them.
 _RENAMED = {rf"sublayers\.(\d+)\.norm_{name}$": rf"sublayers.\1.layernorm_{name}" for name in ("weight", "bias")}
 
 
 class RenamedSince(WeightRenaming):
-    """A renaming that is not taken back when a model is saved: what is written has the current names."""
+    """A renaming that is not reversed when a model is saved, so that checkpoints have the current names."""
 
     __slots__ = ()
 
     def reverse_transform(self) -> WeightRenaming:
-        """Return the same: earlier names become current ones in either direction."""
+        """Return a copy: loading and saving both give the current names."""
         return copy.deepcopy(self)
 
 

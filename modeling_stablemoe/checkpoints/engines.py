@@ -1,9 +1,9 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Resuming a checkpoint under another engine than it was saved under: one process and DDP, FSDP, DeepSpeed.
+"""Resume a checkpoint under another engine than the one that saved it: one process and DDP, FSDP, DeepSpeed.
 
 One process and DDP write the same files. FSDP (`FULL_STATE_DICT`) writes weights and moments whole, too, but under other
-names and with moments keyed by parameter instead of counted through: these are translated. What is sharded over processes
-(`SHARDED_STATE_DICT`, DeepSpeed) is resumed by the engine that wrote it.
+names and with moments keyed by the parameter's name instead of its index: these are translated. What is sharded over
+processes (`SHARDED_STATE_DICT`, DeepSpeed) can only be resumed by the engine that wrote it.
 """
 
 import logging
@@ -28,7 +28,7 @@ TRANSLATION = "translated-checkpoint.partial"
 
 
 def engine_of_checkpoint(checkpoint: str | Path) -> str:
-    """Return which engine wrote a checkpoint, by its files."""
+    """Return the engine that wrote a checkpoint, judged by its files."""
     checkpoint = Path(checkpoint)
     if any(checkpoint.glob("global_step*")):
         return DEEPSPEED
@@ -48,11 +48,11 @@ def engine_of(trainer: Trainer) -> str:
 
 
 def check_engine(trainer: Trainer, checkpoint: str | Path):
-    """Make sure that a Trainer can go on from a checkpoint, under whichever engine that was saved.
+    """Check that a Trainer can resume a checkpoint, whatever engine saved it.
 
     Raises:
-        ValueError: if what is sharded was saved by another engine, or by DeepSpeed on another number of processes or
-            with ZeRO-3 where this has none.
+        ValueError: if the checkpoint is sharded and was saved by another engine, or by DeepSpeed on another number of
+            processes or with another choice of ZeRO-3.
     """
     checkpoint = Path(checkpoint)
     saved, here = engine_of_checkpoint(checkpoint), engine_of(trainer)
@@ -99,11 +99,11 @@ def _remedy(checkpoint: Path) -> str:
 
 @contextmanager
 def translated(trainer: Trainer, checkpoint: str | Path) -> Iterator[str]:
-    """Give a checkpoint that `check_engine` has passed in the form that the engine of an untrained `trainer` reads.
+    """Provide a checkpoint that passed `check_engine` in the form that the engine of an untrained `trainer` reads.
 
     Yields:
-        `str`: the checkpoint, or a folder of links to its files and of those that were translated, which is gone after the
-        first step; the Trainer has its weights then.
+        `str`: the checkpoint itself, or a folder with the translated files and links to the others. That folder is
+        deleted after the first step, when everything in it has been read.
     """
     saved, here = engine_of_checkpoint(checkpoint), engine_of(trainer)
     folder = Path(trainer.args.output_dir) / TRANSLATION
@@ -111,7 +111,7 @@ def translated(trainer: Trainer, checkpoint: str | Path) -> Iterator[str]:
         yield str(checkpoint)
         return
     logger.info("Translating %s from the form of %s to that of %s.", checkpoint, saved, here)
-    # On all processes: a model that has its frozen tables is in stage 2, and all must be in the same.
+    # On all processes: the tables decide the stage of a model, which must be the same everywhere.
     load_weights(trainer, checkpoint)
     with trainer.args.main_process_first(local=False, desc="translated checkpoint"):
         if trainer.is_world_process_zero():
@@ -122,7 +122,7 @@ def translated(trainer: Trainer, checkpoint: str | Path) -> Iterator[str]:
 
 
 class _RemoveFolderCallback(TrainerCallback):
-    """Frees the space of a translation when everything of it has been read."""
+    """Deletes a translated checkpoint after the first step, when it has been read."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -142,7 +142,7 @@ def _translate(trainer: Trainer, checkpoint: Path, folder: Path, here: str):
     trainer.create_optimizer()
     if here == FSDP:
         torch.save(model.state_dict(), folder / _FULL_WEIGHTS)
-        # FSDP wants moments of all parameters; those that have had no gradient yet get moments of zero.
+        # FSDP needs moments for all parameters: zeros for those that have had no gradient yet.
         moments = get_optimizer_state_dict(model, trainer.optimizer)
         trainer.optimizer.load_state_dict(_load(checkpoint / _COUNTED_MOMENTS))
         saved = get_optimizer_state_dict(model, trainer.optimizer)
@@ -150,7 +150,7 @@ def _translate(trainer: Trainer, checkpoint: Path, folder: Path, here: str):
     else:
         set_optimizer_state_dict(model, trainer.optimizer, _load(checkpoint / _NAMED_MOMENTS))
         torch.save(trainer.optimizer.state_dict(), folder / _COUNTED_MOMENTS)
-    # Trainer makes its own once the model is wrapped.
+    # Trainer creates its own optimizer once the model is wrapped.
     trainer.optimizer = optimizer
 
 
@@ -159,17 +159,17 @@ def _load(path: Path) -> dict:
 
 
 def load_weights(trainer: Trainer, checkpoint: str | Path):
-    """Load the weights of a checkpoint, which no engine has sharded, into a Trainer that has not wrapped its model yet."""
+    """Load the weights of an unsharded checkpoint into a Trainer that has not wrapped its model yet."""
     if engine_of(trainer) == PLAIN and engine_of_checkpoint(checkpoint) == PLAIN:
         trainer._load_from_checkpoint(str(checkpoint))
         return
-    # FSDP leaves them in the ordinary form, too. Tied weights may be missing from it.
+    # FSDP writes the ordinary files, too. Tied weights may be missing from them.
     for path in sorted(Path(checkpoint).glob("model*.safetensors")):
         trainer.model.load_state_dict(load_file(path), strict=False)
 
 
 def wrap_for_evaluation(trainer: Trainer):
-    """Let FSDP2 shard the model of a Trainer that does not train; accelerate does so only along with an optimizer."""
+    """Let FSDP2 shard the model of a Trainer that does not train; accelerate needs an optimizer for that."""
     if engine_of(trainer) != FSDP:
         return
     trainer.create_optimizer()

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Finding what Trainer and wrappers do not hand over: the StableMoE model, and the checkpoint of a step."""
+"""What callbacks are not given: the StableMoE model inside a wrapper, and the checkpoint of a step."""
 
 import json
 from pathlib import Path
@@ -34,27 +34,27 @@ def find_stablemoe(model: nn.Module) -> TwoStageRoutingMixin:
 def checkpoint_of_step(args: TrainingArguments, state: TrainerState) -> Path:
     """Return the folder of the checkpoint that Trainer has saved at this step.
 
-    A trial of `hyperparameter_search` saves to a folder of its own inside of `output_dir`, of which Trainer does not tell
-    callbacks: it is the one that holds this `state`.
+    A trial of `hyperparameter_search` saves to its own folder inside `output_dir`. Trainer does not pass that folder
+    to callbacks, so it is recognised by the `state` that it holds.
     """
     name = f"checkpoint-{state.global_step}"
     folder = Path(args.output_dir) / name
-    if not getattr(state, "is_hyper_param_search", False):  # a loop of one's own may give less
+    if not getattr(state, "is_hyper_param_search", False):  # a custom loop may pass less than Trainer
         return folder
     found = [path for path in Path(args.output_dir).glob(f"**/{name}") if _holds(path, state)]
     return max(found, key=lambda path: (path / TRAINER_STATE_NAME).stat().st_mtime_ns, default=folder)
 
 
 def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | None:
-    """Return the checkpoint that Trainer has resumed, of which it does not tell callbacks.
+    """Return the checkpoint from which Trainer resumed; callbacks are not given its path.
 
     Returns:
-        `Path`: `args.resume_from_checkpoint`, or the one of this step in `output_dir`, if it holds this `state`; `None`
-        where training has not been resumed, or from elsewhere.
+        `Path`: `args.resume_from_checkpoint`, or the checkpoint of this step in `output_dir`, whichever holds this
+        `state`; `None` if training was not resumed, or was resumed from elsewhere.
     """
     if state.global_step == 0:
         return None
-    named = getattr(args, "resume_from_checkpoint", None)  # a loop of one's own may give less
+    named = getattr(args, "resume_from_checkpoint", None)  # a custom loop may pass less than Trainer
     folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
     if named is not None:
         folders.insert(0, Path(named))
@@ -62,7 +62,7 @@ def resumed_checkpoint(args: TrainingArguments, state: TrainerState) -> Path | N
 
 
 def _holds(checkpoint: Path, state: TrainerState) -> bool:
-    """Return True if the state in a checkpoint is this one. Its log, with its measured times, is no other run's."""
+    """Return True if a checkpoint holds this state. The measured times in its log make it unique to a run."""
     try:
         saved = json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Run folders: which run a folder holds, and which of its checkpoints can be trusted after a crash."""
+"""Run folders: which run a folder holds, and which of its checkpoints are whole after a crash."""
 
 import json
 import logging
@@ -20,18 +20,18 @@ from .manifests import MANIFEST_FILE, compare_with_manifest, expects_manifest
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-# Arguments of Trainer that change what a run computes: a run is resumed with the same ones.
+# Arguments of Trainer that change what a run computes; a run can only be resumed with the same values.
 _IDENTITY = (
     "max_steps num_train_epochs learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 optim "
     "max_grad_norm seed data_seed bf16 fp16"
 ).split()
-# How the batch is divided changes rounding and dropout, and what a balance loss counts, but not what is trained.
+# The division of the batch changes rounding, dropout and the counts of a balance loss, but not what is trained.
 _DIVISION = ("per_device_train_batch_size", "gradient_accumulation_steps", "processes")
 _TOTAL = "total_train_batch_size"
 
 
 def run_identity(training_args: TrainingArguments, settings: dict) -> dict:
-    """Return what makes a run what it is, JSON-ready: the arguments that change what is computed, and `settings`."""
+    """Return what identifies a run, JSON-ready: the arguments that change what it computes, and `settings`."""
     processes = training_args.world_size
     arguments = {
         **{name: getattr(training_args, name) for name in (*_IDENTITY, *_DIVISION[:2])},
@@ -55,8 +55,8 @@ def step_of(checkpoint: str | Path) -> int:
 def what_is_missing(checkpoint: str | Path, checksums: bool = True) -> str | None:
     """Return what is wrong with a checkpoint, `None` if it is whole and as it was saved.
 
-    A checkpoint with a manifest is compared with it, without `checksums` by the sizes of files alone. In one of a plain
-    `Trainer`, which writes `trainer_state.json` last, no file may be cut off.
+    A checkpoint with a manifest is compared with that; without `checksums`, only the sizes of files are. In a
+    checkpoint of a plain `Trainer`, which writes `trainer_state.json` last, no file may be cut off.
     """
     checkpoint = Path(checkpoint)
     if (checkpoint / MANIFEST_FILE).exists():
@@ -78,7 +78,7 @@ def what_is_missing(checkpoint: str | Path, checksums: bool = True) -> str | Non
 
 
 def _first_that_is_cut_off(checkpoint: Path, safetensors: list[str]) -> str | None:
-    """Describe the first file of tensors that is not whole, without reading the tensors."""
+    """Describe the first file of tensors that is cut off, without reading the tensors."""
     for name in safetensors:
         try:
             with safe_open(checkpoint / name, framework="pt"):
@@ -93,7 +93,7 @@ def _first_that_is_cut_off(checkpoint: Path, safetensors: list[str]) -> str | No
 
 
 def require_optimizer(checkpoint: str | Path):
-    """Refuse to train on from a checkpoint without the optimizer: Trainer would silently restart the schedule.
+    """Refuse to resume a checkpoint without the optimizer: Trainer would silently restart the schedule.
 
     Raises:
         ValueError: unless the run is finished.
@@ -109,7 +109,7 @@ def require_optimizer(checkpoint: str | Path):
 
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint of a run that is whole, passing over those that a crash cut off."""
+    """Return the newest whole checkpoint of a run, passing over those that a crash cut off."""
     for checkpoint in checkpoints_in(folder):
         problem = what_is_missing(checkpoint)
         if problem is None:
@@ -119,17 +119,17 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool):
-    """Refuse a folder that cannot be this run's; changes nothing.
+    """Refuse a folder that this run may not write to; changes nothing.
 
     Args:
         folder (`str` or `Path`): the run folder.
-        identity (`dict`): JSON-ready settings that make the run what it is; stored in `run.json`.
+        identity (`dict`): JSON-ready settings that identify the run; stored in `run.json`.
         resume (`bool`): continue the run that the folder holds, from its last whole checkpoint.
         overwrite (`bool`): delete what the folder holds.
 
     Raises:
-        ValueError: if both flags are given; if the folder holds anything and neither is; if it holds another run than
-            the one to resume (names the settings that differ), or files that are no run at all.
+        ValueError: if both flags are given; if the folder holds anything and neither is given; if it holds another run
+            than the one to resume (names the settings that differ), or files that belong to no run.
     """
     folder = Path(folder)
     if resume and overwrite:
@@ -137,7 +137,7 @@ def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output folder {str(folder)!r} is a file.")
     run_file = folder / RUN_FILE
-    # What a crash left half-written is nobody's run.
+    # Files that a crash left half-written are no run.
     occupied = folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir())
     if occupied and not run_file.is_file():
         raise ValueError(
@@ -154,15 +154,15 @@ def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
 
 
 def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool) -> Path | None:
-    """Make a folder this run's, after `check_run_folder` with the same arguments, before anything is written to it.
+    """Claim a folder for this run, if `check_run_folder` accepts it, before anything is written to it.
 
-    The same total batch may be divided otherwise over processes and accumulation; that gets a warning.
+    If the same total batch is divided in another way over processes and accumulation, a warning says so.
 
     Returns:
         `Path`: the checkpoint to resume from; `None` to start from the beginning.
 
     Raises:
-        ValueError: if the folder cannot be this run's.
+        ValueError: if this run may not write to the folder.
     """
     check_run_folder(folder, identity, resume=resume, overwrite=overwrite)
     folder = Path(folder)
@@ -184,7 +184,7 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
 
 
 def _check_identity(run_file: Path, identity: dict) -> str:
-    """Refuse to resume another run; return in which way the batch is divided otherwise, if it is."""
+    """Refuse to resume another run; return how the division of the batch differs, or an empty text."""
     try:
         stored = json.loads(run_file.read_text())
     except ValueError as error:
@@ -207,10 +207,11 @@ def _check_identity(run_file: Path, identity: dict) -> str:
 
 
 def restore_finished_run(trainer: Trainer, checkpoint: str | Path) -> bool:
-    """Put an untrained Trainer where training left it, if its checkpoint is of the last step; `Trainer` would do one more.
+    """Restore the Trainer of a finished run from its last checkpoint; `Trainer.train` would do one more step.
 
     Returns:
-        `bool`: whether nothing is left to train. Under DeepSpeed and `SHARDED_STATE_DICT` that is left to `Trainer.train`.
+        `bool`: True if it was restored; False if there are steps left to train, and always under DeepSpeed and
+        `SHARDED_STATE_DICT`, which leave this to `Trainer.train`.
     """
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     if state.global_step < state.max_steps or engine_of(trainer) in (DEEPSPEED, SHARDED_FSDP):
@@ -234,9 +235,9 @@ def copy_code_files(checkpoint: str | Path, folder: str | Path):
 
 
 def remove_incomplete_checkpoints(folder: str | Path, resumed_step: int = -1):
-    """Delete what a crash cut off, so that `save_total_limit` does not keep it in place of whole checkpoints.
+    """Delete checkpoints that a crash cut off, which `save_total_limit` would keep in place of whole ones.
 
-    Of checkpoints up to `resumed_step`, where training goes on, only the sizes of files are looked at.
+    Up to `resumed_step`, from which training continues, only the sizes of files are checked.
     """
     for checkpoint in checkpoints_in(folder):
         if what_is_missing(checkpoint, checksums=step_of(checkpoint) > resumed_step) is not None:

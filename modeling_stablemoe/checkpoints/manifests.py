@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""A list of what a checkpoint holds, written when all of it is there: nothing that was cut off or altered is resumed."""
+"""The manifest of a checkpoint, written when it is complete: what was cut off or altered is not resumed."""
 
 import json
 import zlib
@@ -19,7 +19,7 @@ _CHUNK = 1 << 20
 
 
 def checksum(path: Path) -> str:
-    """Compute the CRC-32 of a file, which finds damage (not malice) and costs a tenth of what writing the file does."""
+    """Compute the CRC-32 of a file: finds damage, not malice, in a tenth of the time that writing takes."""
     value = 0
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):
@@ -28,7 +28,7 @@ def checksum(path: Path) -> str:
 
 
 def write_manifest(checkpoint: str | Path):
-    """Write size and checksum of every file of a complete checkpoint, in its subfolders too, to a file of it."""
+    """Write the size and checksum of every file of a complete checkpoint, subfolders included, to its manifest."""
     checkpoint = Path(checkpoint)
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum(path)}
@@ -40,7 +40,7 @@ def write_manifest(checkpoint: str | Path):
 
 
 def compare_with_manifest(checkpoint: str | Path, checksums: bool = True) -> str | None:
-    """Return what is wrong with the first file that is not as it was when the manifest was written; `None` if none is.
+    """Return what is wrong with the first file that differs from the manifest; `None` if all agree.
 
     Without `checksums` only the sizes of files are compared.
     """
@@ -61,11 +61,11 @@ def compare_with_manifest(checkpoint: str | Path, checksums: bool = True) -> str
 
 
 class CheckpointManifestCallback(TrainerCallback, ExportableState):
-    """Writes the manifest of every checkpoint, once all processes have saved their part; to be the last callback.
+    """Writes the manifest of every checkpoint once all processes have saved their part; must be the last callback.
 
-    Older checkpoints are deleted (`save_total_limit`) only when the new one has its manifest: at any moment of a save
-    there is a whole one. `trainer_state.json` tells of this callback, so that a checkpoint that ought to have a manifest
-    and has none is known to have been cut off.
+    Older checkpoints are deleted (`save_total_limit`) only when the new one has its manifest, so that a whole one
+    exists at every moment. `trainer_state.json` records this callback: a checkpoint of such a run without a manifest
+    was cut off.
     """
 
     def __init__(self):
@@ -73,8 +73,8 @@ class CheckpointManifestCallback(TrainerCallback, ExportableState):
         self._save_total_limit: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take over deleting older checkpoints from Trainer, which does so too early."""
-        # Trainer's state has no place for it where the checkpoint is from before there were manifests.
+        """Take over the deletion of older checkpoints from Trainer, which deletes them too early."""
+        # The state of a checkpoint from before there were manifests has no entry for this callback.
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if args.save_total_limit is not None:
             self._save_total_limit, args.save_total_limit = args.save_total_limit, None
@@ -85,7 +85,7 @@ class CheckpointManifestCallback(TrainerCallback, ExportableState):
 
     def on_save(self, args, state, control, **kwargs):
         """Wait for all processes, write the manifest, and delete older checkpoints."""
-        # Other processes may write (random states, shards) after the first has written everything of its own.
+        # Other processes may still write random states and shards when the first has finished.
         PartialState().wait_for_everyone()
         if not args.should_save:
             return
@@ -103,12 +103,12 @@ class CheckpointManifestCallback(TrainerCallback, ExportableState):
         args.save_total_limit = self._save_total_limit
 
     def state(self) -> dict:
-        """Return what `trainer_state.json` keeps: the step whose checkpoint will have a manifest."""
+        """Return what `trainer_state.json` stores: the step whose checkpoint will have a manifest."""
         return {"args": {}, "attributes": {"step": self.step}}
 
 
 def expects_manifest(stateful_callbacks: dict, step: int) -> bool:
-    """Return True if, by `trainer_state.json`, the checkpoint of `step` was to have a manifest."""
+    """Return True if `trainer_state.json` says that the checkpoint of `step` must have a manifest."""
     saved = stateful_callbacks.get(CheckpointManifestCallback.__name__)
     return isinstance(saved, dict) and saved.get("attributes", {}).get("step") == step
 

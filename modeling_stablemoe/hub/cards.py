@@ -23,13 +23,13 @@ CARD_FILE = "README.md"
 TEMPLATE_FILE = "hub_card.md"
 # The oldest version that the tests pass with.
 OLDEST_TRANSFORMERS = "5.15"
-# What the Hub calls data that it does not have.
+# The Hub's name for unknown data.
 UNKNOWN = "unknown"
 
 _METRIC_NAMES = {"bleu": "BLEU", "chrf": "chrF"}
 _DIGITS = {"perplexity": 3, "bleu": 2, "chrf": 2}
 _TAGS = ("stablemoe", "mixture-of-experts", "custom_code")
-# By these tags a card shows that a program wrote it.
+# Tags of cards that were written by a program.
 _FILLED = {_TAGS[0], "generated_from_trainer"}
 # ISO 639, and the two values that the Hub has besides.
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
@@ -39,9 +39,9 @@ class Head(NamedTuple):
     """What a model of one class is for.
 
     Attributes:
-        kind (`str`): what it is called.
-        task (`str`): what the Hub calls its task.
-        auto_class (`str`): loads it.
+        kind (`str`): its name in the card.
+        task (`str`): its task on the Hub.
+        auto_class (`str`): the Auto class that loads it.
     """
 
     kind: str
@@ -61,7 +61,7 @@ _HEADS = {
 
 
 def head_of(config: StableMoEBaseConfig, model_class: type | None = None) -> Head:
-    """Return what a model is for, by its class or what its config was saved with; a language head for other classes."""
+    """Return the head of a model, by class or `config.architectures`; unknown classes get a language head."""
     if model_class is None:
         names = config.architectures or []
     else:
@@ -74,27 +74,27 @@ def head_of(config: StableMoEBaseConfig, model_class: type | None = None) -> Hea
 
 
 def problem_type_of(config: StableMoEBaseConfig) -> str:
-    """Return `config.problem_type`, or what follows from the number of labels where no labels have told it yet."""
+    """Return `config.problem_type`, or what the number of labels implies as long as that is not set."""
     return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says besides what was measured. The card leaves out what is not known.
+    """What a card says besides what was measured; the card leaves out what is not known.
 
     Args:
         license (`str`, *optional*): as the Hub writes it, e.g. "apache-2.0".
         language (`list[str]`): ISO 639 codes, "code" or "multilingual".
         datasets (`list[str]`): Hub names of the data sets that the model was trained on.
         base_model (`str`, *optional*): Hub name or folder of the model that training started from.
-        dataset_name (`str`, *optional*): what was measured on, a Hub name if it has one. Default: the data sets.
-        dataset_config (`str`, *optional*): configuration of the data set that was measured on.
+        dataset_name (`str`, *optional*): evaluation data, by its Hub name if it has one. Default: the data sets.
+        dataset_config (`str`, *optional*): configuration of the evaluation data.
         dataset_split (`str`, *optional*): its split.
-        task (`str`, *optional*): as the Hub calls it. Default: that of the model's head, such as "text-generation".
+        task (`str`, *optional*): a task of the Hub. Default: that of the model's head, such as "text-generation".
         tags (`list[str]`): more tags.
 
     Raises:
-        ValueError: for a data set that cannot be the name of one on the Hub, a license or language that is none.
+        ValueError: for a name that no data set on the Hub can have, or an unknown form of license or language.
     """
 
     license: str | None = None
@@ -120,12 +120,12 @@ class CardFacts:
             raise ValueError(f"`license`: {self.license!r} is no identifier of a license, such as 'apache-2.0'.")
 
     def updated(self, **known: Any) -> "CardFacts":
-        """Return these facts, replaced by those of `known` that are not `None`."""
+        """Return a copy with the values of `known` that are not `None`."""
         return replace(self, **{name: value for name, value in known.items() if value is not None})
 
 
 def is_hub_name(name: str) -> bool:
-    """Return True if `name` can be a repository of the Hub; a folder of this machine is none."""
+    """Return True if `name` can be a repository on the Hub and is not a local path."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -134,20 +134,20 @@ def is_hub_name(name: str) -> bool:
 
 
 def languages_of_pairs(pairs: list[str]) -> list[str]:
-    """List the languages in names such as "de-en" that have an ISO 639 code, sorted."""
+    """List the ISO 639 codes in names of language pairs such as "de-en", sorted."""
     parts = {part.split("_")[0] for pair in pairs for part in pair.split("-")}
     return sorted(part for part in parts if _LANGUAGE.fullmatch(part))
 
 
 def card_template() -> Path:
-    """Return `hub_card.md`: in an installed package it is in a folder of the package, in a clone beside it."""
+    """Return the path of `hub_card.md`: inside an installed package, beside the package in a clone."""
     package = Path(__file__).parents[1]
     installed = package / "card" / TEMPLATE_FILE
     return installed if installed.exists() else package.parent / TEMPLATE_FILE
 
 
 def is_filled_card(path: Path) -> bool:
-    """Return True for a card that may be replaced, ours or Trainer's draft, and False for a page that somebody wrote."""
+    """Return True if a program wrote the card (this package or Trainer), so that it may be replaced."""
     try:
         tags = (metadata_load(path) or {}).get("tags") or []
     except (ValueError, YAMLError):
@@ -161,7 +161,7 @@ def running_versions() -> dict[str, str]:
 
 
 def measured_metrics(results: dict) -> dict[str, float]:
-    """Return what a model index can hold of the `results`: perplexity or loss, BLEU and chrF, other metrics; no NaN."""
+    """Return the finite metrics of `results` for the model index: perplexity or loss, BLEU, chrF and others."""
     scores = results.get("scores") or {}
     found = {
         "perplexity": results.get("perplexity"),
@@ -196,20 +196,20 @@ def build_model_card(
         template (`str` or `Path`, *optional*): a card with the fields of `hub_card.md`. Default: that.
         model_name (`str`): Hub name or folder name of the model.
         config (`StableMoEBaseConfig`): of the trained model.
-        results (`dict`): `parameters`, `stages` and `distillation_agreement_at_transition` of the run; `perplexity`,
-            unless nothing was evaluated, or, without a language head, `loss` and `metrics`, a `dict` of numbers by name;
-            for a translation model `scores` (of `score_translations`), or `bleu` and `chrf`;
-            `split` says what was measured on, unless it was the validation split, and `evaluated_step` when, unless at
-            the end; `step` and `routing_stage` say which model of the run it is, unless the last.
-        model_class (`type`, *optional*): of the model. Default: what `config` was saved with.
-        dataset_name (`str`, *optional*): what was measured on. Default: that of `facts`.
+        results (`dict`): `parameters`, `stages` and `distillation_agreement_at_transition` of the run. What was
+            evaluated: `perplexity` or, without a language head, `loss` and `metrics`, a `dict` of numbers by name; for
+            a translation model also `scores` (of `score_translations`), or `bleu` and `chrf`. `split` (default:
+            validation) and `evaluated_step` (default: the last) say on what and when; `step` and `routing_stage`
+            (default: the last) say which model of the run this is.
+        model_class (`type`, *optional*): of the model. Default: the class that `config` was saved with.
+        dataset_name (`str`, *optional*): evaluation data. Default: that of `facts`.
         facts (`CardFacts`, *optional*): what else is known.
         title (`str`, *optional*): heading of the card. Default: the model's name.
         figure (`str`, *optional*): file beside the card that shows the routing fluctuation.
-        versions (`dict[str, str]`, *optional*): what the model was trained with. Default: what runs now.
+        versions (`dict[str, str]`, *optional*): versions that the model was trained with. Default: those running now.
 
     Returns:
-        `ModelCard`: with metadata that the Hub understands.
+        `ModelCard`: with the metadata that the Hub reads.
     """
     facts = (facts or CardFacts()).updated(dataset_name=dataset_name)
     fingerprint, scores = config.router_fingerprint, results.get("scores")
@@ -288,7 +288,7 @@ def _describe_routing(config: StableMoEBaseConfig) -> str:
 
 
 def _describe_pruning(config: StableMoEBaseConfig) -> str | None:
-    """Describe for how much of the vocabulary a pruned model has the experts."""
+    """Describe the part of the vocabulary for which a pruned model has experts."""
     if config.pruned_tokens is None:
         return None
     kept = [config.vocab_size - int(unpack_ids(packed)[: config.vocab_size].sum()) for packed in config.pruned_tokens]

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Publishing a checkpoint on the Hub: what is sent of a folder, what is checked before, and one commit."""
+"""Publish a checkpoint on the Hub: which files of a folder are sent, in one commit."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 from .cards import CARD_FILE
 
 
-# Of a folder, and no subfolder but that of chat templates: checkpoints and logs stay at home.
+# Files of the folder itself and of its chat templates; checkpoints and logs in other subfolders are not sent.
 _SENT = (
     "model.safetensors",
     "model-*-of-*.safetensors",
@@ -27,21 +27,21 @@ _SENT = (
     "*.py",
     "*.txt",
 )
-# Settings and states of one training on one machine.
+# Settings and states of a single training.
 _LEFT_OUT = ("run.json", "trainer_state.json", "checkpoint_manifest.json")
 
-# Of whichever HTTP client `huggingface_hub` uses: what it raises where there is no network.
+# What the HTTP client of `huggingface_hub`, whichever it is, raises without a network.
 NETWORK_ERROR = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
 class Shipment:
-    """What would be sent.
+    """What is to be sent.
 
     Args:
-        files (`dict[str, Path]`): as they are, by their path in the repository.
-        card (`ModelCard`): in the place of the folder's README.md.
-        left_out (`list[str]`): what else the folder holds; subfolders end in "/".
+        files (`dict[str, Path]`): files to send unchanged, by their path in the repository.
+        card (`ModelCard`): sent in place of the folder's README.md.
+        left_out (`list[str]`): what else is in the folder; subfolders end in "/".
     """
 
     files: dict[str, Path]
@@ -50,7 +50,7 @@ class Shipment:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """`dict[str, int]`: bytes by path in the repository, sorted by it."""
+        """`dict[str, int]`: bytes by path in the repository, sorted by path."""
         sizes = {name: path.stat().st_size for name, path in self.files.items()}
         return dict(sorted({**sizes, CARD_FILE: len(str(self.card).encode())}.items()))
 
@@ -61,11 +61,11 @@ class Shipment:
 
 
 def select_files(folder: str | Path) -> tuple[dict[str, Path], list[str]]:
-    """Choose what of a folder is sent: weights as safetensors, config, code, tokenizer, results, figures; never a pickle.
+    """Choose the files to send: weights as safetensors, config, code, tokenizer, results, figures; never a pickle.
 
     Returns:
-        `tuple`: the files to send, without the card, by their path in the repository, and the names of all else, subfolders
-        with a "/" at the end.
+        `tuple`: the files to send, without the card, by their path in the repository, and the names of everything
+        else, where subfolders end in "/".
     """
     folder = Path(folder)
     templates = folder / CHAT_TEMPLATE_DIR  # those of a tokenizer with several, but for the default one
@@ -97,7 +97,7 @@ def check_name(name: str):
 
 
 def rename(card: ModelCard, name: str) -> ModelCard:
-    """Return a card whose title, code and model index say `name`: it was filled before there was a repository."""
+    """Return a copy of a card whose title, code and model index name the repository instead of the folder."""
     renamed = ModelCard(str(card))
     former = re.search(r'from_pretrained\("([^"]+)"', renamed.text)
     if former is not None:
@@ -116,21 +116,21 @@ def send(
     private: bool = False,
     commit_message: str = "Upload model",
 ) -> CommitInfo:
-    """Send everything in one commit, to a repository that is made if there is none.
+    """Send everything in one commit; the repository is created if it does not exist.
 
     Args:
         shipment (`Shipment`): of `prepare`.
         name (`str`): of the repository, "user/name".
-        revision (`str`, *optional*): branch, made from the main one if there is none. Default: the main branch.
-        private (`bool`): only the owner shall see the repository.
+        revision (`str`, *optional*): branch, created from the main one if need be. Default: the main branch.
+        private (`bool`): make the repository visible to its owner only.
         commit_message (`str`): title of the commit.
 
     Returns:
         `CommitInfo`
 
     Raises:
-        ValueError: if `private` is asked for and the repository is public.
-        OSError or `NETWORK_ERROR`: what the client raises, for `explain`.
+        ValueError: if `private` is set and the repository is public.
+        OSError or `NETWORK_ERROR`: what the client raises; `explain` turns it into one line.
     """
     api = HfApi()
     api.create_repo(name, private=private or None, exist_ok=True)
@@ -145,13 +145,13 @@ def require_login() -> str:
     """Return the name of the user on the Hub.
 
     Raises:
-        OSError or `NETWORK_ERROR`: what the client raises, for `explain`.
+        OSError or `NETWORK_ERROR`: what the client raises; `explain` turns it into one line.
     """
     return HfApi().whoami()["name"]
 
 
 def explain(error: Exception, name: str) -> str:
-    """Return in one line why the Hub could not be used for the repository `name`, and the remedy."""
+    """Return one line that says why the Hub could not be used for the repository `name`, with the remedy."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     details = " ".join(str(error).split())
     if type(error).__name__ == "LocalTokenNotFoundError" or status == 401:

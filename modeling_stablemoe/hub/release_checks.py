@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What must hold of a checkpoint before it is published: weights, routing, code, tokenizer and card agree."""
+"""Checks of a checkpoint before it is published: weights, routing, code, tokenizer and card must agree."""
 
 import json
 import math
@@ -26,23 +26,24 @@ from .cards import CARD_FILE, CardFacts, build_model_card, head_of, is_filled_ca
 from .publishing import Shipment, rename, select_files
 
 
-# Between two ways to load the same weights in float32: how they lie in memory costs the last bits of a product.
+# Two ways of loading the same weights lay them out differently in memory, which changes the last bits of products.
 _TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 _FINGERPRINT = re.compile(r"\b[0-9a-f]{64}\b")
-_IMAGE = re.compile(r"!\[[^\]]*\]\(([^):]+)\)")  # of the folder: an address has a colon
+_IMAGE = re.compile(r"!\[[^\]]*\]\(([^):]+)\)")  # files of the folder; an address has a colon
 _SAVE_AGAIN = "Load the model with the package and save it again, for its code files."
 
 
 def prepare(folder: str | Path, name: str, license: str | None = None, language: list[str] | None = None) -> Shipment:
-    """Check a checkpoint and make ready what is to be sent; changes nothing in the folder.
+    """Check a checkpoint and collect what is to be sent; changes nothing in the folder.
 
-    A card that this package filled, or none, is made to name the repository; one that somebody wrote stays as it is.
+    The card is filled if there is none; one that this package filled is changed to name the repository; one that
+    somebody wrote is sent unchanged.
 
     Args:
         folder (`str` or `Path`): a checkpoint, or the output folder of a run.
         name (`str`): of the repository, "user/name".
-        license (`str`, *optional*): for the card. Default: what it says.
-        language (`list[str]`, *optional*): for the card. Default: what it says.
+        license (`str`, *optional*): for the card. Default: the one in the card.
+        language (`list[str]`, *optional*): for the card. Default: those in the card.
 
     Returns:
         `Shipment`
@@ -68,12 +69,12 @@ def prepare(folder: str | Path, name: str, license: str | None = None, language:
         if value:
             card.data[field] = value
     check_card(card, model.config, _read_results(folder), set(files))
-    check_without_package(folder, reload_probe.compute(model))  # the last, as it takes longest
+    check_without_package(folder, reload_probe.compute(model))  # last because it takes longest
     return Shipment(files, card, left_out)
 
 
 def check_weight_files(folder: Path):
-    """Refuse a folder without a model of ours in safetensors files.
+    """Refuse a folder that holds no StableMoE model in safetensors files.
 
     Raises:
         ValueError: naming what is missing.
@@ -96,7 +97,7 @@ def check_without_package(folder: Path, expected: dict[str, Tensor]):
     """Load a checkpoint by its own code in a fresh interpreter without the package, and compare what it computes.
 
     Raises:
-        ValueError: if it does not load there, or is another model.
+        ValueError: if it does not load there, or computes something else.
     """
     with tempfile.TemporaryDirectory() as work:
         output = Path(work) / "computed.safetensors"
@@ -151,7 +152,7 @@ def _card_of(folder: Path, name: str, model: PreTrainedModel) -> ModelCard:
 
 
 def _results_of_state(folder: Path, model: PreTrainedModel) -> dict:
-    """Read the results of a run off the Trainer's state; without one, nothing was measured."""
+    """Gather the results of a run from the Trainer's state; without one, nothing was measured."""
     path = folder / "trainer_state.json"
     state = TrainerState.load_from_json(str(path)) if path.exists() else TrainerState()
     measured = last_evaluation(state.log_history, has_language_head=model.can_generate())
@@ -160,7 +161,7 @@ def _results_of_state(folder: Path, model: PreTrainedModel) -> dict:
 
 
 def check_card(card: ModelCard, config: StableMoEBaseConfig, results: dict | None, files: set[str]):
-    """Check a model card against the model, `results.json` and the files that are sent with it.
+    """Check a model card against the model, its `results.json` and the files that are sent.
 
     Raises:
         ValueError: for the first thing that is wrong.
@@ -179,7 +180,7 @@ def check_card(card: ModelCard, config: StableMoEBaseConfig, results: dict | Non
 
 
 def _check_numbers(data: ModelCardData, results: dict):
-    """Check that the model index holds numbers, and those that were measured."""
+    """Check that the model index holds finite numbers that agree with the results."""
     values = {result.metric_type: result.metric_value for result in data.eval_results or []}
     for metric, value in values.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -193,7 +194,7 @@ def _check_numbers(data: ModelCardData, results: dict):
 
 
 def _check_fingerprint(source: str, named: set[str], config: StableMoEBaseConfig):
-    """Refuse a page that names a routing, but not that of the model."""
+    """Refuse a page that names another routing than the model's."""
     if named and config.router_fingerprint not in named:
         raise ValueError(
             f"{source} names the routing {min(named)}, the model has {config.router_fingerprint}: it is of another model. "
@@ -202,7 +203,7 @@ def _check_fingerprint(source: str, named: set[str], config: StableMoEBaseConfig
 
 
 def _check_facts(data: ModelCardData):
-    """Check what names things on the Hub: license, languages, data sets, base model."""
+    """Check the identifiers of the Hub: license, languages, data sets, base model."""
 
     def listed(value) -> list[str]:
         return [] if value is None else [value] if isinstance(value, str) else list(value)

@@ -1,8 +1,8 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What a checkpoint computes, to be compared between two ways of loading it.
+"""What a checkpoint computes, for comparing two ways of loading it.
 
-It imports nothing of this package. Run as a program, `python - FOLDER OUTPUT < reload_probe.py`, it loads the checkpoint
-with its own code files, in an interpreter to which the package is as good as not installed, and writes OUTPUT.
+Imports nothing of this package. As a program, `python - FOLDER OUTPUT < reload_probe.py`, it loads the checkpoint with
+its own code files, in an interpreter where the package cannot be imported, and writes OUTPUT.
 """
 
 import importlib.abc
@@ -16,15 +16,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 
 PACKAGE = "modeling_stablemoe"
-# Two rows of a few tokens: every row of a frozen table is compared by the fingerprint.
+# A few tokens are enough: the fingerprint compares every row of a frozen table.
 _ROWS, _TOKENS = 2, 16
 
 
 def load(folder: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model, in float32 and eval mode with the head it was saved with, and tokenizer of a checkpoint.
+    """Load the model of a checkpoint, in float32 and eval mode with the head it was saved with, and its tokenizer.
 
     Raises:
-        ValueError: if weights are missing, or of no use to the model.
+        ValueError: if weights are missing, or unknown to the model.
     """
     config = AutoConfig.from_pretrained(folder, **options)
     model, info = _auto_class(config).from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **options)
@@ -35,7 +35,7 @@ def load(folder: str, **options) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def _auto_class(config: PreTrainedConfig) -> type:
-    """Find what loads the class that a checkpoint was saved from; that of a language head where its code has no such class."""
+    """Return the Auto class of the saved model, or that of a language model if the `auto_map` does not name it."""
     names = {f".{name}" for name in config.architectures or ()}
     for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
         if any(reference.endswith(name) for name in names):
@@ -45,16 +45,16 @@ def _auto_class(config: PreTrainedConfig) -> type:
 
 @torch.no_grad()
 def compute(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Compute logits, or last hidden states without a head, and experts of a few made-up tokens.
+    """Compute logits (without a head: last hidden states) and experts of a few made-up tokens.
 
     Returns:
-        `dict[str, torch.Tensor]`: `output`; `experts_<k>` of MoE layer k; `fingerprint`, the bytes of that of the frozen
-        routing, empty in stage 1.
+        `dict[str, torch.Tensor]`: `output`; `experts_<k>` of MoE layer k; `fingerprint` of the frozen routing as
+        bytes, empty in stage 1.
     """
     length = min(_TOKENS, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (_ROWS, length), generator=generator)
-    # A classifier without a padding token is told by the mask where a sequence ends.
+    # A classifier without a padding token needs the mask to know where a sequence ends.
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "use_cache": False}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = input_ids.flip(1)
@@ -69,7 +69,7 @@ def compute(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 class _NotInstalled(importlib.abc.MetaPathFinder):
-    """Makes imports of the package fail as if it were not there."""
+    """Makes imports of the package fail as if it were not installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == PACKAGE:

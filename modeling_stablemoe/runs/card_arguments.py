@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What the training scripts know for a model card: from their command line, about their data and their start."""
+"""Facts for a model card from the command line of a training script."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,10 +10,10 @@ from modeling_stablemoe.hub.cards import CardFacts, is_hub_name
 
 @dataclass
 class CardArguments:
-    """What only the user knows of a model that is to be shared; made for `HfArgumentParser`.
+    """Options for the model card that only the user knows; made for `HfArgumentParser`.
 
     Raises:
-        ValueError: for a license or language that the Hub does not know.
+        ValueError: for a license or language in a form that the Hub does not accept.
     """
 
     license: str | None = field(
@@ -42,7 +42,7 @@ class CardArguments:
         dataset_config: str | None = None,
         languages: Sequence[str] = (),
     ) -> CardFacts:
-        """Gather what the card is to say; of files and folders it gives the names alone."""
+        """Gather the facts of the card, with files and folders by their bare names."""
         on_hub = [name for name in corpora if is_hub_name(name)]
         return CardFacts(
             license=self.license,

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What all scripts have in common: help, options of their own, quiet libraries, errors of the user as one line."""
+"""What all scripts share: help, options, logging, and user errors as one line."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 def help_of(doc: str) -> dict[str, Any]:
-    """Turn the docstring of a script into arguments of its parser: what it does, and below the options all else."""
+    """Return parser arguments for a script's docstring: its first paragraph goes above the options, the rest below."""
     description, _, examples = doc.strip().partition("\n\n")
     return {
         "description": description,
@@ -31,14 +31,14 @@ def parse_options(arguments_class: type, doc: str, argv: Sequence[str] | None = 
     """Parse the command line of a script with one class of options.
 
     Raises:
-        ValueError: from the class, for a value that no option can have.
+        ValueError: what the class raises for an invalid value.
     """
     (arguments,) = HfArgumentParser(arguments_class, **help_of(doc)).parse_args_into_dataclasses(argv)
     return arguments
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """Parse the fields of a config in `--config_overrides`, JSON; an empty text has none.
+    """Parse `--config_overrides`, a JSON object of config fields; an empty text is an empty object.
 
     Raises:
         ValueError: for anything but a JSON object.
@@ -53,20 +53,20 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def quiet_libraries():
-    """Show warnings of this package, with the name of its part, and errors alone of transformers."""
+    """Show warnings of this package, with the module's name, and only errors of transformers."""
     logging.basicConfig(format="%(name)s: %(message)s")
     transformers_logging.set_verbosity_error()
 
 
 def log_progress(training_args: TrainingArguments):
-    """Show what a run does, in one of its processes, and warnings of all libraries."""
+    """Show the progress of a run, from one of its processes, and warnings of all libraries."""
     logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
     transformers_logging.set_verbosity_warning()
 
 
 @contextmanager
 def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """End the process with one line for an error that the user can mend. Default: `OSError` and `ValueError`."""
+    """End the process with one line for errors that the user can fix. Default: `OSError` and `ValueError`."""
     try:
         yield
     except Exception as error:

@@ -70,7 +70,7 @@ class ModelArguments:
 
     @property
     def implementations(self) -> dict[str, str]:
-        """`dict`: those of attention and experts that are named, as `from_pretrained` and `from_config` take them."""
+        """`dict`: the implementations that were named, as arguments of `from_pretrained` and `from_config`."""
         named = {
             "attn_implementation": self.attn_implementation,
             "experts_implementation": self.experts_implementation,
@@ -80,7 +80,7 @@ class ModelArguments:
 
 @dataclass
 class RoutingArguments:
-    """The two stages, and what is measured of the routing."""
+    """The two stages, and measurements of the routing."""
 
     stage1_steps: str | None = field(
         default=None,
@@ -133,7 +133,7 @@ class RoutingArguments:
     )
 
     def __post_init__(self):
-        """Check what needs no model; an empty string unsets the option of a recipe."""
+        """Check what can be checked without the model; an empty string unsets an option of a recipe."""
         self.hash_table = self.hash_table or None
         if self.best_of_stage2 and not self.stage1_steps:
             raise ValueError(
@@ -177,11 +177,12 @@ def _parse_steps(option: str, text: str | None) -> int | float | None:
 
 
 def read_preset(path: str | Path) -> tuple[type[StableMoEBaseConfig], dict[str, Any]]:
-    """Read a model's shape as it stands in a file.
+    """Read a model preset from a file.
 
     Args:
-        path (`str` or `Path`): JSON file; its field `source` says where the numbers are from, `model_type` what kind of
-            model it is ("stablemoe" where it is missing).
+        path (`str` or `Path`): JSON file; its field `source` says where the numbers are from, `model_type` which kind
+        of
+            model it describes (default: "stablemoe").
 
     Returns:
         `tuple`: the class of its config, and the values of its fields.
@@ -209,10 +210,10 @@ def read_preset(path: str | Path) -> tuple[type[StableMoEBaseConfig], dict[str, 
 
 
 def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
-    """Make a config of a model's shape.
+    """Make a config from a model preset.
 
     Args:
-        path (`str` or `Path`): JSON file of the shape, as under `configuration/models/`.
+        path (`str` or `Path`): JSON file, such as those under `configuration/models/`.
         **overrides: fields to change.
 
     Returns:
@@ -220,7 +221,7 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a file that is no shape, an unknown field or a value out of range.
+        ValueError: for a file that is no preset, an unknown field or a value out of range.
     """
     config_class, values = read_preset(path)
     values |= overrides
@@ -230,7 +231,7 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
     return config_class(**values)
 
 
-# What may change in a checkpoint, whose weights have a shape: while its routing is learned, and at any time.
+# Fields of a checkpoint that may be changed: the first while its routing is learned, the second at any time.
 STAGE1_FIELDS = (
     "balance_loss_coef",
     "balance_loss_warmup_tokens",
@@ -251,10 +252,10 @@ TRAINING_FIELDS = ("dropout", "attention_dropout", "label_smoothing", "router_au
 
 
 def change_checkpoint(config: StableMoEBaseConfig, overrides: dict[str, Any]) -> StableMoEBaseConfig:
-    """Change how a checkpoint is trained; a field that has the value already may be any.
+    """Change how a checkpoint is trained; overrides that equal the present value are always accepted.
 
     Raises:
-        ValueError: for a field that is none, that the weights depend on, or that has no effect any more.
+        ValueError: for an unknown field, one that fixes the shape of weights, or one that no longer has an effect.
     """
     known = {entry.name for entry in fields(config)}
     unknown = sorted(set(overrides) - known)
@@ -282,7 +283,7 @@ def model_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def check_fit(config: StableMoEBaseConfig, num_tokens: int, **lengths: int):
-    """Check before training that a model can read what it is to be trained on.
+    """Check before training that the data fit the model.
 
     Args:
         config (`StableMoEBaseConfig`): of the model.
@@ -305,8 +306,8 @@ def check_fit(config: StableMoEBaseConfig, num_tokens: int, **lengths: int):
             )
 
 
-# What numbers of Trainer's options may be: at least the first, below the second. Trainer finds out in the middle of a run, if
-# ever: it takes a negative weight decay, and 0 for `max_steps` as leave to train three epochs.
+# Ranges of numeric options: at least the first, below the second. Trainer notices in the middle of a run, if at all:
+# it accepts a negative weight decay, and trains three epochs for `max_steps=0`.
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "data_seed"), (0, 2**32)),
     **dict.fromkeys(("max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"), (1, 2**63)),
@@ -316,13 +317,13 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "num_train_epochs"), (0, math.inf)),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), (0, math.inf)),
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
-    # To be told the norm of the gradients, people clip them at infinity.
+    # Infinity is allowed: it logs the norm of the gradients without clipping them.
     "max_grad_norm": (0, math.nan),
 }
 
 
 class _Parser(HfArgumentParser):
-    """Refuses numbers that no option can have, before anything is made of them."""
+    """Refuses numbers outside the range of their option before they are used."""
 
     def parse_known_args(self, *args, **kwargs):
         namespace, rest = super().parse_known_args(*args, **kwargs)
@@ -367,14 +368,14 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
 
 
 def _require_half_precision(arguments: tuple):
-    """Refuse `--fp16` on a CPU, where accelerate trains in float32 and does not say so."""
+    """Refuse `--fp16` on a CPU, where accelerate silently trains in float32."""
     for part in arguments:
         if isinstance(part, TrainingArguments) and part.fp16 and part.device.type == "cpu":
             raise ValueError("--fp16 does nothing on a CPU; train with --bf16 true, or in float32")
 
 
 class YamlLoader(yaml.SafeLoader):
-    """Takes 1e-3 for a number, as YAML 1.2 does; YAML 1.1 wants 1.0e-3."""
+    """Reads 1e-3 as a number, as YAML 1.2 does; YAML 1.1 requires 1.0e-3."""
 
 
 YamlLoader.add_implicit_resolver(
@@ -390,7 +391,7 @@ def _recipe_to_argv(path: Path) -> list[str]:
         recipe = loader.get_single_node()
         if not isinstance(recipe, yaml.MappingNode):
             raise ValueError(f"the recipe {str(path)!r} must be a mapping of option names to values")
-        loader.flatten_mapping(recipe)  # `<<` takes over what an anchor holds
+        loader.flatten_mapping(recipe)  # resolves `<<`
         argv = []
         for name, value in recipe.value:
             if value.tag == "tag:yaml.org,2002:null":
@@ -403,7 +404,7 @@ def _recipe_to_argv(path: Path) -> list[str]:
 
 
 def _as_written(loader: YamlLoader, node: yaml.Node) -> str:
-    """Return the text of a value on the command line: `no` is a language, too, and 010 is ten."""
+    """Return a value as it would stand on the command line: `no` may be a language, and 010 is ten."""
     if not isinstance(node, yaml.ScalarNode):
         return json.dumps(loader.construct_object(node, deep=True), default=str)
     is_switch = node.tag == "tag:yaml.org,2002:bool" and node.value.lower() in ("on", "off")

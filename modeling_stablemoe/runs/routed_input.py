@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""A checkpoint and a text to send through it, as command lines name them."""
+"""The checkpoint and the text that a command line names, for scripts that route a text."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TextArguments:
-    """What the model reads."""
+    """The text that the model reads."""
 
     text: str | None = field(
         default=None, metadata={"help": "The text itself. Without it and --text_files the standard input is read."}
@@ -80,13 +80,14 @@ def parse_checkpoint_command(
         doc (`str`): docstring of the script, for `--help`.
         usage (`str`): how it is called.
         argv (sequence of `str`, *optional*): default: the process's own arguments.
-        text_class (`type[TextArguments]`): the options that say which text.
+        text_class (`type[TextArguments]`): the options that name the text.
 
     Returns:
-        `tuple`: text, the script's own options, the checkpoint. A bad command line ends the process with status 2.
+        `tuple`: the options of the text, those of the script, and the checkpoint. A bad command line ends the process
+        with status 2.
     """
     parser = HfArgumentParser((text_class, arguments_class), **help_of(doc))
-    # Before the options: those that take several values would take it, too.
+    # Before the options, as those with several values would take it, too.
     parser.usage = usage
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
     try:
@@ -103,13 +104,13 @@ def load_checkpoint(name: str, tokenizer_name: str | None):
         OSError: if there is no such checkpoint, or it has no tokenizer.
         ValueError: if it is damaged or not of this package.
     """
-    read_saved_class(name)  # what is no checkpoint of ours has no need of a tokenizer
+    read_saved_class(name)  # reports a foreign checkpoint before a missing tokenizer
     tokenizer = load_tokenizer(tokenizer_name or name)
     return load_saved(name, device_map="auto"), tokenizer
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint, or one of its own.
+    """Load a tokenizer, by its own name or that of a checkpoint.
 
     Raises:
         ValueError: if there is none, naming the remedy.
@@ -138,7 +139,7 @@ def read_documents(args: TextArguments) -> Iterator[str]:
 def encode_one_by_one(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> Iterator[list[int]]:
-    """Turn documents into token ids, as training does: text that spells a special token is ordinary text."""
+    """Yield the token ids of each document, as in training: text that spells a special token is ordinary text."""
     room = max_tokens
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     for document in documents:
@@ -155,7 +156,7 @@ def encode_one_by_one(
 
 
 def read_pairs(args: TextArguments) -> Iterator[tuple[str, str]]:
-    """Yield sources and targets of a translation model, "" where there are no targets; blank sources are left out."""
+    """Yield pairs of source and target, "" without targets; blank sources are left out."""
     if not args.text_files:
         lines = read_lines(STANDARD_INPUT, args.encoding) if args.text is None else args.text.split("\n")
         pairs = ((line, "") for line in lines)
@@ -174,7 +175,7 @@ def read_pairs(args: TextArguments) -> Iterator[tuple[str, str]]:
 
 
 def encode_pairs(args: TextArguments, tokenizer, longest: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Turn pairs into token ids; what is longer than the model's positions is cut off, with a warning."""
+    """Return the token ids of sources and targets, cut off to the model's positions with a warning."""
     sides: tuple[list[list[int]], list[list[int]]] = ([], [])
     num_tokens = [0, 0]
     for number, (source, target) in enumerate(read_pairs(args), start=1):
@@ -195,10 +196,10 @@ def encode_pairs(args: TextArguments, tokenizer, longest: int) -> tuple[list[lis
 def route_through_checkpoint(
     name: str, args: TextArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[RoutedText]]:
-    """Load a checkpoint, a Hub name or folder, and let it route a text.
+    """Load a checkpoint (Hub name or folder) and route a text with it.
 
     Returns:
-        `tuple`: the model, its tokenizer, and what `route_texts` returns.
+        `tuple`: the model, its tokenizer, and the routed texts.
 
     Raises:
         OSError: if a file cannot be read.

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What the training scripts share: the folder of a run, its model, its callbacks, and training through both stages."""
+"""What the training scripts share: the run folder, the model, the callbacks, and training through both stages."""
 
 import errno
 import json
@@ -57,9 +57,9 @@ from .recipes import (
 
 logger = logging.getLogger(__name__)
 
-# What `--resume_from_checkpoint` calls the last whole checkpoint of the run.
+# Values of `--resume_from_checkpoint` that mean the last whole checkpoint of the run.
 LATEST = ("latest", "true", "True")
-# Of the output folder, what is never uploaded: a pickle, and the settings of this machine.
+# Files of the output folder that are never uploaded: a pickle, and the settings of this machine.
 NOT_SHARED = ("training_args.bin", "run.json")
 
 
@@ -73,15 +73,15 @@ class FolderArguments:
 
 
 class RunFolder:
-    """The output folder of one run; it is looked at first, and changed when nothing else can be wrong any more.
+    """The output folder of one run: checked when this is made, changed only by `claim`.
 
     Args:
-        training_args (`TrainingArguments`): `output_dir` and `resume_from_checkpoint`, and what identifies the run.
+        training_args (`TrainingArguments`): name the folder and the checkpoint, and identify the run.
         overwrite (`bool`): delete what the folder holds.
-        *settings (dataclass instances): everything else that changes what the run computes.
+        *settings (dataclass instances): everything else that the run depends on.
 
     Raises:
-        ValueError: if the folder cannot be this run's, or the checkpoint to resume from is not whole.
+        ValueError: if this run may not write to the folder, or the checkpoint to resume from is not whole.
     """
 
     def __init__(self, training_args: TrainingArguments, overwrite: bool, *settings: Any):
@@ -101,7 +101,7 @@ class RunFolder:
             raise ValueError(f"The checkpoint {named!r} cannot be resumed: {problem}.")
 
     def claim(self) -> str | None:
-        """Make the folder this run's; return the checkpoint to resume from, if any."""
+        """Claim the folder for this run; return the checkpoint to resume from, if any."""
         checkpoint = _ask_first(self.args, self._claim)
         requested = self.args.resume_from_checkpoint
         if requested not in (None, *LATEST):
@@ -113,14 +113,14 @@ class RunFolder:
     def _claim(self) -> Path | None:
         checkpoint = claim_run_folder(**self._run)
         if self.args.push_to_hub:
-            # `Trainer` uploads the folder as it is during training; the Hub leaves out what this file names.
+            # During training `Trainer` uploads the whole folder, except what this file names.
             ignored = "".join(f"/{name}\n" for name in NOT_SHARED)
             replace_file(Path(self.args.output_dir) / ".gitignore", lambda path: path.write_text(ignored))
         return checkpoint
 
 
 def _ask_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
-    """Let the first process decide what all must agree on: reading a checkpoint takes time, and folders change."""
+    """Let the first process decide for all: reading a checkpoint takes time, and folders change."""
     found = [find() if args.process_index == 0 else None]
     if args.world_size > 1:
         broadcast_object_list(found)
@@ -130,7 +130,7 @@ def _ask_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
 def _as_settings(part: Any) -> dict:
     if not isinstance(part, RoutingArguments):
         return asdict(part)
-    # Of the routing, only these change what is trained; the rest is measurement and choice.
+    # Only these change what is trained; the others measure, or choose among checkpoints.
     names = ("stage1_steps", "settled_change", "hold_until_ready", "hash_table")
     return {name: getattr(part, name) for name in names}
 
@@ -138,17 +138,17 @@ def _as_settings(part: Any) -> dict:
 def build_model(
     model_args: ModelArguments, auto_class: type, tokenizer: PreTrainedTokenizerBase, **fields: Any
 ) -> PreTrainedModel:
-    """Make the model that the preset describes, or load the checkpoint.
+    """Build the model that the preset describes, or load the checkpoint.
 
     Args:
-        model_args (`ModelArguments`): preset or checkpoint, and implementations.
+        model_args (`ModelArguments`): preset or checkpoint, overrides and implementations.
         auto_class (`type`): `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
         tokenizer (`PreTrainedTokenizerBase`): gives a new model its vocabulary and special tokens.
-        **fields: other fields of the config of a new model, which `--config_overrides` may change.
+        **fields: more config fields of a new model, which `--config_overrides` may change.
 
     Raises:
         OSError: if there is no such preset or checkpoint.
-        ValueError: if it is damaged or of another kind, or an override cannot be.
+        ValueError: if it is damaged or of another kind, or for an invalid override.
     """
     if model_args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
@@ -169,17 +169,18 @@ def _require_kind(config_class: type, auto_class: type, what: str):
 
 
 def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, train_rows: Dataset):
-    """Give a new model the hash tables that the routing arguments ask for, if any.
+    """Route a new model by the hash tables that the routing arguments name, if any.
 
     Args:
-        model (`PreTrainedModel`): of any router; one that is not a hash is frozen by them.
-        routing_args (`RoutingArguments`): kind of table.
-        train_rows (`Dataset`): what it is balanced for: `input_ids` and, for the decoder of a pair, `labels`.
+        model (`PreTrainedModel`): with any router; the tables freeze one that is not a hash.
+        routing_args (`RoutingArguments`): the kind of table.
+        train_rows (`Dataset`): data to balance the tables for: `input_ids` and, for a decoder, `labels`.
 
     Raises:
-        OSError: if a folder of tables is no checkpoint.
-        ValueError: if a stage 1 is asked for, too; for a streamed corpus, which cannot be counted; for a checkpoint that
-            has no tables or not those of this model.
+        OSError: if the folder of tables is no checkpoint.
+        ValueError: if there is also a stage 1; for a streamed corpus, which cannot be counted; for a checkpoint
+        without
+            tables or with those of another model.
     """
     config = model.config
     if routing_args.hash_table is None or not config.num_moe_layers:
@@ -221,20 +222,20 @@ def build_callbacks(
     data_collator=None,
     facts: CardFacts | None = None,
 ) -> list:
-    """Make the callbacks that the routing arguments ask for, that of model cards, and the one that completes checkpoints.
+    """Build the callbacks of a run: those that the routing arguments name, model cards, and manifests of checkpoints.
 
     The logs of every MoE model get routing statistics.
 
     Args:
         routing_args (`RoutingArguments`): length of stage 1, checks of fluctuation.
         config (`StableMoEBaseConfig`): of the model.
-        max_steps (`int`): steps of the whole training; <= 0 where only Trainer will know.
-        validation_rows (iterable of `Mapping`): what fluctuation is watched on.
+        max_steps (`int`): steps of the whole training; <= 0 if only Trainer will know.
+        validation_rows (iterable of `Mapping`): data on which fluctuation is measured.
         data_collator (`Callable`, *optional*): makes a padded batch of them.
-        facts (`CardFacts`, *optional*): what model cards are to say besides what was measured.
+        facts (`CardFacts`, *optional*): what model cards say besides what was measured.
 
     Returns:
-        `list[TrainerCallback]`: the one that completes checkpoints is the last.
+        `list[TrainerCallback]`: `CheckpointManifestCallback` is the last.
 
     Raises:
         ValueError: if stage 1 would outlast training.
@@ -267,15 +268,15 @@ def build_callbacks(
 
 
 class SaveError(OSError):
-    """What was to be saved was not, for want of space most often; earlier checkpoints are as they were."""
+    """Saving failed, most often for lack of space; earlier checkpoints are unchanged."""
 
 
 def train(trainer: Trainer, checkpoint: str | None):
-    """Train to the end, from a checkpoint where there is one, and save the model and the Trainer's state.
+    """Train to the end, from a checkpoint if there is one, and save the model and the Trainer's state.
 
     Args:
         trainer (`Trainer`): not trained yet.
-        checkpoint (`str`, *optional*): a whole one, for which `check_engine` has passed; of any engine.
+        checkpoint (`str`, *optional*): a whole one, of any engine that `check_engine` accepts.
 
     Raises:
         SaveError: if a checkpoint or the model cannot be saved.
@@ -293,10 +294,10 @@ def train(trainer: Trainer, checkpoint: str | None):
         elif not restore_finished_run(trainer, checkpoint):
             with translated(trainer, checkpoint) as folder:
                 trainer.train(resume_from_checkpoint=folder)
-        # An internal call uploads nothing yet: `push` does, with the card.
+        # An internal call does not upload: `push` does that later, with the card.
         trainer.save_model(trainer.args.output_dir, _internal_call=True)
         trainer.save_state()
-    # A pickle; checkpoints keep theirs, what is shared holds none.
+    # A pickle, which must not be shared; checkpoints keep theirs.
     (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
 
@@ -308,7 +309,7 @@ def step_of_model(trainer: Trainer) -> int:
 
 
 def evaluate_saved_model(trainer: Trainer) -> float:
-    """Return the perplexity of the model that training left; the history keeps that only of the last step's model."""
+    """Return the perplexity of the final model; the history keeps it only if that is of the last step."""
     loss = trainer.evaluate()["eval_loss"]
     if step_of_model(trainer) != trainer.state.global_step:
         trainer.state.log_history.pop()
@@ -317,7 +318,7 @@ def evaluate_saved_model(trainer: Trainer) -> float:
 
 @contextmanager
 def _explained(trainer: Trainer) -> Iterator[None]:
-    """Explain what failed to be saved and how to mend it; other errors pass unchanged."""
+    """Turn a failure to save into a `SaveError` with the remedy; other errors pass unchanged."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -339,7 +340,8 @@ def _explained(trainer: Trainer) -> Iterator[None]:
 def summarize_run(trainer: Trainer) -> dict:
     """Gather the results of a run, JSON-ready.
 
-    `step` and `routing_stage` (`None` for a dense model) are those of the saved model, which may be a best checkpoint.
+    `step` and `routing_stage` (`None` for a dense model) are those of the saved model, which may be the best
+    checkpoint.
     """
     return report.summarize_run(trainer.model, trainer.state, step_of_model(trainer))
 
@@ -351,7 +353,15 @@ def write_results(
     dataset_name: str | None = None,
     facts: CardFacts | None = None,
 ):
-    """Write `results.json` and the model card to the output folder; the arguments are those of `build_model_card`."""
+    """Write `results.json` and the model card to the output folder.
+
+    Args:
+        trainer (`Trainer`): after training.
+        results (`dict`): of `summarize_run`, with what was evaluated.
+        card_template (`str` or `Path`, *optional*): default: `hub_card.md`.
+        dataset_name (`str`, *optional*): evaluation data, for the card. Default: that of `facts`.
+        facts (`CardFacts`, *optional*): what else the card says.
+    """
     folder = Path(trainer.args.output_dir)
     replace_file(folder / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
     card = build_model_card(
@@ -368,9 +378,9 @@ def write_results(
 
 
 def push(trainer: Trainer):
-    """Upload the output folder to the Hub: model, card and results; of the main process, with `push_to_hub` only.
+    """Upload model, card and results to the Hub, from the main process and only with `push_to_hub`.
 
-    `Trainer.push_to_hub` would put a draft of its own in the place of the card.
+    `Trainer.push_to_hub` would replace the card by its own draft.
     """
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero():

@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""The part of a vocabulary that a text uses, for models that are pruned to it."""
+"""The part of a vocabulary that a text uses, for pruning a model to it."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class VocabularyArguments(TextArguments):
-    """Which text, and what of it."""
+    """The text, and which of its tokens count."""
 
     target_files: list[str] = field(
         default_factory=list,
-        metadata={"help": "Translation models: a file of targets for each of --text_files, a target a line."},
+        metadata={"help": "Translation models: a file of targets for each of --text_files, one target per line."},
     )
     max_tokens: int = field(
         default=100_000_000,
@@ -59,9 +59,9 @@ class TextVocabulary:
     """The token ids of a text, on one side of a model.
 
     Attributes:
-        counts (`torch.LongTensor` of shape `(V,)`): how often the text has each.
-        ids (`torch.LongTensor`): those that count, sorted.
-        beginnings (`list[list[int]]`): of the first documents, or whole sentences, for samples.
+        counts (`torch.LongTensor` of shape `(V,)`): how often each id occurs.
+        ids (`torch.LongTensor`): the ids to keep, sorted.
+        beginnings (`list[list[int]]`): samples: the beginnings of the first documents, or whole sentences.
     """
 
     counts: Tensor
@@ -69,17 +69,17 @@ class TextVocabulary:
     beginnings: list[list[int]]
 
     def covered(self, has_expert: Tensor) -> float:
-        """Return the share of the tokens of the text that is in a set of ids, a `torch.BoolTensor` of shape `(V,)`."""
+        """Return the share of the text's tokens whose ids are in a set, a `torch.BoolTensor` of shape `(V,)`."""
         return (self.counts[has_expert].sum() / self.counts.sum()).item()
 
 
 def read_vocabularies(
     args: VocabularyArguments, tokenizer: PreTrainedTokenizerBase, config: StableMoEBaseConfig
 ) -> list[TextVocabulary]:
-    """Read a text and collect the token ids that a model needs for it.
+    """Read a text and collect the token ids that it uses.
 
     Returns:
-        `list[TextVocabulary]`: one for a language model; of sources and targets for an encoder-decoder.
+        `list[TextVocabulary]`: one for a language model; those of sources and targets for an encoder-decoder.
 
     Raises:
         OSError: if a file cannot be read.
@@ -137,7 +137,7 @@ def _ids_that_always_count(args: VocabularyArguments, tokenizer: PreTrainedToken
 
 
 def byte_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """List the ids of the 256 tokens that stand for single bytes; none where a tokenizer is not made of bytes."""
+    """Return the ids of the 256 tokens for single bytes; an empty list if the tokenizer has no such tokens."""
     vocabulary = tokenizer.get_vocab()
     for pieces in (ByteLevel.alphabet(), [f"<0x{byte:02X}>" for byte in range(256)]):
         ids = [vocabulary[piece] for piece in pieces if piece in vocabulary]

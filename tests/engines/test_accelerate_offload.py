@@ -8,9 +8,6 @@ from helpers.loaders import KINDS, build, experts_of
 from helpers.models import tiny_model
 
 
-pytestmark = pytest.mark.pairs
-
-
 def map_of(model, where: str) -> dict[str, str]:
     """Send the MoE layers `where`, all else to the CPU, which counts as the device that computes."""
     away = set(model.moe_layers_by_name)
@@ -28,7 +25,7 @@ def map_of(model, where: str) -> dict[str, str]:
     return dict(entries(model, ""))
 
 
-def dispatched(source, folder, tmp_path, offload_buffers: bool):
+def dispatched(source, folder, tmp_path, offload_buffers: bool = True):
     with init_empty_weights():
         model = type(source)(source.config)
     model.tie_weights()
@@ -58,7 +55,7 @@ WAYS = {
     "disk_offload, buffers": lambda source, folder, tmp: disk_offload(
         type(source).from_pretrained(folder), tmp, "cpu", offload_buffers=True
     ),
-    "load_checkpoint_and_dispatch, buffers": lambda source, folder, tmp: dispatched(source, folder, tmp, True),
+    "load_checkpoint_and_dispatch, buffers": lambda source, folder, tmp: dispatched(source, folder, tmp),
 }
 
 
@@ -69,6 +66,7 @@ def saved(request, tmp_path_factory):
     return source, folder
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("way", WAYS)
 def test_an_offloaded_model_routes_and_is_saved_as_it_was(saved, way, tmp_path):
     source, folder = saved
@@ -84,11 +82,13 @@ def test_an_offloaded_model_routes_and_is_saved_as_it_was(saved, way, tmp_path):
         assert torch.equal(again[name], values), name
 
 
-def test_buffers_that_accelerate_leaves_in_the_file_are_an_error(saved, tmp_path):
-    source, folder = saved
+@pytest.mark.parametrize("kind", ["counts in stage 1", "table", "context"])
+def test_buffers_that_accelerate_leaves_in_the_file_are_an_error(kind, tmp_path):
+    source, folder = build(kind), tmp_path / "saved"
+    source.save_pretrained(folder)
     # Else a frozen model would come out in stage 1, and one that counts without its counts.
     with pytest.raises(ValueError, match=r"(routing_table|expert_counts|embedding) is on the meta device"):
-        dispatched(source, folder, tmp_path, False)
+        dispatched(source, folder, tmp_path, offload_buffers=False)
 
 
 def test_a_routing_that_is_offloaded_is_not_changed():

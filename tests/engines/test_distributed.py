@@ -6,11 +6,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import TrainerControl, TrainerState
 
 from helpers.many_processes import results, run_scenarios
-from helpers.models import COUNTING, Decision, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.models import (
+    COUNTING,
+    Decision,
+    random_ids,
+    switch_checkpointing,
+    tiny_config,
+    tiny_model,
+    tiny_seq2seq_model,
+)
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
 from modeling_stablemoe.measure.verdict import SettlingWatch
@@ -63,8 +76,7 @@ def adamw(model):
 
 def ddp_across_the_transition(rank: int, folder: Path) -> dict:
     model = model_on_every_rank()
-    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    switch({"use_reentrant": False})
+    switch_checkpointing(model, {"use_reentrant": False})
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
     optimizer = adamw(model)
     train(parallel, range(3), optimizer, rank)
@@ -189,9 +201,6 @@ def evaluation_on_one_rank(rank: int, folder: Path) -> dict:
 
 
 def shard(model: StableMoEForCausalLM, **kwargs):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh("cpu", (WORLD,))
     for module in (*model.model.layers, *model.model.moe_layers, model):
         fully_shard(module, mesh=mesh, **kwargs)
@@ -199,21 +208,10 @@ def shard(model: StableMoEForCausalLM, **kwargs):
 
 
 def full_weights(model) -> dict[str, torch.Tensor]:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def fsdp_freeze_untrained(rank: int, folder: Path) -> dict:
-    model = shard(model_on_every_rank())
-    before = model.route(EVERY_ID)
-    model.freeze_router()
-    return {**facts_about(model), "routes before": before}
-
-
 def fsdp_across_the_transition(rank: int, folder: Path) -> dict:
-    from torch.distributed.tensor import DTensor
-
     model = shard(model_on_every_rank())
     optimizer = adamw(model)
     losses = train(model, range(3), optimizer, rank)
@@ -241,8 +239,6 @@ def fsdp_across_the_transition(rank: int, folder: Path) -> dict:
 
 
 def fsdp_bf16(rank: int, folder: Path) -> dict:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     # More experts than bfloat16 can count: 257 and above would be rounded.
     torch.manual_seed(0)
@@ -265,8 +261,6 @@ def fsdp_bf16(rank: int, folder: Path) -> dict:
 
 
 def fsdp_looking_back(rank: int, folder: Path) -> dict:
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
     model = tiny_model(moe_layer_positions=POSITIONS, distilled_router="transformer_1")
     shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     optimizer = adamw(model)
@@ -284,8 +278,6 @@ def fsdp_looking_back(rank: int, folder: Path) -> dict:
 
 def efficient_loading(rank: int, folder: Path, name: str = "frozen") -> dict:
     """What `accelerate launch` with FSDP2 and `cpu_ram_efficient_loading` does: rank 0 reads, the others receive."""
-    from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
-
     variables = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": str(rank)}
     os.environ.update(variables)
     try:
@@ -316,7 +308,6 @@ SCENARIOS = [
     watching,
     fsdp_statistics,
     evaluation_on_one_rank,
-    fsdp_freeze_untrained,
     fsdp_across_the_transition,
     fsdp_bf16,
     fsdp_looking_back,
@@ -438,15 +429,6 @@ def test_evaluation_on_one_process_does_not_wait_for_the_others(ran):
     assert_close(results(ran, evaluation_on_one_rank)[0]["aux_loss"], expected, rtol=1e-5, atol=0)
 
 
-def test_a_sharded_model_freezes_to_the_fingerprint_of_the_plain_one(ran):
-    plain = model_on_every_rank()
-    plain.freeze_router()
-    for result in results(ran, fsdp_freeze_untrained):
-        assert result["fingerprint"] == result["in config"] == plain.router_fingerprint()
-        assert torch.equal(result["routes"], plain.route(EVERY_ID))
-        assert torch.equal(result["routes"], result["routes before"])
-
-
 def test_fsdp_trains_through_the_transition_and_leaves_the_routing(ran):
     first, second = results(ran, fsdp_across_the_transition)
     for result in (first, second):
@@ -455,15 +437,11 @@ def test_fsdp_trains_through_the_transition_and_leaves_the_routing(ran):
         assert torch.equal(result["when frozen"]["routes"], result["routes before"])
         assert torch.equal(result["routes"], result["routes before"])
         assert result["fingerprint"] == result["in config"] == result["when frozen"]["fingerprint"]
+        assert result["distilled router kept"]  # where the callback takes its zero gradient
         assert all(torch.tensor(result["losses"]).isfinite())
     assert first["fingerprint"] == second["fingerprint"]
     plain = model_on_every_rank()
     assert not torch.equal(plain.route(EVERY_ID), first["routes"])  # it has learned in stage 1
-
-
-def test_fsdp_leaves_the_distilled_router_as_it_was_where_the_callback_takes_its_zero_gradient(ran):
-    for result in results(ran, fsdp_across_the_transition):
-        assert result["distilled router kept"]
 
 
 def test_fsdp_learns_what_one_process_learns(ran):

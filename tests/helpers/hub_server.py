@@ -46,20 +46,15 @@ class Commit:
 
 @dataclass
 class Repository:
-    """Commits by their hash, and the branches and tags that name some of them.
-
-    Nobody but its owner sees a private one; of a gated one nobody but its owner gets a file.
-    """
+    """Commits by their hash, and the branches that name some of them."""
 
     private: bool = False
-    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
     history: dict[str, list[str]] = field(default_factory=dict)
 
     def find(self, revision: str) -> Commit:
-        oid = self.branches.get(revision) or self.tags.get(revision) or revision
+        oid = self.branches.get(revision, revision)
         if oid not in self.commits:
             raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return self.commits[oid]
@@ -73,15 +68,6 @@ class Repository:
         return commit
 
 
-@dataclass
-class Fault:
-    """What goes wrong with the next `times` downloads of a file."""
-
-    drop_after: int | None = None
-    alter_at: int | None = None
-    times: int = 1
-
-
 class HubServer:
     """A Hub on 127.0.0.1, from `__enter__` to `__exit__`.
 
@@ -92,9 +78,8 @@ class HubServer:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.repositories: dict[str, Repository] = {}
-        self.requests: list[str] = []  # "GET /user/name/resolve/main/config.json bytes=7-"
+        self.requests: list[str] = []  # "GET /user/name/resolve/main/config.json"
         self.lock = threading.RLock()
-        self._faults: dict[str, list[Fault]] = {}
         (self.folder / "blobs").mkdir(parents=True, exist_ok=True)
 
     def __enter__(self):
@@ -134,20 +119,6 @@ class HubServer:
         repository = self.repository(name)
         return [repository.commits[oid] for oid in repository.history[branch]]
 
-    # The next downloads of a file, whole or from where one broke off, go as was said, one after the other.
-
-    def drop_connection(self, path: str, after: int, times: int = 1):
-        """Break the next `times` downloads of a file after so many bytes of it."""
-        self._faults.setdefault(path, []).append(Fault(drop_after=after, times=times))
-
-    def alter_byte(self, path: str, position: int, times: int = 1):
-        """Send another byte at that position in the next `times` downloads of a file."""
-        self._faults.setdefault(path, []).append(Fault(alter_at=position, times=times))
-
-    def send_intact(self, path: str, times: int = 1):
-        """Send a file as it is in the next `times` downloads."""
-        self._faults.setdefault(path, []).append(Fault(times=times))
-
     # For the handler
 
     def repository(self, name: str) -> Repository:
@@ -175,14 +146,6 @@ class HubServer:
     def read(self, sha: str) -> bytes:
         return (self.folder / "blobs" / sha).read_bytes()
 
-    def take_fault(self, path: str) -> Fault:
-        with self.lock:
-            for fault in self._faults.get(path, []):
-                if fault.times:
-                    fault.times -= 1
-                    return fault
-            return Fault()
-
 
 def _is_ignored(path: str, gitignore: str) -> bool:
     """Match the two kinds of lines that are needed: `/anchored` and `anywhere`."""
@@ -207,7 +170,6 @@ ROUTES = [
     ("GET", rf"/api/models/{NAME}(/revision/(?P<revision>[^/]+))?", "describe"),
     ("POST", rf"/api/models/{NAME}/paths-info/(?P<revision>[^/]+)", "describe_paths"),
     ("POST", rf"/api/models/{NAME}/branch/(?P<revision>[^/]+)", "create_branch"),
-    ("POST", rf"/api/models/{NAME}/tag/(?P<revision>[^/]+)", "create_tag"),
     ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", rf"/api/models/{NAME}/commit/(?P<revision>[^/]+)", "commit"),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
@@ -232,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """Answer, errors as JSON with the headers that the client reads."""
-        self.hub.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+        self.hub.requests.append(f"{self.command} {self.path}")
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.body = self._read_body()
@@ -262,12 +224,6 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return
         is_owner = is_user and repository.startswith(f"{USER}/")
-        found = self.hub.repositories.get(repository, Repository())
-        if found.private and not is_owner:
-            # Whether it exists is not told.
-            raise HubError(404 if is_user else 401, "RepoNotFound", "Repository not found")
-        if found.gated and not is_owner and method == "download":
-            raise HubError(403 if is_user else 401, "GatedRepo", f"Access to model {repository} is restricted.")
         if writes and not is_owner:
             raise HubError(403, "", f"You may not write to {repository}")
 
@@ -325,7 +281,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "modelId": name,
                 "sha": commit.oid,
                 "private": repository.private,
-                "gated": "manual" if repository.gated else False,
+                "gated": False,
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
@@ -337,21 +293,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def list_refs(self, name):
         repository = self.hub.repository(name)
-        refs = {"converts": [], "pullRequests": []}
-        for kind, folder, found in (("branches", "heads", repository.branches), ("tags", "tags", repository.tags)):
-            refs[kind] = [{"name": k, "ref": f"refs/{folder}/{k}", "targetCommit": oid} for k, oid in found.items()]
-        self._send_json(refs)
+        heads = [{"name": k, "ref": f"refs/heads/{k}", "targetCommit": v} for k, v in repository.branches.items()]
+        self._send_json({"converts": [], "pullRequests": [], "branches": heads, "tags": []})
 
     def create_branch(self, name, revision):
         repository = self.hub.repository(name)
         start = repository.find(json.loads(self.body or b"{}").get("startingPoint") or "main")
         repository.branches[revision] = start.oid
         repository.history[revision] = [start.oid]
-        self._send_json({})
-
-    def create_tag(self, name, revision):
-        repository = self.hub.repository(name)
-        repository.tags[json.loads(self.body)["tag"]] = repository.find(revision).oid
         self._send_json({})
 
     def _entry(self, commit: Commit, path: str) -> dict:
@@ -460,7 +409,7 @@ class _Handler(BaseHTTPRequestHandler):
         sha = commit.files[path]
         data = self.hub.read(sha)
         if path not in commit.large:
-            self._send_file(path, data, _git_oid(data), {"X-Repo-Commit": commit.oid})
+            self._send(data, 200, {"ETag": f'"{_git_oid(data)}"', "X-Repo-Commit": commit.oid})
             return
         linked = {"X-Repo-Commit": commit.oid, "X-Linked-Etag": f'"{sha}"', "X-Linked-Size": len(data)}
         self._send(b"", 302, {**linked, "Location": f"{self.hub.storage_url}/storage/{sha}/{path}"})
@@ -468,30 +417,7 @@ class _Handler(BaseHTTPRequestHandler):
     def download_stored(self, sha, path):
         if not self.hub.has(sha):
             raise HubError(404, "EntryNotFound", "There is no such object")
-        self._send_file(path, self.hub.read(sha), sha, {})
-
-    def _send_file(self, path: str, data: bytes, etag: str, headers: dict):
-        """Send a file or the range of it that was asked for, with the fault that was ordered for it."""
-        headers = {"ETag": f'"{etag}"', "Accept-Ranges": "bytes", **headers}
-        if self.command == "HEAD":
-            self._send(b"", 200, {**headers, "Content-Length": len(data)})
-            return
-        fault = self.hub.take_fault(path)
-        if fault.alter_at is not None:
-            data = data[: fault.alter_at] + bytes([data[fault.alter_at] ^ 1]) + data[fault.alter_at + 1 :]
-        first, status = 0, 200
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted is not None:
-            first, last = int(wanted[1]), int(wanted[2] or len(data) - 1)
-            if first >= len(data):
-                raise HubError(416, "RangeNotSatisfiable", "The range begins behind the end")
-            headers["Content-Range"] = f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
-            data, status = data[first : last + 1], 206
-        if fault.drop_after is None:
-            self._send(data, status, headers)
-            return
-        self._send(data[: max(0, fault.drop_after - first)], status, {**headers, "Content-Length": len(data)})
-        self.close_connection = True
+        self._send(self.hub.read(sha), 200, {"ETag": f'"{sha}"'})
 
 
 __all__ = ["TOKEN", "USER", "HubServer"]

@@ -45,7 +45,7 @@ def test_the_file_defines_what_its_sources_do_and_each_name_once(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_name_of_the_file_is_undefined_or_defined_anew(name, tmp_path):
+def test_no_name_of_the_file_is_undefined_or_defined_twice(name, tmp_path):
     (tmp_path / f"{name}.py").write_text(bundle(name))
     check = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E9", str(tmp_path)]
     done = subprocess.run(check, capture_output=True, text=True, check=False)
@@ -59,12 +59,10 @@ def test_every_file_of_the_model_travels_in_one_of_them():
 
 
 @pytest.mark.parametrize(("make", "name"), [(tiny_model, NAMES[0]), (tiny_seq2seq_model, NAMES[1])])
-@pytest.mark.parametrize("how", ["whole", "again"])
-def test_a_checkpoint_carries_two_files(make, name, how, tmp_path):
+def test_a_checkpoint_carries_two_files(make, name, tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
-    if how == "again":
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_stablemoe.py", f"{name}.py"}
     assert (tmp_path / f"{name}.py").read_text() == bundle(name)
     assert (tmp_path / "configuration_stablemoe.py").read_text() == (

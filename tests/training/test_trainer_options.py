@@ -1,7 +1,6 @@
 """Trainer's own options across the transition."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
@@ -11,11 +10,12 @@ from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from helpers import ROOT
+from helpers.matrices import one_fast
 from helpers.models import tiny_model, tiny_seq2seq_model
 from helpers.trainers import assert_same_weights, make_seq2seq_trainer, make_trainer, weights
 from helpers.workplaces import CausalWorkplace, TranslationWorkplace
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForConditionalGeneration, StageTransitionCallback
-from modeling_stablemoe.checkpoints.folders import require_optimizer, what_is_missing
+from modeling_stablemoe.checkpoints.folders import require_optimizer
 from modeling_stablemoe.runs.run import evaluate_saved_model, summarize_run, write_results
 
 
@@ -68,9 +68,7 @@ def assert_stage(model, stage):
 # The best checkpoint
 
 
-@pytest.mark.parametrize(
-    ("kind", "best", "stage"), [("causal", 3, 1), ("seq2seq", 3, 1), ("causal", TRANSITION, 2), ("seq2seq", 7, 2)]
-)
+@pytest.mark.parametrize(("kind", "best", "stage"), [("causal", 3, 1), ("causal", TRANSITION, 2), ("seq2seq", 7, 2)])
 def test_the_best_checkpoint_is_the_model_that_training_leaves(tmp_path, caplog, kind, best, stage):
     trainer = train(tmp_path, losses={best: 1.0}, kind=kind)
     assert_stage(trainer.model, stage)
@@ -91,25 +89,9 @@ def test_the_best_checkpoint_is_the_model_that_training_leaves(tmp_path, caplog,
         assert not about_the_end
 
 
-def test_the_losses_of_both_stages_are_of_one_kind(tmp_path):
-    # What the warning advises: the frozen table of the best checkpoint gives the loss that made it the best.
-    losses = Losses({3: 1.0})
-    trainer = make_trainer(tmp_path, losses, StageTransitionCallback(TRANSITION), **EVERY_STEP)
-    trainer.train()
-    measured = losses.measured[3]
-    trainer.remove_callback(losses)
-    assert trainer.evaluate()["eval_loss"] == measured
-    trainer.model.freeze_router()
-    assert trainer.evaluate()["eval_loss"] == measured
-
-
 @pytest.mark.parametrize(
     ("kind", "losses"),
-    [
-        ("causal", {3: 1.0, 7: 2.0}),
-        ("seq2seq", {3: 1.0, 4: 1.5, TRANSITION: 2.0}),
-        ("causal", {1: 1.0}),
-    ],
+    [("seq2seq", {3: 1.0, 7: 2.0}), ("causal", {1: 1.0})],
 )
 def test_best_of_stage2_chooses_among_frozen_checkpoints(tmp_path, caplog, kind, losses):
     transition = StageTransitionCallback(TRANSITION, best_of_stage2=True)
@@ -134,18 +116,16 @@ def checkpoint_of(trainer, step: int) -> str:
     return f"{trainer.args.output_dir}/checkpoint-{step}"
 
 
-@pytest.mark.parametrize("start", [4, 6])
-def test_a_resumed_run_remembers_a_best_checkpoint_of_before_the_transition(tmp_path, whole, start):
-    resumed = train(tmp_path, losses={}, resume=checkpoint_of(whole, start))
+def test_a_resumed_run_remembers_a_best_checkpoint_of_before_the_transition(tmp_path, whole):
+    resumed = train(tmp_path, losses={}, resume=checkpoint_of(whole, 6))
     assert resumed.state.best_global_step == 3
     assert_stage(resumed.model, 1)
     assert_same_weights(weights(resumed.model), weights(whole.model))
 
 
-@pytest.mark.parametrize("start", [4, 6])
-def test_best_of_stage2_given_at_a_resume_forgets_the_best_of_stage_1(tmp_path, whole, start):
+def test_best_of_stage2_given_at_a_resume_forgets_the_best_of_stage_1(tmp_path, whole):
     transition = StageTransitionCallback(TRANSITION, best_of_stage2=True)
-    resumed = train(tmp_path, losses={8: 2.0}, transition=transition, resume=checkpoint_of(whole, start))
+    resumed = train(tmp_path, losses={8: 2.0}, transition=transition, resume=checkpoint_of(whole, 6))
     assert resumed.state.best_global_step == 8
     assert_stage(resumed.model, 2)
 
@@ -172,15 +152,8 @@ def test_the_message_names_the_real_transition_where_the_routing_settled_early(t
 # Early stopping
 
 
-def in_order(order, *callbacks):
-    return callbacks if order == "after" else callbacks[::-1]
-
-
-@pytest.mark.parametrize("order", ["after", "before"])
-def test_early_stopping_in_stage_1_leaves_a_model_that_is_not_frozen_and_says_so(tmp_path, caplog, order):
-    callbacks = in_order(order, StageTransitionCallback(TRANSITION), EarlyStoppingCallback(2))
-    trainer = make_trainer(tmp_path, Losses({1: 1.0}), *callbacks, **EVERY_STEP)
-    trainer.train()
+def test_early_stopping_in_stage_1_leaves_a_model_that_is_not_frozen_and_says_so(tmp_path, caplog):
+    trainer = train(tmp_path, EarlyStoppingCallback(2), losses={1: 1.0})
     assert trainer.state.global_step == 3
     assert_stage(trainer.model, 1)
     assert "ended at step 3, before the transition at step 5" in caplog.text
@@ -197,25 +170,19 @@ def test_early_stopping_while_the_transition_is_held_says_that(tmp_path, monkeyp
     assert "ended at step 5, while the transition was held, until step 8 at the latest" in caplog.text
 
 
-def test_patience_counts_across_the_transition(tmp_path):
-    trainer = train(tmp_path, EarlyStoppingCallback(3), losses={4: 1.0})
-    assert trainer.state.global_step == 7
-    assert_stage(trainer.model, 1)
-
-
 @pytest.mark.parametrize(
     ("order", "losses", "stop", "best"),
     [
         # Stage 1 is better than all that follows, and gets worse long enough to stop a run.
-        ("after", {1: 1.0, TRANSITION: 3.0, 6: 4.0, 7: 4.0}, 7, TRANSITION),
-        ("before", {1: 1.0, TRANSITION: 3.0, 6: 4.0, 7: 4.0}, 7, TRANSITION),
+        (1, {1: 1.0, TRANSITION: 3.0, 6: 4.0, 7: 4.0}, 7, TRANSITION),
+        (-1, {1: 1.0, TRANSITION: 3.0, 6: 4.0, 7: 4.0}, 7, TRANSITION),
         # Stage 1 is worse than the first evaluation of stage 2.
-        ("after", {4: 3.0, TRANSITION: 2.0, 6: 1.0}, 8, 6),
+        (1, {4: 3.0, TRANSITION: 2.0, 6: 1.0}, 8, 6),
     ],
 )
 def test_best_of_stage2_keeps_stage_1_out_of_the_patience(tmp_path, order, losses, stop, best):
     transition = StageTransitionCallback(TRANSITION, best_of_stage2=True)
-    callbacks = in_order(order, transition, EarlyStoppingCallback(2))
+    callbacks = [transition, EarlyStoppingCallback(2)][::order]
     trainer = make_trainer(tmp_path, Losses(losses), *callbacks, **EVERY_STEP)
     trainer.train()
     assert (trainer.state.global_step, trainer.state.best_global_step) == (stop, best)
@@ -225,33 +192,13 @@ def test_best_of_stage2_keeps_stage_1_out_of_the_patience(tmp_path, order, losse
 # Which checkpoints remain
 
 
-@pytest.mark.parametrize(
-    ("kind", "limit", "load_best", "kept"),
-    [
-        ("causal", 2, False, [7, 8]),
-        ("causal", 1, True, [3]),
-        ("causal", 3, True, [3, 7, 8]),
-        ("seq2seq", 2, True, [3, 8]),
-    ],
-)
-def test_rotation_keeps_whole_checkpoints_and_the_best_one(tmp_path, kind, limit, load_best, kept):
-    search = {"load_best_model_at_end": load_best, "metric_for_best_model": "eval_loss" if load_best else None}
-    train(tmp_path, losses={3: 1.0}, kind=kind, save_total_limit=limit, **search)
-    assert checkpoints(tmp_path) == kept
-    for step in kept:
-        folder = tmp_path / f"checkpoint-{step}"
-        assert what_is_missing(folder) is None
-        assert (folder / WATCH).exists() == (step < TRANSITION)
-        assert_stage(KINDS[kind][2].from_pretrained(folder), 1 if step < TRANSITION else 2)
-
-
 def test_best_of_stage2_lets_rotation_delete_the_best_of_stage_1(tmp_path):
     transition = StageTransitionCallback(TRANSITION, best_of_stage2=True)
     train(tmp_path, losses={3: 1.0, 6: 2.0}, transition=transition, save_total_limit=2)
     assert checkpoints(tmp_path) == [6, 8]
 
 
-@pytest.mark.parametrize("kind", ["causal", pytest.param("seq2seq", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", one_fast("causal", "seq2seq"))
 def test_every_survivor_resumes_to_the_same_bits(tmp_path, kind):
     last = {"load_best_model_at_end": False, "max_steps": 8}
     whole = train(tmp_path / "whole", losses={}, kind=kind, **last)
@@ -285,15 +232,6 @@ def test_a_checkpoint_that_stands_elsewhere_brings_what_stage_1_has_seen_if_it_i
 # When checkpoints are saved, and of what
 
 
-def test_save_strategy_epoch_at_the_transition_saves_a_frozen_model(tmp_path):
-    transition = StageTransitionCallback(12)  # the last step of the first epoch
-    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 24}
-    trainer = train(tmp_path, losses={12: 1.0}, transition=transition, **options)
-    assert checkpoints(tmp_path) == [12, 24]
-    assert_stage(trainer.model, 2)
-    assert not (tmp_path / "checkpoint-12" / WATCH).exists()
-
-
 @pytest.mark.parametrize(("option", "saved"), [(False, [1, 3]), (True, [1, 2, 3, 4, TRANSITION, 7])])
 def test_save_strategy_best_across_the_transition(tmp_path, option, saved):
     transition = StageTransitionCallback(TRANSITION, best_of_stage2=option)
@@ -307,17 +245,11 @@ def test_save_strategy_best_across_the_transition(tmp_path, option, saved):
 
 def test_save_only_model_keeps_the_stage_but_is_no_checkpoint_to_resume(tmp_path):
     options = {"losses": {}, "load_best_model_at_end": False}
-    whole = train(tmp_path, save_only_model=True, **options)
+    train(tmp_path, save_only_model=True, **options)
     for step in (3, 6):
         folder = tmp_path / f"checkpoint-{step}"
         assert not (folder / "optimizer.pt").exists()
         assert_stage(StableMoEForCausalLM.from_pretrained(folder), 1 if step < TRANSITION else 2)
-        # Trainer says nothing and begins the schedule again; the routing is the checkpoint's all the same.
-        resumed = train(tmp_path / f"from-{step}", resume=str(folder), **options)
-        assert resumed.state.global_step == 8
-        assert_stage(resumed.model, 2)
-        if step > TRANSITION:
-            assert resumed.model.config.router_fingerprint == whole.model.config.router_fingerprint
         with pytest.raises(
             ValueError, match="cannot be resumed: it was saved with `save_only_model`.*--model_name_or_path"
         ):
@@ -325,10 +257,10 @@ def test_save_only_model_keeps_the_stage_but_is_no_checkpoint_to_resume(tmp_path
     require_optimizer(tmp_path / "checkpoint-8")  # of the last step: there is nothing to resume
 
 
-# What a run says that it has come to
+# What a run reports
 
 
-@pytest.mark.parametrize(("best", "stage"), [(3, 1), (6, 2), (8, 2)])
+@pytest.mark.parametrize(("best", "stage"), [(3, 1), (6, 2)])
 def test_results_and_card_are_of_the_saved_model(tmp_path, best, stage):
     losses = Losses({best: 1.0})
     trainer = make_trainer(tmp_path, losses, StageTransitionCallback(TRANSITION), **EVERY_STEP)
@@ -348,37 +280,31 @@ def test_results_and_card_are_of_the_saved_model(tmp_path, best, stage):
     assert ("frozen (stage 2)" in card) == (stage == 2)
     assert ("**not frozen yet**" in card) == (stage == 1)
     assert ("when frozen | not frozen |" in card) == (stage == 1)
-    assert (f"best checkpoint, of step {best} of 8" in card) == (best != 8)
+    assert f"best checkpoint, of step {best} of 8" in card
     assert ("its routing is not frozen" in card) == (stage == 1)
 
 
 def run_script(workplace, *more) -> tuple[str, dict, dict]:
     # The largest loss counts as the best: that of the first evaluation, in stage 1.
-    options = "--load_best_model_at_end True --metric_for_best_model loss --greater_is_better True --eval_steps 2"
-    output = workplace.train_here("run", *options.split(), *more)
+    options = """--load_best_model_at_end True --metric_for_best_model loss --greater_is_better True --eval_steps 1
+        --save_steps 1"""
+    output = workplace.train_here("run", *options.split(), *more, max_steps=6)
     folder = workplace.folder / "run"
     results = json.loads((folder / "results.json").read_text())
     return output, results, load_file(folder / "model.safetensors")
 
 
-@pytest.fixture(
-    params=[CausalWorkplace, pytest.param(TranslationWorkplace, marks=pytest.mark.slow)], ids=["causal", "translation"]
-)
+@pytest.fixture(params=one_fast(CausalWorkplace, TranslationWorkplace))
 def workplace(request, tmp_path):
-    random.seed(0)
     return request.param(tmp_path)
 
 
 def test_script_says_that_its_best_model_is_of_stage_1(workplace):
     output, results, tensors = run_script(workplace)
-    step = results["step"]
-    assert step in (2, 4)
+    assert results["step"] == 1
     assert (results["routing_stage"], results["router_fingerprint"]) == (1, None)
     assert all((value == -1).all() for name, value in tensors.items() if name.endswith("routing_table"))
-    assert (
-        f"The saved model is the best checkpoint, of step {step} of 16, in stage 1: its routing is not frozen."
-        in output
-    )
+    assert "The saved model is the best checkpoint, of step 1 of 6, in stage 1: its routing is not frozen." in output
     assert "`best_of_stage2=True`" in output
     assert "still learned (stage 1)" in (workplace.folder / "run" / "README.md").read_text()
     config = json.loads((workplace.folder / "run" / "config.json").read_text())
@@ -388,7 +314,7 @@ def test_script_says_that_its_best_model_is_of_stage_1(workplace):
 @pytest.mark.slow
 def test_script_with_best_of_stage2_saves_a_frozen_model(workplace):
     output, results, tensors = run_script(workplace, "--best_of_stage2", "True")
-    assert results["step"] >= 6
+    assert results["step"] >= 2
     assert results["routing_stage"] == 2
     assert all((value >= 0).all() for name, value in tensors.items() if name.endswith("routing_table"))
     assert "not frozen" not in output

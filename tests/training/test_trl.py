@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from transformers import Trainer
 from transformers.utils import logging as transformers_logging
 
+from helpers.matrices import one_fast
 from helpers.models import random_ids, tiny_model
 from helpers.trainers import Recorder, make_trainer, tiny_tokenizer, training_logs
 from modeling_stablemoe import (
@@ -95,7 +96,7 @@ def make(kind, folder, model, *callbacks, trainer_class=None, **arguments):
     )
 
 
-@pytest.mark.parametrize(("kind", "coefficient"), [("sft", None), ("dpo", 0.0), ("grpo", None), ("sft", 0.0)])
+@pytest.mark.parametrize(("kind", "coefficient"), [("sft", None), ("dpo", 0.0), ("grpo", None)])
 def test_a_frozen_model_is_trained_and_keeps_its_routing(checkpoint, tmp_path, kind, coefficient):
     model = StableMoEForCausalLM.from_pretrained(checkpoint)
     fingerprint, route = model.router_fingerprint(), model.route(EVERY_ID)
@@ -130,10 +131,8 @@ def first_loss(kind: str, model: StableMoEForCausalLM, trainer) -> float:
     ("kind", "settings"),
     [
         ("sft", {}),
-        ("sft", {"distilled_router": "bigram"}),
         ("sft", {"moe_layer_positions": []}),
         ("dpo", {"router_type": "hash"}),
-        ("dpo", {}),
         ("grpo", {"distilled_router": "bigram"}),
     ],
 )
@@ -154,12 +153,11 @@ def test_the_logged_loss_is_trl_s_own(tmp_path, kind, settings):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["router_aux_loss_coef"] == 1.0
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_the_balance_loss_that_trl_adds_moves_no_frozen_model(checkpoint, tmp_path, kind):
+def test_the_balance_loss_that_trl_adds_moves_no_frozen_model(checkpoint, tmp_path):
     weights = []
     for coefficient in (5.0, 0.0):
         model = StableMoEForCausalLM.from_pretrained(checkpoint)
-        make(kind, tmp_path, model, router_aux_loss_coef=coefficient).train()
+        make("sft", tmp_path, model, router_aux_loss_coef=coefficient).train()
         weights.append(dict(model.named_parameters()))
     assert not [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
 
@@ -181,13 +179,6 @@ def test_a_reward_model_is_a_classifier_with_one_label(checkpoint, tmp_path):
     assert model.router_fingerprint() == fingerprint
 
 
-def test_without_any_routing_loss_to_add_the_coefficient_is_zero(tmp_path):
-    model = base_model(router_type="hash", frozen=False)
-    fingerprint = model.router_fingerprint()
-    make("sft", tmp_path, model, router_aux_loss_coef=0.0).train()
-    assert model.router_fingerprint() == fingerprint
-
-
 def test_statistics_of_a_frozen_model_are_missed_and_said_to_be(tmp_path, caplog):
     trainer = make("sft", tmp_path, base_model(), RoutingStatisticsCallback())
     trainer.train()
@@ -198,7 +189,7 @@ def test_statistics_of_a_frozen_model_are_missed_and_said_to_be(tmp_path, caplog
 # Stage 1: TRL replaces the head, and with it the routing losses
 
 
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", one_fast(*ROWS))
 def test_stage_1_that_would_distil_nothing_is_refused(tmp_path, kind):
     base_model(frozen=False).save_pretrained(tmp_path)
     model = StableMoEForCausalLM.from_pretrained(tmp_path)
