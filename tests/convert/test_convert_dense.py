@@ -15,7 +15,7 @@ from helpers import ROOT
 from helpers.checkpoints import run_without_package
 from helpers.dense_models import tiny_gpt2, tiny_opt, word_tokenizer
 from helpers.models import random_ids
-from helpers.workplaces import Workplace, content, load_script, refuse
+from helpers.workplaces import Workplace, content, load_script, refuse, run_here
 
 
 STAGE1 = {
@@ -44,8 +44,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(folder):
     """The folder `moe`, and what the script said."""
-    script = ROOT / "scripts/convert_dense.py"
-    return Workplace(folder).run(script, "gpt2", "moe", *EXPERTS, "--moe_layer_positions", "2")
+    return run_here("convert_dense", "gpt2", "moe", *EXPERTS, "--moe_layer_positions", "2", folder=folder)
 
 
 @pytest.fixture
@@ -137,7 +136,6 @@ def test_failure_while_saving_leaves_nothing_behind(folder, script, monkeypatch)
     [
         (["gpt2", "gpt2"], "'gpt2' is there already and not empty"),
         (["nothing", "new"], "cannot load 'nothing'"),
-        (["gpt2", "new", "--num_experts", "0"], "`num_experts` must be a positive integer below 2**63, got 0"),
         (["gpt2", "new", "--config_overrides", '{"hidden_size": 3}'], "hidden_size: no options of a conversion"),
         (["gpt2", "new", "--model_preset", "nothing.json"], "There is no model preset"),
         (
@@ -146,7 +144,6 @@ def test_failure_while_saving_leaves_nothing_behind(folder, script, monkeypatch)
         ),
         (["gpt2", "new", "--tokenizer_name", "nothing"], "no tokenizer loads"),
         (["gpt2", "new", "--text", ""], "The text to compare on is empty"),
-        (["moe", "new"], "`model_type` is 'stablemoe'"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(folder, converted, script, options, message):
@@ -205,7 +202,6 @@ def test_converted_model_is_fine_tuned_through_both_stages(folder, converted):
     [
         ("moe", {"num_experts": 5}, "cannot change num_experts: 3 there, 5 here. Free in a checkpoint in stage 1 are"),
         ("moe", {"share_experts_in_stage1": False}, "cannot change share_experts_in_stage1: True there, False here"),
-        ("moe", {"num_expert": 5}, r"unknown fields: \['num_expert'\]"),
         ("moe", {"dropout": 1.5}, "`dropout` is a probability"),
         (
             "frozen",
