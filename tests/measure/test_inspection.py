@@ -165,7 +165,7 @@ def test_agreement_is_that_of_a_plain_count_by_token_frequency():
     assert len(agreement["by_frequency"]) > 3
 
 
-@pytest.mark.parametrize(("occurrences", "at_least"), [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8)])
+@pytest.mark.parametrize(("occurrences", "at_least"), [(1, 1), (3, 2), (4, 4), (7, 4)])
 def test_powers_of_two_begin_a_range_of_frequencies(occurrences, at_least):
     same = torch.zeros(occurrences, dtype=torch.long)
     (row,) = measure_agreement(same, same, same)["by_frequency"]
