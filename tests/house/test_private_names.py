@@ -267,7 +267,6 @@ USES = [
             "olmoe.modeling_olmoe": ("OlmoeRMSNorm", "OlmoeSparseMoeBlock"),
             "qwen3_moe.modeling_qwen3_moe": ("Qwen3MoeRMSNorm", "Qwen3MoeSparseMoeBlock"),
             "switch_transformers.modeling_switch_transformers": (
-                "SwitchTransformersLayerFF",
                 "SwitchTransformersLayerNorm",
                 "SwitchTransformersSparseMLP",
             ),
