@@ -197,14 +197,6 @@ def test_several_files_of_all_formats_are_joined_in_order(tmp_path):
     assert rows_of(corpus["test"]) == expected("de-en", SENTENCES[40:50])
 
 
-def test_files_of_different_languages_serve_the_pairs_they_can(tmp_path):
-    one = write_jsonl(tmp_path / "one.jsonl", only("de", "en")[:20])
-    two = write_jsonl(tmp_path / "two.jsonl", only("fr", "en")[20:])
-    corpus = load("fr-en", "de-en", train=[one, two], validation_share=0.5)
-    joined = rows_of(corpus["train"]) + rows_of(corpus["validation"])
-    assert sorted(joined) == sorted(expected("de-en", SENTENCES[:20]) + expected("fr-en", SENTENCES[20:]))
-
-
 def test_languages_that_are_not_asked_for_are_not_read(tmp_path):
     for language in ("de", "en"):
         write_text(tmp_path / f"a.{language}", [row[language] for row in SENTENCES])
@@ -293,10 +285,9 @@ def test_a_pair_that_no_file_has_is_refused_with_the_languages_found(tmp_path, j
         load_parallel_corpus(TranslationDataArguments(language_pairs=["de-en", "fr-en"], **options))
 
 
-@pytest.mark.parametrize("role", ["validation", "test"])
-def test_a_file_on_two_sides_is_refused(jsonl, role):
-    with pytest.raises(ValueError, match=rf"train\.jsonl is both a train and a {role} file"):
-        load("de-en", train=[jsonl], **{f"{role}_files": [str(jsonl)]})
+def test_a_file_on_two_sides_is_refused(jsonl):
+    with pytest.raises(ValueError, match=r"train\.jsonl is both a train and a test file"):
+        load("de-en", train=[jsonl], test_files=[str(jsonl)])
 
 
 # --- empty sides, held-out pairs, limits ---
@@ -329,24 +320,6 @@ def test_a_corpus_without_any_full_pair_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"de": "x", "en": " ", "fr": "y"}] * 4)
     with pytest.raises(ValueError, match="train corpus of de-en holds no text: all its 4 sentence pairs"):
         load("fr-de", "de-en", train=[path])
-
-
-side = st.sampled_from(["", " ", "\t\n", None, "a", " b ", "c d"])
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
-@given(rows=st.lists(st.tuples(side, side), min_size=1, max_size=8))
-def test_no_pair_is_lost_except_the_counted(tmp_path_factory, caplog, rows):
-    folder = tmp_path_factory.mktemp("rows")
-    rows = [("first", "erster"), *rows]
-    path = write_jsonl(folder / "a.jsonl", [{"de": source, "en": target} for source, target in rows])
-    held = write_jsonl(folder / "v.jsonl", [{"de": "x", "en": "y"}])
-    caplog.clear()
-    corpus = load("de-en", train=[path], validation_files=[str(held)])
-    kept = [(s.strip(), t.strip()) for s, t in rows if (s or "").strip() and (t or "").strip()]
-    assert [(row["source"], row["target"]) for row in corpus["train"]] == kept
-    dropped = len(rows) - len(kept)
-    assert caplog.text.count(f"dropped {dropped} of {len(rows)}") == (dropped > 0)
 
 
 def test_equal_sources_are_held_out_together_across_pairs(tmp_path):
@@ -477,7 +450,7 @@ ALPHABET = sorted(set("".join(itertools.chain.from_iterable(row.values() for row
 PIECES = ["</s>", "<pad>", "<unk>", ">>en<<", ">>fr<<", "  ", "Männer", " ,", "street 7."]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
+@settings(max_examples=60, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
 @given(text=st.text(ALPHABET, max_size=40) | st.lists(st.sampled_from(ALPHABET + PIECES), max_size=12).map("".join))
 def test_trained_tokenizers_give_back_text_of_their_alphabet(tokenizer, text):
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
@@ -486,6 +459,7 @@ def test_trained_tokenizers_give_back_text_of_their_alphabet(tokenizer, text):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
 @pytest.mark.parametrize("special", ["</s>", "<unk>", ">>fr<<"])
 def test_text_that_spells_a_special_token_is_ordinary_text(special, model):
@@ -621,6 +595,7 @@ def test_target_languages_are_put_before_a_text_and_unknown_ones_refused(tokeniz
 # --- encoding ---
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_encoded_pairs_are_what_the_tokenizer_makes_of_each_text(corpus, tokenizer, num_proc):
     encoded = encode_pairs(corpus, tokenizer, 512, 512, num_proc=num_proc)
@@ -651,7 +626,7 @@ def test_the_language_token_follows_what_the_tokenizer_puts_first(corpus, tokeni
     assert row["input_ids"][:2] == [2, 4]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
+@settings(max_examples=8, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
 @given(max_source_length=st.integers(3, 45), max_target_length=st.integers(2, 45))
 def test_long_training_pairs_are_dropped_long_test_pairs_cut_and_both_counted(
     corpus, tokenizer, caplog, max_source_length, max_target_length
