@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import ROOT
-from helpers.checkpoints import run_without_package
 from helpers.dense_models import tiny_gpt2, tiny_opt, word_tokenizer
 from helpers.models import random_ids
 from helpers.workplaces import Workplace, content, load_script, refuse, run_here
@@ -53,22 +52,16 @@ def script(folder, monkeypatch):
     return load_script("convert_dense").main
 
 
-def test_result_loads_where_the_package_is_not_installed(folder, converted):
+def test_result_is_a_checkpoint_with_its_code_and_the_logits_of_the_dense_model(folder, converted):
     assert "3 experts of 1 sublayers after block 2 of 3" in converted
     assert "the same to the bit (max difference 0)" in converted
     names = {path.name for path in (folder / "moe").iterdir()}
-    assert {"config.json", "generation_config.json", "tokenizer.json", "modeling_stablemoe.py"} <= names
+    assert {"config.json", "generation_config.json", "configuration_stablemoe.py", "modeling_stablemoe.py"} <= names
     assert not [name for name in os.listdir(folder) if name.endswith(".partial")]
-    code = """
-        import sys, torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        model = AutoModelForCausalLM.from_pretrained("moe", trust_remote_code=True)
-        assert "modeling_stablemoe" not in sys.modules and model.routing_stage == 1
-        ids = AutoTokenizer.from_pretrained("moe")("w3 w14 w15", return_tensors="pt").input_ids
-        dense = AutoModelForCausalLM.from_pretrained("gpt2")
-        assert torch.equal(model(ids.repeat(2, 3)).logits, dense(ids.repeat(2, 3)).logits)
-    """
-    run_without_package(code, folder)
+    model, dense = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("moe", "gpt2"))
+    assert model.routing_stage == 1
+    ids = AutoTokenizer.from_pretrained(folder / "moe")("w3 w14 w15", return_tensors="pt").input_ids.repeat(2, 3)
+    assert torch.equal(model(ids).logits, dense(ids).logits)
 
 
 def test_dry_run_converts_and_saves_nothing(folder, script, capsys):

@@ -263,3 +263,8 @@ def test_the_documentation_is_the_default_corpus_and_keeps_its_order(docs, monke
 def test_a_python_without_sources_is_told_to_name_files(tmp_path, read):
     with pytest.raises(FileNotFoundError, match="no readable standard-library sources .*--train_files"):
         list(read(tmp_path))
+
+
+def test_a_corpus_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="embedded_corpus must be one of docs, docs\\+source; got 'x'"):
+        list(embedded_documents("x"))
