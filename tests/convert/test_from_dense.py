@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from helpers.dense_models import tiny_gpt2, tiny_opt
+from helpers.matrices import one_fast
 from helpers.models import random_ids
 from modeling_stablemoe import StableMoEForCausalLM
 
@@ -92,7 +93,9 @@ def test_routing_and_places_of_experts_change_no_logit(options):
         assert getattr(model.config, name) == value
 
 
-@pytest.mark.parametrize(("name", "attention"), list(zip(DENSE, ["eager", "sdpa"] * 3, strict=True)))
+@pytest.mark.pairs
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", *one_fast("opt-post-norm", "gpt2-untied", "gpt2-relu", "opt-untied")])
 def test_padded_texts_are_continued_alike(name, attention):
     dense = DENSE[name]()
     dense.set_attn_implementation(attention)

@@ -276,7 +276,7 @@ def test_a_checkpoint_is_pruned_while_it_is_read(tmp_path, max_shard_size):
 
 @pytest.mark.parametrize("max_shard_size", one_fast("30KB", "1GB"))
 def test_of_the_weights_of_a_variant_no_others_are_read(tmp_path, max_shard_size):
-    whole, other = whole_model(), whole_model()
+    whole, other = copy.deepcopy(whole_model()), copy.deepcopy(whole_model())
     with torch.no_grad():
         other.get_input_embeddings().weight.add_(1.0)
     other.save_pretrained(tmp_path)
