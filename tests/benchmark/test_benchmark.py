@@ -1,5 +1,6 @@
 """The benchmark script, run as users run it, and what it rests on."""
 
+import itertools
 import json
 import time
 from statistics import median
@@ -9,7 +10,7 @@ import torch
 
 from helpers import ROOT
 from helpers.workplaces import load_script, refuse
-from modeling_stablemoe.benchmark import parts, turns
+from modeling_stablemoe.benchmark import memory, parts, turns
 from modeling_stablemoe.benchmark.layers import (
     BUILDERS,
     LayerShape,
@@ -63,11 +64,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """What the script wrote, of all parts; of the fresh processes, few."""
+    """What the script wrote, of all parts; where fresh processes would be, it measures few models in this one."""
+    peaks = itertools.count()
     few = {"training": ("stage 2", EQUAL_DENSE), "inference": ("stage 2",), "loading": (EQUAL_SIZE,)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "MEMORY_ROUNDS", 1)
         patch.setattr(parts, "ARMS", few)
+        patch.setattr(parts, "run_alone", lambda function, **arguments: function(**arguments))
+        patch.setattr(memory, "peak_memory", lambda device: next(peaks))  # what is free already would serve
         return run(folder)
 
 
@@ -94,9 +98,9 @@ def test_ratios_are_those_of_the_rounds(results):
         ratio = cell["ratios"]["stablemoe grouped_mm"]
         assert ratio["median"] == median(one / other for one, other in zip(ours, dense, strict=True))
         assert cell["ratios"]["dense"]["median"] == 1
-    training, *_ = cells_of(results, "memory")
-    assert training["cell"]["what"] == "training"
-    assert all(peak > 0 for peaks in training["arms"].values() for peak in peaks)
+    for cell in cells_of(results, "memory"):
+        assert cell["arms"].keys() == cell["parameter_bytes"].keys()
+        assert [peaks for peaks in cell["arms"].values() if peaks != [1]] == []
     for cell in cells_of(results, "shares"):
         assert [sum(shares) for shares in zip(*cell["arms"].values(), strict=True)] == pytest.approx([1, 1, 1])
         assert any("mm" in name for name in cell["arms"])
@@ -342,6 +346,7 @@ def test_what_does_not_fit_is_left_out_with_the_reason(tmp_path, monkeypatch):
     assert available_memory(CPU) > 1e6
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why():
     task = {"preset": Preset(TINY), "name": "stage 2", "what": "loading", "batch_size": 2, "dtype": torch.float32}
     with pytest.raises(ChildError, match="nowhere"):
@@ -358,7 +363,9 @@ def test_every_part_is_measured_in_both_dtypes(tmp_path, device):
         cells = cells_of(results, part)
         assert {cell["cell"]["dtype"] for cell in cells} == {"float32", "bfloat16"}
         assert all(cell["arms"] for cell in cells), part
-    assert all(len(peaks) == 3 for cell in cells_of(results, "memory") for peaks in cell["arms"].values())
+    for cell in cells_of(results, "memory"):
+        assert all(len(peaks) == 3 for peaks in cell["arms"].values())
+        assert cell["cell"]["what"] != "training" or min(map(min, cell["arms"].values())) > 0
     assert ("cuda" in results["machine"]) == (device == "cuda")
 
 
