@@ -371,7 +371,7 @@ def test_every_part_is_measured_in_both_dtypes(tmp_path, device):
 
 @pytest.mark.slow
 def test_compiled_contenders_are_measured_beside_each_other(tmp_path):
-    options = ["--parts", "layer", "generation", "--compile", "true", "--experts", "2", "--generation_batches", "1"]
+    options = "--parts layer generation --compile true --experts 2 --sublayers 1 --backends eager grouped_mm".split()
     results = run(tmp_path, *options)
     for part, ours in (("layer", "stablemoe grouped_mm"), ("generation", "stage 2 grouped_mm, token")):
         cells = [cell for cell in cells_of(results, part) if cell["cell"]["compiled"]]
