@@ -597,6 +597,12 @@ def test_options_that_contradict_each_other_are_refused(script, text_checkpoint,
     assert complaint in capsys.readouterr().err
 
 
+def test_a_text_without_tokens_or_with_those_of_another_model_is_refused(script, text_checkpoint, checkpoint):
+    assert "the text is empty" in refuse(script.main, [str(text_checkpoint), "--text", "", "--dry_run"])
+    command = [str(checkpoint), "--tokenizer_name", str(text_checkpoint), "--text", "script", "--dry_run"]
+    assert "the model has 99: name its own with --tokenizer_name" in refuse(script.main, command)
+
+
 def test_a_folder_that_is_taken_and_a_checkpoint_without_tokenizer_are_refused(
     script, text_checkpoint, checkpoint, tmp_path
 ):
