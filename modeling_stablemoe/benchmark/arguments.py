@@ -8,7 +8,7 @@ import torch
 
 from modeling_stablemoe.runs.command_line import parse_overrides
 
-from .layers import BACKENDS, DEFAULT_BACKEND
+from .layers import BACKENDS, own_backend_of
 from .models import Preset
 from .turns import LEAST_ROUNDS
 
@@ -79,34 +79,28 @@ class BenchmarkArguments:
         if self.dtypes is None:
             self.dtypes = ["float32"] if self.device == "cpu" else list(DTYPES)
         for name, choices in (("parts", PARTS), ("dtypes", tuple(DTYPES)), ("backends", BACKENDS)):
-            self._check_choices(name, choices)
+            given = getattr(self, name)
+            if not given or not set(given) <= set(choices):
+                listed = " ".join(given) or "none"
+                raise ValueError(f"--{name} must be one or more of {', '.join(choices)}; got {listed}")
         for name in ("tokens", "experts", "sublayers", "generation_batches"):
-            self._check_counts(name)
-        self._check_numbers()
-
-    def _check_choices(self, name: str, choices: tuple[str, ...]):
-        given = getattr(self, name)
-        wrong = [value for value in given if value not in choices]
-        if wrong or not given:
-            raise ValueError(f"--{name} must be one or more of {', '.join(choices)}; got {' '.join(given) or 'none'}")
-
-    def _check_counts(self, name: str):
-        given = getattr(self, name)
-        if not given or min(given) < 1 or len(set(given)) < len(given):
-            raise ValueError(f"--{name} must be different numbers >= 1, at least one; got {given}")
-
-    def _check_numbers(self):
+            given = getattr(self, name)
+            if not given or min(given) < 1 or len(set(given)) < len(given):
+                raise ValueError(f"--{name} must be different numbers >= 1, at least one; got {given}")
         least = {"rounds": 1, "hidden_size": 8, "intermediate_size": 8, "batch_size": 1, "prompt_length": 1}
         for name, bound in {**least, "new_tokens": 2, "seconds_per_cell": 0, "give_up": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"--{name} must be >= {bound}, got {getattr(self, name)}")
-        if any(part in self.parts for part in ("step", "generation", "memory", "loading")):
-            positions = self.preset.config().max_position_embeddings
-            if "generation" in self.parts and self.prompt_length + self.new_tokens > positions:
-                raise ValueError(
-                    f"--prompt_length and --new_tokens come to {self.prompt_length + self.new_tokens}, but the model has "
-                    f"{positions} positions; lower them, or raise `max_position_embeddings` with --config_overrides"
-                )
+        if not {"step", "generation", "memory", "loading"}.isdisjoint(self.parts):
+            self._check_model()
+
+    def _check_model(self):
+        positions, length = self.preset.config().max_position_embeddings, self.prompt_length + self.new_tokens
+        if "generation" in self.parts and length > positions:
+            raise ValueError(
+                f"--prompt_length and --new_tokens come to {length}, but the model has {positions} positions; lower them, "
+                "or raise `max_position_embeddings` with --config_overrides"
+            )
 
     @property
     def preset(self) -> Preset:
@@ -115,8 +109,8 @@ class BenchmarkArguments:
 
     @property
     def own_backend(self) -> str:
-        """`str`: the backend that aims are checked with: that of models which are told nothing, if it is measured."""
-        return DEFAULT_BACKEND if DEFAULT_BACKEND in self.backends else self.backends[0]
+        """`str`: the backend that aims are checked with."""
+        return own_backend_of(self.backends)
 
     @property
     def modes(self) -> tuple[bool, ...]:

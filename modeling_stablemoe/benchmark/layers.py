@@ -6,7 +6,7 @@ is one FFN without norm and residual: s of them are stacked, each with its own m
 three matrices in place of two, so it is two thirds as wide.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +43,6 @@ class LayerShape:
     num_experts: int
     num_sublayers: int
     max_tokens: int = 32768
-
-    @property
-    def gated_size(self) -> int:
-        """`int`: inner width of a gated FFN with as many parameters."""
-        return equal_gated_size(self.intermediate_size)
 
     def expert_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of one expert."""
@@ -130,7 +125,7 @@ def _build_dense(shape: LayerShape) -> Contender:
 
 def _build_gated(config_class, block_class, norm_class, size_name: str, experts_name: str) -> Callable:
     def build(shape: LayerShape) -> Contender:
-        sizes = {size_name: shape.gated_size, experts_name: shape.num_experts}
+        sizes = {size_name: equal_gated_size(shape.intermediate_size), experts_name: shape.num_experts}
         config = config_class(hidden_size=shape.hidden_size, num_experts_per_tok=1, **sizes)
         return Contender(SparseStack(config, block_class, norm_class, shape.num_sublayers), config)
 
@@ -167,18 +162,17 @@ TRANSFORMERS_BLOCKS = ("mixtral", "olmoe", "qwen3_moe", "switch")
 GATED_BLOCKS = ("mixtral", "olmoe", "qwen3_moe")
 
 
+def own_backend_of(backends: Sequence[str]) -> str:
+    """Return the backend that aims are checked with: the default, if it is measured."""
+    return DEFAULT_BACKEND if DEFAULT_BACKEND in backends else backends[0]
+
+
 def build_contender(
     name: str, shape: LayerShape, device: torch.device, dtype: torch.dtype, owner: Contender | None = None
 ) -> Contender:
-    """Build a module with random weights, zero nowhere: no kernel is to see zeros.
+    """Build one of `BUILDERS` with random weights, zero nowhere: no kernel is to see zeros.
 
-    Args:
-        name (`str`): a key of `BUILDERS`.
-        shape (`LayerShape`): its sizes.
-        device (`torch.device`): where.
-        dtype (`torch.dtype`): of all weights.
-        owner (`Contender`, *optional*): a gated block whose experts this one, gated as well, shares: three times as many
-            would not fit.
+    A gated block may share the experts of another one, `owner`: three times as many would not fit.
     """
     with torch.device(device):
         contender = BUILDERS[name](shape)

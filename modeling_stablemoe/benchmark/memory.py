@@ -33,19 +33,11 @@ def measure_memory(
 ) -> dict[str, float]:
     """Measure one model in this process, which must be fresh.
 
-    Args:
-        preset (`Preset`): the shape.
-        name (`str`): of the model.
-        what (`str`): `TRAINING` (two steps, as the optimizer's state comes with the first), `INFERENCE` (a forward pass),
-            `LOADING` (with the first token) or `SAVE`.
-        batch_size (`int`): sequences, as long as the model takes.
-        dtype (`torch.dtype`): of weights; in training, of autocast.
-        device (`torch.device`): where.
-        folder (`str`): the checkpoint to load or to save.
+    `what` is `TRAINING` (two steps, as the optimizer's state comes with the first; `dtype` is that of autocast),
+    `INFERENCE` (a forward pass), `LOADING` (of the checkpoint in `folder`, with the first token) or `SAVE` (into it).
 
     Returns:
-        `dict[str, float]`: `peak`, bytes above what Python and its libraries take; `parameters`, the bytes of those; and
-            `seconds`.
+        `dict[str, float]`: `peak`, bytes above what Python and its libraries take; `parameters`, their bytes; `seconds`.
     """
     if device.type == "cuda":
         torch.cuda.init()

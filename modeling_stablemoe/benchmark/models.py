@@ -55,15 +55,9 @@ class BlockWithStack(nn.Module):
 
 @dataclass
 class Preset:
-    """A shape that all models share.
+    """A shape that all models share: a preset by file or name, with fields to change.
 
-    Args:
-        path (`str` or `Path`): a JSON file or a name, as `load_preset` takes it.
-        overrides (`dict`): fields to change.
-
-    Raises:
-        OSError, ValueError: for a preset that is not there, has unknown fields, or is no StableMoE language model with a
-            table.
+    A preset is refused that is no StableMoE language model with MoE layers and a table.
     """
 
     path: str | Path
@@ -71,8 +65,7 @@ class Preset:
 
     def __post_init__(self):
         """Refuse what cannot be measured."""
-        config = self.config()
-        name = repr(str(self.path))
+        config, name = self.config(), repr(str(self.path))
         if not isinstance(config, StableMoEConfig):
             raise ValueError(f"Language models are measured; the preset {name} is of another kind.")
         if not config.moe_layer_positions:
@@ -113,9 +106,7 @@ class Preset:
             "max_position_embeddings": config.max_position_embeddings,
             "num_experts_per_tok": 1,
             "tie_word_embeddings": config.tie_word_embeddings,
-            "pad_token_id": None,
-            "bos_token_id": None,
-            "eos_token_id": None,
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
         }
         if name == "olmoe":
             return OlmoeConfig(num_experts=config.num_experts, **shared)
@@ -137,14 +128,7 @@ def _construct(preset: Preset, name: str) -> PreTrainedModel:
 
 
 def build_model(preset: Preset, name: str, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """Build a model with random weights, its experts as if they had learned something.
-
-    Args:
-        preset (`Preset`): the shape.
-        name (`str`): one of `STEP_ARMS`, or `EQUAL_SIZE`. Stage 2 and hash are routed by the same random tables.
-        device (`torch.device`): where.
-        seed (`int`): of weights and tables.
-    """
+    """Build one of `STEP_ARMS` or `EQUAL_SIZE` with random weights; stage 2 and hash have the same random tables."""
     set_seed(seed)
     model = _construct(preset, name)
     randomize(model, experts_only=True)
@@ -172,14 +156,7 @@ def describe(model: PreTrainedModel, num_experts: int, sequence_length: int) -> 
 
 
 class TrainingStep:
-    """A model with an optimizer, that trains as `Trainer` does: loss, backward, clipping, AdamW.
-
-    Args:
-        model (`PreTrainedModel`): to train.
-        ids (`torch.LongTensor` of shape `(batch, sequence)`): the batch of every step.
-        dtype (`torch.dtype`): bfloat16 runs under autocast, as `--bf16` does.
-        is_compiled (`bool`): whether `torch.compile` makes the forward pass.
-    """
+    """A step as `Trainer` takes it: loss, backward, clipping, AdamW; bfloat16 runs under autocast, as `--bf16` does."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, dtype: torch.dtype, is_compiled: bool = False):
         self.model, self.ids = model.train(), ids
@@ -200,21 +177,11 @@ class TrainingStep:
 
 
 class Generation:
-    """A model that continues prompts greedily, by exactly so many tokens.
-
-    Args:
-        model (`PreTrainedModel`): to generate with.
-        ids (`torch.LongTensor` of shape `(batch, sequence)`): prompts.
-        backend (`str`, *optional*): of the experts; `None` for a dense model.
-        static_length (`int`, *optional*): tokens that a static cache has room for, which a compiled model needs.
-            `None`: the cache grows.
-    """
+    """Prompts that are continued greedily; with a static cache of so many tokens, which a compiled model needs."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, backend: str | None, static_length: int | None = None):
         self.model, self.ids, self.backend = model.eval(), ids, backend
-        self.cache = None
-        if static_length is not None:
-            self.cache = StaticCache(config=model.config, max_cache_len=static_length)
+        self.cache = static_length and StaticCache(config=model.config, max_cache_len=static_length)
 
     def run(self, num_tokens: int):
         """Generate so many tokens per prompt."""

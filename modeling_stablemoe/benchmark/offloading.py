@@ -2,6 +2,7 @@
 """What offloading costs: speed, bytes and memory of a model whose experts are here or there, and a table of it."""
 
 import os
+from collections import UserDict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -38,22 +39,16 @@ COMPARED = (
 PHASES = ("prefill", "decoding")
 
 
-class _CountingMap(Mapping):
+class _CountingMap(UserDict):
     """The values of one of accelerate's hooks; adds the bytes that are taken from it to the only number of `counts`."""
 
     def __init__(self, values: Mapping, counts: list[int]):
-        self.values_by_name, self.counts = values, counts
+        self.data, self.counts = values, counts  # not copied: what is on the disk stays there
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        value = self.values_by_name[name]
+        value = self.data[name]
         self.counts[0] += value.nbytes
         return value
-
-    def __iter__(self):
-        return iter(self.values_by_name)
-
-    def __len__(self) -> int:
-        return len(self.values_by_name)
 
 
 class _Arm:
@@ -92,13 +87,6 @@ def files_of(checkpoint: str | Path) -> list[Path]:
     return sorted(Path(checkpoint).glob("*.safetensors"))
 
 
-def drop_from_cache(files: list[Path]):
-    """Ask the system to forget the contents of files, so that they are read from the disk again."""
-    for path in files:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 @torch.no_grad()
 def measure_arm(
     name: str,
@@ -131,34 +119,35 @@ def measure_arm(
     arm = _Arm(name, checkpoint, device, experts_on_device)
     files = files_of(checkpoint) if drop_cache else []
     measured: dict[str, Any] = {"arm": name}
-    measured["prefill"] = _time_passes(arm, [(ids.to(device), None) for ids in prompts], files, warm_up=1)
+    measured["prefill"] = _time_passes(arm, [(ids.to(device), None) for ids in prompts], files)
     cache = arm.model(tokens[:, :1].to(device), use_cache=True).cache
     steps = [(tokens[:, step : step + 1].to(device), cache) for step in range(1, tokens.shape[1])]
-    measured["decoding"] = _time_passes(arm, steps, files, warm_up=1)
+    measured["decoding"] = _time_passes(arm, steps, files)
     measured["peak_megabytes"] = (peak_memory(torch.device(device)) - before) / 1e6
     return measured
 
 
-def _time_passes(arm: _Arm, passes: list[tuple], files: list[Path], warm_up: int) -> dict[str, float]:
-    """Run forward passes; the median of their times counts, as other programs may run here."""
+def _time_passes(arm: _Arm, passes: list[tuple], files: list[Path]) -> dict[str, float]:
+    """Run forward passes, the first to warm up; the median of their times counts, as other programs may run here."""
     seconds, moved = [], 0
+    statistics = arm.offload and arm.offload.statistics
     for number, (ids, cache) in enumerate(passes):
-        if number == warm_up:
+        if number == 1:
+            if statistics is not None:
+                statistics.reset()
             moved = arm.bytes_moved()
-            if arm.offload is not None:
-                arm.offload.statistics.reset()
-                moved = 0
-        drop_from_cache(files)
+        for path in files:
+            with path.open("rb") as file:  # so that it is read from the disk again
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         began = timer()
         arm.model(ids, cache=cache, use_cache=cache is not None, logits_to_keep=1)
         seconds.append(timer() - began)
-    count = len(passes) - warm_up
+    count = len(passes) - 1
     result = {
-        "tokens_a_second": passes[0][0].numel() / median(seconds[warm_up:]),
+        "tokens_a_second": passes[0][0].numel() / median(seconds[1:]),
         "megabytes_a_pass": (arm.bytes_moved() - moved) / count / 1e6,
     }
-    if arm.offload is not None:
-        statistics = arm.offload.statistics
+    if statistics is not None:
         result["hit_rate"] = statistics.hit_rate
         result["resident_rate"] = statistics.resident / statistics.requests
         result["seconds_waited_a_pass"] = statistics.seconds_waited / count
@@ -167,14 +156,13 @@ def _time_passes(arm: _Arm, passes: list[tuple], files: list[Path], warm_up: int
 
 def combine_rounds(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Take the median of each number over several measurements of one arm."""
-    combined = {}
-    for key, first in rounds[0].items():
-        values = [each[key] for each in rounds]
-        if isinstance(first, dict):
-            combined[key] = combine_rounds(values)
-        else:
-            combined[key] = first if isinstance(first, str) else median(values)
-    return combined
+
+    def combine(values: list):
+        if isinstance(values[0], dict):
+            return combine_rounds(values)
+        return values[0] if isinstance(values[0], str) else median(values)
+
+    return {key: combine([each[key] for each in rounds]) for key in rounds[0]}
 
 
 def compare_arms(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Spread]]:

@@ -56,10 +56,10 @@ UNROLLED = "loops over its experts, which torch.compile would unroll"
 
 
 class Cell(NamedTuple):
-    """Something to measure.
+    """Something to measure; `cell` tells it from the others of its part.
 
-    `cell` tells it from the others of its part. `measure` returns `arms`, numbers per round by contender (seconds, bytes or
-    shares), `left_out`, the reason by contender, and facts.
+    `measure` returns `arms`, numbers per round by contender (seconds, bytes or shares), `left_out`, the reason by contender,
+    and facts.
     """
 
     part: str
@@ -70,12 +70,12 @@ class Cell(NamedTuple):
 def cells_of(args: BenchmarkArguments) -> Iterator[Cell]:
     """List what there is to measure; nothing is built before it is measured."""
     parts = {
-        "layer": (partial(layer_cells, part="layer"), expert_cells),
+        "layer": (layer_cells, expert_cells),
         "step": (step_cells,),
         "generation": (generation_cells,),
         "memory": (partial(process_cells, part="memory"),),
         "loading": (partial(process_cells, part="loading"),),
-        "shares": (partial(layer_cells, part="shares"),),
+        "shares": (share_cells,),
     }
     for part in args.parts:
         for cells in parts[part]:
@@ -100,11 +100,9 @@ def begin_compiling():
 class Layers:
     """Contenders of one shape, built when the first cell needs them."""
 
-    def __init__(self, args: BenchmarkArguments, dtype: str, experts: int, sublayers: int, names: tuple[str, ...]):
+    def __init__(self, args: BenchmarkArguments, dtype: str, experts: int, sublayers: int, names=("stablemoe",)):
         self.args, self.device, self.dtype, self.names = args, torch.device(args.device), DTYPES[dtype], names
-        self.shape = LayerShape(
-            args.hidden_size, args.intermediate_size, experts, sublayers, max_tokens=max(args.tokens)
-        )
+        self.shape = LayerShape(args.hidden_size, args.intermediate_size, experts, sublayers, max(args.tokens))
         self.left_out: dict[str, str] = {}
         self.facts: dict[str, dict] = {}
 
@@ -114,11 +112,11 @@ class Layers:
         free_memory()
         set_seed(self.args.seed)
         found: dict[str, Contender] = {}
-        gradients = self.shape.num_experts * self.shape.expert_bytes(self.dtype)
+        experts = self.shape.num_experts * self.shape.expert_bytes(self.dtype)
         for name in self.names:
             owner = next((found[other] for other in GATED_BLOCKS if name in GATED_BLOCKS and other in found), None)
-            weights = 0 if owner is not None or name == "dense" else gradients
-            reason = too_large(weights + (0 if name == "dense" else gradients), available_memory(self.device))
+            copies = 0 if name == "dense" else 1 if owner is not None else 2  # weights and gradients
+            reason = too_large(copies * experts, available_memory(self.device))
             if reason is not None:
                 self.left_out[name] = reason
                 continue
@@ -138,19 +136,17 @@ class Layers:
         contender.module.train(direction == BACKWARD)
         module = torch.compile(contender.module) if compiled else contender.module
 
-        def forward():
+        def run():
             contender.use(backend)
-            with torch.no_grad():
-                module(hidden_states, token_ids)
+            with torch.set_grad_enabled(direction == BACKWARD):
+                output = module(hidden_states, token_ids)
+            if direction == BACKWARD:
+                output.backward(gradient)
+                # As a step of training does; and the next contender has the memory.
+                contender.module.zero_grad(set_to_none=True)
+                hidden_states.grad = None
 
-        def forward_backward():
-            contender.use(backend)
-            module(hidden_states, token_ids).backward(gradient)
-            # As a step of training does; and the next contender has the memory.
-            contender.module.zero_grad(set_to_none=True)
-            hidden_states.grad = None
-
-        return forward_backward if direction == BACKWARD else forward
+        return run
 
     def reason_against(self, name: str, backend: str | None, tokens: int, direction: str) -> str | None:
         """Return why a run would not fit into memory or take too long."""
@@ -164,9 +160,8 @@ class Layers:
             filled = self.shape.num_experts * stack
             if filled / BANDWIDTH[self.device.type] > self.args.seconds_per_cell / LEAST_ROUNDS:
                 return f"its backward pass fills the gradients of all experts once per expert, {filled / 1e9:.0f} GB"
-        return too_large(
-            self.shape.activation_bytes(tokens, self.dtype) + (stack if direction == BACKWARD else 0), free
-        )
+        needed = self.shape.activation_bytes(tokens, self.dtype) + (stack if direction == BACKWARD else 0)
+        return too_large(needed, free)
 
     def measure(self, tokens: int, compiled: bool, direction: str) -> dict:
         """Measure all contenders, under each backend that they have."""
@@ -185,28 +180,37 @@ class Layers:
         times, slow = turns(self.args, runs, always=("dense", f"stablemoe {self.args.own_backend}"))
         return {"arms": times, "left_out": {**self.left_out, **left_out, **slow}, "models": self.facts}
 
+    def own_run(self, tokens: int, direction: str) -> tuple[Callable | None, str | None]:
+        """Return what runs our layer once, or the reason why it would not fit."""
+        reason = self.reason_against("stablemoe", self.args.own_backend, tokens, direction)
+        if reason is None and "stablemoe" in self.contenders:
+            return self.run_of("stablemoe", self.args.own_backend, tokens, direction), None
+        return None, reason or self.left_out["stablemoe"]
+
     def measure_shares(self, tokens: int, direction: str) -> dict:
         """Profile our layer."""
-        backend = self.args.own_backend
-        reason = self.reason_against("stablemoe", backend, tokens, direction)
-        if "stablemoe" not in self.contenders or reason is not None:
-            return {"arms": {}, "left_out": self.left_out or {"stablemoe": reason}}
-        run = self.run_of("stablemoe", backend, tokens, direction)
+        run, reason = self.own_run(tokens, direction)
+        if run is None:
+            return {"arms": {}, "left_out": {"stablemoe": reason}}
         return {"arms": profile_operators(run, self.device), "left_out": {}}
 
 
-def layer_cells(args: BenchmarkArguments, part: str) -> Iterator[Cell]:
-    """List the cells of the layer beside its contenders, or of what our layer's time goes to."""
-    is_shares = part == "shares"
+def layer_cells(args: BenchmarkArguments) -> Iterator[Cell]:
+    """List the cells of the layer beside its contenders."""
     for dtype, sublayers, experts in product(args.dtypes, args.sublayers, args.experts):
-        layers = Layers(args, dtype, experts, sublayers, ("stablemoe",) if is_shares else tuple(BUILDERS))
-        for tokens, compiled, direction in product(args.tokens, (False,) if is_shares else args.modes, PASSES):
-            cell = {"dtype": dtype} | ({} if is_shares else {"compiled": compiled})
-            cell |= {"tokens": tokens, "experts": experts, "sublayers": sublayers, "pass": direction}
-            if is_shares:
-                yield Cell(part, cell, partial(layers.measure_shares, tokens, direction))
-            else:
-                yield Cell(part, cell, partial(layers.measure, tokens, compiled, direction))
+        layers = Layers(args, dtype, experts, sublayers, tuple(BUILDERS))
+        for tokens, compiled, direction in product(args.tokens, args.modes, PASSES):
+            cell = {"dtype": dtype, "compiled": compiled, "tokens": tokens, "experts": experts, "sublayers": sublayers}
+            yield Cell("layer", {**cell, "pass": direction}, partial(layers.measure, tokens, compiled, direction))
+
+
+def share_cells(args: BenchmarkArguments) -> Iterator[Cell]:
+    """List the cells of what our layer's time goes to."""
+    for dtype, sublayers, experts in product(args.dtypes, args.sublayers, args.experts):
+        layers = Layers(args, dtype, experts, sublayers)
+        for tokens, direction in product(args.tokens, PASSES):
+            cell = {"dtype": dtype, "tokens": tokens, "experts": experts, "sublayers": sublayers, "pass": direction}
+            yield Cell("shares", cell, partial(layers.measure_shares, tokens, direction))
 
 
 def expert_cells(args: BenchmarkArguments) -> Iterator[Cell]:
@@ -221,12 +225,11 @@ def expert_cells(args: BenchmarkArguments) -> Iterator[Cell]:
 def _measure_experts(args: BenchmarkArguments, dtype: str, tokens: int, numbers: list[int], sublayers: int) -> dict:
     runs, left_out = {}, {}
     for number in numbers:
-        layers = Layers(args, dtype, number, sublayers, ("stablemoe",))
-        reason = layers.reason_against("stablemoe", args.own_backend, tokens, BACKWARD)
-        if reason is None and "stablemoe" in layers.contenders:
-            runs[str(number)] = layers.run_of("stablemoe", args.own_backend, tokens, BACKWARD)
+        run, reason = Layers(args, dtype, number, sublayers).own_run(tokens, BACKWARD)
+        if run is None:
+            left_out[str(number)] = reason
         else:
-            left_out[str(number)] = reason or layers.left_out["stablemoe"]
+            runs[str(number)] = run
     times, slow = turns(args, runs, always=tuple(runs))
     return {"arms": times, "left_out": {**left_out, **slow}}
 
@@ -254,7 +257,12 @@ class Models:
         """Build the models that fit into memory together, with what they will take; the others go to `left_out`."""
         free_memory()
         models: dict[str, PreTrainedModel] = {}
-        planned, available = self._activation_bytes(tokens), available_memory(self.device)
+        config = self.config
+        # What a training pass keeps of so many tokens.
+        by_block = 16 * config.hidden_size + 3 * config.intermediate_size + config.max_position_embeddings
+        blocks = config.num_hidden_layers + config.num_moe_layers * config.num_expert_sublayers
+        planned = 4.0 * tokens * (blocks * by_block + 4 * config.vocab_size)
+        available = available_memory(self.device)
         for name in names:
             needed = bytes_each * count_parameters(self.preset, name)
             reason = too_large(planned + needed, available)
@@ -263,15 +271,8 @@ class Models:
                 continue
             planned += needed
             models[name] = build_model(self.preset, name, self.device, self.args.seed)
-            self.facts[name] = describe(models[name], self.config.num_experts, length)
+            self.facts[name] = describe(models[name], config.num_experts, length)
         return models
-
-    def _activation_bytes(self, tokens: int) -> float:
-        """Estimate what a training pass keeps of so many tokens."""
-        config = self.config
-        by_block = 16 * config.hidden_size + 3 * config.intermediate_size + config.max_position_embeddings
-        blocks = config.num_hidden_layers + config.num_moe_layers * config.num_expert_sublayers
-        return 4.0 * tokens * (blocks * by_block + 4 * config.vocab_size)
 
     def measure_step(self) -> dict:
         """Measure training steps."""
@@ -285,8 +286,7 @@ class Models:
             begin_compiling()
         runs = {name: TrainingStep(model, ids, self.dtype, self.compiled).run for name, model in models.items()}
         times, slow = turns(self.args, runs, always=("stage 1", "stage 2", "hash", DENSE, EQUAL_DENSE))
-        facts = {"models": self.facts, "tokens": ids.numel()}
-        return {"arms": times, "left_out": {**self.left_out, **slow}, **facts}
+        return {"arms": times, "left_out": {**self.left_out, **slow}, "models": self.facts, "tokens": ids.numel()}
 
     @cached_property
     def generating(self) -> dict[str, PreTrainedModel]:
@@ -321,12 +321,11 @@ class Models:
             seconds[length], slow = turns(args, runs, always)
             left_out |= slow
         measured = {}
-        for label in seconds[1].keys() & seconds[args.new_tokens].keys():
-            prompt, whole = seconds[1][label], seconds[args.new_tokens][label]
-            measured[f"{label}, prefill"] = prompt
-            measured[f"{label}, token"] = [(each - median(prompt)) / (args.new_tokens - 1) for each in whole]
-        order = [f"{label}, {kind}" for label in generations for kind in ("prefill", "token")]
-        measured = {name: measured[name] for name in order if name in measured}
+        for label in generations:
+            if label in seconds[1] and label in seconds[args.new_tokens]:
+                prompt, whole = seconds[1][label], seconds[args.new_tokens][label]
+                measured[f"{label}, prefill"] = prompt
+                measured[f"{label}, token"] = [(each - median(prompt)) / (args.new_tokens - 1) for each in whole]
         return {"arms": measured, "left_out": {**self.left_out, **left_out}, "models": self.facts}
 
 
@@ -350,9 +349,8 @@ def process_cells(args: BenchmarkArguments, part: str) -> Iterator[Cell]:
     """List the cells of memory or of loading, measured in fresh processes."""
     for dtype, what in product(args.dtypes, (TRAINING, INFERENCE, LOADING) if part == "memory" else (LOADING,)):
         cell = {"dtype": dtype, **({"what": what} if part == "memory" else {})}
-        yield Cell(
-            part, cell, partial(_measure_processes, args, dtype, what, "peak" if part == "memory" else "seconds")
-        )
+        number = "peak" if part == "memory" else "seconds"
+        yield Cell(part, cell, partial(_measure_processes, args, dtype, what, number))
 
 
 def _measure_processes(args: BenchmarkArguments, dtype: str, what: str, number: str) -> dict:

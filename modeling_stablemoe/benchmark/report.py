@@ -10,7 +10,7 @@ from torch.utils.benchmark import Compare, Measurement, TaskSpec
 
 from modeling_stablemoe.measure.report import format_table
 
-from .layers import DEFAULT_BACKEND, TRANSFORMERS_BLOCKS
+from .layers import DEFAULT_BACKEND, TRANSFORMERS_BLOCKS, own_backend_of
 from .models import DENSE, EQUAL_DENSE, EQUAL_SIZE
 from .parts import BACKWARD, FORWARD
 from .turns import Spread, compare, fastest_of, spread
@@ -77,15 +77,7 @@ AIMS = (
 
 
 def ratios_of(record: dict, own_backend: str = DEFAULT_BACKEND) -> dict[str, Spread]:
-    """Compare the contenders of a cell with the one that its part measures them by, and with others that aims name.
-
-    Args:
-        record (`dict`): `part`, `cell`, `arms` and facts, as benchmark.json has them.
-        own_backend (`str`): of our layer beside the fastest block.
-
-    Returns:
-        `dict[str, Spread]`: by contender or by name of the ratio, those that can be given.
-    """
+    """Compare the contenders of a cell with the one that its part measures them by, and with others that aims name."""
     part, arms = record["part"], record["arms"]
     if part == "shares":
         return {name: spread(values) for name, values in arms.items()}
@@ -93,10 +85,11 @@ def ratios_of(record: dict, own_backend: str = DEFAULT_BACKEND) -> dict[str, Spr
     def base_of(name: str) -> str:
         if part == "experts":
             return min(arms, key=int)
-        fixed = {"layer": "dense", "step": DENSE, "memory": EQUAL_DENSE, "loading": EQUAL_SIZE}
-        if part == "memory" and record["cell"]["what"] == "loading":
+        if part == "generation":
+            return f"{EQUAL_DENSE}, {name.rpartition(', ')[2]}"
+        if "loading" in (part, record["cell"].get("what")):
             return EQUAL_SIZE
-        return fixed.get(part) or f"{EQUAL_DENSE}, {name.rpartition(', ')[2]}"
+        return EQUAL_DENSE if part == "memory" else DENSE
 
     ratios = {name: compare(arms, name, base_of(name)) for name in arms}
     if part == "layer":
@@ -247,7 +240,7 @@ def _describe_machine(machine: dict, commands: list[str]) -> str:
 def to_markdown(results: dict) -> str:
     """Write everything that benchmark.json holds, the aims first."""
     settings, cells = results["settings"], results["cells"]
-    own_backend = DEFAULT_BACKEND if DEFAULT_BACKEND in settings["backends"] else settings["backends"][0]
+    own_backend = own_backend_of(settings["backends"])
     checks = check_all(cells, own_backend, settings["device"] == "cuda")
     machine = _describe_machine(results["machine"], results["commands"])
     texts = ["# Benchmark", machine, INTRODUCTION, "## Aims", _aims_table(checks)]

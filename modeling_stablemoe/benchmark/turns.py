@@ -24,22 +24,12 @@ MOST_OPERATORS = 12
 
 
 def take_turns(
-    runs: dict[str, Callable[[], object]],
-    *,
-    rounds: int = 7,
-    seconds: float = 60.0,
-    give_up: float = 10.0,
-    always: Collection[str] = (),
+    runs: dict[str, Callable[[], object]], *, rounds: int, seconds: float = 60.0, give_up: float = 10.0, always=()
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time contenders round by round, each round starting with another one.
 
-    Args:
-        runs (`dict[str, Callable]`): what to time, by name. One that raises a `RuntimeError` the first time (out of memory,
-            does not compile) is left out.
-        rounds (`int`): turns of each.
-        seconds (`float`): no round starts after so many, except for the first three.
-        give_up (`float`): one that takes so many times as long as the fastest is left out after its first runs ...
-        always (collection of `str`): ... unless it is one of these.
+    No round starts after `seconds`, except for the first three. Left out is what raises a `RuntimeError` the first time
+    (out of memory, does not compile), and what takes `give_up` times as long as the fastest, unless `always` names it.
 
     Returns:
         `tuple`: seconds of a run by name, one per round, and by name why a contender was left out.
@@ -70,9 +60,7 @@ def take_turns(
 
 def spread(values: Sequence[float]) -> Spread:
     """Return `median`, and the quartiles `low` and `high`."""
-    if len(values) == 1:
-        return {"median": values[0], "low": values[0], "high": values[0]}
-    low, middle, high = quantiles(values, n=4, method="inclusive")
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"median": middle, "low": low, "high": high}
 
 
@@ -90,16 +78,9 @@ def fastest_of(times: dict[str, list[float]], names: Collection[str]) -> str | N
 
 
 def profile_operators(run: Callable[[], object], device: torch.device, passes: int = 3) -> dict[str, list[float]]:
-    """Profile a contender.
+    """Return the share of each operator in the time of all, one per pass: the largest, and "others".
 
-    Args:
-        run (`Callable`): runs once to warm up, then under torch's profiler.
-        device (`torch.device`): whose time counts.
-        passes (`int`): how often it is profiled.
-
-    Returns:
-        `dict[str, list[float]]`: share in the time of all operators by operator, one per pass: the largest, and "others".
-            Time between operators, Python's own, is not counted.
+    The time between operators, Python's own, is not counted.
     """
     is_cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if is_cuda else [])
@@ -123,7 +104,7 @@ def profile_operators(run: Callable[[], object], device: torch.device, passes: i
 
 
 def free_memory():
-    """Give back what nothing refers to any more."""
+    """Give back what nothing refers to any longer."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -55,14 +55,12 @@ def test_systems_are_read_in_order_with_their_families(tmp_path):
     ("text", "message"),
     [
         ("- a\n- b\n", "must be a mapping"),
-        ("", "must be a mapping"),
         ("a: [", "not valid YAML"),
         ("a: {nope: 1}", "'a'.*unknown settings.*nope"),
         ("a: {config: 3}", "`config` of the system 'a'"),
         ("a: {stage1_steps: ten}", "System 'a': `--stage1_steps`"),
         ("a: {hash_table: even}", "System 'a': `--hash_table` must be one of"),
         ("a/b: {}", "name of a folder"),
-        ("a: {learning_rate: 0}", "`learning_rate` of the system 'a' must be a number > 0, got 0"),
         ("a: {learning_rate: fast}", "`learning_rate` of the system 'a' must be a number > 0, got 'fast'"),
         ("a: {}", "no system .'z'. in"),
     ],
@@ -221,15 +219,17 @@ def test_training_time_is_logged_without_evaluation_and_continues_after_a_resume
     evaluate = trainer.evaluate
 
     def evaluate_slowly(*args, **kwargs):
-        time.sleep(0.5)
+        time.sleep(0.1)
         return evaluate(*args, **kwargs)
 
     trainer.evaluate = evaluate_slowly
+    began = time.perf_counter()
     trainer.train()
+    elapsed = time.perf_counter() - began
     times = [entry["train_seconds"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(times) == 4
     assert times == sorted(times)
-    assert 0 < times[-1] <= clock.seconds < 1.5
+    assert 0 < times[-1] <= clock.seconds < elapsed - 4 * 0.1
     assert all("train_seconds" in entry for entry in training_logs(trainer.state.log_history))
     resumed = TrainingClockCallback()
     again = make_trainer(tmp_path, resumed, **slow)
@@ -381,13 +381,8 @@ def test_table_tells_stage_1_the_transition_and_stage_2_apart():
 
 def test_figures_are_drawn_for_what_there_is(tmp_path):
     pytest.importorskip("matplotlib")
-    assert [path.name for path in write_figures(RUNS, tmp_path)] == ["perplexity.png", "fluctuation.png", "load.png"]
-    sized = [run_of(f"hash-{n}", 0, 100.0 - n, config={"num_experts": n}) for n in (8, 16)]
-    assert [path.name for path in write_figures(sized, tmp_path)] == [
-        "perplexity.png",
-        "experts.png",
-        "fluctuation.png",
-        "load.png",
-    ]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("experts.png", "load.png"))
     assert [path.name for path in write_figures(RUNS[:1], tmp_path)] == ["perplexity.png"]
+    sized = [run_of(f"hash-{n}", 0, 100.0 - n, config={"num_experts": n}) for n in (8, 16)]
+    names = ["perplexity.png", "experts.png", "fluctuation.png", "load.png"]
+    assert [path.name for path in write_figures(sized, tmp_path)] == names
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)

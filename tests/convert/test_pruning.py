@@ -1,5 +1,6 @@
 """Pruning frozen models to a part of their vocabulary: the same logits there, in memory and from checkpoints."""
 
+import copy
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from helpers import ROOT
 from helpers.checkpoints import edit_config, edit_weights, run_without_package
 from helpers.hub_server import HubServer
 from helpers.logs import recorded_warnings
+from helpers.matrices import one_fast
 from helpers.models import TINY, tiny_config, tiny_model, tiny_seq2seq_model
 from helpers.pages import BYTE_LEVEL_SIZE, byte_level_tokenizer
 from helpers.workplaces import content, load_script, refuse
@@ -55,10 +57,16 @@ def sequences(ids, shape=(3, 11), seed: int = 0) -> torch.Tensor:
     return torch.tensor(ids)[choice]
 
 
+def assert_same_state(actual, expected):
+    actual, expected = actual.state_dict(), expected.state_dict()
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
 # The same logits
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(st.sampled_from(sorted(ROUTINGS)), st.sets(st.integers(0, 98), min_size=1, max_size=30), st.integers(0, 9))
 @torch.no_grad()
 def test_logits_on_the_subset_are_those_of_the_whole_model(routing, subset, seed):
@@ -70,15 +78,11 @@ def test_logits_on_the_subset_are_those_of_the_whole_model(routing, subset, seed
     assert pruned.config.num_experts == max(reached)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @torch.no_grad()
-def test_every_dtype_is_kept(dtype):
-    whole = tiny_model(**WIDE)
-    whole.freeze_router()
-    whole = whole.eval().to(dtype)
-    pruned = prune_experts(whole, SUBSET)
-    assert {p.dtype for p in pruned.parameters()} == {dtype}
-    ids = sequences(SUBSET)
+def test_the_dtype_is_kept():
+    whole = copy.deepcopy(whole_model()).to(torch.bfloat16)
+    pruned, ids = prune_experts(whole, SUBSET), sequences(SUBSET)
+    assert {p.dtype for p in pruned.parameters()} == {torch.bfloat16}
     assert torch.equal(pruned(ids).logits, whole(ids).logits)
 
 
@@ -97,13 +101,15 @@ def test_padding_cache_and_backends_go_with_it():
 
 
 @torch.no_grad()
-def test_classifier_and_backbone_are_pruned_too():
+def test_classifier_and_backbone_are_pruned_too(tmp_path):
     classifier = StableMoEForSequenceClassification(tiny_model(**WIDE, num_labels=3).config).eval()
     classifier.model.load_state_dict(whole_model().model.state_dict())
     ids = sequences(SUBSET)
     pruned = prune_experts(classifier, SUBSET)
     assert type(pruned) is StableMoEForSequenceClassification
     assert torch.equal(pruned(ids).logits, classifier(ids).logits)
+    classifier.save_pretrained(tmp_path)
+    assert_same_state(load_pruned(tmp_path, SUBSET), pruned)
     backbone = prune_experts(whole_model().model, SUBSET)
     assert type(backbone) is StableMoEModel
     assert torch.equal(backbone(ids)[0], whole_model().model(ids)[0])
@@ -117,9 +123,11 @@ def translator():
 
 
 @torch.no_grad()
-def test_encoder_and_decoder_have_vocabularies_of_their_own():
+def test_encoder_and_decoder_have_vocabularies_of_their_own(tmp_path):
     whole, sources, targets = translator(), [3, 4, 5, 6], [50, 51]
     pruned = prune_experts(whole, sources, targets)
+    whole.save_pretrained(tmp_path)
+    assert_same_state(load_pruned(tmp_path, sources, targets), pruned)
     inputs = {"input_ids": sequences(sources), "decoder_input_ids": sequences([1, *targets])}
     assert torch.equal(pruned(**inputs).logits, whole(**inputs).logits)
     encoder, *decoder = whole.route(torch.tensor([[0, 1, 2, *sources]]))
@@ -154,6 +162,7 @@ def test_a_layer_that_needs_fewer_experts_keeps_the_lowest_of_the_others():
 def test_the_whole_model_stays_as_it_is_and_shares_no_memory():
     whole = tiny_model(**WIDE)
     whole.freeze_router()
+    whole.generation_config.suppress_tokens = [SUBSET[0]]
     before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
     pruned = prune_experts(whole, SUBSET)
     assert pruned.training
@@ -162,7 +171,8 @@ def test_the_whole_model_stays_as_it_is_and_shares_no_memory():
             parameter.zero_()
     assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
     assert whole.config.num_experts == 13
-    assert whole.generation_config.suppress_tokens is None
+    assert whole.generation_config.suppress_tokens == [SUBSET[0]]
+    assert SUBSET[0] in pruned.generation_config.suppress_tokens
 
 
 def test_special_tokens_always_count():
@@ -180,22 +190,6 @@ def test_all_ids_keep_the_model_as_it_is():
     assert pruned.config.router_fingerprint == whole.config.router_fingerprint
     assert pruned.config.pruned_tokens is pruned.generation_config.suppress_tokens is None
     assert torch.equal(pruned(sequences(SUBSET)).logits, whole(sequences(SUBSET)).logits)
-
-
-def test_a_pruned_model_trains_and_its_routing_stays():
-    pruned = prune_experts(whole_model(), SUBSET).train()
-    routes, ids = pruned.route(EVERY_ID), sequences(SUBSET)
-    optimizer = torch.optim.AdamW(pruned.parameters(), lr=0.01, weight_decay=0.1)
-    losses = []
-    for _ in range(5):
-        loss = pruned(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    assert torch.equal(pruned.route(EVERY_ID), routes)
-    assert pruned.router_fingerprint() == pruned.config.router_fingerprint
 
 
 # Ids outside the subset
@@ -219,14 +213,6 @@ def test_generation_avoids_exactly_the_ids_whose_expert_is_gone():
     assert not lost_ids(whole, pruned) & set(generated.flatten().tolist())
     free = prune_experts(whole, SUBSET, confine_generation=False)
     assert free.generation_config.suppress_tokens is None
-
-
-def test_other_suppressed_tokens_stay_suppressed():
-    whole = tiny_model(**WIDE)
-    whole.freeze_router()
-    whole.generation_config.suppress_tokens = [SUBSET[0]]
-    assert SUBSET[0] in prune_experts(whole, SUBSET).generation_config.suppress_tokens
-    assert whole.generation_config.suppress_tokens == [SUBSET[0]]
 
 
 def test_a_forward_pass_says_so_once_when_it_meets_an_id_without_its_expert():
@@ -271,12 +257,6 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def assert_same_state(actual, expected):
-    actual, expected = actual.state_dict(), expected.state_dict()
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
-
-
 @pytest.mark.parametrize("max_shard_size", ["1GB", "30KB"])
 def test_a_checkpoint_is_pruned_while_it_is_read(tmp_path, max_shard_size):
     whole = whole_model("counts")
@@ -294,9 +274,9 @@ def test_a_checkpoint_is_pruned_while_it_is_read(tmp_path, max_shard_size):
     assert half.generation_config.suppress_tokens is None
 
 
-@pytest.mark.parametrize("max_shard_size", ["1GB", "30KB"])
+@pytest.mark.parametrize("max_shard_size", one_fast("30KB", "1GB"))
 def test_of_the_weights_of_a_variant_no_others_are_read(tmp_path, max_shard_size):
-    whole, other = whole_model(), whole_model()
+    whole, other = copy.deepcopy(whole_model()), copy.deepcopy(whole_model())
     with torch.no_grad():
         other.get_input_embeddings().weight.add_(1.0)
     other.save_pretrained(tmp_path)
@@ -309,16 +289,6 @@ def test_of_the_weights_of_a_variant_no_others_are_read(tmp_path, max_shard_size
     for variant, name in ((None, "model.safetensors"), ("int8", "model.int8.safetensors")):
         with pytest.raises(ValueError, match=rf"no weights as safetensors \({name}\).*the `variant`"):
             load_pruned(tmp_path, SUBSET, variant=variant)
-
-
-def test_translation_models_and_classifiers_load_pruned(tmp_path):
-    translator().save_pretrained(tmp_path / "translator")
-    loaded = load_pruned(tmp_path / "translator", [3, 4, 5], [50, 51])
-    assert_same_state(loaded, prune_experts(translator(), [3, 4, 5], [50, 51]))
-    classifier = StableMoEForSequenceClassification(whole_model().config).eval()
-    classifier.model.load_state_dict(whole_model().model.state_dict())
-    classifier.save_pretrained(tmp_path / "classifier")
-    assert_same_state(load_pruned(tmp_path / "classifier", SUBSET), prune_experts(classifier, SUBSET))
 
 
 def test_rows_of_other_experts_are_never_read(checkpoint, monkeypatch):
@@ -467,10 +437,6 @@ def test_a_config_takes_what_pruning_writes_and_nothing_else():
             tiny_config(pruned_tokens=value)
 
 
-def drop_an_expert_tensor(weights):
-    weights.pop("model.moe_layers.1.router.centroids")
-
-
 def cut_rows(weights):
     weights["model.moe_layers.1.router.centroids"] = weights["model.moe_layers.1.router.centroids"][:-1].clone()
 
@@ -487,7 +453,6 @@ def change_a_row(weights):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (drop_an_expert_tensor, r"moe_layers\.1\.router\.centroids is missing or of another shape"),
         (cut_rows, r"moe_layers\.1\.router\.centroids is missing or of another shape"),
         (drop_a_table, "routing_table: missing from the weights"),
         (change_a_row, "are not those that this checkpoint was saved with"),
@@ -521,7 +486,7 @@ def test_what_is_no_checkpoint_is_refused(checkpoint, tmp_path):
 # What it is worth
 
 
-@pytest.mark.parametrize(("num_ids", "num_experts"), [(1, 8), (20, 8), (40, 128), (1000, 512)])
+@pytest.mark.parametrize(("num_ids", "num_experts"), [(1, 8), (40, 128)])
 def test_the_expected_reach_is_that_of_random_tables(num_ids, num_experts):
     tables = torch.randint(num_experts, (400, num_ids), generator=torch.Generator().manual_seed(0))
     reached = torch.tensor([float(len(table.unique())) for table in tables])
@@ -618,24 +583,31 @@ def test_the_script_prunes_translation_models_by_both_texts(script, tmp_path, ca
     assert len(config["pruned_tokens"]) == 2
 
 
-def test_the_script_says_what_is_wrong(script, text_checkpoint, checkpoint, tmp_path, capsys):
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "file").write_text("")
-    new = str(tmp_path / "new")
-    for name, text, folder, complaint in (
-        (text_checkpoint, TEXT, str(taken), "there already and not empty"),
-        (tmp_path / "none", TEXT, new, "none"),
-        (text_checkpoint, "", new, "the text is empty"),
-        (checkpoint, TEXT, new, "no tokenizer loads"),
-    ):
-        assert complaint in refuse(script.main, [str(name), "--text", text, "--output_dir", folder])
-    for options, complaint in (
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
         ([], "--output_dir, or --dry_run"),
-        (["--dry_run", "--output_dir", new], "--output_dir, or --dry_run"),
+        (["--dry_run", "--output_dir", "new"], "--output_dir, or --dry_run"),
         (["--dry_run", "--min_count", "0"], "--min_count must be >= 1"),
-    ):
-        with pytest.raises(SystemExit):
-            script.main([str(text_checkpoint), "--text", TEXT, *options])
-        assert complaint in capsys.readouterr().err
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(script, text_checkpoint, capsys, options, complaint):
+    with pytest.raises(SystemExit):
+        script.main([str(text_checkpoint), "--text", TEXT, *options])
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_text_without_tokens_or_with_those_of_another_model_is_refused(script, text_checkpoint, checkpoint):
+    assert "the text is empty" in refuse(script.main, [str(text_checkpoint), "--text", "", "--dry_run"])
+    command = [str(checkpoint), "--tokenizer_name", str(text_checkpoint), "--text", "script", "--dry_run"]
+    assert "the model has 99: name its own with --tokenizer_name" in refuse(script.main, command)
+
+
+def test_a_folder_that_is_taken_and_a_checkpoint_without_tokenizer_are_refused(
+    script, text_checkpoint, checkpoint, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    options = ["--text", TEXT, "--output_dir"]
+    assert "there already and not empty" in refuse(script.main, [str(text_checkpoint), *options, str(tmp_path)])
+    assert "no tokenizer loads" in refuse(script.main, [str(checkpoint), *options, str(tmp_path / "new")])
     assert not (tmp_path / "new").exists()

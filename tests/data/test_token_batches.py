@@ -62,7 +62,7 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1
 # --- batches ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     lengths=LENGTHS, max_tokens=st.integers(20, 200), max_pairs=st.none() | st.integers(1, 9), seed=st.integers(0, 9)
 )
@@ -79,7 +79,7 @@ def test_every_pair_is_in_one_batch_and_no_batch_exceeds_its_limits(lengths, max
         assert len(batch) <= (max_pairs or len(lengths))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(lengths=LENGTHS, max_tokens=st.integers(20, 200), max_pairs=st.none() | st.integers(1, 9))
 def test_batches_are_grouped_by_length_and_full(lengths, max_tokens, max_pairs):
     items = all_batches(TokenBatches(dataset_of(lengths), max_tokens, 0, max_pairs))
@@ -124,12 +124,6 @@ def test_selected_and_formatted_rows_are_honoured():
         assert all(len(batch) * max(max(pair) for pair in lengths_of(batch)) <= 14 for batch in items)
 
 
-def test_lengths_of_many_rows_are_read_in_parts():
-    batches = TokenBatches(dataset_of([(1 + row % 3, 1) for row in range(20_500)]), max_tokens=300)
-    assert batches.num_pairs == 20_500
-    assert batches.num_tokens == sum(2 + row % 3 for row in range(20_500))
-
-
 def test_batches_of_100_000_pairs_are_formed_in_seconds():
     tokens = np.arange(200).tolist()
     lengths = translation_lengths(1000) * 100
@@ -139,9 +133,11 @@ def test_batches_of_100_000_pairs_are_formed_in_seconds():
             "labels": [tokens[:target] for _, target in lengths],
         }
     )
-    start = time.perf_counter()
-    assert TokenBatches(dataset, 4096).num_pairs == 100_000
-    assert time.perf_counter() - start < 5
+    start = time.process_time()
+    batches = TokenBatches(dataset, 4096)
+    assert batches.num_pairs == 100_000
+    assert batches.num_tokens == sum(source + target for source, target in lengths)
+    assert time.process_time() - start < 5
 
 
 def test_index_out_of_range_ends_an_iteration():
@@ -208,7 +204,7 @@ def test_collator_rounds_lengths_up_and_keeps_a_given_mask(tokenizer):
 # --- with PyTorch and the Trainer ---
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_data_loader_sees_every_pair_once_an_epoch_in_changing_order(tokenizer, num_workers):
     batches = TokenBatches(dataset_of(translation_lengths(60)), max_tokens=400)
     loader = DataLoader(
@@ -276,14 +272,9 @@ def test_trainer_accumulates_and_resumes_batches_like_rows(tmp_path, tokenizer):
 def test_rows_sorted_for_evaluation_start_with_the_longest_source_and_can_be_restored():
     dataset = dataset_of([(2, 1), (9, 2), (2, 3), (5, 4)]).select([3, 2, 1, 0])
     ordered, order = sort_by_length(dataset)
-    assert order.tolist() == [2, 0, 1, 3]
+    assert order.tolist() == [2, 0, 1, 3]  # those of one length in their order
     assert ordered.column_names == dataset.column_names
     restored = np.empty(4, dtype=object)
     restored[order] = list(ordered)
     assert restored.tolist() == list(dataset)
     assert len(sort_by_length(dataset.select([]))[0]) == 0
-
-
-def test_rows_of_equal_length_keep_their_order_in_evaluation():
-    _, order = sort_by_length(dataset_of([(1 + row % 2, 1) for row in range(100)]))
-    assert order.tolist() == [*range(1, 100, 2), *range(0, 100, 2)]

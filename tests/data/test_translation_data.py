@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import lzma
-import os
 from collections import Counter
 
 import pytest
@@ -13,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
 
 from helpers.workplaces import write_jsonl
 from modeling_stablemoe.data import text as data
@@ -115,18 +114,8 @@ def unigram(one_way):
 
 def test_arguments_parse_from_the_command_line_and_have_help():
     parser = HfArgumentParser(TranslationDataArguments)
-    (args,) = parser.parse_args_into_dataclasses(
-        [
-            "--language_pairs",
-            "de-en",
-            "zh_Hans-en",
-            "--train_files",
-            "a.{lang}",
-            "b.jsonl",
-            "--max_source_length",
-            "64",
-        ]
-    )
+    line = "--language_pairs de-en zh_Hans-en --train_files a.{lang} b.jsonl --max_source_length 64"
+    (args,) = parser.parse_args_into_dataclasses(line.split())
     assert [tuple(pair) for pair in args.pairs] == [("de", "en"), ("zh_Hans", "en")]
     assert (args.train_files, args.max_source_length) == (["a.{lang}", "b.jsonl"], 64)
     parser.format_help()  # a stray % in a help text would raise here
@@ -143,18 +132,12 @@ FILES = {"language_pairs": ["de-en"], "train_files": ["a.jsonl"]}
     [
         ({**FILES, "language_pairs": ["deen"]}, "language_pairs must be source-target.* got 'deen'"),
         ({**FILES, "language_pairs": ["de-en-fr"]}, "language_pairs must be source-target.* got 'de-en-fr'"),
-        ({**FILES, "language_pairs": ["de-"]}, "language_pairs must be source-target.* got 'de-'"),
         ({**FILES, "language_pairs": ["../x-en"]}, "language_pairs must be source-target"),
         ({**FILES, "language_pairs": ["de-de"]}, "'de-de' has the same source and target"),
         ({**FILES, "language_pairs": ["de-en", "fr-en", "de-en"]}, "'de-en' is named twice"),
-        ({**FILES, "validation_share": 1.0}, "validation_share must lie between 0 and 1"),
         ({**FILES, "encoding": "utf-9"}, "encoding 'utf-9' is not a text encoding"),
         ({**FILES, "max_train_pairs": 0}, "max_train_pairs must be at least 1; got 0"),
-        ({**FILES, "max_validation_pairs": 0}, "max_validation_pairs must be at least 1"),
-        ({**FILES, "max_test_pairs": -1}, "max_test_pairs must be at least 1"),
-        ({**FILES, "preprocessing_num_workers": 0}, "preprocessing_num_workers must be at least 1"),
         ({**FILES, "max_source_length": 1}, "max_source_length must be at least 2; got 1"),
-        ({**FILES, "max_target_length": 1}, "max_target_length must be at least 2"),
         ({**FILES, "tokenizer_model": "wordpiece"}, "tokenizer_model must be one of .*'wordpiece'"),
         ({**FILES, "vocab_size": 3}, r"vocab_size must be at least 4 \(3 special"),
         ({**FILES, "vocab_size": 258, "tokenizer_model": "bpe"}, "vocab_size must be at least 259 .*for bpe"),
@@ -165,9 +148,7 @@ FILES = {"language_pairs": ["de-en"], "train_files": ["a.jsonl"]}
         ({**FILES, "parallel_datasets": ["x"]}, "either parallel_datasets or train_files"),
         ({"parallel_datasets": ["x"], "test_files": ["x"]}, "either parallel_datasets or train_files"),
         ({"language_pairs": ["de-en"], "validation_files": ["a.jsonl"]}, "validation_files needs train_files"),
-        ({"language_pairs": ["de-en"], "test_files": ["a.jsonl"]}, "test_files needs train_files"),
         ({"train_files": ["a.jsonl"]}, "need language_pairs, e.g. --language_pairs de-en"),
-        ({"parallel_datasets": ["x"]}, "need language_pairs, e.g. --language_pairs de-en"),
         ({"language_pairs": ["de-en"]}, "language_pairs de-en needs parallel_datasets or train_files"),
         ({"language_pairs": ["de-en"], "parallel_datasets": ["x", "y", "x"]}, "'x' is named twice"),
     ],
@@ -216,14 +197,6 @@ def test_several_files_of_all_formats_are_joined_in_order(tmp_path):
     assert rows_of(corpus["test"]) == expected("de-en", SENTENCES[40:50])
 
 
-def test_files_of_different_languages_serve_the_pairs_they_can(tmp_path):
-    one = write_jsonl(tmp_path / "one.jsonl", only("de", "en")[:20])
-    two = write_jsonl(tmp_path / "two.jsonl", only("fr", "en")[20:])
-    corpus = load("fr-en", "de-en", train=[one, two], validation_share=0.5)
-    joined = rows_of(corpus["train"]) + rows_of(corpus["validation"])
-    assert sorted(joined) == sorted(expected("de-en", SENTENCES[:20]) + expected("fr-en", SENTENCES[20:]))
-
-
 def test_languages_that_are_not_asked_for_are_not_read(tmp_path):
     for language in ("de", "en"):
         write_text(tmp_path / f"a.{language}", [row[language] for row in SENTENCES])
@@ -254,16 +227,11 @@ def test_named_encodings_are_understood(tmp_path):
     assert sorted(rows_of(corpus["train"]) + rows_of(corpus["validation"])) == sorted(expected("de-en", SENTENCES))
     with pytest.raises(ValueError, match=r"a\.de is not utf-8 text .*--encoding latin-1"):
         load("de-en", train=[tmp_path / "a.{lang}"])
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_the_file_that_an_error_is_in_is_named(tmp_path, suffix):
-    good, bad = b"one\ntwo\n", b"\xff\n\xff\n"
-    for first, second in (("de", "en"), ("en", "de")):
-        for language, content in ((first, bad), (second, good)):
-            (tmp_path / f"a.{language}{suffix}").write_bytes(gzip.compress(content) if suffix else content)
-        with pytest.raises(ValueError, match=rf"a\.{first}{suffix} is not utf-8 text"):
-            load("de-en", train=[tmp_path / f"a.{{lang}}{suffix}"])
+    # Each of the paired files, compressed too.
+    (tmp_path / "b.de.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
+    (tmp_path / "b.en.gz").write_bytes(gzip.compress(b"\xff\n\xff\n"))
+    with pytest.raises(ValueError, match=r"b\.en\.gz is not utf-8 text"):
+        load("de-en", train=[tmp_path / "b.{lang}.gz"])
 
 
 @pytest.mark.parametrize("numbers", [(3, 5), (5, 3), (0, 2)])
@@ -276,33 +244,15 @@ def test_paired_files_of_different_length_are_named_with_their_counts(tmp_path, 
     assert type(caught.value) is ValueError
 
 
-def test_a_changed_file_is_read_again(tmp_path):
-    paths = {language: write_text(tmp_path / f"a.{language}", ["1", "2", "3"]) for language in ("de", "en")}
-    held = write_jsonl(tmp_path / "v.jsonl", SENTENCES[:1])
-
-    def targets():
-        return load("de-en", train=[tmp_path / "a.{lang}"], validation_files=[str(held)])["train"]["target"][:]
-
-    assert targets() == ["1", "2", "3"]
-    stat = paths["en"].stat()
-    write_text(paths["en"], ["1", "2", "4"])
-    os.utime(paths["en"], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert targets() == ["1", "2", "4"]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"de": "x"}\n', r"a\.jsonl has no language pair of de-en; its languages: de\."),
         ("a.jsonl", '{"de": "x", "en": "y"}\n{"de": "x", "id": "y"}\n', r"line 2 has no key 'en'.* its keys: de, id"),
         ("a.jsonl", '{"de": "x", "en": "y"}\n{"de": 3, "en": "y"}\n', r"line 2: 'de' holds int, not a string"),
-        ("a.jsonl", '{"de": "x", "en": ["y"]}\n', r"line 1: 'en' holds list, not a string\."),
-        ("a.jsonl", '{"de": "\\ud800", "en": "y"}\n', "line 1: 'de' holds half of a surrogate pair"),
-        ("a.jsonl", '{"de": "x", "en": "y"}\n[1]\n', "line 2 holds a list; every line"),
         ("a.jsonl", '{"de": \n', "line 1 is not JSON"),
         ("a.jsonl", "\n", r"no text in \S*a\.jsonl"),
         ("a.txt", "x\n", r"a\.txt holds one language; .*\{lang\}"),
-        ("a.pdf", "x\n", r"a\.pdf has an unknown suffix"),
     ],
 )
 def test_broken_files_raise_our_message_unwrapped(tmp_path, name, content, message):
@@ -313,8 +263,6 @@ def test_broken_files_raise_our_message_unwrapped(tmp_path, name, content, messa
 
 
 def test_missing_and_misnamed_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere\.jsonl"):
-        load("de-en", train=[tmp_path / "nowhere.jsonl"])
     with pytest.raises(FileNotFoundError, match=r"no file \S*a\.\{lang\} with \{lang\} as one of: de, en\."):
         load("de-en", train=[tmp_path / "a.{lang}"])
     write_text(tmp_path / "a.en", ["x"])
@@ -328,26 +276,18 @@ def test_missing_and_misnamed_files_are_named(tmp_path):
         load("de-en", train=[tmp_path / "b.{lang}"])
 
 
-@pytest.mark.parametrize("role", ["train", "validation", "test"])
+@pytest.mark.parametrize("role", ["train", "test"])
 def test_a_pair_that_no_file_has_is_refused_with_the_languages_found(tmp_path, jsonl, role):
-    german = write_jsonl(tmp_path / "german.jsonl", only("de", "en"))
-    files = {
-        "validation": write_jsonl(tmp_path / "v.jsonl", SENTENCES[:3]),
-        "test": write_jsonl(tmp_path / "t.jsonl", SENTENCES[:3]),
-    }
-    files = {"train": jsonl, **files, role: german}
+    files = {"train": jsonl, role: write_jsonl(tmp_path / "german.jsonl", only("de", "en"))}
     options = {f"{name}_files": [str(path)] for name, path in files.items()}
-    message = (
-        rf"no {role} corpus with both languages of fr-en; the languages found are de, en\. Check --language_pairs"
-    )
+    message = rf"no {role} corpus with both languages of fr-en; the languages found are de, en\. Check"
     with pytest.raises(ValueError, match=message):
         load_parallel_corpus(TranslationDataArguments(language_pairs=["de-en", "fr-en"], **options))
 
 
-@pytest.mark.parametrize("role", ["validation", "test"])
-def test_a_file_on_two_sides_is_refused(jsonl, role):
-    with pytest.raises(ValueError, match=rf"train\.jsonl is both a train and a {role} file"):
-        load("de-en", train=[jsonl], **{f"{role}_files": [str(jsonl)]})
+def test_a_file_on_two_sides_is_refused(jsonl):
+    with pytest.raises(ValueError, match=r"train\.jsonl is both a train and a test file"):
+        load("de-en", train=[jsonl], test_files=[str(jsonl)])
 
 
 # --- empty sides, held-out pairs, limits ---
@@ -380,24 +320,6 @@ def test_a_corpus_without_any_full_pair_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"de": "x", "en": " ", "fr": "y"}] * 4)
     with pytest.raises(ValueError, match="train corpus of de-en holds no text: all its 4 sentence pairs"):
         load("fr-de", "de-en", train=[path])
-
-
-side = st.sampled_from(["", " ", "\t\n", None, "a", " b ", "c d"])
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
-@given(rows=st.lists(st.tuples(side, side), min_size=1, max_size=8))
-def test_no_pair_is_lost_except_the_counted(tmp_path_factory, caplog, rows):
-    folder = tmp_path_factory.mktemp("rows")
-    rows = [("first", "erster"), *rows]
-    path = write_jsonl(folder / "a.jsonl", [{"de": source, "en": target} for source, target in rows])
-    held = write_jsonl(folder / "v.jsonl", [{"de": "x", "en": "y"}])
-    caplog.clear()
-    corpus = load("de-en", train=[path], validation_files=[str(held)])
-    kept = [(s.strip(), t.strip()) for s, t in rows if (s or "").strip() and (t or "").strip()]
-    assert [(row["source"], row["target"]) for row in corpus["train"]] == kept
-    dropped = len(rows) - len(kept)
-    assert caplog.text.count(f"dropped {dropped} of {len(rows)}") == (dropped > 0)
 
 
 def test_equal_sources_are_held_out_together_across_pairs(tmp_path):
@@ -454,7 +376,7 @@ def test_data_sets_of_both_forms_serve_the_pairs_they_can(tmp_path, form):
 
 
 def test_pairs_without_a_test_part_are_reported(tmp_path, caplog):
-    one = hub_folder(tmp_path / "one", train=only("de", "en"), test=only("de", "en"))
+    one = hub_folder(tmp_path / "a:colon", train=only("de", "en"), test=only("de", "en"))
     two = hub_folder(tmp_path / "two", train=only("fr", "en"))
     with caplog.at_level(logging.WARNING, logger=translation_data.__name__):
         load("de-en", "fr-en", parallel_datasets=[one, two])
@@ -479,11 +401,6 @@ def test_named_splits_and_configurations_reach_the_data_set(tmp_path, monkeypatc
     assert {name: len(split) for name, split in corpus.items()} == {"train": 18, "validation": 4, "test": 6}
 
 
-def test_a_folder_may_have_a_colon_in_its_path(tmp_path):
-    folder = hub_folder(tmp_path / "a:b", train=only("de", "en"))
-    assert len(load("de-en", parallel_datasets=[folder], max_train_pairs=5)["train"]) == 5
-
-
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
@@ -493,9 +410,7 @@ def test_a_folder_may_have_a_colon_in_its_path(tmp_path):
             "no train corpus with both languages of cs-en; the languages found are de, en, genre",
         ),
         (["cs-en"], {}, r"split 'train' has no language pair of cs-en; its text columns: .*\(all columns: .*year"),
-        (["year-en"], {}, "has no language pair of year-en"),
         (["de-en"], {"train_split": "t"}, "has no split 't'; set --train_split to one of: train, test"),
-        (["de-en"], {"validation_split": "dev"}, "has no split 'dev'; set --validation_split to one of: train, test"),
         (["de-en"], {"test_split": "newstest"}, "has no split 'newstest'; set --test_split to one of: train, test"),
     ],
 )
@@ -506,10 +421,9 @@ def test_wrong_hub_names_are_refused_with_the_choices(tmp_path, names, options, 
         load(*names, parallel_datasets=[folder], **options)
 
 
-def test_a_failed_hub_load_names_the_data_set(tmp_path):
-    with pytest.raises(
-        ValueError, match="Data set 'org/none', configuration 'ro-en' could not be loaded.*--train_files"
-    ):
+def test_a_failed_hub_load_names_the_data_set():
+    message = "Data set 'org/none', configuration 'ro-en' could not be loaded.*--train_files"
+    with pytest.raises(ValueError, match=message):
         load("ro-en", parallel_datasets=["org/none:ro-en"])
 
 
@@ -536,7 +450,7 @@ ALPHABET = sorted(set("".join(itertools.chain.from_iterable(row.values() for row
 PIECES = ["</s>", "<pad>", "<unk>", ">>en<<", ">>fr<<", "  ", "Männer", " ,", "street 7."]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
+@settings(max_examples=60, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
 @given(text=st.text(ALPHABET, max_size=40) | st.lists(st.sampled_from(ALPHABET + PIECES), max_size=12).map("".join))
 def test_trained_tokenizers_give_back_text_of_their_alphabet(tokenizer, text):
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
@@ -545,8 +459,9 @@ def test_trained_tokenizers_give_back_text_of_their_alphabet(tokenizer, text):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
-@pytest.mark.parametrize("special", ["</s>", "<pad>", "<unk>", ">>de<<", ">>fr<<"])
+@pytest.mark.parametrize("special", ["</s>", "<unk>", ">>fr<<"])
 def test_text_that_spells_a_special_token_is_ordinary_text(special, model):
     sentences = [
         {"en": f"{special} x{i}{special}", "de": f"y {i} {special}{special}", "fr": special} for i in range(30)
@@ -596,7 +511,7 @@ def test_trained_tokenizer_survives_saving(tokenizer, tmp_path, corpus):
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
 def test_training_is_deterministic(corpus, model):
     args = arguments("de-en", "en-fr", tokenizer_model=model, vocab_size={"unigram": 110, "bpe": 320}[model])
-    trained = [load_translation_tokenizer(args, corpus).backend_tokenizer.to_str() for _ in range(4)]
+    trained = [load_translation_tokenizer(args, corpus).backend_tokenizer.to_str() for _ in range(2)]
     assert len(set(trained)) == 1
 
 
@@ -667,11 +582,6 @@ def test_named_tokenizers_must_end_texts_and_pad(one_way, unigram, tmp_path, att
         encode_pairs(one_way, crippled, 64, 64)
 
 
-def test_a_named_tokenizer_must_exist(one_way, tmp_path):
-    with pytest.raises(ValueError, match="nowhere' could not be loaded.*--tokenizer_name"):
-        load_translation_tokenizer(arguments("de-en", tokenizer_name=str(tmp_path / "nowhere")), one_way)
-
-
 def test_target_languages_are_put_before_a_text_and_unknown_ones_refused(tokenizer, unigram):
     text = add_target_language("The men", "fr", tokenizer)
     assert text == ">>fr<< The men"
@@ -685,6 +595,7 @@ def test_target_languages_are_put_before_a_text_and_unknown_ones_refused(tokeniz
 # --- encoding ---
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("num_proc", [None, 2])
 def test_encoded_pairs_are_what_the_tokenizer_makes_of_each_text(corpus, tokenizer, num_proc):
     encoded = encode_pairs(corpus, tokenizer, 512, 512, num_proc=num_proc)
@@ -715,7 +626,7 @@ def test_the_language_token_follows_what_the_tokenizer_puts_first(corpus, tokeni
     assert row["input_ids"][:2] == [2, 4]
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
+@settings(max_examples=8, deadline=None, suppress_health_check=NO_FIXTURE_CHECK)
 @given(max_source_length=st.integers(3, 45), max_target_length=st.integers(2, 45))
 def test_long_training_pairs_are_dropped_long_test_pairs_cut_and_both_counted(
     corpus, tokenizer, caplog, max_source_length, max_target_length
@@ -769,12 +680,3 @@ def test_encoding_is_cached_across_equal_tokenizers(jsonl):
     assert first
     assert cache_file(98) == first
     assert cache_file(97) != first
-
-
-def test_encoded_pairs_are_collated_into_padded_batches(corpus, tokenizer):
-    split = encode_pairs(corpus, tokenizer, 512, 512)["train"].select_columns(["input_ids", "labels"])
-    batch = DataCollatorForSeq2Seq(tokenizer)([split[0], split[3]])
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    lengths = [len(split[i]["input_ids"]) for i in (0, 3)]
-    assert batch["attention_mask"].sum(1).tolist() == lengths
-    assert batch["input_ids"][0, lengths[0] :].tolist() == [0] * (max(lengths) - lengths[0])

@@ -58,18 +58,13 @@ def run(folder: Path, command: str):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere_and_code_is_code(page):
+def test_links_and_commands_name_what_is_there_and_code_is_code(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
     for language, code, line in blocks_of(page):
         assert language in ("python", "bash", "bibtex"), f"line {line}"
         if language == "python":
             ast.parse(code)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_name_what_is_there(page):
-    for language, code, _ in blocks_of(page):
         for command in commands_of(code) if language == "bash" else ():
             for name in re.findall(r"(?:scripts|configuration|tests|docs)/[\w./-]+", command):
                 assert (ROOT / name).exists(), command

@@ -7,6 +7,8 @@ through the package for names that are missing here.
 import ast
 import importlib
 import inspect
+import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -38,32 +40,12 @@ from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 PACKAGE = Path(modeling_stablemoe.__file__).parent
 VERSION = Version(transformers.__version__)
 # Modules whose names are documented, but for the underscored.
-DOCUMENTED = (
-    "accelerate",
-    "datasets",
-    "datasets.exceptions",
-    "huggingface_hub",
-    "huggingface_hub.utils",
-    "peft",
-    "safetensors",
-    "safetensors.torch",
-    "torch",
-    "torch.autograd",
-    "torch.distributed",
-    "torch.distributed.checkpoint.state_dict",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.nn.functional",
-    "torch.nn.utils.rnn",
-    "torch.optim",
-    "torch.profiler",
-    "torch.utils.benchmark",
-    "torch.utils.flop_counter",
-    "transformers",
-    "transformers.cache_utils",
-    "transformers.generation",
-    "transformers.modeling_outputs",
-)
+DOCUMENTED = """
+    accelerate datasets datasets.exceptions huggingface_hub huggingface_hub.utils peft safetensors safetensors.torch torch
+    torch.autograd torch.distributed torch.distributed.checkpoint.state_dict torch.distributed.fsdp torch.distributed.tensor
+    torch.nn.functional torch.nn.utils.rnn torch.optim torch.profiler torch.utils.benchmark torch.utils.flop_counter
+    transformers transformers.cache_utils transformers.generation transformers.modeling_outputs
+""".split()
 OURS = [
     StableMoEConfig,
     StableMoESeq2SeqConfig,
@@ -88,193 +70,149 @@ class Use(NamedTuple):
 
     name: str
     purpose: str
-    arguments: int | None = None
-    keywords: tuple[str, ...] = ()
-    since: str = "5.15"
+    arguments: int | None
+    keywords: list[str]
+    since: str
 
 
-MODEL = "transformers.modeling_utils:PreTrainedModel"
-USES = [
-    # Decorators and helpers of transformers' own modeling files.
-    Use("transformers.utils.output_capturing:_CAN_RECORD_REGISTRY", "what is recorded of a model that was pickled"),
-    Use(
-        "transformers.conversion_mapping:register_checkpoint_conversion_mapping",
-        "`from_pretrained` reads tensors of earlier checkpoints by their earlier names",
-        2,
-        ("overwrite",),
-    ),
-    Use(
-        "transformers.core_model_loading:WeightRenaming.reverse_transform", "the same; saves keep the names of now", 1
-    ),
-    Use("transformers.convert_slow_tokenizer:bytes_to_unicode", "tokens of a byte-level BPE are spelt", 0),
-    Use("transformers.utils:CHAT_TEMPLATE_DIR", "chat templates beyond the first are published"),
-    Use("transformers.trainer:TRAINER_STATE_NAME", "the newest checkpoint of a run, whose adapters are resumed"),
-    Use(
-        "transformers.generation:GenerationMixin._prepare_cache_for_generation",
-        "a generation that is too long fails before its first step",
-        6,
-    ),
-    Use("torch:_C._are_functorch_transforms_active", "values are not asked for under torch.func"),
-    *(
-        Use(f"torch:_C._functorch.{name}", "experts compute with operators that torch.func can take")
-        for name in ("is_functorch_wrapped_tensor", "is_batchedtensor", "get_unwrapped")
-    ),
-    Use("transformers.utils.output_capturing:capture_outputs", "collects hidden states and attentions of blocks", 1),
-    Use(
-        "transformers.utils.output_capturing:OutputRecorder",
-        "says which output of an attention module is recorded",
-        1,
-        ("index", "layer_name"),
-    ),
-    Use("transformers.utils.generic:merge_with_config_defaults", "arguments not given come from the config", 1),
-    Use("transformers.utils:can_return_tuple", "`return_dict=False`", 1),
-    Use(
-        "transformers.utils.generic:maybe_autocast",
-        "routers compute in float32 under autocast",
-        0,
-        ("device_type", "enabled"),
-    ),
-    Use("transformers.utils:is_torchdynamo_compiling", "checks of values are left out of compiled code", 0),
-    Use("transformers.utils:TransformersKwargs", "types of keyword arguments"),
-    Use("transformers.utils:ModelOutput", "wraps an encoder's output that came as a tuple"),
-    Use("transformers.utils:logging", "one logger, and what is said once"),
-    Use("transformers.processing_utils:Unpack", "types of keyword arguments"),
-    Use("transformers.activations:ACT2FN", "`hidden_act` by name"),
-    Use("transformers.initialization:copy_", "initialisation that leaves loaded weights alone", 2),
-    Use("transformers.initialization:normal_", "initialisation that leaves loaded weights alone", 1, ("mean", "std")),
-    Use("transformers.initialization:ones_", "initialisation that leaves loaded weights alone", 1),
-    Use("transformers.initialization:zeros_", "initialisation that leaves loaded weights alone", 1),
-    Use("transformers.modeling_layers:GradientCheckpointingLayer", "blocks that can be computed again in backward"),
-    Use("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS", "`attn_implementation`"),
-    Use("transformers.modeling_utils:PreTrainedModel", "the base class"),
-    Use("transformers.modeling_utils:AttentionInterface.get_interface", "`attn_implementation`", 3),
-    Use(
-        "transformers.masking_utils:create_causal_mask",
-        "the mask of a decoder",
-        0,
-        ("config", "inputs_embeds", "attention_mask", CACHE_NAME, "position_ids"),
-    ),
-    Use(
-        "transformers.masking_utils:create_bidirectional_mask",
-        "the masks of an encoder and of cross attention",
-        0,
-        ("config", "inputs_embeds", "attention_mask", "encoder_hidden_states"),
-    ),
-    Use(
-        "transformers.masking_utils:create_masks_for_generate", "a model's own mask for generation with a static cache"
-    ),
-    # Backends of the experts.
-    Use("transformers.integrations.moe:ExpertsInterface", "`experts_implementation` of stacked experts"),
-    Use("transformers.integrations.moe:ExpertsInterface._global_mapping", "the backends of a class of experts"),
-    Use("transformers.integrations.moe:ExpertsInterface.valid_keys", "the backends by name", 1),
-    Use(
-        "transformers.integrations.moe:use_experts_implementation",
-        "sends a forward pass to the backend",
-        0,
-        ("experts_interface", "has_bias", "has_gate"),
-    ),
-    Use("transformers.integrations.moe:_grouped_linear", "one kernel for the products of all experts", 3, ("bias",)),
-    Use("transformers.integrations.moe:_batched_linear", "products with the weights of each token's expert", 3),
-    Use(f"{MODEL}._can_set_experts_implementation", "says that a model has backends", 0),
-    Use(f"{MODEL}.get_correct_experts_implementation", "refuses a backend that there is not", 2),
-    Use("transformers:PreTrainedConfig._experts_implementation", "the backend of the moment"),
-    Use("transformers:PreTrainedConfig._attn_implementation", "the attention of the moment"),
-    # What transformers reads from a model class.
-    *(
-        Use(f"{MODEL}.{name}", "what a model can do, and how it is saved and taken apart")
-        for name in (
-            "_auto_class",
-            "_can_compile_fullgraph",
-            "_can_record_outputs",
-            "_no_split_modules",
-            "_skip_keys_device_placement",
-            "_supports_attention_backend",
-            "_supports_flash_attn",
-            "_supports_flex_attn",
-            "_supports_sdpa",
-            "_tied_weights_keys",
-            "supports_gradient_checkpointing",
-        )
-    ),
-    Use(f"{MODEL}._init_weights", "initialises what is new", 2),
-    Use(f"{MODEL}._from_config", "a model of a config, in a dtype", 1, ("dtype", "attn_implementation")),
-    Use(f"{MODEL}._get_resized_embeddings", "resizes the decoder's own embedding", 3, ("mean_resizing",)),
-    Use(f"{MODEL}._set_gradient_checkpointing", "refuses re-entrant checkpointing", 3),
-    Use(f"{MODEL}.post_init", "routers follow what initialisation has made", 1),
-    Use(f"{MODEL}.tie_weights", "ties the modules of two sides", 3),
-    Use(f"{MODEL}.is_remote_code", "which code files are saved", 0),
-    Use("transformers.dynamic_module_utils:custom_object_save", "saves the code files of a class", 2),
-    Use("transformers:PreTrainedConfig.validate_architecture", "checks the fields of a config", 1),
-    # Sharding.
-    Use(f"{MODEL}.maybe_distribute_model", "ties and checks before a model is sharded", 3),
-    Use(f"{MODEL}.init_parallel_plans", "the plans of two sides", 1),
-    Use(f"{MODEL}._ep_plan", "the plan of expert parallelism"),
-    Use(f"{MODEL}._fsdp_plan", "the plan of FSDP"),
-    Use(f"{MODEL}._expand_parallel_plan", "hooks experts after their parameters", 2, since="5.23"),
-    Use("transformers.distributed:DistributedConfig", "whether experts are dealt out", 0, ("enable_expert_parallel",)),
-    Use(
-        "transformers.distributed:consolidate_distributed_checkpoint", "whether shards are joined later", since="5.20"
-    ),
-    Use("transformers.modeling_utils:is_fsdp_enabled", "whether another process loads the weights", 0),
-    Use("transformers.modeling_utils:is_local_dist_rank_0", "whether another process loads the weights", 0),
-    # Trainer and its callbacks.
-    Use("transformers:Trainer._load_from_checkpoint", "loads weights before another engine wraps the model", 2),
-    Use(
-        "transformers:Trainer.compute_loss",
-        "an evaluation over all targets",
-        3,
-        ("return_outputs", "num_items_in_batch"),
-    ),
-    Use("transformers:Trainer.prediction_step", "an evaluation over all targets", 4, ("ignore_keys",)),
-    Use("transformers:Trainer.evaluation_loop", "an evaluation over all targets", 3),
-    Use("transformers:Trainer.create_model_card", "the place where a model card is put", 1),
-    Use("transformers:Trainer.save_model", "a card beside what is saved", 3),
-    Use("transformers:Trainer.log", "brings numbers to all reporters", 2),
-    Use("transformers.trainer_callback:DefaultFlowCallback", "decides what is logged before others see the step"),
-    Use("transformers.trainer_callback:ExportableState", "what `trainer_state.json` keeps of a callback"),
-    Use("transformers.trainer_callback:ExportableState.state", "what `trainer_state.json` keeps of a callback", 1),
-    Use("transformers.trainer_callback:TrainerState", "what `trainer_state.json` holds"),
-    Use("transformers.trainer_pt_utils:get_model_param_count", "the number of parameters, sharded or not", 1),
-    Use(
-        "transformers.trainer_utils:rotate_checkpoints",
-        "deletes older checkpoints",
-        0,
-        ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
-    ),
-    # Files.
-    Use("transformers.utils:SAFE_WEIGHTS_NAME", "the file of the weights"),
-    Use("transformers.utils:SAFE_WEIGHTS_INDEX_NAME", "the list of the files of the weights"),
-    Use("transformers.utils:cached_file", "finds the weights of a checkpoint", 2),
-    Use("transformers.utils.hub:get_checkpoint_shard_files", "finds the weights of a sharded checkpoint", 2),
-    Use("transformers:AutoModelForCausalLM._model_mapping", "which class belongs to a config"),
-    Use("accelerate.utils:OffloadedWeightsLoader", "where offloaded weights are"),
-    Use("accelerate.utils:PrefixedDataset", "where offloaded weights are"),
-    Use(
-        "accelerate.utils:extract_model_from_parallel", "the model in what an engine made", 1, ("keep_torch_compile",)
-    ),
-    Use("accelerate.utils:broadcast_object_list", "what the first process has found", 1),
-    Use("accelerate.utils.constants:FSDP_MODEL_NAME", "files of a checkpoint of FSDP"),
-    Use("accelerate.hooks:remove_hook_from_submodules", "takes offloaded experts out of accelerate's hands", 1),
-    Use("datasets.fingerprint:Hasher", "names what is cached"),
-    Use("datasets.fingerprint:Hasher.hash", "names what is cached", 1),
-    Use("torch:Tensor._version", "whether a frozen routing has been written to"),
-    # Benchmarks.
-    Use("torch:_dynamo.config.recompile_limit", "shapes that a compiled layer is timed at"),
-    *(
-        Use(f"transformers.models.{module}:{name}", "a layer to be timed beside ours")
-        for module, names in {
-            "mixtral.modeling_mixtral": ("MixtralRMSNorm", "MixtralSparseMoeBlock"),
-            "olmoe.modeling_olmoe": ("OlmoeRMSNorm", "OlmoeSparseMoeBlock"),
-            "qwen3_moe.modeling_qwen3_moe": ("Qwen3MoeRMSNorm", "Qwen3MoeSparseMoeBlock"),
-            "switch_transformers.modeling_switch_transformers": (
-                "SwitchTransformersLayerFF",
-                "SwitchTransformersLayerNorm",
-                "SwitchTransformersSparseMLP",
-            ),
-        }.items()
-        for name in names
-    ),
-]
+def read_uses(text: str) -> Iterator[Use]:
+    """Read the names by module, each as `name(arguments, keyword, ...) [since]`, and after a colon the purpose."""
+    module = None
+    for line in text.replace("\n        ", " ").strip().splitlines():
+        if not line.startswith(" "):
+            module = line
+            continue
+        names, _, purpose = line.strip().partition(": ")
+        for path, passed, since in re.findall(r"([\w.]+)(?:\(([^)]*)\))?(?: \[([\d.]+)\])?(?:, |$)", names):
+            arguments, *keywords = passed.split(", ")
+            yield Use(f"{module}:{path}", purpose, int(arguments) if passed else None, keywords, since or "5.15")
+
+
+USES = list(
+    read_uses(f"""
+transformers.utils.output_capturing
+    _CAN_RECORD_REGISTRY: what is recorded of a model that was pickled
+    capture_outputs(1): collects hidden states and attentions of blocks
+    OutputRecorder(1, index, layer_name): says which output of an attention module is recorded
+transformers.conversion_mapping
+    register_checkpoint_conversion_mapping(2, overwrite): `from_pretrained` reads tensors of earlier checkpoints by
+        their earlier names
+transformers.core_model_loading
+    WeightRenaming.reverse_transform(1): the same, the other way: saves keep the names of now
+transformers.convert_slow_tokenizer
+    bytes_to_unicode(0): tokens of a byte-level BPE are spelt
+transformers.utils
+    CHAT_TEMPLATE_DIR: chat templates beyond the first are published
+    can_return_tuple(1): `return_dict=False`
+    is_torchdynamo_compiling(0): checks of values are left out of compiled code
+    TransformersKwargs: types of keyword arguments
+    ModelOutput: wraps an encoder's output that came as a tuple
+    logging: one logger, and what is said once
+    SAFE_WEIGHTS_NAME: the file of the weights
+    SAFE_WEIGHTS_INDEX_NAME: the list of the files of the weights
+    cached_file(2): finds the weights of a checkpoint
+transformers.trainer
+    TRAINER_STATE_NAME: the newest checkpoint of a run, whose adapters are resumed
+transformers.generation
+    GenerationMixin._prepare_cache_for_generation(6): a generation that is too long fails before its first step
+torch
+    _C._are_functorch_transforms_active: values are not asked for under torch.func
+    _C._functorch.is_functorch_wrapped_tensor, _C._functorch.is_batchedtensor, _C._functorch.get_unwrapped: experts
+        compute with operators that torch.func can take
+    Tensor._version: whether a frozen routing has been written to
+    _dynamo.config.recompile_limit: shapes that a compiled layer is timed at
+transformers.utils.generic
+    merge_with_config_defaults(1): arguments not given come from the config
+    maybe_autocast(0, device_type, enabled): routers compute in float32 under autocast
+transformers.processing_utils
+    Unpack: types of keyword arguments
+transformers.activations
+    ACT2FN: `hidden_act` by name
+transformers.initialization
+    copy_(2), normal_(1, mean, std), ones_(1), zeros_(1): initialisation that leaves loaded weights alone
+transformers.modeling_layers
+    GradientCheckpointingLayer: blocks that can be computed again in backward
+transformers.modeling_utils
+    ALL_ATTENTION_FUNCTIONS, AttentionInterface.get_interface(3): `attn_implementation`
+    PreTrainedModel: the base class
+    PreTrainedModel._can_set_experts_implementation(0): says that a model has backends
+    PreTrainedModel.get_correct_experts_implementation(2): refuses a backend that there is not
+    PreTrainedModel._auto_class, PreTrainedModel._can_compile_fullgraph, PreTrainedModel._can_record_outputs,
+        PreTrainedModel._no_split_modules, PreTrainedModel._skip_keys_device_placement,
+        PreTrainedModel._supports_attention_backend, PreTrainedModel._supports_flash_attn,
+        PreTrainedModel._supports_flex_attn, PreTrainedModel._supports_sdpa, PreTrainedModel._tied_weights_keys,
+        PreTrainedModel.supports_gradient_checkpointing: what a model can do, and how it is saved and taken apart
+    PreTrainedModel._init_weights(2): initialises what is new
+    PreTrainedModel._from_config(1, dtype, attn_implementation): a model of a config, in a dtype
+    PreTrainedModel._get_resized_embeddings(3, mean_resizing): resizes the decoder's own embedding
+    PreTrainedModel._set_gradient_checkpointing(3): refuses re-entrant checkpointing
+    PreTrainedModel.post_init(1): routers follow what initialisation has made
+    PreTrainedModel.tie_weights(3): ties the modules of two sides
+    PreTrainedModel.is_remote_code(0): which code files are saved
+    PreTrainedModel.maybe_distribute_model(3): ties and checks before a model is sharded
+    PreTrainedModel.init_parallel_plans(1): the plans of two sides
+    PreTrainedModel._ep_plan: the plan of expert parallelism
+    PreTrainedModel._fsdp_plan: the plan of FSDP
+    PreTrainedModel._expand_parallel_plan(2) [5.23]: hooks experts after their parameters
+    is_fsdp_enabled(0), is_local_dist_rank_0(0): whether another process loads the weights
+transformers.masking_utils
+    create_causal_mask(0, config, inputs_embeds, attention_mask, {CACHE_NAME}, position_ids): the mask of a decoder
+    create_bidirectional_mask(0, config, inputs_embeds, attention_mask, encoder_hidden_states): the masks of an
+        encoder and of cross attention
+    create_masks_for_generate: a model's own mask for generation with a static cache
+transformers.integrations.moe
+    ExpertsInterface: `experts_implementation` of stacked experts
+    ExpertsInterface._global_mapping: the backends of a class of experts
+    ExpertsInterface.valid_keys(1): the backends by name
+    use_experts_implementation(0, experts_interface, has_bias, has_gate): sends a forward pass to the backend
+    _grouped_linear(3, bias): one kernel for the products of all experts
+    _batched_linear(3): products with the weights of each token's expert
+transformers
+    PreTrainedConfig._experts_implementation: the backend of the moment
+    PreTrainedConfig._attn_implementation: the attention of the moment
+    PreTrainedConfig.validate_architecture(1): checks the fields of a config
+    Trainer._load_from_checkpoint(2): loads weights before another engine wraps the model
+    Trainer.compute_loss(3, return_outputs, num_items_in_batch), Trainer.prediction_step(4, ignore_keys),
+        Trainer.evaluation_loop(3): an evaluation over all targets
+    Trainer.create_model_card(1): the place where a model card is put
+    Trainer.save_model(3): a card beside what is saved
+    Trainer.log(2): brings numbers to all reporters
+    AutoModelForCausalLM._model_mapping: which class belongs to a config
+transformers.dynamic_module_utils
+    custom_object_save(2): saves the code files of a class
+transformers.distributed
+    DistributedConfig(0, enable_expert_parallel): whether experts are dealt out
+    consolidate_distributed_checkpoint [5.20]: whether shards are joined later
+transformers.trainer_callback
+    DefaultFlowCallback: decides what is logged before others see the step
+    ExportableState, ExportableState.state(1): what `trainer_state.json` keeps of a callback
+    TrainerState: what `trainer_state.json` holds
+transformers.trainer_pt_utils
+    get_model_param_count(1): the number of parameters, sharded or not
+transformers.trainer_utils
+    rotate_checkpoints(0, output_dir, save_total_limit, best_model_checkpoint, use_mtime): deletes older checkpoints
+transformers.utils.hub
+    get_checkpoint_shard_files(2): finds the weights of a sharded checkpoint
+accelerate.utils
+    OffloadedWeightsLoader, PrefixedDataset: where offloaded weights are
+    extract_model_from_parallel(1, keep_torch_compile): the model in what an engine made
+    broadcast_object_list(1): what the first process has found
+accelerate.utils.constants
+    FSDP_MODEL_NAME: files of a checkpoint of FSDP
+accelerate.hooks
+    remove_hook_from_submodules(1): takes offloaded experts out of accelerate's hands
+datasets.fingerprint
+    Hasher, Hasher.hash(1): names what is cached
+transformers.models.mixtral.modeling_mixtral
+    MixtralRMSNorm, MixtralSparseMoeBlock: a layer to be timed beside ours
+transformers.models.olmoe.modeling_olmoe
+    OlmoeRMSNorm, OlmoeSparseMoeBlock: a layer to be timed beside ours
+transformers.models.qwen3_moe.modeling_qwen3_moe
+    Qwen3MoeRMSNorm, Qwen3MoeSparseMoeBlock: a layer to be timed beside ours
+transformers.models.switch_transformers.modeling_switch_transformers
+    SwitchTransformersLayerNorm, SwitchTransformersSparseMLP: a layer to be timed beside ours
+""")
+)
 
 
 def offloaded_layer() -> nn.Module:

@@ -1,7 +1,6 @@
 """The report of transformers' own test suite counts what pytest wrote."""
 
 import argparse
-import subprocess
 import sys
 
 import pytest
@@ -36,6 +35,7 @@ def test_a_report_is_counted_by_outcome_and_skips_are_grouped_by_reason(suite_sc
     assert list(tally.skipped.values()) == [2]
 
 
+@pytest.mark.slow
 def test_the_suites_tests_of_a_model_run_under_its_own_configuration(suite_script, tmp_path):
     folder = tmp_path / "tests" / "models" / "toy"
     folder.mkdir(parents=True)
@@ -48,8 +48,10 @@ def test_the_suites_tests_of_a_model_run_under_its_own_configuration(suite_scrip
     assert str(suite_script.run("toy", [str(folder)], arguments, None)) == "toy: 1 passed, 0 failed, 0 skipped"
 
 
-def test_a_folder_without_the_suite_is_refused_in_one_line(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--suite", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith("holds no tests/causal_lm_tester.py: pass a clone of transformers.")
+def test_a_folder_without_the_suite_is_refused_in_one_line(suite_script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--suite", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        suite_script.main()
+    assert stop.value.code == 2
+    refusal = capsys.readouterr().err.splitlines()[-1]
+    assert refusal.endswith("holds no tests/causal_lm_tester.py: pass a clone of transformers.")

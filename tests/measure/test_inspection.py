@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,39 +30,6 @@ HOSTILE = "a </script><b>bold</b> <!-- & `|` \"'\u2028 {{data}} {{title}}\n\tna�
 
 def encode(tokenizer, *documents: str) -> list[list[int]]:
     return [tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents]
-
-
-class ContextModel:
-    """Routes by token and position and, like a hash router, has no scores; 3 experts, windows of 4 tokens."""
-
-    config = SimpleNamespace(
-        is_encoder_decoder=False, max_position_embeddings=4, vocab_size=50, num_experts=3, router_type="made up"
-    )
-    moe_layers_by_name = {"only": None}
-    base_model = None
-    device = torch.device("cpu")
-    routing_stage = 1
-
-    def __init__(self, router_logits=None):
-        self.router_logits = router_logits
-
-    def eval(self):
-        return self
-
-    def can_generate(self):
-        return False
-
-    def router_fingerprint(self):
-        return None
-
-    def __call__(self, input_ids, **kwargs):
-        experts = (input_ids + torch.arange(input_ids.shape[1])) % 3
-        return {"expert_indices": (experts,), "router_logits": self.router_logits}
-
-
-def words_tokenizer(size: int = 50) -> PreTrainedTokenizerFast:
-    vocabulary = {f"\u2581w{index}": index for index in range(size)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="\u2581w0")))
 
 
 def test_text_is_routed_as_inference_routes_it_whatever_the_batches():
@@ -165,7 +131,7 @@ def test_agreement_is_that_of_a_plain_count_by_token_frequency():
     assert len(agreement["by_frequency"]) > 3
 
 
-@pytest.mark.parametrize(("occurrences", "at_least"), [(1, 1), (2, 2), (3, 2), (4, 4), (7, 4), (8, 8)])
+@pytest.mark.parametrize(("occurrences", "at_least"), [(1, 1), (3, 2), (4, 4), (7, 4)])
 def test_powers_of_two_begin_a_range_of_frequencies(occurrences, at_least):
     same = torch.zeros(occurrences, dtype=torch.long)
     (row,) = measure_agreement(same, same, same)["by_frequency"]
@@ -177,32 +143,34 @@ def test_token_experts_are_counted_most_frequent_first():
     assert count_token_experts(token_ids, experts) == [(4, 0, 2), (7, 1, 2), (7, 2, 1), (9, 0, 1)]
 
 
-@pytest.mark.parametrize("router_logits", [None, (), (None,)])
-def test_router_that_sees_context_and_has_no_scores_is_measured(router_logits):
-    model, tokenizer = ContextModel(router_logits), words_tokenizer()
-    # Windows of 4: positions 0 1 2 3 0 1, so token 6 goes to the experts 0 1 2 0 and token 7 to 1 2.
-    texts = route_texts(model, [[6, 6, 6, 6, 7, 7]])
-    (layer,) = inspect_routing(model, tokenizer, texts, "x")["layers"]
-    assert layer["load"]["tokens"] == [2, 2, 2]
-    assert layer["agreement"] is None
-    assert [[(e["token"], e["count"]) for e in expert["most_frequent"]] for expert in layer["experts"]] == [
-        [("␣w6", 2)],
-        [("␣w6", 1), ("␣w7", 1)],
-        [("␣w6", 1), ("␣w7", 1)],
-    ]
-    several = layer["tokens_of_several_experts"]
-    assert (several["distinct_tokens"], several["tokens"]) == (2, 6)
-    assert several["most_frequent"][0] == {
-        "id": 6,
-        "token": "␣w6",
-        "count": 4,
-        "experts": [{"expert": 0, "count": 2}, {"expert": 1, "count": 1}, {"expert": 2, "count": 1}],
-    }
-    text = format_report({**inspect_routing(model, tokenizer, texts, "x", top_k=1)})
-    assert "| `␣w6` " in text
-    assert "0: 2, 1: 1, 2: 1" in text
-    assert "`␣w7`" not in text.split("go to several experts")[1]
-    assert "no backbone scores" in text
+def inspected(text: str, **overrides):
+    """A frozen model, how it routes a text, and the report."""
+    model, tokenizer = tiny_model(vocab_size=BYTE_LEVEL_SIZE, **overrides), byte_level_tokenizer()
+    if model.routing_stage == 1:
+        model.freeze_router()
+    texts = route_texts(model, encode(tokenizer, text))
+    return texts[0], inspect_routing(model, tokenizer, texts, "x", top_k=1)
+
+
+def test_tokens_that_a_router_of_contexts_sends_to_several_experts_are_listed():
+    text, report = inspected("the cat and the dog and the script, " * 5, distilled_router="bigram")
+    counts = {}
+    for token, expert in zip(text.token_ids.tolist(), text.layers[0].experts.tolist(), strict=True):
+        counts.setdefault(token, Counter())[expert] += 1
+    several = {token: experts for token, experts in counts.items() if len(experts) > 1}
+    listed = report["layers"][0]["tokens_of_several_experts"]
+    assert listed["distinct_tokens"] == len(several) > 0
+    assert listed["tokens"] == sum(experts.total() for experts in several.values())
+    (first,) = listed["most_frequent"]
+    assert first["count"] == max(experts.total() for experts in several.values())
+    assert {each["expert"]: each["count"] for each in first["experts"]} == several[first["id"]]
+    assert f"| `{first['token']}` " in format_report(report).split("go to several experts")[1]
+
+
+def test_a_router_without_scores_is_measured_and_agrees_with_nothing():
+    _, report = inspected("the cat and the dog", router_type="hash")
+    assert report["layers"][0]["agreement"] is None
+    assert "no backbone scores" in format_report(report)
 
 
 def test_report_lists_the_most_frequent_tokens_of_each_expert():

@@ -24,6 +24,7 @@ HISTORY = [
     {"step": 15, "eval_loss": 1.5},
     {"step": 15, "routing_fluctuation": 0.0},
     {"step": 20, "loss": 6.0, "routing_stage": 2, "load_max_over_mean": 1.25},
+    {"step": 17, "routing_fluctuation": 0.01},
     {"step": 20, "routing_fluctuation": 0.0},
     {"step": 20, "eval_loss": 1.0},
     {"step": 20, "train_loss": 7.5},
@@ -31,26 +32,9 @@ HISTORY = [
 
 
 def test_each_stage_is_summed_up_by_its_own_steps():
-    first, second = stage_rows(HISTORY)
-    assert first == {
-        "stage": 1,
-        "steps": 10,
-        "perplexity": math.exp(2.0),
-        "load_max_over_mean": 2.0,
-        "fluctuation": 0.2,
-    }
-    assert second == {
-        "stage": 2,
-        "steps": 20,
-        "perplexity": math.exp(1.0),
-        "load_max_over_mean": 1.25,
-        "fluctuation": 0.0,
-    }
-
-
-def test_fluctuation_of_stage_2_is_the_largest_after_the_transition():
-    history = [*HISTORY, {"step": 17, "routing_fluctuation": 0.01}]
-    assert stage_rows(history)[1]["fluctuation"] == 0.01
+    names = ("stage", "steps", "perplexity", "load_max_over_mean", "fluctuation")
+    expected = [(1, 10, math.exp(2.0), 2.0, 0.2), (2, 20, math.exp(1.0), 1.25, 0.01)]
+    assert stage_rows(HISTORY) == [dict(zip(names, row, strict=True)) for row in expected]
 
 
 def test_run_without_transition_is_one_row_and_unmeasured_values_are_none():
@@ -106,26 +90,28 @@ def blocks(rows, length, vocab_size, seed) -> list[list[int]]:
     return ((noise + 3 * torch.arange(length)) % vocab_size).tolist()
 
 
+def rows_of(blocks) -> list[dict]:
+    return [{"input_ids": row} for row in blocks]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_count_models_equal_dictionaries(seed):
     # The last two ids, and many pairs, occur in the validation part only.
     train, validation = blocks(9, 12, 17, seed), [*blocks(5, 12, 17, seed + 10), [17, 18, 17, 3, *range(8)]]
-    actual = ngram_perplexities([{"input_ids": row} for row in train], [{"input_ids": row} for row in validation], 19)
+    actual = ngram_perplexities(rows_of(train), rows_of(validation), 19)
     assert actual == pytest.approx(brute_force(train, validation, 19), rel=1e-9)
 
 
 def test_bigram_is_no_worse_than_unigram_and_both_no_worse_than_uniform():
     train, validation = blocks(30, 20, 23, 0), blocks(10, 20, 23, 1)
-    result = ngram_perplexities(
-        [{"input_ids": row} for row in train], [{"input_ids": row} for row in validation], 23, em_steps=100
-    )
+    result = ngram_perplexities(rows_of(train), rows_of(validation), 23, em_steps=100)
     assert 1 < result["bigram"] < result["unigram"] <= 23 * (1 + 1e-6)
 
 
 def test_pairs_across_blocks_are_not_counted():
     # 0 1 | 2 3: "1 2" is no pair, so its bigram helps nothing.
     train, validation = [[0, 1], [2, 3]] * 5, [[1, 2]]
-    result = ngram_perplexities([{"input_ids": row} for row in train], [{"input_ids": row} for row in validation], 4)
+    result = ngram_perplexities(rows_of(train), rows_of(validation), 4)
     assert result == pytest.approx({"unigram": 4.0, "bigram": 4.0}, rel=1e-6)
 
 

@@ -1,6 +1,7 @@
 """Figures of runs from their folders, and the script."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -10,11 +11,18 @@ from helpers.models import tiny_model
 from helpers.trainers import BLOCKS, make_trainer, training_logs
 from helpers.workplaces import load_script, refuse
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
-from modeling_stablemoe.measure.run_figures import read_run
+from modeling_stablemoe.measure.run_figures import read_run, write_run_figures
 
 
 plot_run = load_script("plot_run").main
 ALL = {"loss", "fluctuation", "load", "expert_load", "distillation", "gates"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures_while_training():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modeling_stablemoe.measure.fluctuation.plot_fluctuation", lambda summary: None)
+        yield
 
 
 def train(folder, *callbacks, model, **arguments):
@@ -49,35 +57,21 @@ def shown(file) -> str:
     return file.read_text()
 
 
-def test_runs_stand_side_by_side_under_their_labels_with_the_stage_boundary(frozen, hashed, tmp_path, capsys):
+def test_runs_stand_side_by_side_under_their_labels_with_the_stage_boundary(frozen, hashed, tmp_path):
     pytest.importorskip("matplotlib")
-    folder, labels = tmp_path / "new" / "folder", ["StableMoE", "Hash"]
-    plot_run([str(frozen), str(hashed), "--labels", *labels, "--output_dir", str(folder), "--svg"])
-    printed = {line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines()}
-    assert printed == {f"{name}.{ending}" for name in ALL for ending in ("png", "svg")}
-    assert {file.name for file in folder.iterdir()} == printed
-    from matplotlib.image import imread
-
-    for name in ALL:
-        assert imread(folder / f"{name}.png").std() > 0.05
-        text = shown(folder / f"{name}.svg")
-        assert "<!-- routing frozen -->" in text, name
-        assert "<!-- step -->" in text, name
-        if name not in ("distillation", "expert_load"):
-            assert all(f"<!-- {label} -->" in text for label in labels), name
-    loads = shown(folder / "expert_load.svg")
+    labels = ["StableMoE", "Hash"]
+    files = write_run_figures([read_run(frozen, labels[0]), read_run(hashed, labels[1])], tmp_path, ("svg",))
+    assert {file.stem for file in files} == ALL
+    for file in files:
+        text = shown(file)
+        assert "<!-- routing frozen -->" in text, file
+        assert "<!-- step -->" in text, file
+        if file.stem not in ("distillation", "expert_load"):
+            assert all(f"<!-- {label} -->" in text for label in labels), file
+    loads = shown(tmp_path / "expert_load.svg")
     assert all(f"<!-- {title} -->" in loads for title in ("StableMoE, layer_0", "StableMoE, layer_1", "Hash, layer_0"))
     # A hash distils nothing.
-    assert "<!-- Hash -->" not in shown(folder / "distillation.svg")
-
-
-def test_figures_go_into_the_run_folder_and_leave_out_what_was_not_logged(hashed, tmp_path):
-    pytest.importorskip("matplotlib")
-    shutil.copytree(hashed, tmp_path / "run")
-    plot_run([str(tmp_path / "run"), "--svg"])
-    drawn = {file.name for file in (tmp_path / "run" / "figures").iterdir()}
-    assert drawn == {f"{name}.{ending}" for name in ALL - {"distillation"} for ending in ("png", "svg")}
-    assert "<!-- layer_0 -->" in shown(tmp_path / "run" / "figures" / "load.svg")
+    assert "<!-- Hash -->" not in shown(tmp_path / "distillation.svg")
 
 
 def test_history_is_that_of_the_last_checkpoint_where_the_run_did_not_end(hashed):
@@ -111,34 +105,23 @@ def test_loads_of_layers_and_experts_are_read_as_they_were_logged(frozen, tmp_pa
     assert {layer: [len(row) for row in rows] for layer, rows in layers.items()} == {"layer_0": [5] * 4}
 
 
-def write_state(folder, content):
-    folder.mkdir()
-    (folder / "trainer_state.json").write_text(content)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ('{"log_history": [{"step": 3', "trainer_state.json' is not valid JSON: .* may have been cut off"),
         ("[]", "is not a JSON object, but a list"),
-        ("{}", "holds no `log_history`: it is no state of a Trainer"),
-        ('{"log_history": [{"loss": 1.0}]}', "holds no `log_history`"),
+        ('{"log_history": [{"loss": 1.0}]}', "holds no `log_history`: it is no state of a Trainer"),
         ('{"log_history": []}', "Nothing was logged in .*: train on, or lower `logging_steps`"),
         ('{"log_history": [{"step": 3, "epoch": 1.0}]}', "the logs hold nothing to draw"),
+        (None, "neither `trainer_state.json` nor a checkpoint with one"),
     ],
 )
 def test_a_history_that_cannot_be_drawn_is_one_line(tmp_path, content, message):
     pytest.importorskip("matplotlib")
-    folder = write_state(tmp_path / "run", content)
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(refuse(plot_run, [str(folder)]))
-
-
-def test_folders_without_a_history_are_one_line(tmp_path):
+    if content is not None:
+        (tmp_path / "trainer_state.json").write_text(content)
+    assert re.search(message, refuse(plot_run, [str(tmp_path)]))
     assert refuse(plot_run, [str(tmp_path / "nowhere")]).startswith("error: There is no folder")
-    (tmp_path / "empty").mkdir()
-    assert "neither `trainer_state.json` nor a checkpoint with one" in refuse(plot_run, [str(tmp_path / "empty")])
 
 
 def test_runs_of_one_name_are_refused(frozen, tmp_path):
@@ -155,18 +138,22 @@ def test_a_damaged_list_of_checks_is_one_line(frozen, tmp_path):
 
 
 def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    folder = write_state(tmp_path / "run", json.dumps({"log_history": [{"step": 3, "loss": 1.0}]}))
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 3, "loss": 1.0}]}))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert 'pip install "modeling_stablemoe[plots]"' in refuse(plot_run, [str(folder)])
+    assert 'pip install "modeling_stablemoe[plots]"' in refuse(plot_run, [str(tmp_path)])
 
 
-def test_a_classifier_has_a_validation_loss_and_no_perplexity(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_what_was_logged_is_drawn_into_the_run_folder_and_a_classifier_has_no_perplexity(tmp_path, capsys):
+    image = pytest.importorskip("matplotlib.image")
     history = [{"step": step, "loss": 1.0, "eval_loss": 0.7} for step in (2, 4)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     for name, unit in (("StableMoEForSequenceClassification", "loss"), ("StableMoEForCausalLM", "perplexity")):
         (tmp_path / "config.json").write_text(json.dumps({"architectures": [name]}))
-        plot_run([str(tmp_path), "--output_dir", str(tmp_path / "figures"), "--svg"])
+        plot_run([str(tmp_path), "--svg"])
         text = shown(tmp_path / "figures" / "loss.svg")
         assert f"<!-- {unit} -->" in text
         assert ("perplexity" in text) == (unit == "perplexity")
+    drawn = {str(file) for file in (tmp_path / "figures").iterdir()}
+    assert drawn == {str(tmp_path / "figures" / name) for name in ("loss.png", "loss.svg")}
+    assert drawn == set(capsys.readouterr().out.splitlines())
+    assert image.imread(tmp_path / "figures" / "loss.png").std() > 0.05

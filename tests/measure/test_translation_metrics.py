@@ -76,21 +76,8 @@ def test_every_pair_is_scored_as_sacrebleu_scores_it():
             "num_sentences": len(references),
         }
         assert 10 < score["bleu"] < 90
-
-
-def test_means_count_every_pair_the_same():
-    scores = score_translations(HYPOTHESES, REFERENCES, PAIRS)
-    for name in ("bleu", "chrf"):
-        by_pair = [score[name] for score in scores["pairs"].values()]
-        assert scores[f"mean_{name}"] == pytest.approx(sum(by_pair) / 2)
-    assert abs(by_pair[0] - by_pair[1]) > 1
-
-
-def test_perfect_translations_score_100_and_case_counts():
-    scores = score_translations(REFERENCES, REFERENCES, PAIRS)
-    assert scores["mean_bleu"] == pytest.approx(100)
-    assert scores["mean_chrf"] == pytest.approx(100)
-    assert score_translations([text.upper() for text in REFERENCES], REFERENCES, PAIRS)["mean_bleu"] < 10
+    for name in ("bleu", "chrf"):  # every pair counts the same
+        assert scores[f"mean_{name}"] == pytest.approx(sum(score[name] for score in scores["pairs"].values()) / 2)
 
 
 def test_signatures_name_the_settings():
@@ -116,11 +103,6 @@ def test_chinese_is_split_into_characters_and_its_signature_named():
     assert second.endswith(" (zh-en)")
 
 
-def test_pair_that_is_no_language_pair_is_scored_by_default():
-    scores = score_translations(HYPOTHESES, REFERENCES, ["code-summary"] * 5)
-    assert scores["mean_bleu"] == pytest.approx(sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score)
-
-
 def test_lists_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="must be equally many; got 1, 5 and 5"):
         score_translations(HYPOTHESES[:1], REFERENCES, PAIRS)
@@ -140,11 +122,7 @@ def test_missing_sacrebleu_names_the_extra(without_sacrebleu, tokenizer):
 CHINESE = ["我今天去学校学习。", "他很喜欢吃苹果和香蕉。"]
 
 
-@pytest.mark.parametrize(
-    "pair",
-    ["en-zh", "en-zh_Hans", "en-zh-CN", "en-zh-Hant-TW", "en-zh-cn", "eng_Latn-zho_Hans", "en_XX-zh_CN", "en-cmn"]
-    + ["en-yue_Hant", "ja-ZH", "pt-BR-zh", "zh_Hant-zh_Hans"],
-)
+@pytest.mark.parametrize("pair", "en-zh en-zh-Hant-TW eng_Latn-zho_Hans en_XX-zh_CN en-cmn en-yue_Hant ja-ZH".split())
 def test_chinese_is_told_by_any_of_its_codes(pair):
     hypotheses = ["我今天去学校上课。", "他喜欢吃苹果和香蕉。"]
     scores = score_translations(hypotheses, CHINESE, [pair] * 2)
@@ -152,17 +130,13 @@ def test_chinese_is_told_by_any_of_its_codes(pair):
     assert "|tok:zh|" in scores["bleu_signature"]
 
 
-@pytest.mark.parametrize(
-    "pair", ["zh-en", "zh_Hans-en_XX", "zh-CN-en", "zho_Hans-eng_Latn", "en-zh_Latn", "en-zu", "x-kok"]
-)
+@pytest.mark.parametrize("pair", "code-summary zh-en zh_Hans-en_XX zh-CN-en en-zh_Latn en-zu x-kok".split())
 def test_what_is_not_written_in_chinese_is_split_at_spaces(pair):
     assert "|tok:13a|" in score_translations(["Good day."], ["Good day."], [pair])["bleu_signature"]
 
 
 @pytest.mark.parametrize(
-    ("pair", "extra"),
-    [("en-ja", "ja"), ("en-jpn_Jpan", "ja"), ("en_XX-ja_XX", "ja"), ("en-ja-JP", "ja")]
-    + [("en-ko", "ko"), ("en-kor_Hang", "ko"), ("en-ko_KR", "ko"), ("ja-ko-KR", "ko")],
+    ("pair", "extra"), [("en-ja", "ja"), ("en-jpn_Jpan", "ja"), ("en-ko_KR", "ko"), ("ja-ko-KR", "ko")]
 )
 def test_missing_word_splitter_names_the_extra_of_sacrebleu(pair, extra, tokenizer, monkeypatch):
     monkeypatch.setattr(f"sacrebleu.tokenizers.tokenizer_{extra}_mecab.MeCab", None)
@@ -196,12 +170,8 @@ def test_table_has_a_row_a_pair_the_means_and_the_signatures():
         "BLEU: b",
         "chrF: c",
     ]
-
-
-def test_table_of_one_pair_has_no_mean():
-    lines = format_scores(score_translations(HYPOTHESES, REFERENCES, ["de-en"] * 5)).splitlines()
-    assert len(lines) == 6
-    assert lines[2].startswith("| de-en | 5         | ")
+    del scores["pairs"]["fr-en"]  # one pair needs no mean
+    assert [line.split(" | ")[0] for line in format_scores(scores).splitlines()[2:4]] == ["| de-en", ""]
 
 
 # --- in the Trainer ---

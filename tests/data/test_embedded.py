@@ -1,21 +1,48 @@
-"""Tests of the code-to-summary pairs that Python itself carries."""
+"""Tests of the corpora that Python itself carries: its documentation, and pairs of code and summary."""
 
 import ast
+import logging
+import shutil
+import sysconfig
 import textwrap
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
-from modeling_stablemoe.data.embedded_corpus import split_of
-from modeling_stablemoe.data.embedded_pairs import EMBEDDED_PAIR, EmbeddedPair, embedded_pairs, pair_split_of
+from helpers.matrices import one_fast
+from modeling_stablemoe.data import text as data
+from modeling_stablemoe.data.embedded_corpus import embedded_documents, split_of
+from modeling_stablemoe.data.embedded_pairs import EmbeddedPair, embedded_pairs, pair_split_of
+from modeling_stablemoe.data.text import DataArguments, load_corpus
 
 
 # Packages by the split that their names hash to.
 TRAIN, VALIDATION, TEST = "argparse", "json", "typing"
+STDLIB = Path(sysconfig.get_path("stdlib"))
+
+
+@pytest.fixture(scope="module", params=one_fast("a part", "all"))
+def library(request, tmp_path_factory):
+    """The folder of Python's own library, or of some modules of it, which are read in less time."""
+    if request.param == "all":
+        return STDLIB
+    folder = tmp_path_factory.mktemp("stdlib")
+    for name in ("argparse.py", "typing.py", "subprocess.py", "tarfile.py", "shutil.py"):
+        shutil.copy(STDLIB / name, folder)
+    for name in ("json", "collections", "email", "unittest"):
+        shutil.copytree(STDLIB / name, folder / name)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def pairs():
-    return list(embedded_pairs())
+def pairs(library):
+    return list(embedded_pairs(library))
+
+
+@pytest.fixture(scope="module")
+def docs(library):
+    return list(embedded_documents("docs", library))
 
 
 @pytest.fixture
@@ -34,13 +61,21 @@ def function(name, summary, body="return None"):
     return f'def {name}(x):\n    """{summary}"""\n    {body}\n'
 
 
-def test_pairs_are_enough_to_learn_from_and_to_score(pairs):
-    sizes = {split: sum(pair.split == split for pair in pairs) for split in ("train", "validation", "test")}
-    assert sum(sizes.values()) == len(pairs)
+@pytest.mark.slow
+def test_both_corpora_are_enough_to_learn_from_and_to_score():
+    sizes, lengths = defaultdict(int), defaultdict(int)
+    for pair in embedded_pairs():
+        sizes[pair.split] += 1
+    for document in embedded_documents():
+        lengths[document.split] += len(document.text)
     assert sizes["train"] > 3000
     assert min(sizes["validation"], sizes["test"]) > 100
     assert max(sizes["validation"], sizes["test"]) < 0.15 * sizes["train"]
-    assert EMBEDDED_PAIR.partition("-")[1:] == ("-", "summary")
+    assert lengths["train"] > 1_500_000
+    assert 0.01 < lengths["validation"] / lengths["train"] < 0.2
+
+
+# Pairs of code and summary
 
 
 def test_no_docstring_or_comment_is_in_a_source(pairs):
@@ -60,7 +95,6 @@ def test_sources_and_targets_keep_their_limits(pairs):
         assert len(pair.target.split()) >= 3
         assert pair.target == " ".join(pair.target.split())
     assert max(len(pair.source) for pair in pairs) > 950
-    assert max(len(pair.target) for pair in pairs) > 190
 
 
 def test_packages_sources_and_targets_are_on_one_side_of_every_split(pairs):
@@ -175,6 +209,62 @@ def test_order_depends_on_names_alone(tmp_path):
     assert [pair.name for pair in one] == ["a.f", "b.f", "c.f"]
 
 
-def test_a_python_without_sources_is_told_to_name_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no readable standard-library sources"):
-        list(embedded_pairs(tmp_path))
+# Documentation
+
+
+def test_packages_topics_and_passages_are_on_one_side_of_the_split(docs):
+    sides = {"train": set(), "validation": set()}
+    passages = {"train": set(), "validation": set()}
+    for document in docs:
+        is_topic = document.source == "topic"
+        sides[document.split].add((is_topic, document.name if is_topic else document.name.partition(".")[0]))
+        passages[document.split].update(p for p in document.text.split("\n\n") if is_topic and len(p) >= 60)
+    assert sides["train"]
+    assert sides["validation"]
+    assert not sides["train"] & sides["validation"]
+    assert not passages["train"] & passages["validation"]
+
+
+def test_documents_carry_signatures_and_docstrings_in_source_order(docs):
+    text = next(d.text for d in docs if (d.name, d.source) == ("json", "docstrings"))
+    assert text.startswith("json\n\nJSON (JavaScript Object Notation)")
+    dump, dumps = text.index("\n\njson.dump(obj, fp, *, "), text.index("\n\njson.dumps(obj, *, ")
+    assert dump < dumps < text.index("Serialize ``obj`` to a JSON formatted ``str``.")
+    assert not {"test", "idlelib", "site-packages", "encodings"} & {d.name.partition(".")[0] for d in docs}
+
+
+def test_broken_modules_are_skipped_counted_and_source_is_optional(tmp_path, caplog):
+    stdlib = tmp_path / "lib"
+    (stdlib / "pkg" / "tests").mkdir(parents=True)
+    (stdlib / "pkg" / "tests" / "test_x.py").write_text('"""A test."""')
+    (stdlib / "pkg" / "__init__.py").write_text(
+        '"""Package."""\nif True:\n    class A(B):\n        async def f(self, x: int = 1) -> str:\n            """Do."""\n'
+    )
+    (stdlib / "bad_syntax.py").write_text("def (")
+    (stdlib / "bad_bytes.py").write_bytes(b'"""\xff"""')
+    (stdlib / "null.py").write_bytes(b"a\x00b")
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.data.embedded_corpus"):
+        documents = [d for d in embedded_documents("docs+source", stdlib) if d.source != "topic"]
+    assert "skipped 3 unreadable modules" in caplog.text
+    assert [(d.name, d.source) for d in documents] == [("pkg", "docstrings"), ("pkg", "code")]
+    assert documents[0].text == "pkg\n\nPackage.\n\n\nasync pkg.A.f(self, x: int=1) -> str\n\nDo.\n"
+    assert documents[1].text.startswith('# pkg\n"""Package."""')
+
+
+def test_the_documentation_is_the_default_corpus_and_keeps_its_order(docs, monkeypatch):
+    monkeypatch.setattr(data, "embedded_documents", lambda **options: iter(docs))
+    corpus = load_corpus(DataArguments())
+    for name, split in corpus.items():
+        assert list(split["text"]) == [d.text for d in docs if d.split == name]
+        assert split.column_names == ["text"]
+
+
+@pytest.mark.parametrize("read", [embedded_pairs, lambda folder: embedded_documents("docs", folder)])
+def test_a_python_without_sources_is_told_to_name_files(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match="no readable standard-library sources .*--train_files"):
+        list(read(tmp_path))
+
+
+def test_a_corpus_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="embedded_corpus must be one of docs, docs\\+source; got 'x'"):
+        list(embedded_documents("x"))
