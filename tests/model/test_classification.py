@@ -5,19 +5,11 @@ import json
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DataCollatorWithPadding,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    pipeline,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DataCollatorWithPadding
 
-from helpers.checkpoints import EVERY_ID, run_without_package
+from helpers.checkpoints import EVERY_ID
 from helpers.models import padded, random_ids, shaken, tiny_config, tiny_model
-from helpers.trainers import STATISTICS, tiny_tokenizer, training_logs
+from helpers.trainers import STATISTICS, Gradients, make_trainer, tiny_tokenizer, training_logs
 from modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StageTransitionCallback
 
 
@@ -95,40 +87,15 @@ def test_only_unlabelled_sequences_have_a_loss_of_zero():
     assert not [n for n, p in model.named_parameters() if p.grad is not None and p.grad.isnan().any()]
 
 
-class Gradients(TrainerCallback):
-    def __init__(self):
-        self.steps = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-
-
 def examples(problem, count=24, length=6):
     rows = random_ids(count, length, seed=3).tolist()
     return [{"input_ids": row, "labels": LABELS[problem](index)} for index, row in enumerate(rows)]
 
 
-def make_trainer(folder, model, *callbacks, data=None, **arguments):
-    options = {
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "max_grad_norm": 0.0,
-        **arguments,
-    }
+def trainer_of(folder, model, *callbacks, data=None, **arguments):
     data = examples(model.config.problem_type) if data is None else data
-    return Trainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(folder), **options),
-        train_dataset=data,
-        eval_dataset=data[:5],
-        data_collator=DataCollatorWithPadding(tiny_tokenizer(), return_tensors="pt"),
-        callbacks=list(callbacks),
-    )
+    collator = DataCollatorWithPadding(tiny_tokenizer(), return_tensors="pt")
+    return make_trainer(folder, *callbacks, model=model, train_dataset=data, collator=collator, **arguments)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["stage 1", "stage 2"])
@@ -138,30 +105,19 @@ def test_one_batch_has_the_gradients_of_the_same_sequences_by_accumulation(tmp_p
     for size, accumulation in ((8, 1), (2, 4)):
         model = tiny_classifier(problem, frozen=frozen, balance_loss_coef=0.0)
         gradients = Gradients()
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "optim": "sgd"}
-        make_trainer(tmp_path, model, gradients, **options).train()
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+        options |= {"optim": "sgd", "max_grad_norm": 0.0}
+        trainer_of(tmp_path, model, gradients, **options).train()
         steps.append(gradients.steps)
     for whole, cut in zip(*steps, strict=True):
         assert any("distilled_router" in name for name in cut) == (not frozen)
         assert_close(cut, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_balance_loss_does_not_grow_with_the_number_of_micro_batches(tmp_path):
-    same = [examples("single_label_classification")[0]] * 16
-    steps = []
-    for accumulation in (1, 4):
-        gradients = Gradients()
-        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation, "max_steps": 1}
-        make_trainer(tmp_path, tiny_classifier(), gradients, data=same, **options).train()
-        steps.append(gradients.steps[0])
-    assert_close(steps[1], steps[0], rtol=1e-5, atol=1e-7)
-
-
 def test_a_classifier_passes_the_transition_and_is_logged(tmp_path):
     model = tiny_classifier()
-    trainer = make_trainer(
-        tmp_path, model, StageTransitionCallback(3), max_steps=6, logging_steps=3, gradient_checkpointing=True
-    )
+    options = {"max_steps": 6, "max_grad_norm": 0.0, "gradient_checkpointing": True}
+    trainer = trainer_of(tmp_path, model, StageTransitionCallback(3), **options)
     trainer.train()
     first, second = training_logs(trainer.state.log_history)
     assert first.keys() >= STATISTICS
@@ -173,19 +129,8 @@ def test_a_classifier_passes_the_transition_and_is_logged(tmp_path):
     assert model.router_fingerprint() == model.config.router_fingerprint
 
 
-def test_checkpointed_activations_have_the_same_gradients():
-    gradients = []
-    for checkpointed in (False, True):
-        model = tiny_classifier().train()
-        if checkpointed:
-            model.gradient_checkpointing_enable()
-        model(**pad(ROWS), labels=torch.tensor([0, 1, 2])).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert_close(*gradients)
-
-
 def test_metrics_see_the_logits_alone(tmp_path):
-    trainer = make_trainer(tmp_path, tiny_classifier(frozen=True))
+    trainer = trainer_of(tmp_path, tiny_classifier(frozen=True))
     prediction = trainer.predict(examples("single_label_classification", 5))
     assert prediction.predictions.shape == (5, 3)
     assert prediction.metrics["test_loss"] > 0
@@ -201,9 +146,8 @@ def test_a_language_model_becomes_a_classifier_with_its_frozen_routing(tmp_path)
     assert type(model) is StableMoEForSequenceClassification
     assert info["missing_keys"] == {"score.weight"}
     assert not info["unexpected_keys"]
-    trainer = make_trainer(
-        tmp_path / "run", model, data=examples("single_label_classification"), max_steps=4, weight_decay=0.5
-    )
+    data = examples("single_label_classification")
+    trainer = trainer_of(tmp_path / "run", model, data=data, max_steps=4, weight_decay=0.5)
     before = model.score.weight.clone()
     trainer.train()
     trainer.save_model(tmp_path / "classifier")
@@ -231,45 +175,3 @@ def test_a_classifier_takes_other_labels_with_a_new_head(tmp_path, frozen):
     assert model(**pad(ROWS)).logits.shape == (3, 5)
     assert_close(model.model.state_dict(), source.model.state_dict(), rtol=0, atol=0)
     assert model.router_fingerprint() == source.router_fingerprint()
-
-
-def test_remote_code_classifies_where_the_package_is_not_installed(tmp_path):
-    # Of a language model's checkpoint, and of a classifier's.
-    source = tiny_model(moe_layer_positions=[0, 2])
-    source.freeze_router()
-    source.save_pretrained(tmp_path / "lm")
-    model = tiny_classifier(frozen=True).eval()
-    model.save_pretrained(tmp_path / "classifier")
-    torch.save(pad(ROWS), tmp_path / "batch.pt")
-    code = """
-        import sys, torch
-        from transformers import AutoModelForSequenceClassification
-        folder = sys.argv[1]
-        batch, facts = torch.load(folder + "/batch.pt"), []
-        for path in (folder + "/lm", folder + "/classifier", folder + "/resaved"):
-            model = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=True)
-            assert type(model).__module__.startswith("transformers_modules."), type(model)
-            facts.append((model.router_fingerprint(), model(**batch).logits.detach()))
-            if path.endswith("classifier"):
-                model.save_pretrained(folder + "/resaved")
-        torch.save(facts, folder + "/facts.pt")
-    """
-    run_without_package(code, tmp_path / "elsewhere", tmp_path)
-    of_lm, *of_classifier = torch.load(tmp_path / "facts.pt")
-    assert of_lm[0] == source.router_fingerprint()
-    for fingerprint, logits in of_classifier:
-        assert fingerprint == model.router_fingerprint()
-        assert_close(logits, model(**pad(ROWS)).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_the_pipeline_classifies_texts(tmp_path):
-    tokenizer = tiny_tokenizer()
-    model = tiny_classifier(frozen=True, pad_token_id=2, id2label={0: "dull", 1: "fair", 2: "fine"}).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    texts = ["w5 w6 w7 w8", "w9", "w11 w12"]
-    classify = pipeline("text-classification", model=str(tmp_path), device="cpu")
-    for text, result in zip(texts, classify(texts, batch_size=3), strict=True):
-        scores = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
-        assert result["label"] == ["dull", "fair", "fine"][scores.argmax()]
-        assert result["score"] == pytest.approx(scores.max().item(), rel=1e-4)
