@@ -15,7 +15,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from helpers import ROOT
 from helpers.checkpoints import edit_config, edit_weights, run_without_package
-from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_config, tiny_seq2seq_model
+from helpers.models import (
+    random_ids,
+    tiny_classifier,
+    tiny_config,
+    tiny_model,
+    tiny_seq2seq_config,
+    tiny_seq2seq_model,
+)
 from modeling_stablemoe import (
     StableMoEConfig,
     StableMoEForCausalLM,
@@ -274,7 +281,7 @@ CODE = """
 
 def test_remote_code_loads_generates_saves_and_refuses_damage_where_the_package_is_not_installed(sources, tmp_path):
     models = {family: source for family, (source, _) in sources.items()}
-    models["classifier"] = shaken(StableMoEForSequenceClassification(tiny_config(vocab_size=91, num_labels=3))).eval()
+    models["classifier"] = tiny_classifier(vocab_size=91).eval()
     models["classifier"].freeze_router()
     for kind, model in models.items():
         model.save_pretrained(tmp_path / kind)

@@ -8,19 +8,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
-from modeling_stablemoe import StableMoEForSequenceClassification
-
-
-def classifier(**overrides):
-    torch.manual_seed(0)
-    return shaken(StableMoEForSequenceClassification(tiny_config(num_labels=3, **overrides)))
+from helpers.models import random_ids, tiny_classifier, tiny_model, tiny_seq2seq_model
 
 
 BUILDERS = {
     "language model": functools.partial(tiny_model, num_hidden_layers=1),
     "translation": tiny_seq2seq_model,
-    "classifier": classifier,
+    "classifier": tiny_classifier,
 }
 
 

@@ -86,9 +86,8 @@ def test_a_decoder_with_fewer_blocks_than_the_encoder_decodes_with_its_cache():
     assert torch.equal(generate(model, IDS), by_hand(model, IDS))
 
 
-@pytest.mark.parametrize(
-    ("stage", "backend"), [(1, "grouped_mm"), pytest.param(2, "batched_mm", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "backend"), [(1, "grouped_mm"), (2, "batched_mm")])
 def test_a_decoding_step_over_a_static_cache_compiles_once_to_one_graph(stage, backend):
     # What a CUDA graph of it needs, too.
     model = build("causal", stage, num_hidden_layers=1, moe_layer_positions=[1])
@@ -324,7 +323,8 @@ def test_an_early_exit_may_come_before_every_moe_layer():
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}])
 def test_a_generation_that_may_pass_the_last_position_fails_before_its_first_step(kind, options):
-    model, passes = build("causal", position_embedding_type=kind, max_position_embeddings=12), []
+    sizes = {"position_embedding_type": kind, "max_position_embeddings": 12, "tie_word_embeddings": True}
+    model, passes = build("causal", **sizes), []
     model.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
     # The last token that is generated is not read.
     assert generate(model, IDS[:1], **options).shape == (1, 8)

@@ -62,7 +62,7 @@ def assert_same_losses(actual, expected):
 
 @pytest.mark.parametrize("stage", STAGES)
 @given(left=st.integers(0, 5), right=st.integers(0, 5), content=st.sampled_from([PAD, 0, 57]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_logit_loss_load_or_agreement(stage, left, right, content):
     model = model_in(stage)
@@ -86,7 +86,7 @@ def test_padding_on_either_side_changes_no_logit_loss_load_or_agreement(stage, l
 @given(
     left=st.lists(st.integers(0, 3), min_size=3, max_size=3), right=st.lists(st.integers(0, 3), min_size=3, max_size=3)
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @torch.no_grad()
 def test_each_sequence_of_a_ragged_batch_has_the_logits_it_has_alone(stage, left, right):
     model = model_in(stage)

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, set_seed
 
 from helpers import ROOT
-from helpers.models import gradients, padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.matrices import one_fast
+from helpers.models import gradients, padded, random_ids, tiny_classifier, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import (
     StableMoEConfig,
     StableMoEForCausalLM,
     StableMoEForConditionalGeneration,
-    StableMoEForSequenceClassification,
     StableMoESeq2SeqConfig,
 )
 from modeling_stablemoe.runs.recipes import load_preset
@@ -26,7 +26,8 @@ pytestmark = pytest.mark.pairs
 
 PRESETS = ROOT / "configuration" / "models"
 IDS = random_ids(high=91)
-# The number of tokens and the width of each MoE layer's input, by `batch_of`.
+BUILDERS = {"causal": tiny_model, "seq2seq": tiny_seq2seq_model, "classifier": tiny_classifier}
+# Of the token ids that each MoE layer is given of a batch.
 SHAPES = {"causal": [(3, 7)] * 2, "seq2seq": [(3, 6), (3, 7), (3, 7)]}
 
 every_family = pytest.mark.parametrize("family", SHAPES)
@@ -34,13 +35,9 @@ every_stage = pytest.mark.parametrize("stage", [1, 2])
 
 
 def build(family: str, stage: int = 1, **overrides):
-    if family == "causal":
-        model = tiny_model(**{"moe_layer_positions": [0, 2], **overrides})
-    elif family == "seq2seq":
-        model = tiny_seq2seq_model(**overrides)
-    else:
-        torch.manual_seed(0)
-        model = shaken(StableMoEForSequenceClassification(tiny_config(num_labels=3, **overrides)))
+    if family != "seq2seq":
+        overrides = {"moe_layer_positions": [0, 2], **overrides}
+    model = BUILDERS[family](**overrides)
     if stage == 2:
         model.freeze_router()
     return model
@@ -88,34 +85,42 @@ def test_eager_and_sdpa_attention_agree_in_loss_and_gradients(family, stage):
     assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("family", "positions", "shapes"),
+    [
+        (
+            "causal",
+            {"num_hidden_layers": 3, "moe_layer_positions": [1, 3]},
+            {"hidden_states": [(3, 7, 32)] * 4, "attentions": [(3, 4, 7, 7)] * 3},
+        ),
+        (
+            "seq2seq",
+            {"decoder_moe_layer_positions": [0, 3]},
+            {
+                "encoder_hidden_states": [(3, 6, 24)] * 3,
+                "decoder_hidden_states": [(3, 7, 24)] * 4,
+                "encoder_attentions": [(3, 3, 6, 6)] * 2,
+                "decoder_attentions": [(3, 3, 7, 7)] * 3,
+                "cross_attentions": [(3, 3, 7, 6)] * 3,
+            },
+        ),
+    ],
+    ids=["causal", "seq2seq"],
+)
 @torch.no_grad()
-def test_hidden_states_and_attentions_are_one_per_block():
-    model = build("causal", num_hidden_layers=3, moe_layer_positions=[1, 3]).eval()
-    model.set_attn_implementation("eager")
-    outputs = model(IDS, output_hidden_states=True, output_attentions=True)
-    assert [tuple(states.shape) for states in outputs.hidden_states] == [(3, 7, 32)] * 4
-    assert [tuple(weights.shape) for weights in outputs.attentions] == [(3, 4, 7, 7)] * 3
-    assert_close(outputs.logits, model.lm_head(outputs.hidden_states[-1]), rtol=0, atol=0)
-    assert_close(outputs.attentions[0].sum(-1), torch.ones(3, 4, 7), rtol=1e-5, atol=1e-5)
-    assert outputs.attentions[0].triu(1).abs().max() == 0
-
-
-@torch.no_grad()
-def test_hidden_states_and_attentions_are_one_per_block_of_each_side():
-    model, batch = build("seq2seq", decoder_moe_layer_positions=[0, 3]).eval(), batch_of("seq2seq")
+def test_hidden_states_and_attentions_are_one_per_block_of_each_side(family, positions, shapes):
+    model, batch = build(family, **positions).eval(), batch_of(family)
     model.set_attn_implementation("eager")
     outputs = model(**batch, output_hidden_states=True, output_attentions=True)
-    assert [tuple(states.shape) for states in outputs.encoder_hidden_states] == [(3, 6, 24)] * 3
-    assert [tuple(states.shape) for states in outputs.decoder_hidden_states] == [(3, 7, 24)] * 4
-    assert [tuple(weights.shape) for weights in outputs.encoder_attentions] == [(3, 3, 6, 6)] * 2
-    assert [tuple(weights.shape) for weights in outputs.decoder_attentions] == [(3, 3, 7, 7)] * 3
-    assert [tuple(weights.shape) for weights in outputs.cross_attentions] == [(3, 3, 7, 6)] * 3
-    assert_close(outputs.encoder_hidden_states[-1], outputs.encoder_last_hidden_state, rtol=0, atol=0)
-    assert_close(outputs.logits, model.lm_head(outputs.decoder_hidden_states[-1]), rtol=0, atol=0)
-    padding = batch["attention_mask"].eq(0)
-    for weights in (*outputs.encoder_attentions, *outputs.cross_attentions):
-        assert weights.movedim(-1, 1)[padding].abs().max() == 0
-        assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=1e-5, atol=1e-5)
+    assert {name: [tuple(values.shape) for values in outputs[name]] for name in shapes} == shapes
+    side, padding = ("decoder_", batch["attention_mask"].eq(0)) if family == "seq2seq" else ("", None)
+    assert_close(outputs.logits, model.lm_head(outputs[f"{side}hidden_states"][-1]), rtol=0, atol=0)
+    assert outputs[f"{side}attentions"][0].triu(1).abs().max() == 0
+    for name in (name for name in shapes if "attentions" in name):
+        for weights in outputs[name]:
+            assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]), rtol=1e-5, atol=1e-5)
+            if name in ("encoder_attentions", "cross_attentions"):
+                assert weights.movedim(-1, 1)[padding].abs().max() == 0
 
 
 @pytest.mark.parametrize("logits_to_keep", [1, 3, torch.tensor([0, 5])])
@@ -487,9 +492,12 @@ def test_thirty_steps_learn_one_batch_across_the_transition(family):
     assert losses[-1] < 0.4 * losses[0]
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
+SMALL = {"num_hidden_layers": 1, "moe_layer_positions": [1], "num_expert_sublayers": 1}
+
+
+@pytest.mark.parametrize("stage", one_fast(1, 2))
 def test_a_training_pass_compiles_to_one_graph_with_its_losses_and_statistics(stage):
-    model, ids = build("causal", stage, num_hidden_layers=1, moe_layer_positions=[1]).train(), random_ids(2, 8)
+    model, ids = build("causal", stage, **SMALL).train(), random_ids(2, 8)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -8,9 +8,8 @@ from torch.testing import assert_close
 from transformers import pipeline
 
 from helpers.checkpoints import run_without_package
-from helpers.models import shaken, tiny_config
+from helpers.models import tiny_classifier
 from helpers.trainers import tiny_tokenizer
-from modeling_stablemoe import StableMoEForSequenceClassification
 
 
 TEXTS = ["w3 w50 w7", "w9 w10 w11 w12 w13", "w90"]
@@ -50,8 +49,8 @@ def test_feature_extraction_gives_the_last_hidden_state(frozen_model, tmp_path):
 @torch.no_grad()
 def test_text_classification_names_the_likeliest_label(tmp_path):
     names = ["dull", "fair", "fine"]
-    config = tiny_config(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
-    model = shaken(StableMoEForSequenceClassification(config)).eval()
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = tiny_classifier(**labels).eval()
     model.freeze_router()
     tokenizer = save(model, tmp_path)
     answers = pipeline("text-classification", model=str(tmp_path))(TEXTS, batch_size=3)

@@ -7,20 +7,14 @@ import torch
 from torch.testing import assert_close
 from transformers.utils import ModelOutput
 
-from helpers.models import COUNTING, random_ids, tiny_config, tiny_model, tiny_seq2seq_model
-from modeling_stablemoe import StableMoEForSequenceClassification
+from helpers.models import COUNTING, random_ids, tiny_classifier, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe.model.pretrained_stablemoe import check_range
 
 
 pytestmark = pytest.mark.pairs
 
 
-def classifier(**overrides):
-    torch.manual_seed(0)
-    return StableMoEForSequenceClassification(tiny_config(num_labels=3, **overrides))
-
-
-BUILDERS = {"language model": tiny_model, "translation": tiny_seq2seq_model, "classifier": classifier}
+BUILDERS = {"language model": tiny_model, "translation": tiny_seq2seq_model, "classifier": tiny_classifier}
 ROUTERS = {
     "stable": {},
     "following": COUNTING,

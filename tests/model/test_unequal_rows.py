@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from helpers.models import padded, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
-from modeling_stablemoe import StableMoEForSequenceClassification
+from helpers.models import padded, random_ids, tiny_classifier, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe.model.losses_stablemoe import token_weights
 
 
@@ -39,10 +38,8 @@ def instruction_model(**settings):
 
 
 def classifier(**settings):
-    torch.manual_seed(0)
-    model = shaken(StableMoEForSequenceClassification(tiny_config(num_labels=3, **settings)))
     _, batch, _ = language_model()
-    return model, {**batch, "labels": torch.tensor([0, 2, 1, 0])}, 4
+    return tiny_classifier(**settings), {**batch, "labels": torch.tensor([0, 2, 1, 0])}, 4
 
 
 def translation_model(**settings):
