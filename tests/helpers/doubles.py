@@ -14,7 +14,6 @@ SLOPE = {"rtol": 1e-6, "atol": 1e-8}
 # transformers computes the cross-entropy in float32, whatever the model.
 HEAD = {"rtol": 2e-6, "atol": 2e-6}
 POSITIONS = [0, 2]
-LENGTHS = [7, 4, 6]
 
 
 def double_model(routing: str, backend: str = "eager", **overrides):
@@ -51,14 +50,3 @@ def slopes_of(gradient: torch.Tensor | None, function, params, name: str, count:
         by_gradient.append(0.0 if gradient is None else float((gradient.numpy() * direction).sum()))
         by_differences.append(reference.slope(function, params, name, direction))
     return torch.tensor(by_gradient, dtype=torch.float64), torch.tensor(by_differences, dtype=torch.float64)
-
-
-def padded_batch(left: bool):
-    token_ids = random_ids(3, 7)
-    mask = torch.zeros(3, 7, dtype=torch.long)
-    for row, length in enumerate(LENGTHS):
-        mask[row, 7 - length if left else 0 : None if left else length] = 1
-    labels = token_ids.masked_fill(mask == 0, -100)
-    labels[torch.arange(3), mask.argmax(-1)] = -100  # padding predicts nothing
-    labels[0, 3:5] = -100  # a prompt: routed, not predicted
-    return token_ids.masked_fill(mask == 0, 1), labels, mask

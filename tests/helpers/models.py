@@ -8,6 +8,7 @@ from modeling_stablemoe import (
     StableMoEConfig,
     StableMoEForCausalLM,
     StableMoEForConditionalGeneration,
+    StableMoEForSequenceClassification,
     StableMoESeq2SeqConfig,
 )
 from modeling_stablemoe.model.routing_stablemoe import Routing
@@ -80,6 +81,12 @@ def tiny_seq2seq_model(seed: int = 0, **overrides) -> StableMoEForConditionalGen
     """The same with an encoder and a decoder."""
     torch.manual_seed(seed)
     return shaken(StableMoEForConditionalGeneration(tiny_seq2seq_config(**overrides)))
+
+
+def tiny_classifier(seed: int = 0, **overrides) -> StableMoEForSequenceClassification:
+    """The same with the head of a classifier of three labels."""
+    torch.manual_seed(seed)
+    return shaken(StableMoEForSequenceClassification(tiny_config(**{"num_labels": 3, **overrides})))
 
 
 def shaken(model):

@@ -4,8 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from helpers.models import random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
-from modeling_stablemoe import StableMoEForSequenceClassification
+from helpers.models import random_ids, tiny_classifier, tiny_model, tiny_seq2seq_model
 
 
 peft = pytest.importorskip("peft")
@@ -23,10 +22,6 @@ WAYS = {
     "some tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": list(range(2, 60))}},
 }
 every_way = pytest.mark.parametrize("way", WAYS)
-
-
-def classifier():
-    return shaken(StableMoEForSequenceClassification(tiny_config(moe_layer_positions=[0, 2], scale_embedding=True)))
 
 
 def adapted(model, way):
@@ -64,7 +59,7 @@ def assert_routed_as_by_ids(model, core):
     [
         lambda: tiny_model(moe_layer_positions=[0, 2]),
         lambda: tiny_model(moe_layer_positions=[0, 2], distilled_router="bigram", scale_embedding=True),
-        classifier,
+        lambda: tiny_classifier(moe_layer_positions=[0, 2], scale_embedding=True),
         tiny_seq2seq_model,
         lambda: tiny_seq2seq_model(tie_word_embeddings=False),
     ],
@@ -104,6 +99,7 @@ def test_embeddings_are_found_where_the_embedding_is_offloaded(frozen_model):
     assert torch.equal(frozen_model(inputs_embeds=embeds).logits, expected)
 
 
+@pytest.mark.slow
 def test_an_adapted_model_that_takes_embeddings_can_be_exported():
     core = tiny_model(moe_layer_positions=[0, 2])
     adapted(core, "LoRA")

@@ -44,7 +44,7 @@ def test_there_is_one_of_each_kind():
 
 
 @pytest.mark.parametrize("folder", EARLIER, ids=lambda folder: folder.name)
-def test_an_earlier_checkpoint_computes_what_it_did_and_so_it_does_saved_again(folder, tmp_path):
+def test_an_earlier_checkpoint_computes_what_it_did_and_so_do_its_state_dict_and_a_copy_saved_again(folder, tmp_path):
     model = load(folder)
     assert_as_saved(model, folder)
     model.save_pretrained(tmp_path)
@@ -56,11 +56,7 @@ def test_an_earlier_checkpoint_computes_what_it_did_and_so_it_does_saved_again(f
         name: (values.dtype, values.shape) for name, values in kept.items()
     }
     assert all(torch.equal(values.nan_to_num(), kept[name].nan_to_num()) for name, values in written.items())
-
-
-@pytest.mark.parametrize("folder", EARLIER, ids=lambda folder: folder.name)
-def test_the_state_dict_of_an_earlier_checkpoint_loads(folder):
-    model = load(folder)
+    # Its state dict loads, too.
     fresh = type(model)(model.config).eval()
     state_dict = load_file(folder / "model.safetensors")
     unchanged = set(state_dict)

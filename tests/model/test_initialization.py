@@ -122,7 +122,7 @@ def test_the_default_is_the_normal_distribution_and_leaves_experts_apart():
     assert not torch.equal(up_proj[0], up_proj[1])
 
 
-def test_what_a_checkpoint_lacks_starts_likewise_and_nothing_else_does():
+def test_what_a_checkpoint_lacks_starts_from_the_same_distribution_and_the_rest_is_kept():
     # transformers shows code that is not its own the modules alone whose tensors are missing, not what holds them.
     model = build("language model")
     state_dict = model.state_dict()

@@ -1,4 +1,7 @@
-"""What must not matter: padding on either side, the order and size of a batch, ids or their embeddings."""
+"""What must not matter: padding on either side, the rest of a batch, ids or their embeddings."""
+
+import copy
+import functools
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 STAGES = ["training", "evaluation", "frozen", "frozen training"]
 
 
+@functools.cache
 def model_in(stage: str, **overrides):
     """Two MoE layers, the first before any block; float64, so that only real differences are seen."""
     model = tiny_model(moe_layer_positions=[0, 1], **overrides).double()
@@ -58,7 +62,7 @@ def assert_same_losses(actual, expected):
 
 @pytest.mark.parametrize("stage", STAGES)
 @given(left=st.integers(0, 5), right=st.integers(0, 5), content=st.sampled_from([PAD, 0, 57]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_logit_loss_load_or_agreement(stage, left, right, content):
     model = model_in(stage)
@@ -82,7 +86,7 @@ def test_padding_on_either_side_changes_no_logit_loss_load_or_agreement(stage, l
 @given(
     left=st.lists(st.integers(0, 3), min_size=3, max_size=3), right=st.lists(st.integers(0, 3), min_size=3, max_size=3)
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @torch.no_grad()
 def test_each_sequence_of_a_ragged_batch_has_the_logits_it_has_alone(stage, left, right):
     model = model_in(stage)
@@ -91,35 +95,6 @@ def test_each_sequence_of_a_ragged_batch_has_the_logits_it_has_alone(stage, left
     for row, kept in enumerate(mask.bool()):
         alone = model(ids[row : row + 1, kept])
         torch.testing.assert_close(together.logits[row, kept], alone.logits[0], **EXACT)
-
-
-@given(amounts=st.lists(st.integers(0, 6), min_size=3, max_size=3))
-@settings(max_examples=20, deadline=None)
-@torch.no_grad()
-def test_left_and_right_padding_of_a_ragged_batch_have_the_same_losses(amounts):
-    model = model_in("training")
-    ids, none = random_ids(batch=3, length=9), [0, 0, 0]
-    on_the_left, on_the_right = (pad(ids, *sides) for sides in ((amounts, none), (none, amounts)))
-    assert_same_losses(
-        *(model(x, attention_mask=mask, labels=labels) for x, mask, labels in (on_the_left, on_the_right))
-    )
-
-
-def test_padding_changes_no_gradient():
-    model = model_in("training")
-    ids, none = random_ids(batch=3, length=9), [0, 0, 0]
-    found = []
-    for sides in (([2, 0, 5], none), (none, [2, 0, 5])):
-        padded, mask, labels = pad(ids, *sides)
-        model.zero_grad()
-        model(padded, attention_mask=mask, labels=labels).loss.backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    left, right = found
-    assert left.keys() == right.keys()
-    for name in left:
-        torch.testing.assert_close(
-            left[name], right[name], rtol=1e-5, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 @pytest.mark.parametrize("stage", ["training", "frozen training"])
@@ -149,53 +124,7 @@ def test_padding_takes_no_capacity_from_real_tokens():
     assert not torch.allclose(unlimited.logits, expected.logits), "the capacity was not reached"
 
 
-@torch.no_grad()
-def test_what_stands_on_padding_does_not_matter():
-    model = model_in("evaluation")
-    ids, mask, labels = pad(random_ids(batch=3, length=9), [0, 4, 0], [3, 0, 0])
-    other = torch.where(mask.bool(), ids, random_ids(batch=3, length=9, seed=5))
-    expected = model(ids, attention_mask=mask, labels=labels, output_router_logits=True)
-    actual = model(other, attention_mask=mask, labels=labels, output_router_logits=True)
-    torch.testing.assert_close(actual.logits[mask.bool()], expected.logits[mask.bool()], **EXACT)
-    assert_same_losses(actual, expected)
-
-
 # Batches
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@given(order=st.permutations([0, 1, 2, 3]))
-@settings(max_examples=10, deadline=None)
-@torch.no_grad()
-def test_the_order_of_a_batch_does_not_matter(stage, order):
-    model = model_in(stage)
-    ids, mask, labels = pad(random_ids(batch=4, length=7), [0, 2, 0, 1], [3, 0, 0, 1])
-    expected = model(ids, attention_mask=mask, labels=labels, output_router_logits=True)
-    actual = model(ids[order], attention_mask=mask[order], labels=labels[order], output_router_logits=True)
-    torch.testing.assert_close(actual.logits, expected.logits[order], **EXACT)
-    assert_same_losses(actual, expected)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@torch.no_grad()
-def test_a_sequence_alone_has_the_logits_and_experts_it_has_in_a_batch(stage):
-    model = model_in(stage)
-    ids = random_ids(batch=5, length=8)
-    together = model(ids, output_router_logits=True)
-    for row in range(5):
-        alone = model(ids[row : row + 1], output_router_logits=True)
-        torch.testing.assert_close(alone.logits[0], together.logits[row], **EXACT)
-        for index, together_index in zip(alone.expert_indices, together.expert_indices, strict=True):
-            assert torch.equal(index[0], together_index[row])
-
-
-@torch.no_grad()
-def test_later_tokens_change_no_earlier_logit():
-    model = model_in("evaluation")
-    ids = random_ids(batch=2, length=9)
-    changed = ids.clone()
-    changed[:, 5:] = random_ids(batch=2, length=4, seed=9)
-    torch.testing.assert_close(model(changed).logits[:, :5], model(ids).logits[:, :5], **EXACT)
 
 
 @torch.no_grad()
@@ -218,7 +147,7 @@ def test_tokens_that_are_not_predicted_are_still_routed_and_counted():
 @pytest.mark.parametrize("stage", STAGES)
 @torch.no_grad()
 def test_embeddings_of_tokens_give_the_logits_losses_and_experts_of_their_ids(stage, dtype):
-    model = model_in(stage).to(dtype)
+    model = copy.deepcopy(model_in(stage)).to(dtype)
     ids = torch.arange(2, 98).view(3, 32)
     expected = model(ids, labels=ids, output_router_logits=True)
     embeds = model.get_input_embeddings()(ids)
@@ -256,8 +185,3 @@ def test_where_ids_and_embeddings_are_given_ids_route_and_embeddings_are_read(st
     assert not torch.equal(model.route(ids), model.route(others))
     read = model(inputs_embeds=embeds, output_router_logits=True)
     torch.testing.assert_close(outputs.router_logits[0], read.router_logits[0], **EXACT)
-
-
-def test_neither_ids_nor_embeddings_is_an_error_that_says_so():
-    with pytest.raises(ValueError, match="`input_ids` or `inputs_embeds`"):
-        model_in("evaluation")()

@@ -6,11 +6,10 @@
 import copy
 import functools
 import inspect
-from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from helpers.models import TINY, TINY_SEQ2SEQ, random_ids, tiny_model, tiny_seq2seq_model
@@ -19,7 +18,6 @@ from modeling_stablemoe.model.versions_stablemoe import CACHE_NAME
 
 
 BACKENDS = ["batched_mm", "grouped_mm"]
-QUANTO = find_spec("optimum") is not None and find_spec("optimum.quanto") is not None
 
 pytestmark = [
     pytest.mark.pairs,
@@ -114,23 +112,6 @@ def test_hidden_states_and_attentions_keep_their_gradients(family, model, inputs
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in kept)
 
 
-def test_two_passes_give_the_same_bits(model, inputs):
-    assert torch.equal(logits(model, inputs), logits(model, inputs))
-
-
-# -- Attention and batches
-
-
-def test_attention_can_be_switched_while_in_use_and_changes_nothing(model, inputs):
-    # Positions that are padding see nothing, of which each implementation makes something else.
-    real = inputs["attention_mask"].bool() if "decoder_input_ids" not in inputs else slice(None)
-    model.set_attn_implementation("eager")
-    eager = logits(model, inputs)[real]
-    model.set_attn_implementation("sdpa")
-    assert {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")} == {"sdpa"}
-    torch.testing.assert_close(logits(model, inputs)[real], eager, rtol=1e-4, atol=1e-5)
-
-
 def test_each_row_of_a_batch_has_the_logits_it_has_alone(model, inputs):
     together = logits(model, inputs)
     for row in range(len(together)):
@@ -140,18 +121,6 @@ def test_each_row_of_a_batch_has_the_logits_it_has_alone(model, inputs):
 
 
 # -- Weights
-
-
-def test_a_round_trip_over_the_disk_changes_nothing(model, inputs, stage, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    assert loaded.routing_stage == stage
-    for name, parameter in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], parameter), name
-    # Weights that stand elsewhere in memory are multiplied in another order.
-    torch.testing.assert_close(logits(loaded.eval(), inputs), logits(model, inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_the_backbone_loads_from_the_checkpoint_of_its_head_and_the_other_way_round(model, inputs, tmp_path):
@@ -166,23 +135,6 @@ def test_the_backbone_loads_from_the_checkpoint_of_its_head_and_the_other_way_ro
     torch.testing.assert_close(logits(again, inputs), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_on_the_meta_device_has_the_same_parameters(model):
-    with torch.device("meta"):
-        empty = type(model)(copy.deepcopy(model.config))
-    shapes = {name: (tuple(p.shape), p.dtype) for name, p in empty.named_parameters()}
-    assert shapes == {name: (tuple(p.shape), p.dtype) for name, p in model.named_parameters()}
-
-
-def test_every_weight_that_a_checkpoint_lacks_is_initialised(model):
-    config = copy.deepcopy(model.config)
-    config.router_fingerprint = None  # a frozen routing that is missing is refused
-    with torch.random.fork_rng():
-        set_seed(1)
-        loaded = type(model).from_pretrained(None, config=config, state_dict={})
-    assert all(p.isfinite().all() and not p.is_meta for p in loaded.parameters())
-    assert loaded.routing_stage == 1
-
-
 def test_a_larger_vocabulary_keeps_the_logits_of_old_tokens(family, model, inputs):
     before, vocab_size = logits(model, inputs), model.config.vocab_size
     model.resize_token_embeddings(vocab_size + 10)
@@ -193,26 +145,6 @@ def test_a_larger_vocabulary_keeps_the_logits_of_old_tokens(family, model, input
     assert logits(model, new).isfinite().all()
     model.resize_token_embeddings(vocab_size)
     torch.testing.assert_close(logits(model, inputs), before, rtol=1e-5, atol=1e-6)
-
-
-# -- Training
-
-
-def test_a_tiny_model_learns_one_batch_by_heart(family, stage):
-    config = {"dropout": 0.0} if family == "causal" else {"dropout": 0.0, "label_smoothing": 0.0}
-    model = (tiny_model if family == "causal" else tiny_seq2seq_model)(**config)
-    if stage == 2:
-        model.freeze_router()
-    ids = torch.arange(3, 19).repeat(2, 2)
-    optimizer = torch.optim.Adam([p for p in model.train().parameters() if p.requires_grad], lr=5e-3)
-    losses = []
-    for _ in range(120):
-        outputs = model(input_ids=ids, labels=ids)
-        outputs.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(outputs.task_loss.item())
-    assert losses[-1] < 0.1 * losses[0]
 
 
 # -- Compiled
@@ -252,12 +184,6 @@ def test_a_compiled_training_step_has_the_loss_and_the_gradients_of_a_plain_one(
 # -- Generation
 
 
-@pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_every_cache_continues_as_no_cache_does(model, inputs, cache):
-    expected = generate(model, inputs, use_cache=False)
-    assert torch.equal(generate(model, inputs, cache_implementation=cache, disable_compile=True), expected)
-
-
 @pytest.mark.slow
 def test_generation_with_a_compiled_forward_pass_continues_as_without(model, inputs):
     expected = generate(model, inputs)
@@ -265,16 +191,6 @@ def test_generation_with_a_compiled_forward_pass_continues_as_without(model, inp
     generated = generate(model, inputs, cache_implementation="static", disable_compile=True)
     torch.compiler.reset()
     assert torch.equal(generated, expected)
-
-
-@pytest.mark.skipif(not QUANTO, reason="optimum-quanto is not installed")
-def test_a_quantised_cache_continues_a_text(family, model, inputs):
-    if family == "seq2seq":
-        pytest.skip("transformers quantises no cache of an encoder-decoder")
-    options = {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}
-    generated = generate(model, inputs, cache_implementation="quantized", cache_config=options)
-    assert generated.shape == generate(model, inputs).shape
-    assert torch.equal(generated[:, :7], inputs["input_ids"])
 
 
 @pytest.mark.parametrize("assistant", ["same", "other"])
@@ -286,27 +202,6 @@ def test_assisted_decoding_gives_the_tokens_of_greedy_decoding(family, stage, mo
     helper.generation_config.assistant_confidence_threshold = 0.0
     assisted = generate(model, alone, assistant_model=helper, max_new_tokens=10)
     assert torch.equal(assisted, generate(model, alone, max_new_tokens=10))
-
-
-def test_prompt_lookup_gives_the_tokens_of_greedy_decoding(model, inputs):
-    alone = {name: values[:1].repeat(1, 2) for name, values in inputs.items()}  # so that there is something to find
-    looked_up = generate(model, alone, prompt_lookup_num_tokens=2, max_new_tokens=10)
-    assert torch.equal(looked_up, generate(model, alone, max_new_tokens=10))
-
-
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 2}, {"num_beams": 2, "do_sample": True}])
-def test_every_mode_gives_scores_attentions_and_hidden_states_of_each_step(family, model, inputs, options):
-    model.set_attn_implementation("eager")
-    asked = {"output_scores": True, "output_logits": True, "output_attentions": True, "output_hidden_states": True}
-    outputs = generate(model, inputs, return_dict_in_generate=True, max_new_tokens=4, **asked, **options)
-    start = 1 if family == "seq2seq" else 7
-    assert outputs.sequences.shape == (3, start + 4)
-    attentions = outputs.decoder_attentions if family == "seq2seq" else outputs.attentions
-    assert len(outputs.scores) == len(outputs.logits) == len(attentions) == 4
-    layers = model.config.decoder_layers if family == "seq2seq" else model.config.num_hidden_layers
-    assert {len(step) for step in attentions} == {layers}
-    rows = 3 * options.get("num_beams", 1)
-    assert outputs.logits[0].shape == (rows, model.config.vocab_size)
 
 
 def test_a_generation_in_two_parts_over_one_cache_gives_the_same_tokens(family, model, inputs):

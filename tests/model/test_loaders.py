@@ -75,23 +75,20 @@ def test_an_average_of_equal_models_is_that_model(sources, kind, dtype, number):
     assert model.router_fingerprint() == source.router_fingerprint()
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9995, 0.0005)])
-def test_an_average_of_different_tables_is_refused(weights):
-    first, second = build("table", seed=0), build("table", seed=3)
+@pytest.mark.parametrize(
+    ("kinds", "weights"),
+    [(("table", "table"), (0.5, 0.5)), (("table", "table"), (0.9995, 0.0005)), (("stage 1", "table"), (0.5, 0.5))],
+    ids=str,
+)
+def test_an_average_of_different_routings_is_refused(kinds, weights):
+    first, second = (build(kind, seed=seed) for kind, seed in zip(kinds, (0, 3), strict=True))
     mixed = {
         name: weights[0] * values.double() + weights[1] * second.state_dict()[name].double()
         for name, values in first.state_dict().items()
     }
     for target in (empty(first), copy.deepcopy(first)):
-        with pytest.raises(ValueError, match=r"routing_table` holds integers"):
+        with pytest.raises(ValueError, match=r"routing_table` (holds integers|is damaged)"):
             target.load_state_dict(mixed)
-
-
-def test_an_average_of_a_learning_and_a_frozen_model_is_refused():
-    first, second = build("stage 1").state_dict(), build("table").state_dict()
-    mixed = {name: (values.double() + second[name].double()) / 2 for name, values in first.items()}
-    with pytest.raises(ValueError, match=r"routing_table` (holds integers|is damaged)"):
-        build("stage 1").load_state_dict(mixed)
 
 
 def test_an_average_of_bits_is_refused_where_its_dtype_cannot_tell_them_apart():
@@ -121,7 +118,7 @@ def test_an_exponential_average_of_buffers_is_refused_where_it_moves_tokens(sour
     source, _ = sources[kind]
     # Whether a decay moves a table depends on its rounding: 0.9995 * 3 + 0.0005 * 3 is 3, 0.95 * 3 + 0.05 * 3 is less.
     moved = 0
-    for decay in (0.9, 0.95, 0.97, 0.999, 0.9995, 0.9999):
+    for decay in (0.95, 0.9995):
         average = equal_models_averaged(
             copy.deepcopy(source), multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True
         ).module.eval()
@@ -157,7 +154,7 @@ def test_an_average_that_is_swapped_in_for_evaluation_routes_as_the_model_or_is_
     source, folder = sources[kind]
     model = type(source).from_pretrained(folder)
     outcomes = set()
-    for decay in (0.9, 0.95, 0.9995, 0.5):
+    for decay in (0.9995, 0.5):
         average = equal_models_averaged(
             model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=use_buffers
         ).module

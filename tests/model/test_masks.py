@@ -5,8 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
-from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
-from modeling_stablemoe import StableMoEForSequenceClassification
+from helpers.models import random_ids, tiny_classifier, tiny_model, tiny_seq2seq_model
 
 
 pytestmark = pytest.mark.pairs
@@ -93,8 +92,7 @@ def test_what_a_later_piece_counts_are_its_own_real_tokens(cache_kind):
 
 @both_caches
 def test_a_classifier_without_a_padding_token_reads_the_last_real_token_of_the_piece(cache_kind):
-    torch.manual_seed(0)
-    model = StableMoEForSequenceClassification(tiny_config(pad_token_id=None)).eval()
+    model = tiny_classifier(pad_token_id=None).eval()
     ids = random_ids(3, LENGTH)
     mask = torch.stack([torch.arange(LENGTH) < length for length in (9, 7, 6)]).long()
     wide = torch.cat([mask, mask.new_zeros(3, 2)], 1)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from transformers.utils import output_capturing
 
-from helpers.models import COUNTING, random_ids, shaken, tiny_config, tiny_model, tiny_seq2seq_model
+from helpers.models import COUNTING, random_ids, tiny_classifier, tiny_model, tiny_seq2seq_model
 from helpers.trainers import assert_same_weights, weights
-from modeling_stablemoe import StableMoEForSequenceClassification
 
 
 pytestmark = pytest.mark.pairs
@@ -20,10 +19,7 @@ IDS = random_ids(low=3, high=90)
 FAMILIES = {
     "language model": (lambda: tiny_model(**COUNTING), {"input_ids": IDS, "labels": IDS}),
     "bigram": (lambda: tiny_model(distilled_router="bigram"), {"input_ids": IDS, "labels": IDS}),
-    "classifier": (
-        lambda: shaken(StableMoEForSequenceClassification(tiny_config(num_labels=3))),
-        {"input_ids": IDS, "labels": torch.tensor([0, 2, 1])},
-    ),
+    "classifier": (tiny_classifier, {"input_ids": IDS, "labels": torch.tensor([0, 2, 1])}),
     "translation": (lambda: tiny_seq2seq_model(**COUNTING), {"input_ids": IDS, "labels": IDS[:, :4]}),
 }
 

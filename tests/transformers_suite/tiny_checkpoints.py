@@ -7,7 +7,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as tokenizer_decoders
 from transformers import PreTrainedTokenizerFast, set_seed
 
-import modeling_stablemoe
+from modeling_stablemoe import (
+    StableMoEForCausalLM,
+    StableMoEForConditionalGeneration,
+    StableMoEForSequenceClassification,
+    StableMoEModel,
+    StableMoESeq2SeqModel,
+)
 from modeling_stablemoe.model.configuration_stablemoe import EXPERT_PARAMETERS
 from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
 
@@ -23,15 +29,13 @@ _SIZES = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
-_CAUSAL = ("StableMoEConfig", {"num_hidden_layers": 2})
-_SEQ2SEQ = ("StableMoESeq2SeqConfig", {"encoder_layers": 2, "decoder_layers": 2})
-# Class by class, the config that it takes.
-_CLASSES = {
-    "StableMoEModel": _CAUSAL,
-    "StableMoEForCausalLM": _CAUSAL,
-    "StableMoEForSequenceClassification": _CAUSAL,
-    "StableMoESeq2SeqModel": _SEQ2SEQ,
-    "StableMoEForConditionalGeneration": _SEQ2SEQ,
+_CAUSAL, _SEQ2SEQ = {"num_hidden_layers": 2}, {"encoder_layers": 2, "decoder_layers": 2}
+_DEPTHS = {
+    StableMoEModel: _CAUSAL,
+    StableMoEForCausalLM: _CAUSAL,
+    StableMoEForSequenceClassification: _CAUSAL,
+    StableMoESeq2SeqModel: _SEQ2SEQ,
+    StableMoEForConditionalGeneration: _SEQ2SEQ,
 }
 
 
@@ -39,28 +43,21 @@ def write_tiny_checkpoints(folder: Path, stage: int):
     """Write a checkpoint of every class that the package has, and the summary that the suite reads."""
     tokenizer = _train_tokenizer()
     summary = {}
-    for name, (config_name, sizes) in _CLASSES.items():
-        if not hasattr(modeling_stablemoe, name):
-            continue
-        config = getattr(modeling_stablemoe, config_name)(vocab_size=len(tokenizer), **sizes, **_SIZES)
-        checkpoint = folder / config.model_type / name
-        _make_model(getattr(modeling_stablemoe, name), config, stage).save_pretrained(checkpoint)
+    for model_class, depths in _DEPTHS.items():
+        set_seed(0)
+        model = model_class(model_class.config_class(vocab_size=len(tokenizer), **depths, **_SIZES))
+        for layer in moe_layers_of(model).values():
+            for sublayer in layer.expert_stack.sublayers:
+                for name in EXPERT_PARAMETERS:
+                    getattr(sublayer, name).data.normal_(std=0.1)
+        if stage == 2:
+            model.freeze_router()
+        checkpoint = folder / model.config.model_type / model_class.__name__
+        model.save_pretrained(checkpoint)
         tokenizer.save_pretrained(checkpoint)
-        summary[name] = {"tokenizer_classes": ["PreTrainedTokenizerFast"], "processor_classes": []}
+        summary[model_class.__name__] = {"tokenizer_classes": ["PreTrainedTokenizerFast"], "processor_classes": []}
     (folder / "reports").mkdir()
     (folder / "reports" / "tiny_model_summary.json").write_text(json.dumps(summary))
-
-
-def _make_model(model_class: type, config, stage: int):
-    set_seed(0)
-    model = model_class(config)
-    for layer in moe_layers_of(model).values():
-        for sublayer in layer.expert_stack.sublayers:
-            for name in EXPERT_PARAMETERS:
-                getattr(sublayer, name).data.normal_(std=0.1)
-    if stage == 2:
-        model.freeze_router()
-    return model
 
 
 def _train_tokenizer() -> PreTrainedTokenizerFast:
