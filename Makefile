@@ -8,9 +8,10 @@ RECIPE ?= configuration/recipes/embedded-cpu.yaml
 OUTPUT ?= runs/embedded-cpu
 SEQ2SEQ_RECIPE ?= configuration/recipes/code-summary-cpu.yaml
 SEQ2SEQ_OUTPUT ?= runs/code-summary
-# Test files side by side; a file's tests run in one process, unless `xdist_group` gives some a group of their own.
+# Test files side by side; a file's tests run in one process, where fixtures of the file are made once. (By file and not by
+# group: pytest-xdist 3.8 forms no groups under pytest 9.2.)
 WORKERS ?= 2
-FAST_TESTS = -m pytest -m "not slow and not gpu" --durations=10 --numprocesses $(WORKERS) --dist loadgroup
+FAST_TESTS = -m pytest -m "not slow and not gpu" --durations=10 --numprocesses $(WORKERS) --dist loadfile
 # What the locked, the oldest and the newest set cover.
 EXTRAS := plots tensorboard translation test
 # Both ends take another torch where they are told one, a CPU build for example: `make test-oldest TORCH=torch==2.13.0`.

@@ -19,13 +19,9 @@ from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.hub import release_checks
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow, and before pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before `-m` leaves out what is slow
 def pytest_collection_modifyitems(items):
     leave_most_combinations_to_slow(items)
-    for item in items:
-        # Fixtures of a module are made once: its tests run in one worker.
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 def pytest_collection_finish():

@@ -13,8 +13,6 @@ from helpers.checkpoints import BLOCK
 from helpers.workplaces import CausalWorkplace, TranslationWorkplace
 
 
-pytestmark = pytest.mark.xdist_group("hub")  # one pretended Hub
-
 WATCH = "stage1_watch.safetensors"
 CODE_FILES = {"configuration_stablemoe.py"}
 

@@ -23,8 +23,6 @@ from modeling_stablemoe.hub.reload_probe import compute
 from modeling_stablemoe.runs.run import evaluate_saved_model, summarize_run, write_results
 
 
-pytestmark = pytest.mark.xdist_group("hub")  # one pretended Hub
-
 TABLE = "model.moe_layers.0.frozen_router.routing_table"
 
 
