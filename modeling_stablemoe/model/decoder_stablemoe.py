@@ -67,6 +67,11 @@ class DecoderWithExperts:
         if not init_routing_weights(module, self.moe_config):
             super()._init_weights(module)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the source of the class's module, which is this file for ours.
+        return cls.__mro__[2]._can_set_experts_implementation()
+
     def __reduce_ex__(self, protocol):
         return _empty_decoder, (type(self).__mro__[2],), self.__getstate__()
 
@@ -101,6 +106,9 @@ def build_decoder(config: StableMoEConfig) -> PreTrainedModel:
     """
     _check_is_decoder(config.backbone_config)
     decoder_class = AutoModel._model_mapping[type(config.backbone_config)]
+    if not decoder_class._can_set_experts_implementation():
+        # What is asked for is for our experts: the backbone has none, and would refuse.
+        config.backbone_config._experts_implementation = None
     decoder = decoder_with_experts(decoder_class)(config.backbone_config)
     decoder.moe_config = config
     blocks = blocks_of(decoder)
