@@ -104,7 +104,7 @@ def build_decoder(config: StableMoEConfig) -> PreTrainedModel:
     Raises:
         ValueError: for the config of anything but a decoder-only language model.
     """
-    _check_is_decoder(config.backbone_config)
+    causal_class(config.backbone_config)
     decoder_class = AutoModel._model_mapping[type(config.backbone_config)]
     if not decoder_class._can_set_experts_implementation():
         # What is asked for is for our experts: the backbone has none, and would refuse.
@@ -123,13 +123,19 @@ def build_decoder(config: StableMoEConfig) -> PreTrainedModel:
     return decoder
 
 
-def _check_is_decoder(config: PreTrainedConfig):
-    is_causal = type(config) in AutoModelForCausalLM._model_mapping.keys()
-    if not is_causal or config.is_encoder_decoder or config.sub_configs:
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class of a decoder-only language model.
+
+    Raises:
+        ValueError: for the config of anything else.
+    """
+    classes = AutoModelForCausalLM._model_mapping
+    if type(config) not in classes.keys() or config.is_encoder_decoder or config.sub_configs:
         raise ValueError(
             f"`backbone_config` is of a {config.model_type!r}, which is no decoder-only language model: MoE layers stand between "
             "the blocks of one, a Llama or a Qwen3 say."
         )
+    return classes[type(config)]
 
 
 def blocks_of(decoder: PreTrainedModel) -> nn.ModuleList:
@@ -181,7 +187,7 @@ class BackboneHead:
 
     def __init__(self, config: PreTrainedConfig):
         with torch.device("meta"):
-            self._model = AutoModelForCausalLM._model_mapping[type(config)](config)
+            self._model = causal_class(config)(config)
         matrix = self._model.get_output_embeddings()
         if type(matrix) is not nn.Linear:
             raise ValueError(
@@ -204,6 +210,7 @@ __all__ = [
     "block_with_experts",
     "blocks_of",
     "build_decoder",
+    "causal_class",
     "decoder_with_experts",
     "embedding_name",
 ]
