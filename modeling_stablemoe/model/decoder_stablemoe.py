@@ -157,10 +157,9 @@ def blocks_of(decoder: PreTrainedModel) -> nn.ModuleList:
     return lists[0]
 
 
-def embedding_name(decoder: PreTrainedModel) -> str:
-    """Return the qualified name of a decoder's token embedding."""
-    embedding = decoder.get_input_embeddings()
-    return next(name for name, module in decoder.named_modules() if module is embedding)
+def name_of(model: nn.Module, part: nn.Module) -> str:
+    """Return the qualified name of a part of a model."""
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 @dataclass
@@ -212,5 +211,5 @@ __all__ = [
     "build_decoder",
     "causal_class",
     "decoder_with_experts",
-    "embedding_name",
+    "name_of",
 ]

@@ -19,7 +19,7 @@ from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig, from_package
 from .context_stablemoe import final_token_mask, mask_of_pass
-from .decoder_stablemoe import BackboneHead, blocks_of, embedding_name
+from .decoder_stablemoe import BackboneHead, blocks_of, name_of
 from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
@@ -61,6 +61,18 @@ class StableMoEModel(StableMoEBackbone):
             self.decoder.set_input_embeddings(value)
         else:
             self.embed_tokens = value
+
+    def init_parallel_plans(self):
+        """Collect the sharding plans: of a decoder its own, and for the experts in its blocks what the config has for ours."""
+        super().init_parallel_plans()
+        if not self.has_decoder:
+            return
+        in_blocks = f"decoder.{name_of(self.decoder, blocks_of(self.decoder))}.*"
+        own = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("moe_layers.*.")}
+        self._fsdp_plan = {rule: how for rule, how in self._fsdp_plan.items() if rule.startswith("decoder.")}
+        self._ep_plan = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("decoder.")}
+        for layer in ("moe_layer_before", "moe_layer"):
+            self._ep_plan |= {rule.replace("moe_layers.*", f"{in_blocks}.{layer}"): how for rule, how in own.items()}
 
     @takes_cache_by_either_name
     def forward(
@@ -221,7 +233,8 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
         has_bias = self.backbone_head is not None and self.backbone_head.has_bias
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=has_bias)
         if self.model.has_decoder:
-            self._tied_weights_keys = {"lm_head.weight": f"model.decoder.{embedding_name(self.model.decoder)}.weight"}
+            embedding = name_of(self.model, self.model.get_input_embeddings())
+            self._tied_weights_keys = {"lm_head.weight": f"model.{embedding}.weight"}
         self.post_init()
 
     @classmethod
