@@ -10,7 +10,7 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
-from .configuration_stablemoe import StableMoEConfig
+from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 from .distillation_stablemoe import sees_context
 from .initialization_stablemoe import init_as_linear, init_routing_weights
 from .integration_stablemoe import IntegrationMixin
@@ -47,6 +47,11 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         "attentions": StableMoEAttention,
         **{name: OutputRecorder(Router, index=index) for index, name in enumerate(RECORDED)},
     }
+
+    def __init__(self, config: StableMoEBaseConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if getattr(config, "backbone_config", None) is not None:
+            self._no_split_modules = []  # but the blocks of the decoder, which it names itself
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
