@@ -246,20 +246,22 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
         moe_layer_positions: list[int] | None = None,
         **options: Any,
     ) -> "StableMoEForCausalLM":
-        """Convert a dense GPT-2 or OPT to a StableMoE with the same logits, ready for both stages of training.
+        """Convert a dense language model to a StableMoE with the same logits, ready for both stages of training.
 
-        MoE layers are put between its blocks, and their new experts add nothing until they are trained. Weights, dtype,
-        device, generation settings, attention implementation and rate of dropout are those of the dense model
-        (`resid_pdrop` and `embd_pdrop` of GPT-2; that of OPT is applied to the embeddings here, too).
+        MoE layers are put between its blocks, and their new experts add nothing until they are trained. GPT-2 and OPT become the
+        paper's blocks; any other decoder of transformers stays what it is (`config.backbone_config`). Weights, dtype, device,
+        generation settings, attention implementation and rates of dropout are those of the dense model (`resid_pdrop` and
+        `embd_pdrop` of GPT-2; that of OPT is applied to the embeddings here, too).
 
         Args:
-            dense (`GPT2LMHeadModel`, `OPTForCausalLM`, `str` or `PathLike`): the model, or its Hub name or folder.
+            dense (`PreTrainedModel`, `str` or `PathLike`): the language model, or its Hub name or folder.
             num_experts (`int`, *optional*): of each MoE layer; default 32, as the paper's base model.
             moe_layer_positions (`list[int]`, *optional*): k = after block k, 0 = before the first block; default: one
                 layer in the middle, the best place in table 4. `[]` adds nothing.
             **options: every other field of `StableMoEConfig` that the dense model does not determine:
-                `num_expert_sublayers` (3), those of routing and stage 1, `dropout`, `attention_dropout`,
-                `initializer_range` (of the experts), `use_cache` and special token ids. `attn_implementation` and
+                `num_expert_sublayers` (3), those of routing and stage 1, `initializer_range` (of the experts), `use_cache` and
+                special token ids; of GPT-2 and OPT `dropout` and `attention_dropout`, of other decoders
+                `intermediate_size` (of the experts; default: as the decoder's), `hidden_act` and `layer_norm_eps`. `attn_implementation` and
                 `experts_implementation` as in `from_pretrained`; with a name or folder also `revision`, `token`,
                 `cache_dir`, `dtype` and the like.
 
@@ -268,8 +270,8 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
 
         Raises:
             OSError: if there is no such checkpoint.
-            ValueError: for another architecture, a setting of the dense model that these blocks do not have, a surplus or
-                missing tensor, or an unknown option; the message names it.
+            ValueError: for a model that cannot carry the layers, a setting of GPT-2 or OPT that the paper's blocks do not have, a
+                surplus or missing tensor, or an unknown option; the message names it.
         """
         options |= {"num_experts": num_experts, "moe_layer_positions": moe_layer_positions}
         return from_package("convert_dense", "`from_dense`")(cls, dense, options)
