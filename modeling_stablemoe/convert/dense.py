@@ -228,6 +228,10 @@ class DecoderSource(DenseSource):
 
     free_fields = (*EXPERT_FIELDS, "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 
+    def check(self, config: PreTrainedConfig):
+        """Refuse what is no decoder-only language model."""
+        causal_class(config)
+
     def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Give the decoder's config, and its FFN's width to the experts."""
         fields = {"backbone_config": copy.deepcopy(config)}

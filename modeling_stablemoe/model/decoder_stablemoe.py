@@ -132,8 +132,8 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     classes = AutoModelForCausalLM._model_mapping
     if type(config) not in classes.keys() or config.is_encoder_decoder or config.sub_configs:
         raise ValueError(
-            f"`backbone_config` is of a {config.model_type!r}, which is no decoder-only language model: MoE layers stand between "
-            "the blocks of one, a Llama or a Qwen3 say."
+            f"A {config.model_type!r} model is no decoder-only language model, with blocks that MoE layers could stand between, as a "
+            "Llama or a Qwen3 is."
         )
     return classes[type(config)]
 

@@ -267,9 +267,9 @@ def test_a_config_that_contradicts_its_backbone_is_refused(fields, complaint):
     ("config", "complaint"),
     [
         (transformers.BertConfig(num_hidden_layers=2), "BertModel has no single list of blocks"),
-        (transformers.DistilBertConfig(), "'distilbert', which is no decoder-only language model"),
-        (transformers.T5Config(), "'t5', which is no decoder-only language model"),
-        (transformers.LlavaConfig(), "'llava', which is no decoder-only language model"),
+        (transformers.DistilBertConfig(), "A 'distilbert' model is no decoder-only language model"),
+        (transformers.T5Config(), "A 't5' model is no decoder-only language model"),
+        (transformers.LlavaConfig(), "A 'llava' model is no decoder-only language model"),
         (
             transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3),
             "does not hand keyword arguments down",
