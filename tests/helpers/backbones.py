@@ -72,9 +72,9 @@ def dense_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     return AutoModelForCausalLM.from_config(backbone_config(family), dtype=dtype).eval()
 
 
-def backed_config(family: str, **overrides) -> StableMoEConfig:
+def backed_config(family: str, vocab_size: int = VOCAB, **overrides) -> StableMoEConfig:
     fields = {"num_experts": 4, "intermediate_size": 16, "num_expert_sublayers": 2, "moe_layer_positions": [0, 2]}
-    return StableMoEConfig(backbone_config=backbone_config(family), **{**fields, **overrides})
+    return StableMoEConfig(backbone_config=backbone_config(family, vocab_size=vocab_size), **{**fields, **overrides})
 
 
 def backed_model(family: str, **overrides) -> StableMoEForCausalLM:

@@ -32,13 +32,20 @@ from modeling_stablemoe import (
 )
 
 
-families = pytest.mark.parametrize(
-    "family", [f if f in REPRESENTATIVES else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
-)
+def families_with_fast(*fast: str):
+    """Every family; of those that are not among the `fast` in the slow set."""
+    return pytest.mark.parametrize(
+        "family", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+    )
+
+
+families = families_with_fast(*REPRESENTATIVES)
+one_family = families_with_fast("llama")
 IDS = random_ids(2, 12, low=3, high=VOCAB)
 GREEDY = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2"}))  # gpt2's become the paper's blocks
 def test_a_converted_decoder_has_the_same_logits_to_the_bit(family, dtype):
@@ -134,7 +141,7 @@ def test_padding_on_the_left_and_embeddings_in_place_of_ids_change_nothing(famil
     assert all(map(torch.equal, embedded.expert_indices, expected.expert_indices))
 
 
-@families
+@one_family
 def test_packed_rows_are_apart_where_the_decoder_keeps_them_apart(family):
     rows, positions = IDS.view(1, -1), torch.arange(12).repeat(2).view(1, -1)
     for model in (dense_model(family), backed_model(family), backed_model(family, distilled_router="bigram")):
@@ -163,7 +170,7 @@ def test_a_checkpoint_and_copies_of_a_model_are_the_model(family, tmp_path):
     assert torch.equal(half.route(ids), model.route(ids))
 
 
-@families
+@one_family
 def test_a_checkpoint_loads_without_the_package(family, tmp_path):
     model = backed_model(family)
     model.freeze_router()
@@ -186,7 +193,7 @@ def test_a_checkpoint_loads_without_the_package(family, tmp_path):
     run_without_package(code, tmp_path, tmp_path / "model", expected)
 
 
-@families
+@one_family
 def test_both_stages_under_the_trainer(family, tmp_path):
     model = backed_model(family)
     transition = StageTransitionCallback(stage1_steps=2)
@@ -197,7 +204,7 @@ def test_both_stages_under_the_trainer(family, tmp_path):
     assert model.config.router_fingerprint == model.router_fingerprint()
 
 
-@families
+@one_family
 def test_adapters_learn_beside_the_frozen_routing(family):
     peft = pytest.importorskip("peft")
     model = backed_model(family)
@@ -223,6 +230,7 @@ def test_outputs_are_recorded_as_the_decoder_records_them(family):
     assert torch.equal(torch.stack(outputs.expert_indices), model.route(IDS))
 
 
+@pytest.mark.slow
 def test_a_forward_pass_compiles_to_one_graph():
     model = backed_model("llama")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -249,7 +257,7 @@ def test_a_config_keeps_its_backbone(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"vocab_size": 65}, r"`vocab_size` \(65\) is not that of the backbone, a 'llama' with 64"),
+        ({"hidden_size": 33}, r"`hidden_size` \(33\) is not that of the backbone, a 'llama' with 32"),
         ({"moe_layer_positions": [4]}, r"`moe_layer_positions` \[4\] lie outside 0..num_hidden_layers \(3\)"),
         ({"scale_embedding": True, "dropout": 0.1}, "`scale_embedding`, `dropout`: of the paper's blocks"),
         ({"backbone_config": {"hidden_size": 3}}, "`backbone_config` has no `model_type`"),
