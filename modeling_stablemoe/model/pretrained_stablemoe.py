@@ -11,6 +11,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
+from .decoder_stablemoe import causal_class
 from .distillation_stablemoe import sees_context
 from .initialization_stablemoe import init_as_linear, init_routing_weights
 from .integration_stablemoe import IntegrationMixin
@@ -20,6 +21,16 @@ from .tensors_stablemoe import may_ask, unpack_ids
 
 
 logger = logging.get_logger(__name__)
+
+
+# What depends on the attention of the blocks, and so on whose they are.
+_OF_THE_BLOCKS = (
+    "_supports_flash_attn",
+    "_supports_sdpa",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_can_compile_fullgraph",
+)
 
 
 class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTrainedModel):
@@ -49,8 +60,13 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
     }
 
     def __init__(self, config: StableMoEBaseConfig, *args, **kwargs):
+        backbone_config = getattr(config, "backbone_config", None)
+        if backbone_config is not None:
+            backbone_class = causal_class(backbone_config)
+            for name in _OF_THE_BLOCKS:
+                setattr(self, name, getattr(backbone_class, name))
         super().__init__(config, *args, **kwargs)
-        if getattr(config, "backbone_config", None) is not None:
+        if backbone_config is not None:
             self._no_split_modules = []  # but the blocks of the decoder, which it names itself
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from helpers import reference
 from helpers.backbones import (
@@ -29,7 +29,9 @@ from modeling_stablemoe import (
     StableMoEForCausalLM,
     StableMoEForSequenceClassification,
     StageTransitionCallback,
+    offload_experts,
 )
+from modeling_stablemoe.measure.flops import count_parameters, forward_flops
 
 
 def families_with_fast(*fast: str):
@@ -180,7 +182,7 @@ def test_a_checkpoint_loads_without_the_package(family, tmp_path):
     code = """
         import json, sys
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
         expected = json.loads(sys.argv[2])
@@ -216,6 +218,39 @@ def test_adapters_learn_beside_the_frozen_routing(family):
     assert trained
     assert all("lora" in name for name in trained)
     assert torch.equal(adapted.get_base_model().route(IDS), routes)
+
+
+@families
+def test_offloaded_experts_change_nothing(family, tmp_path):
+    model = backed_model(family)
+    model.freeze_router()
+    model.save_pretrained(tmp_path)
+    offloaded = StableMoEForCausalLM.from_pretrained(tmp_path)
+    offload_experts(offloaded, experts_on_device=2)
+    with torch.no_grad():
+        assert torch.equal(offloaded(IDS).logits, model(IDS).logits)
+
+
+def test_a_batch_in_flight_is_generated_as_each_alone(tmp_path):
+    model = backed_model("llama")
+    model.freeze_router()
+    model.save_pretrained(tmp_path)
+    paged = StableMoEForCausalLM.from_pretrained(tmp_path, attn_implementation="paged|sdpa")
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    outputs = paged.generate_batch([row.tolist() for row in IDS], generation_config=options).values()
+    expected = model.generate(IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, 12:].tolist()
+    assert [output.generated_tokens for output in outputs] == expected
+
+
+@pytest.mark.parametrize("family", REPRESENTATIVES)
+def test_operations_are_those_of_the_decoder_and_of_the_layers(family):
+    dense, model = dense_model(family), backed_model(family)
+    model.freeze_router()
+    layers = len(model.moe_layers_by_name)
+    # Two sublayers of two matrices, and the score of one expert; two operations per multiply-accumulate, sixteen tokens.
+    added = layers * 16 * 2 * (2 * 2 * 32 * 16 + 32)
+    assert forward_flops(model, 16) - forward_flops(dense, 16) == pytest.approx(added, rel=0.1)
+    assert count_parameters(model)["experts"] > 0
 
 
 @pytest.mark.parametrize("family", REPRESENTATIVES)
