@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Turn a dense GPT-2 or OPT into a StableMoE with the same logits, ready for both stages of training.
+"""Turn a dense language model into a StableMoE with the same logits, ready for both stages of training.
 
 python scripts/convert_dense.py openai-community/gpt2 runs/gpt2-moe --num_experts 8
+python scripts/convert_dense.py HuggingFaceTB/SmolLM2-135M runs/smollm2-moe --num_experts 8 --dtype bfloat16
 python scripts/convert_dense.py runs/my-gpt2 runs/moe --model_preset configuration/models/cpu-small.json --dry_run
 """
 
@@ -76,7 +77,7 @@ def parse_arguments(argv=None):
     parser = HfArgumentParser(ConvertArguments, **help_of(__doc__))
     # Before the options, as those with several values would take them, too.
     parser.usage = "%(prog)s source output_dir [--option value ...]"
-    parser.add_argument("source", help="Hub name or folder of a GPT-2 or OPT checkpoint")
+    parser.add_argument("source", help="Hub name or folder of a decoder-only language model")
     parser.add_argument("output_dir", help="new folder for the StableMoE and its tokenizer")
     try:
         args, rest = parser.parse_args_into_dataclasses(args=argv)

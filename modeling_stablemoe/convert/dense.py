@@ -7,7 +7,7 @@ no logit until they are trained.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from os import PathLike
 from typing import Any
@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
+from modeling_stablemoe.model.decoder_stablemoe import causal_class
+from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
 
 
 # What `from_pretrained` takes that says where a checkpoint is, and in which dtype and format it is wanted.
@@ -32,6 +34,8 @@ FREE_FIELDS = (
     "eos_token_id",
     "pad_token_id",
 )
+# Those that a decoder which stays itself (`backbone_config`) leaves free: they are of the experts.
+EXPERT_FIELDS = ("intermediate_size", "hidden_act", "layer_norm_eps")
 
 
 class SourceTensors:
@@ -52,6 +56,8 @@ class DenseSource:
 
     # `{field: (the value that our blocks compute, what another value would mean)}`
     required_values: dict[str, tuple[Any, str]] = {}
+    # Fields that it does not determine, beside those of the routing.
+    free_fields: tuple[str, ...] = FREE_FIELDS
 
     def check(self, config: PreTrainedConfig):
         """Refuse what our blocks cannot express; a ValueError names field, value and remedy."""
@@ -75,6 +81,34 @@ class DenseSource:
     def tensors(self, source: SourceTensors, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of the dense model under our names."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def load(self, model: PreTrainedModel, dense: PreTrainedModel):
+        """Copy the tensors of a dense model into a StableMoE, whose MoE layers keep their own."""
+        given = SourceTensors(dense.state_dict())
+        tensors = dict(self.tensors(given, dense.config))
+        tensors["lm_head.weight"] = given.take("lm_head.weight")
+        if given.left:
+            raise ValueError(
+                f"The dense model has tensors that a StableMoE has no place for: {', '.join(sorted(given.left))}. Merge "
+                "adapters, undo quantization or remove extra heads first."
+            )
+        embedding = tensors["model.embed_tokens.weight"]
+        if model.config.tie_word_embeddings and not torch.equal(tensors["lm_head.weight"], embedding):
+            raise ValueError(
+                "`tie_word_embeddings` is True, but the head of the dense model is not its token embedding. Call its "
+                "`tie_weights()`, or set `tie_word_embeddings` to False in its config."
+            )
+        own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.moe_layers.")}
+        if tensors.keys() != own.keys():
+            raise ValueError(f"Tensors without a counterpart: {', '.join(sorted(tensors.keys() ^ own.keys()))}.")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"`{name}` is {list(tensor.shape)} in the dense model, {list(own[name].shape)} by its config: weights and "
+                    "config are not of one model."
+                )
+            own[name].copy_(tensor)
 
 
 def _parts(source: SourceTensors, old: str, new: str) -> Iterator[tuple[str, Tensor]]:
@@ -189,6 +223,36 @@ class OPTSource(DenseSource):
             yield from _parts(source, f"{decoder}.final_layer_norm", "model.norm")
 
 
+class DecoderSource(DenseSource):
+    """Any other decoder of transformers: it stays what it is (`backbone_config`), its weights are taken whole."""
+
+    free_fields = (*EXPERT_FIELDS, "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
+
+    def check(self, config: PreTrainedConfig):
+        """Refuse what is no decoder-only language model."""
+        causal_class(config)
+
+    def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Give the decoder's config, and its FFN's width to the experts."""
+        fields = {"backbone_config": copy.deepcopy(config)}
+        return fields | {name: getattr(config, name) for name in ("intermediate_size",) if hasattr(config, name)}
+
+    @torch.no_grad()
+    def load(self, model: PreTrainedModel, dense: PreTrainedModel):
+        """Copy decoder and head."""
+        decoder, head = model.model.decoder, dense.get_output_embeddings()
+        loaded = decoder.load_state_dict(dense.base_model.state_dict(), strict=False)
+        own = {f"{name}." for name in moe_layers_of(decoder)}
+        missing = [name for name in loaded.missing_keys if not name.startswith(tuple(own))]
+        if missing or loaded.unexpected_keys:
+            raise ValueError(
+                f"The dense model and its config do not fit: {', '.join(missing + loaded.unexpected_keys)}. Merge adapters, undo "
+                "quantization or remove extra heads first."
+            )
+        model.lm_head.load_state_dict(head.state_dict())
+
+
+# Architectures whose blocks are the paper's; all others bring their own.
 DENSE_SOURCES: dict[str, type[DenseSource]] = {"gpt2": GPT2Source, "opt": OPTSource}
 
 
@@ -214,7 +278,7 @@ def convert_dense(
     config = config_of_dense(dense.config, **options)
     implementations.setdefault("attn_implementation", dense.config._attn_implementation)
     model = model_class._from_config(config, dtype=dense.dtype, **implementations)
-    _load(model, source, dense)
+    source.load(model, dense)
     if dense.can_generate():
         model.generation_config = copy.deepcopy(dense.generation_config)
     return model.to(dense.device).train(dense.training)
@@ -223,11 +287,11 @@ def convert_dense(
 def config_of_dense(dense_config: PreTrainedConfig, **overrides: Any) -> StableMoEConfig:
     """Make the config of the StableMoE that computes what a dense model does; overrides are fields it leaves free."""
     source = _source_of(dense_config)
-    check_overrides(overrides)
+    check_overrides(overrides, source.free_fields)
     source.check(dense_config)
     shared = ("use_cache", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
     values = source.config_fields(dense_config) | {name: getattr(dense_config, name) for name in shared} | overrides
-    if values["dropout"] is None:
+    if values.get("dropout", 0.0) is None:
         raise ValueError(
             f"`resid_pdrop` ({dense_config.resid_pdrop}) and `embd_pdrop` ({dense_config.embd_pdrop}) differ: a StableMoE "
             "has one `dropout` for residuals and embeddings. Choose one, as `dropout=0.1`; it changes no logit in "
@@ -236,16 +300,18 @@ def config_of_dense(dense_config: PreTrainedConfig, **overrides: Any) -> StableM
     return StableMoEConfig(**values)
 
 
-def check_overrides(overrides: dict[str, Any]):
+def check_overrides(overrides: dict[str, Any], free_fields: Sequence[str] = (*EXPERT_FIELDS, *FREE_FIELDS)):
     """Refuse overrides of fields that the dense model determines, or that do not exist.
 
     Args:
         overrides (`dict`): fields of `StableMoEConfig` by name.
+        free_fields (sequence of `str`): those that may be set beside the fields of the routing. Default: those that some
+            architecture leaves free.
 
     Raises:
         ValueError: naming the fields that are refused, and those that can be chosen.
     """
-    free = [*routing_fields(), *FREE_FIELDS]
+    free = [*routing_fields(), *free_fields]
     refused = sorted(set(overrides) - set(free))
     if refused:
         raise ValueError(
@@ -271,6 +337,7 @@ def routing_fields() -> list[str]:
         "tie_word_embeddings",
         "router_fingerprint",
         "pruned_tokens",
+        "backbone_config",
         *FREE_FIELDS,
         *(field.name for field in fields(PreTrainedConfig)),
     }
@@ -278,7 +345,7 @@ def routing_fields() -> list[str]:
 
 
 def load_dense(name_or_path: str | PathLike, **loading: Any) -> PreTrainedModel:
-    """Load a whole GPT-2 or OPT language model.
+    """Load a whole decoder-only language model.
 
     Args:
         name_or_path (`str` or `PathLike`): Hub name or folder.
@@ -308,17 +375,11 @@ def load_dense(name_or_path: str | PathLike, **loading: Any) -> PreTrainedModel:
 
 
 def _source_of(config: PreTrainedConfig) -> DenseSource:
-    model_type = getattr(config, "model_type", None)
-    if model_type not in DENSE_SOURCES:
-        raise ValueError(
-            f"`model_type` is {model_type!r}: a StableMoE has the blocks of {' and '.join(DENSE_SOURCES)} models, and no "
-            "others."
-        )
-    return DENSE_SOURCES[model_type]()
+    return DENSE_SOURCES.get(getattr(config, "model_type", None), DecoderSource)()
 
 
 def _check_whole(dense: PreTrainedModel):
-    expected = AutoModelForCausalLM._model_mapping[type(dense.config)]
+    expected = causal_class(dense.config)
     if not isinstance(dense, expected):
         raise ValueError(
             f"`from_dense` needs a {expected.__name__}, got a {type(dense).__name__}. Merge adapters "
@@ -327,32 +388,3 @@ def _check_whole(dense: PreTrainedModel):
     absent = [name for name, parameter in dense.named_parameters() if parameter.is_meta]
     if absent:
         raise ValueError(f"{', '.join(absent)}: not in memory. Load the dense model without offloading.")
-
-
-@torch.no_grad()
-def _load(model: PreTrainedModel, source: DenseSource, dense: PreTrainedModel):
-    """Copy the tensors of a dense model into a StableMoE, whose MoE layers keep their own."""
-    given = SourceTensors(dense.state_dict())
-    tensors = dict(source.tensors(given, dense.config))
-    tensors["lm_head.weight"] = given.take("lm_head.weight")
-    if given.left:
-        raise ValueError(
-            f"The dense model has tensors that a StableMoE has no place for: {', '.join(sorted(given.left))}. Merge "
-            "adapters, undo quantization or remove extra heads first."
-        )
-    embedding = tensors["model.embed_tokens.weight"]
-    if model.config.tie_word_embeddings and not torch.equal(tensors["lm_head.weight"], embedding):
-        raise ValueError(
-            "`tie_word_embeddings` is True, but the head of the dense model is not its token embedding. Call its "
-            "`tie_weights()`, or set `tie_word_embeddings` to False in its config."
-        )
-    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("model.moe_layers.")}
-    if tensors.keys() != own.keys():
-        raise ValueError(f"Tensors without a counterpart: {', '.join(sorted(tensors.keys() ^ own.keys()))}.")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"`{name}` is {list(tensor.shape)} in the dense model, {list(own[name].shape)} by its config: weights and "
-                "config are not of one model."
-            )
-        own[name].copy_(tensor)

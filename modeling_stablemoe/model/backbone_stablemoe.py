@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens, cached_sequences, new_columns, packed_sequences, token_mask, whole_sequences
+from .decoder_stablemoe import blocks_of, build_decoder
 from .distillation_stablemoe import sees_context
 from .experts_stablemoe import Parts
 from .layer_stablemoe import StableMoELayer, look_up_ahead
@@ -19,16 +20,27 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
 
     Args:
         config (`StableMoEBaseConfig`).
-        blocks (`list[StableMoEBlock]`): in order.
+        blocks (`list[StableMoEBlock]`, *optional*): in order; `None` where `config.backbone_config` has blocks of its own.
         moe_layer_positions (`list[int]`): where MoE layers stand: k = after block k, 0 = before the first block.
     """
 
     # Which of the sides of `config.pruned_tokens` it is: 1 is the decoder of an encoder-decoder.
     side = 0
 
-    def __init__(self, config: StableMoEBaseConfig, blocks: list[StableMoEBlock], moe_layer_positions: list[int]):
+    def __init__(
+        self, config: StableMoEBaseConfig, blocks: list[StableMoEBlock] | None, moe_layer_positions: list[int]
+    ):
         super().__init__(config)
         self.moe_layer_positions = moe_layer_positions
+        self.sees_context = bool(moe_layer_positions) and sees_context(config)
+        self.gradient_checkpointing = False
+        if blocks is None:
+            self.decoder = build_decoder(config)
+        else:
+            self._build(config, blocks)
+
+    def _build(self, config: StableMoEBaseConfig, blocks: list[StableMoEBlock]):
+        """Build the paper's model around its blocks."""
         self.embed_scale = config.hidden_size**0.5 if config.scale_embedding else 1.0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         if config.position_embedding_type == "learned":
@@ -36,20 +48,34 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         else:
             self.embed_positions = SinusoidalPositions(config.hidden_size)
         self.layers = nn.ModuleList(blocks)
-        self.moe_layers = Parts([StableMoELayer(config) for _ in moe_layer_positions])
+        self.moe_layers = Parts([StableMoELayer(config) for _ in self.moe_layer_positions])
         # Post-norm blocks end with a norm of their own.
         has_norm = config.do_layer_norm_before
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else nn.Identity()
-        self.sees_context = bool(moe_layer_positions) and sees_context(config)
-        self.gradient_checkpointing = False
+
+    @property
+    def has_decoder(self) -> bool:
+        """`bool`: whether the blocks are those of a decoder of transformers, and not the paper's."""
+        return "decoder" in self._modules
 
     @property
     def num_blocks(self) -> int:
         """`int`: blocks that a pass runs: all of them."""
         return len(self.layers)
 
-    def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """Return `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`.
+    @property
+    def moe_layers_in_order(self) -> list[StableMoELayer]:
+        """`list[StableMoELayer]`: the MoE layers, in the order of `moe_layer_positions`."""
+        if not self.has_decoder:
+            return list(self.moe_layers)
+        blocks = blocks_of(self.decoder)
+        return [
+            blocks[position - 1].moe_layer if position > 0 else blocks[0].moe_layer_before
+            for position in self.moe_layer_positions
+        ]
+
+    def check_input(self, input_ids: Tensor | None, inputs_embeds: Tensor | None):
+        """Check what a pass is given.
 
         Raises:
             ValueError: without both, for input without any token, or for a token id outside the vocabulary.
@@ -64,6 +90,10 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             )
         if input_ids is not None:
             self.check_token_ids(input_ids)
+
+    def look_up(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return `inputs_embeds` or, without them, the embeddings of `input_ids`: `(batch, sequence, hidden_size)`."""
+        self.check_input(input_ids, inputs_embeds)
         return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
     def embed(self, inputs_embeds: Tensor, position_ids: Tensor) -> Tensor:
@@ -85,7 +115,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
     def tokens_of(
         self,
         input_ids: Tensor | None,
-        inputs_embeds: Tensor,
+        inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         cache: Cache | None = None,
         position_ids: Tensor | None = None,
@@ -107,7 +137,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         if self.moe_layer_positions:
             token_ids = self.nearest_token_ids(inputs_embeds) if input_ids is None else input_ids
             self.warn_of_pruned_tokens(token_ids, self.side)
-        mask = token_mask(attention_mask, inputs_embeds.shape[1], cache)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        mask = token_mask(attention_mask, given.shape[1], cache)
         if not self.sees_context:
             return tuple(Tokens(token_ids, mask))
         if cu_seq_lens is not None and position_ids is None:
@@ -125,25 +156,37 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
 
     def transform(self, hidden_states: Tensor, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> Tensor:
         """Run `num_blocks` blocks, the MoE layers between them and the final norm; `**kwargs` are for the blocks."""
-        for layer in self.moe_layers:
-            layer.frozen_router.follow()
-            if self.training:
-                layer.frozen_router.is_initial = False
-        places = zip(self.moe_layer_positions, self.moe_layers, strict=True)
-        moe_layers = {position: layer for position, layer in places if position <= self.num_blocks}
-        sorts = self.config._experts_implementation == "grouped_mm"
-        known = dict(zip(moe_layers, look_up_ahead(list(moe_layers.values()), tokens, sorts), strict=True))
-        output_router_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        moe_inputs = self.moe_inputs(tokens, route_by_backbone, **kwargs)
+        moe_layers = dict(zip(self.moe_layer_positions, self.moe_layers, strict=True))
         for position in range(self.num_blocks + 1):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
             if position in moe_layers:
-                layer = moe_layers[position]
-                statistics = None if layer.frozen_router.is_frozen else layer.bare_router.recall()
-                hidden_states = layer(
-                    hidden_states, tokens, *known[position], statistics, output_router_logits, route_by_backbone
-                )
+                hidden_states = moe_layers[position](hidden_states, *moe_inputs[position])
         return self.norm(hidden_states)
+
+    def moe_inputs(self, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> dict[int, tuple]:
+        """Return the arguments of each MoE layer of a pass but the hidden states, by position; `**kwargs` of the pass."""
+        moe_layers = self.moe_layers_in_order
+        for layer in moe_layers:
+            layer.frozen_router.follow()
+            if self.training:
+                layer.frozen_router.is_initial = False
+        places = zip(self.moe_layer_positions, moe_layers, strict=True)
+        moe_layers = {position: layer for position, layer in places if position <= self.num_blocks}
+        sorts = self.config._experts_implementation == "grouped_mm"
+        known = look_up_ahead(list(moe_layers.values()), tokens, sorts)
+        output_router_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
+        return {
+            position: (
+                tokens,
+                *of_layer,
+                None if layer.frozen_router.is_frozen else layer.bare_router.recall(),
+                output_router_logits,
+                route_by_backbone,
+            )
+            for (position, layer), of_layer in zip(moe_layers.items(), known, strict=True)
+        }
 
     @torch.no_grad()
     def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:
@@ -165,7 +208,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
 
     def embedded_vocabulary(self, device: torch.device) -> Tensor:
         """Return what `embed_tokens` makes of every token id, `(vocab_size, hidden_size)`."""
-        embedding = self.embed_tokens
+        embedding = self.get_input_embeddings()
         # An adapter, a quantiser or a sharding engine has put another class there, which knows more than its `weight`; hooks
         # bring a weight that is offloaded. They are asked once for all ids, because each call may fetch or gather the weight.
         if type(embedding) is nn.Embedding and not hasattr(embedding, "_hf_hook"):

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.distributed import DistributedConfig
 
@@ -463,7 +463,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         self._validate_moe()
 
     def _validate_sizes(self):
-        if self.hidden_size % self.num_attention_heads:
+        if self.hidden_size % self.num_attention_heads and self.get_text_config() is self:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be divisible by `num_attention_heads` "
                 f"({self.num_attention_heads}): the heads share the hidden size evenly."
@@ -571,6 +571,25 @@ def _set_router_aux_loss_coef(config: StableMoEBaseConfig, value: float):
 StableMoEBaseConfig.router_aux_loss_coef = property(_get_router_aux_loss_coef, _set_router_aux_loss_coef)
 
 
+# Fields that a decoder of transformers has of its own: those that it determines, and those that are of the paper's blocks.
+_BACKBONE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+_PAPER_BLOCK_FIELDS = (
+    "position_embedding_type",
+    "scale_embedding",
+    "do_layer_norm_before",
+    "initialization",
+    "dropout",
+    "attention_dropout",
+)
+
+
 class StableMoEConfig(StableMoEBaseConfig):
     r"""Configuration of [`StableMoEModel`] and [`StableMoEForCausalLM`]; the fields of [`StableMoEBaseConfig`] and these.
 
@@ -580,6 +599,12 @@ class StableMoEConfig(StableMoEBaseConfig):
         num_hidden_layers (`int`, *optional*, defaults to 12): Transformer blocks L; MoE layers are not counted.
         moe_layer_positions (`list[int]`, *optional*): where MoE layers stand: k = after block k, 0 = before the first
             block. `None` is one layer in the middle, `[num_hidden_layers // 2]`; `[]` is the dense Transformer.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): config of a decoder-only language model of transformers
+            (`LlamaConfig`, `Qwen3Config`, ...): MoE layers then stand between the blocks of that decoder, whose positions,
+            attention, cache and head stay its own. It determines `vocab_size`, `hidden_size`, `num_hidden_layers`,
+            `num_attention_heads`, `max_position_embeddings`, `tie_word_embeddings` and special tokens; `intermediate_size`,
+            `hidden_act`, `layer_norm_eps` and `initializer_range` are of the experts. `None`, the default, is the paper's
+            blocks.
 
     Raises:
         ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
@@ -600,18 +625,60 @@ class StableMoEConfig(StableMoEBaseConfig):
         "routing_health",
     ]
 
+    sub_configs = {"backbone_config": AutoConfig}
     _moe_positions = {"moe_layer_positions": "num_hidden_layers"}
     _rules = StableMoEBaseConfig._rules | {
         "num_hidden_layers": _COUNT,
         "moe_layer_positions": _optional(_POSITIONS),
+        "backbone_config": _optional(
+            Rule(lambda value: isinstance(value, (dict, PreTrainedConfig)), "must be a config of transformers")
+        ),
     }
 
     num_hidden_layers: int = 12
     moe_layer_positions: list[int] | None = None
+    backbone_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.backbone_config is not None:
+            self._adopt_backbone()
+        super().__post_init__(**kwargs)
+
+    def _adopt_backbone(self):
+        """Make a config of the backbone's dictionary, and take from it what it determines."""
+        if isinstance(self.backbone_config, dict):
+            fields = dict(self.backbone_config)
+            model_type = fields.pop("model_type", None)
+            if model_type is None:
+                raise ValueError("`backbone_config` has no `model_type`, which says what it is the config of.")
+            self.backbone_config = AutoConfig.for_model(model_type, **fields)
+        for name in _BACKBONE_FIELDS:
+            ours, default = getattr(self, name), getattr(type(self), name)
+            theirs = getattr(self.backbone_config, name, default)
+            if ours not in (default, theirs):
+                raise ValueError(
+                    f"`{name}` ({ours}) is not that of the backbone, a {self.backbone_config.model_type!r} with {theirs}: "
+                    "leave it out, or change it in `backbone_config`."
+                )
+            setattr(self, name, theirs)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.backbone_config, name, None))
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """Return the config of the blocks, by which caches and masks are made: the backbone's, where there is one."""
+        return self if self.backbone_config is None else self.backbone_config
 
     def validate_architecture(self):
         """Check every field of the architecture against the others."""
         super().validate_architecture()
+        if self.backbone_config is not None:
+            idle = [name for name in _PAPER_BLOCK_FIELDS if getattr(self, name) != getattr(type(self), name)]
+            if idle:
+                raise ValueError(
+                    f"{', '.join(f'`{name}`' for name in idle)}: of the paper's blocks, which a `backbone_config` takes the "
+                    "place of; leave them out, or set what the backbone has for them in its config."
+                )
         if self.is_encoder_decoder:
             raise ValueError(
                 "`is_encoder_decoder` must be False: for a model with an encoder, use StableMoESeq2SeqConfig."

@@ -162,9 +162,14 @@ def _id_layer(cache: Cache, num_blocks: int) -> CacheLayerMixin:
     while len(cache.layers) < num_blocks:  # a cache without a config makes its layers as they are needed
         cache.layers.append(cache.layer_class_to_replicate())
     if len(cache.layers) == num_blocks:
-        first = cache.layers[0]
-        static = isinstance(first, StaticLayer)
-        cache.layers.append(StaticLayer(max_cache_len=first.max_cache_len) if static else DynamicLayer())
+        static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+        if static and all(layer.is_sliding for layer in static):
+            raise ValueError(
+                "This router looks back at token ids, and a static cache whose blocks all have sliding windows does not say how "
+                "many to keep. Generate without `cache_implementation`."
+            )
+        longest = max((layer.max_cache_len for layer in static), default=0)
+        cache.layers.append(StaticLayer(max_cache_len=longest) if static else DynamicLayer())
     return cache.layers[num_blocks]
 
 

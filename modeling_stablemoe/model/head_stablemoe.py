@@ -117,9 +117,10 @@ class RoutingHeadMixin:
     ) -> dict[str, Tensor]:
         """Compute the routing losses of one side's MoE layers, its loads, and `aux_loss`, what of them enters the loss."""
         is_weighed = num_items_in_batch is not None and is_target is not None
-        memories = [layer.bare_router.memory for layer in backbone.moe_layers]
+        moe_layers = backbone.moe_layers_in_order
+        memories = [layer.bare_router.memory for layer in moe_layers]
         losses = routing_losses(
-            balance_loss_function=backbone.moe_layers[0].bare_router.balance_loss,
+            balance_loss_function=moe_layers[0].bare_router.balance_loss,
             num_experts=self.config.num_experts,
             router_logits=[routing.router_logits for routing in routings],
             distilled_logits=[routing.distilled_logits for routing in routings],
@@ -186,7 +187,7 @@ class RoutingHeadMixin:
             recorded = outputs.get(f"{name}routing_traces")
             if recorded:
                 routings[name] = [Routing(*routing) for routing in recorded]
-            elif recorded is None and is_required and backbone.moe_layers and self.routing_stage == 1:
+            elif recorded is None and is_required and backbone.moe_layers_in_order and self.routing_stage == 1:
                 raise ValueError(
                     "`encoder_outputs` hold no routing, which training needs for the routing losses. Run the encoder "
                     "with `output_router_logits=True, output_expert_indices=True, output_distilled_router_logits=True, "
@@ -221,7 +222,7 @@ class RoutingHeadMixin:
     def _observe(self, routings: dict[str, list[Routing]], masks: dict[str, Tensor | None]):
         """Update what routers count and remember in stage 1; every process must call this."""
         for name, of_side in routings.items():
-            for layer, routing in zip(self.sides[name].moe_layers, of_side, strict=True):
+            for layer, routing in zip(self.sides[name].moe_layers_in_order, of_side, strict=True):
                 if not layer.frozen_router.is_frozen:
                     mask = token_mask(masks[name], routing.token_ids.shape[1])
                     layer.bare_router.observe(routing, _flat(mask, routing.token_ids.device))

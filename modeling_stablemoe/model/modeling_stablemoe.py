@@ -19,6 +19,7 @@ from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig, from_package
 from .context_stablemoe import final_token_mask, mask_of_pass
+from .decoder_stablemoe import BackboneHead, blocks_of, name_of
 from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
@@ -38,18 +39,42 @@ class StableMoEModel(StableMoEBackbone):
 
     def __init__(self, config: StableMoEConfig):
         self.check_config(config)
-        blocks = [StableMoEBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        blocks = None
+        if config.backbone_config is None:
+            blocks = [StableMoEBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         super().__init__(config, blocks, config.moe_layer_positions)
         self.post_init()
 
     @property
     def num_blocks(self) -> int:
         """`int`: blocks that a pass runs; `generate(assistant_early_exit=)` sets the config to fewer for its draft."""
-        return min(self.config.num_hidden_layers, len(self.layers))
+        blocks = blocks_of(self.decoder) if self.has_decoder else self.layers
+        return min(self.config.get_text_config().num_hidden_layers, len(blocks))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the token embedding."""
+        return self.decoder.get_input_embeddings() if self.has_decoder else self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        """Replace the token embedding."""
+        if self.has_decoder:
+            self.decoder.set_input_embeddings(value)
+        else:
+            self.embed_tokens = value
+
+    def init_parallel_plans(self):
+        """Collect the sharding plans: of a decoder its own, and for the experts in its blocks what the config has for ours."""
+        super().init_parallel_plans()
+        if not self.has_decoder:
+            return
+        in_blocks = f"decoder.{name_of(self.decoder, blocks_of(self.decoder))}.*"
+        own = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("moe_layers.*.")}
+        self._fsdp_plan = {rule: how for rule, how in self._fsdp_plan.items() if rule.startswith("decoder.")}
+        self._ep_plan = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("decoder.")}
+        for layer in ("moe_layer_before", "moe_layer"):
+            self._ep_plan |= {rule.replace("moe_layers.*", f"{in_blocks}.{layer}"): how for rule, how in own.items()}
 
     @takes_cache_by_either_name
-    @merge_with_config_defaults
-    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -89,6 +114,22 @@ class StableMoEModel(StableMoEBackbone):
                 router looks back, for a cache whose ids are not known.
         """
         self._warn_of_lost_losses(kwargs.get("output_routing_traces", False))
+        run = self._run_decoder if self.has_decoder else self._run_blocks
+        return run(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache=use_cache, **kwargs)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def _run_blocks(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoEModelOutputWithPast:
+        """Run the paper's blocks and the MoE layers between them."""
         inputs_embeds = self.look_up(input_ids, inputs_embeds)
         # Where rows may be packed: transformers tells their sequences apart by positions only if there is no cache, though
         # one that is made below holds nothing.
@@ -116,11 +157,41 @@ class StableMoEModel(StableMoEBackbone):
         )
         return StableMoEModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
+    @merge_with_config_defaults
+    @can_return_tuple
+    def _run_decoder(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> StableMoEModelOutputWithPast:
+        """Run the decoder of `config.backbone_config`, whose blocks have the MoE layers beside them."""
+        self.check_input(input_ids, inputs_embeds)
+        packing = position_ids if attention_mask is None and cache is None else None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.decoder.config)
+        tokens = self.tokens_of(input_ids, inputs_embeds, attention_mask, cache, packing, kwargs.get("cu_seq_lens_q"))
+        outputs = self.decoder(
+            input_ids=input_ids if inputs_embeds is None else None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache},
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            moe_inputs=self.moe_inputs(tokens, **kwargs),
+            **kwargs,
+        )
+        return StableMoEModelOutputWithPast(**outputs)
+
     def _warn_of_lost_losses(self, is_recorded: bool):
         """Warn once if the backbone is trained in stage 1 by a head that records no routing to compute losses from."""
         if is_recorded or not self.training or not torch.is_grad_enabled() or is_torchdynamo_compiling():
             return
-        if not all(layer.frozen_router.is_frozen for layer in self.moe_layers):
+        if not all(layer.frozen_router.is_frozen for layer in self.moe_layers_in_order):
             logger.warning_once(
                 "StableMoEModel is trained in stage 1 without its own head, by which routing losses enter the loss: the "
                 "routing is neither balanced nor distilled. TRL's trainers do so: train stage 1 with transformers' "
@@ -157,7 +228,13 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
     def __init__(self, config: StableMoEConfig):
         super().__init__(config)
         self.model = StableMoEModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # What a backbone's own language model makes of logits.
+        self.backbone_head = None if config.backbone_config is None else BackboneHead(config.backbone_config)
+        has_bias = self.backbone_head is not None and self.backbone_head.has_bias
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=has_bias)
+        if self.model.has_decoder:
+            embedding = name_of(self.model, self.model.get_input_embeddings())
+            self._tied_weights_keys = {"lm_head.weight": f"model.{embedding}.weight"}
         self.post_init()
 
     @classmethod
@@ -169,20 +246,22 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
         moe_layer_positions: list[int] | None = None,
         **options: Any,
     ) -> "StableMoEForCausalLM":
-        """Convert a dense GPT-2 or OPT to a StableMoE with the same logits, ready for both stages of training.
+        """Convert a dense language model to a StableMoE with the same logits, ready for both stages of training.
 
-        MoE layers are put between its blocks, and their new experts add nothing until they are trained. Weights, dtype,
-        device, generation settings, attention implementation and rate of dropout are those of the dense model
-        (`resid_pdrop` and `embd_pdrop` of GPT-2; that of OPT is applied to the embeddings here, too).
+        MoE layers are put between its blocks, and their new experts add nothing until they are trained. GPT-2 and OPT become the
+        paper's blocks; any other decoder of transformers stays what it is (`config.backbone_config`). Weights, dtype, device,
+        generation settings, attention implementation and rates of dropout are those of the dense model (`resid_pdrop` and
+        `embd_pdrop` of GPT-2; that of OPT is applied to the embeddings here, too).
 
         Args:
-            dense (`GPT2LMHeadModel`, `OPTForCausalLM`, `str` or `PathLike`): the model, or its Hub name or folder.
+            dense (`PreTrainedModel`, `str` or `PathLike`): the language model, or its Hub name or folder.
             num_experts (`int`, *optional*): of each MoE layer; default 32, as the paper's base model.
             moe_layer_positions (`list[int]`, *optional*): k = after block k, 0 = before the first block; default: one
                 layer in the middle, the best place in table 4. `[]` adds nothing.
             **options: every other field of `StableMoEConfig` that the dense model does not determine:
-                `num_expert_sublayers` (3), those of routing and stage 1, `dropout`, `attention_dropout`,
-                `initializer_range` (of the experts), `use_cache` and special token ids. `attn_implementation` and
+                `num_expert_sublayers` (3), those of routing and stage 1, `initializer_range` (of the experts), `use_cache` and
+                special token ids; of GPT-2 and OPT `dropout` and `attention_dropout`, of other decoders
+                `intermediate_size` (of the experts; default: as the decoder's), `hidden_act` and `layer_norm_eps`. `attn_implementation` and
                 `experts_implementation` as in `from_pretrained`; with a name or folder also `revision`, `token`,
                 `cache_dir`, `dtype` and the like.
 
@@ -191,8 +270,8 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
 
         Raises:
             OSError: if there is no such checkpoint.
-            ValueError: for another architecture, a setting of the dense model that these blocks do not have, a surplus or
-                missing tensor, or an unknown option; the message names it.
+            ValueError: for a model that cannot carry the layers, a setting of GPT-2 or OPT that the paper's blocks do not have, a
+                surplus or missing tensor, or an unknown option; the message names it.
         """
         options |= {"num_experts": num_experts, "moe_layer_positions": moe_layer_positions}
         return from_package("convert_dense", "`from_dense`")(cls, dense, options)
@@ -248,6 +327,8 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if self.backbone_head is not None:
+            logits = self.backbone_head(logits)
 
         shifted = kwargs.get("shift_labels")
         is_target = None if labels is None and shifted is None else causal_targets(labels, shifted)

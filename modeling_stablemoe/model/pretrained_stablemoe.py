@@ -10,13 +10,12 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
-from .configuration_stablemoe import EXPERT_PARAMETERS, StableMoEConfig
-from .distillation_stablemoe import CountRouter, DistilledRouter, sees_context
-from .experts_stablemoe import ExpertSublayer
-from .frozen_stablemoe import FrozenRouter, FrozenWeights
+from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
+from .decoder_stablemoe import causal_class
+from .distillation_stablemoe import sees_context
+from .initialization_stablemoe import init_as_linear, init_routing_weights
 from .integration_stablemoe import IntegrationMixin
-from .routing_stablemoe import RECORDED, LearnedRouter, Router
-from .running_stablemoe import RouterMemory
+from .routing_stablemoe import RECORDED, Router
 from .stages_stablemoe import TwoStageRoutingMixin
 from .tensors_stablemoe import may_ask, unpack_ids
 
@@ -24,10 +23,14 @@ from .tensors_stablemoe import may_ask, unpack_ids
 logger = logging.get_logger(__name__)
 
 
-def init_as_linear(parameter: Tensor, in_features: int):
-    """Draw a weight or bias of `in_features` inputs from U(-1/sqrt(n), 1/sqrt(n)), as `torch.nn.Linear` does."""
-    bound = in_features**-0.5
-    init.uniform_(parameter, -bound, bound)
+# What depends on the attention of the blocks, and so on whose they are.
+_OF_THE_BLOCKS = (
+    "_supports_flash_attn",
+    "_supports_sdpa",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "_can_compile_fullgraph",
+)
 
 
 class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTrainedModel):
@@ -56,25 +59,22 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         **{name: OutputRecorder(Router, index=index) for index, name in enumerate(RECORDED)},
     }
 
+    def __init__(self, config: StableMoEBaseConfig, *args, **kwargs):
+        backbone_config = getattr(config, "backbone_config", None)
+        if backbone_config is not None:
+            backbone_class = causal_class(backbone_config)
+            for name in _OF_THE_BLOCKS:
+                setattr(self, name, getattr(backbone_class, name))
+        super().__init__(config, *args, **kwargs)
+        if backbone_config is not None:
+            self._no_split_modules = []  # but the blocks of the decoder, which it names itself
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if self.config.initialization == "fairseq":
             self._init_as_fairseq(module)
-        if isinstance(module, ExpertSublayer):
-            self._init_experts(module)
-        elif isinstance(module, LearnedRouter):
-            init.orthogonal_(module.centroids, gain=0.1)
-        elif isinstance(module, RouterMemory):
-            for values in module.buffers():
-                init.zeros_(values)
-        elif isinstance(module, DistilledRouter):
-            self._init_distilled_router(module)
-        elif isinstance(module, FrozenRouter):
-            init.copy_(module.routing_table, module.initial_table())
-        elif isinstance(module, FrozenWeights):
-            for bits in module.buffers():
-                init.copy_(bits, torch.full_like(bits, -1))
+        init_routing_weights(module, self.config)
 
     def _init_as_fairseq(self, module: nn.Module):
         """Initialise an embedding or a matrix of a block as the released code does."""
@@ -93,38 +93,6 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
                 init.zeros_(module.bias)
             else:
                 init_as_linear(module.bias, module.in_features)
-
-    def _init_experts(self, module: ExpertSublayer):
-        is_fairseq = self.config.initialization == "fairseq"
-        init.ones_(module.layernorm_weight)
-        init.zeros_(module.layernorm_bias)
-        # W2 at zero: a new expert changes nothing (released code).
-        init.zeros_(module.down_proj)
-        if is_fairseq:
-            init_as_linear(module.up_proj, module.up_proj.shape[-1])
-            init_as_linear(module.up_proj_bias, module.up_proj.shape[-1])
-            init_as_linear(module.down_proj_bias, module.down_proj.shape[-1])
-        else:
-            init.normal_(module.up_proj, mean=0.0, std=self.config.initializer_range)
-            init.zeros_(module.up_proj_bias)
-            init.zeros_(module.down_proj_bias)
-        if is_fairseq or self.config.share_experts_in_stage1:
-            for name in EXPERT_PARAMETERS:
-                parameter = getattr(module, name)
-                init.copy_(parameter, parameter[:1].expand_as(parameter).clone())
-
-    def _init_distilled_router(self, module: DistilledRouter):
-        init.normal_(module.embedding, mean=0.0, std=1.0)
-        init.orthogonal_(module.centroids, gain=0.1)
-        if isinstance(module, CountRouter):
-            init.zeros_(module.expert_counts)
-        for name, parameter in module.named_parameters():
-            if name.endswith("norm_weight"):
-                init.ones_(parameter)
-            elif name.endswith("_bias"):
-                init.zeros_(parameter)
-            elif name.endswith("_weight"):  # features of the size of the embedding's
-                init.normal_(parameter, mean=0.0, std=parameter.shape[-1] ** -0.5)
 
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
         """Make the mask that `generate` passes with a static cache, as `transformers.masking_utils` does.

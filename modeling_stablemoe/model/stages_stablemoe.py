@@ -66,9 +66,14 @@ class TwoStageRoutingMixin:
         """Give the model a config of its own: others may be built of the same object, and be frozen or pruned."""
         given = [module.config for module in self.modules() if isinstance(module, TwoStageRoutingMixin)]
         own = copy.deepcopy(self.config)
+        owned = {id(config): own for config in given}
+        if getattr(own, "backbone_config", None) is not None:
+            owned |= {id(config.backbone_config): own.backbone_config for config in given}
         for module in self.modules():
-            if any(getattr(module, "config", None) is config for config in given):
-                module.config = own
+            for name in ("config", "moe_config"):
+                config = owned.get(id(getattr(module, name, None)))
+                if config is not None:
+                    setattr(module, name, config)
 
     @classmethod
     def check_config(cls, config):
@@ -316,6 +321,7 @@ class TwoStageRoutingMixin:
         v mod the old vocabulary size), and the fingerprint follows.
         """
         embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.vocab_size = self.config.get_text_config().vocab_size
         for layer in self.moe_layers_by_name.values():
             layer.resize(embeddings.weight.shape[0])
         if self.routing_stage == 2:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -83,18 +84,26 @@ class StableMoEGenerationMixin(GenerationMixin):
         """Make the cache as `GenerationMixin` does; the first place where inputs and final lengths are known.
 
         Raises:
-            ValueError: if generation may pass `max_position_embeddings`, instead of at the step that does.
+            ValueError: if generation may pass the last position of the paper's blocks, instead of at the step that does. What
+                a `backbone_config` does with longer sequences is its own.
         """
+        if getattr(self.config, "backbone_config", None) is not None:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
         padding = 0
         positions = model_kwargs.get("position_ids")
         if positions is not None and positions.numel():  # without any token the forward pass says so
             padding = positions.shape[-1] - 1 - int(positions[..., -1].max())
         elif (mask := model_kwargs.get("decoder_attention_mask")) is not None:
             padding = int(mask.eq(0).sum(-1).min())
-        excess = max_cache_length - padding - self.config.max_position_embeddings
+        length = max_cache_length - padding
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            length += 1  # the last token that is drafted is read, too
+        excess = length - self.config.max_position_embeddings
         if excess > 0:
             raise ValueError(
-                f"Generation may go on to position {max_cache_length - padding - 1}, outside 0.."
+                f"Generation may go on to position {length - 1}, outside 0.."
                 f"{self.config.max_position_embeddings - 1} of `max_position_embeddings`: lower `max_new_tokens` or "
                 f"`max_length` by {excess}, or shorten the prompt."
             )

@@ -10,8 +10,7 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
+    T5Config,
 )
 
 from helpers.dense_models import tiny_gpt2, tiny_opt
@@ -271,16 +270,10 @@ def test_bad_options_are_refused_by_name(options, message):
 
 
 def test_other_models_are_refused_before_anything_is_loaded(tmp_path):
-    llama = LlamaForCausalLM(
-        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1)
-    )
-    llama.config.save_pretrained(tmp_path)  # there are no weights
-    for dense in (llama, tmp_path):
-        with pytest.raises(
-            ValueError, match="`model_type` is 'llama': a StableMoE has the blocks of gpt2 and opt models"
-        ):
-            convert(dense)
-    with pytest.raises(ValueError, match="`model_type` is 'stablemoe'"):
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)  # there are no weights
+    with pytest.raises(ValueError, match="A 't5' model is no decoder-only language model"):
+        convert(tmp_path)
+    with pytest.raises(ValueError, match="A 'stablemoe' model is no decoder-only language model"):
         convert(convert(tiny_gpt2()))
     with pytest.raises(ValueError, match="needs a GPT2LMHeadModel, got a GPT2Model"):
         convert(tiny_gpt2().transformer)

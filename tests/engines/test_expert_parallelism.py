@@ -11,6 +11,7 @@ from transformers import distributed
 from transformers.distributed import DistributedConfig
 
 from helpers import ROOT
+from helpers.backbones import backed_model
 from helpers.checkpoints import edit_config
 from helpers.many_processes import results, run_scenarios
 from helpers.models import random_ids, tiny_model, tiny_seq2seq_model
@@ -50,7 +51,7 @@ SETTINGS = {
 }
 # Family and stage.
 FAST = ["causal 1", "seq2seq 2"]
-SLOW = ["causal 2", "seq2seq 1", "looking back 2", "hash 2"]
+SLOW = ["causal 2", "seq2seq 1", "looking back 2", "hash 2", "llama 1", "llama 2"]
 SHARDED = ["seq2seq 1", "looking back 2", "seq2seq 2"]
 
 
@@ -63,8 +64,11 @@ def each(names):
 def make(name: str):
     """The model of a checkpoint: its settings, and the stage."""
     settings, stage = name[:-2], int(name[-1])
-    build = tiny_seq2seq_model if settings == "seq2seq" else tiny_model
-    model = build(**SETTINGS[settings])
+    if settings == "llama":
+        model = backed_model("llama", vocab_size=99, num_expert_sublayers=1)
+    else:
+        build = tiny_seq2seq_model if settings == "seq2seq" else tiny_model
+        model = build(**SETTINGS[settings])
     if stage == 2 and model.routing_stage == 1:
         model.freeze_router()
     return model.eval()

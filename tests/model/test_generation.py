@@ -323,14 +323,18 @@ def test_an_early_exit_may_come_before_every_moe_layer():
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}])
 def test_a_generation_that_may_pass_the_last_position_fails_before_its_first_step(kind, options):
-    sizes = {"position_embedding_type": kind, "max_position_embeddings": 12, "tie_word_embeddings": True}
+    # The last token that is generated is not read, but of one that may have been drafted.
+    read = 12 if "prompt_lookup_num_tokens" not in options else 13
+    sizes = {"position_embedding_type": kind, "max_position_embeddings": read, "tie_word_embeddings": False}
     model, passes = build("causal", **sizes), []
     model.model.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    # The last token that is generated is not read.
-    assert generate(model, IDS[:1], **options).shape == (1, 8)
+    repeating = torch.tensor([[5, 6, 7, 5, 6]])  # something to draft from
+    for prompt in (IDS[:1], repeating):
+        assert generate(model, prompt, **options).shape == (1, 8)
     passes.clear()
     message = (
-        r"^Generation may go on to position 13, outside 0\.\.11 .* lower `max_new_tokens` or `max_length` by 2, or"
+        rf"^Generation may go on to position {read + 1}, outside 0\.\.{read - 1} .* lower `max_new_tokens` or "
+        r"`max_length` by 2, or"
     )
     inputs = {"inputs_embeds": model.get_input_embeddings()(IDS[:1])}
     for asked in (IDS[:1], inputs):
