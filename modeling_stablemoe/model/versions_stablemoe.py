@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
