@@ -59,16 +59,21 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         return "decoder" in self._modules
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        """`nn.ModuleList`: the blocks, in order."""
+        return blocks_of(self.decoder) if self.has_decoder else self.layers
+
+    @property
     def num_blocks(self) -> int:
         """`int`: blocks that a pass runs: all of them."""
-        return len(self.layers)
+        return len(self.blocks)
 
     @property
     def moe_layers_in_order(self) -> list[StableMoELayer]:
         """`list[StableMoELayer]`: the MoE layers, in the order of `moe_layer_positions`."""
         if not self.has_decoder:
             return list(self.moe_layers)
-        blocks = blocks_of(self.decoder)
+        blocks = self.blocks
         return [
             blocks[position - 1].moe_layer if position > 0 else blocks[0].moe_layer_before
             for position in self.moe_layer_positions
@@ -172,8 +177,8 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             layer.frozen_router.follow()
             if self.training:
                 layer.frozen_router.is_initial = False
-        places = zip(self.moe_layer_positions, moe_layers, strict=True)
-        moe_layers = {position: layer for position, layer in places if position <= self.num_blocks}
+        places, num_blocks = zip(self.moe_layer_positions, moe_layers, strict=True), self.num_blocks
+        moe_layers = {position: layer for position, layer in places if position <= num_blocks}
         sorts = self.config._experts_implementation == "grouped_mm"
         known = look_up_ahead(list(moe_layers.values()), tokens, sorts)
         output_router_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))

@@ -5,6 +5,7 @@ A block stays what it is, in the list of blocks where its model looks for it: it
 decoder hands what these need down to its blocks, as it does with every keyword that it does not know.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -53,7 +54,7 @@ class BlockWithExperts:
 
     def __reduce_ex__(self, protocol):
         # The class is made when it is needed, where pickle cannot find it.
-        return _empty_block, (type(self).__mro__[2],), self.__getstate__()
+        return _empty, (block_with_experts, type(self).__mro__[2]), self.__getstate__()
 
 
 class DecoderWithExperts:
@@ -73,7 +74,7 @@ class DecoderWithExperts:
         return cls.__mro__[2]._can_set_experts_implementation()
 
     def __reduce_ex__(self, protocol):
-        return _empty_decoder, (type(self).__mro__[2],), self.__getstate__()
+        return _empty, (decoder_with_experts, type(self).__mro__[2]), self.__getstate__()
 
 
 @cache
@@ -90,12 +91,8 @@ def decoder_with_experts(decoder_class: type[PreTrainedModel]) -> type[PreTraine
     return type(decoder_class.__name__, (DecoderWithExperts, decoder_class), {"_can_record_outputs": can_record})
 
 
-def _empty_block(block_class: type[nn.Module]) -> nn.Module:
-    return object.__new__(block_with_experts(block_class))
-
-
-def _empty_decoder(decoder_class: type[PreTrainedModel]) -> PreTrainedModel:
-    return object.__new__(decoder_with_experts(decoder_class))
+def _empty(extend: Callable[[type[nn.Module]], type[nn.Module]], own_class: type[nn.Module]) -> nn.Module:
+    return object.__new__(extend(own_class))
 
 
 def build_decoder(config: StableMoEConfig) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
 from .configuration_stablemoe import StableMoEConfig, from_package
 from .context_stablemoe import final_token_mask, mask_of_pass
-from .decoder_stablemoe import BackboneHead, blocks_of, name_of
+from .decoder_stablemoe import BackboneHead, name_of
 from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
@@ -48,8 +48,7 @@ class StableMoEModel(StableMoEBackbone):
     @property
     def num_blocks(self) -> int:
         """`int`: blocks that a pass runs; `generate(assistant_early_exit=)` sets the config to fewer for its draft."""
-        blocks = blocks_of(self.decoder) if self.has_decoder else self.layers
-        return min(self.config.get_text_config().num_hidden_layers, len(blocks))
+        return min(self.config.get_text_config().num_hidden_layers, len(self.blocks))
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the token embedding."""
@@ -67,7 +66,7 @@ class StableMoEModel(StableMoEBackbone):
         super().init_parallel_plans()
         if not self.has_decoder:
             return
-        in_blocks = f"decoder.{name_of(self.decoder, blocks_of(self.decoder))}.*"
+        in_blocks = f"decoder.{name_of(self.decoder, self.blocks)}.*"
         own = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("moe_layers.*.")}
         self._fsdp_plan = {rule: how for rule, how in self._fsdp_plan.items() if rule.startswith("decoder.")}
         self._ep_plan = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("decoder.")}

@@ -86,10 +86,15 @@ class StableMoEGenerationMixin(GenerationMixin):
             ValueError: if generation may pass the last position of the paper's blocks, instead of at the step that does. What
                 a `backbone_config` does with longer sequences is its own.
         """
-        if getattr(self.config, "backbone_config", None) is not None:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
+        if getattr(self.config, "backbone_config", None) is None:
+            self._check_last_position(model_kwargs, generation_mode, max_cache_length)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _check_last_position(
+        self, model_kwargs: dict[str, Any], generation_mode: GenerationMode, max_cache_length: int
+    ):
         padding = 0
         positions = model_kwargs.get("position_ids")
         if positions is not None and positions.numel():  # without any token the forward pass says so
@@ -106,9 +111,6 @@ class StableMoEGenerationMixin(GenerationMixin):
                 f"{self.config.max_position_embeddings - 1} of `max_position_embeddings`: lower `max_new_tokens` or "
                 f"`max_length` by {excess}, or shorten the prompt."
             )
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
 
 
 class CacheByEitherName:
