@@ -183,6 +183,9 @@ class IntegrationMixin:
                 "learn nothing. Pass `{'use_reentrant': False}` as the checkpointing arguments, or none."
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        if getattr(self.config, "backbone_config", None) is not None:
+            for layer in moe_layers_of(self).values():
+                layer.gradient_checkpointing = False  # its block, which it is in, is computed again as a whole
 
 
 def _without_recorders(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -107,6 +107,15 @@ def test_checkpointing_changes_no_gradient_and_every_parameter_learns(family):
         assert_close(checkpointed[name], gradient, msg=name)
 
 
+def test_a_checkpointed_block_computes_its_experts_twice_and_no_more():
+    model, passes = backed_model("llama").train(), []
+    switch_checkpointing(model)
+    for layer in model.moe_layers_by_name.values():
+        layer.expert_stack.register_forward_pre_hook(lambda *_: passes.append(1))
+    model(IDS, labels=IDS).loss.backward()
+    assert len(passes) == 2 * len(model.moe_layers_by_name)
+
+
 @families
 @pytest.mark.parametrize("router", ["word_embedding", "bigram"])
 def test_caches_and_beams_change_no_token(family, router):
