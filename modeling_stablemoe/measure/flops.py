@@ -40,6 +40,6 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     Returns:
         `dict[str, int]`: `shared` by all tokens, routers included, and `experts`, of all experts of all MoE layers.
     """
-    experts = sum(p.numel() for layer in moe_layers_of(model).values() for p in layer.expert_stack.parameters())
+    experts = sum(p.numel() for layer in moe_layers_of(model).values() for p in layer.expert_module.parameters())
     learned = sum(p.numel() for p in model.parameters())
     return {"shared": learned - experts, "experts": experts}

@@ -136,10 +136,8 @@ class IntegrationMixin:
 
     def _require_gathering(self, method: str):
         for layer in moe_layers_of(self).values():
-            stack = layer.expert_stack
-            if stack.num_experts < layer.num_experts and not hasattr(
-                stack.sublayers[0].layernorm_weight, "device_mesh"
-            ):
+            experts = layer.expert_module
+            if experts.num_experts < layer.num_experts and not hasattr(next(experts.parameters()), "device_mesh"):
                 raise ValueError(
                     f"`{method}`: under expert parallelism this version of transformers cannot gather the experts of all "
                     "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.21, or load the "
@@ -169,7 +167,8 @@ class IntegrationMixin:
             ValueError: naming the backends there are.
         """
         available = ["eager", *ALL_STABLEMOE_EXPERTS_FUNCTIONS.valid_keys()]
-        if requested_experts is not None and requested_experts not in available:
+        is_stack = self.config.expert_type == "stack"  # gated experts have all backends of transformers
+        if is_stack and requested_experts is not None and requested_experts not in available:
             raise ValueError(
                 f'`experts_implementation="{requested_experts}"` does not know stacked StableMoE experts; choose one '
                 f"of {available}."

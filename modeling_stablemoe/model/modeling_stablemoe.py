@@ -70,7 +70,8 @@ class StableMoEModel(StableMoEBackbone):
         own = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("moe_layers.*.")}
         self._fsdp_plan = {rule: how for rule, how in self._fsdp_plan.items() if rule.startswith("decoder.")}
         self._ep_plan = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("decoder.")}
-        for layer in ("moe_layer_before", "moe_layer"):
+        names = {name.rpartition(".")[2] for name in self.moe_layers_by_name}
+        for layer in sorted(names):
             self._ep_plan |= {rule.replace("moe_layers.*", f"{in_blocks}.{layer}"): how for rule, how in own.items()}
 
     @takes_cache_by_either_name
