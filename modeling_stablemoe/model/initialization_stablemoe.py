@@ -11,7 +11,7 @@ from .configuration_stablemoe import EXPERT_PARAMETERS, GATED_EXPERT_PARAMETERS,
 from .distillation_stablemoe import CountRouter, DistilledRouter
 from .experts_stablemoe import ExpertSublayer
 from .frozen_stablemoe import FrozenRouter, FrozenWeights
-from .gated_stablemoe import StableMoEGatedExperts, StableMoESharedExperts
+from .gated_stablemoe import StableMoEGatedExperts
 from .layer_stablemoe import StableMoEFeedForward
 from .routing_stablemoe import LearnedRouter
 from .running_stablemoe import RouterMemory
@@ -26,6 +26,9 @@ def init_as_linear(parameter: Tensor, in_features: int):
 @torch.no_grad()
 def init_routing_weights(module: nn.Module, config: StableMoEBaseConfig) -> bool:
     """Initialise a module's own tensors if it is a part of an MoE layer, and return True if it is one."""
+    if hasattr(module, "starts_at_zero"):
+        init.zeros_(module.weight)
+        return True
     for part, initialize in _PARTS.items():
         if isinstance(module, part):
             initialize(module, config)
@@ -71,10 +74,6 @@ def _make_equal(module: nn.Module, names: Sequence[str]):
         init.copy_(parameter, parameter[:1].expand_as(parameter).clone())
 
 
-def _init_shared_experts(module: StableMoESharedExperts, config: StableMoEBaseConfig):
-    init.zeros_(module.down_proj.weight)
-
-
 def _init_feed_forward(module: StableMoEFeedForward, config: StableMoEBaseConfig):
     if module.gate_scale is not None:
         init.zeros_(module.gate_scale)
@@ -115,7 +114,6 @@ def _init_frozen_weights(module: FrozenWeights, config: StableMoEBaseConfig):
 _PARTS = {
     ExpertSublayer: _init_experts,
     StableMoEGatedExperts: _init_gated_experts,
-    StableMoESharedExperts: _init_shared_experts,
     StableMoEFeedForward: _init_feed_forward,
     LearnedRouter: _init_learned_router,
     RouterMemory: _init_memory,

@@ -166,9 +166,14 @@ class IntegrationMixin:
         Raises:
             ValueError: naming the backends there are.
         """
+        if self.config.expert_type == "gated":  # with all backends of transformers
+            widths = (self.config.hidden_size, self.config.intermediate_size)
+            is_odd = any(
+                width % 8 for width in widths
+            )  # `torch.nn.functional.grouped_mm` takes rows of whole 16 bytes
+            return super().get_correct_experts_implementation(requested_experts or ("eager" if is_odd else None))
         available = ["eager", *ALL_STABLEMOE_EXPERTS_FUNCTIONS.valid_keys()]
-        is_stack = self.config.expert_type == "stack"  # gated experts have all backends of transformers
-        if is_stack and requested_experts is not None and requested_experts not in available:
+        if requested_experts is not None and requested_experts not in available:
             raise ValueError(
                 f'`experts_implementation="{requested_experts}"` does not know stacked StableMoE experts; choose one '
                 f"of {available}."
