@@ -229,7 +229,7 @@ def test_all_conversions_begin_as_the_same_gpt2_and_are_measured(upcycling, upcy
     [start] = results["dense_models"]
     assert (start["seed"], start["steps"]) == (0, 6)
     assert 1 < start["perplexity"] < 280
-    assert f"a GPT-2 of 6 steps, validation perplexity {start['perplexity']:.2f}." in upcycled
+    assert f"a gpt2 of 6 steps, validation perplexity {start['perplexity']:.2f}." in upcycled
     assert [row["system"] for row in results["systems"]] == names
     assert results["systems"][0]["above_reference"] == 0
     flops = [row["flops"] for row in results["systems"]]
