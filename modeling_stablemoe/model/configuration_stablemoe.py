@@ -612,7 +612,7 @@ StableMoEBaseConfig.router_aux_loss_coef = property(_get_router_aux_loss_coef, _
 
 
 # Fields that a decoder of transformers has of its own: those that it determines, and those that are of the paper's blocks.
-_BACKBONE_FIELDS = (
+BACKBONE_FIELDS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -706,7 +706,7 @@ class StableMoEConfig(StableMoEBaseConfig):
         if self.hidden_act is None and self.expert_type == "gated" and activation in ACT2FN:
             self.hidden_act = activation
         replaced = ("intermediate_size",) if self.moe_placement == "ffn" else ()
-        for name in (*_BACKBONE_FIELDS, *replaced):
+        for name in (*BACKBONE_FIELDS, *replaced):
             ours, default = getattr(self, name), getattr(type(self), name)
             theirs = getattr(self.backbone_config, name, default)
             if ours not in (default, theirs):
@@ -850,6 +850,7 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
 
 
 __all__ = [
+    "BACKBONE_FIELDS",
     "BALANCE_GRADIENTS",
     "DISTILLED_ROUTERS",
     "EXPERT_PARAMETERS",

@@ -43,18 +43,24 @@ class StableMoEGatedExperts(nn.Module):
         summed_TD = torch.zeros_like(hidden_states)
         for expert in range(self.num_experts):
             tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
-            out_RD = self._ffn(hidden_states[tokens], self.gate_up_proj[expert], self.down_proj[expert])
+            inner_RF = self._apply_gate(F.linear(hidden_states[tokens], self.gate_up_proj[expert]))
+            out_RD = F.linear(inner_RF, self.down_proj[expert])
             weighted_RD = (out_RD * top_k_weights[tokens, places].unsqueeze(-1)).to(summed_TD.dtype)
             summed_TD = summed_TD.index_add(0, tokens, weighted_RD)
         return summed_TD
 
     def forward_shared(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute what `forward` does where all experts are equal, and keep them equal while they learn."""
-        out_TD = self._ffn(hidden_states, self.gate_up_proj.mean(0), self.down_proj.mean(0))
+        # One product each, as dense FFNs have them: so that copies of one of those compute what it did, to the bit.
+        gate_TF, up_TF = (F.linear(hidden_states, matrix) for matrix in _any_of(self.gate_up_proj).chunk(2))
+        out_TD = F.linear(self.act_fn(gate_TF) * up_TF, _any_of(self.down_proj))
         return (out_TD * top_k_weights.sum(-1, keepdim=True)).to(hidden_states.dtype)
 
-    def _ffn(self, hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> Tensor:
-        return F.linear(self._apply_gate(F.linear(hidden_states, gate_up_proj)), down_proj)
+
+def _any_of(equal: Tensor) -> Tensor:
+    """Return one of equal matrices, `(E, X, Y) -> (X, Y)`, whose gradient all get the same share of: a mean may round."""
+    mean = equal.mean(0)
+    return equal[0].detach() + (mean - mean.detach())
 
 
 class StableMoESharedExperts(nn.Module):
