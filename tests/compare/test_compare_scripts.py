@@ -279,7 +279,8 @@ def test_what_cannot_be_converted_is_one_line_and_trains_nothing(upcycling, said
         ("routers", ["--seeds", "1", "1"], "must be different numbers"),
         ("upcycling", ["--seeds", "1", "1"], "must be different numbers"),
         ("upcycling", ["--dense_config", "{3"], "is not valid JSON"),
-        ("upcycling", ["--dense_config", '{"n_layers": 3}'], "must be a JSON object of GPT2Config fields"),
+        ("upcycling", ["--dense_config", '{"n_layers": 3}'], "n_layers: no fields of GPT2Config"),
+        ("upcycling", ["--dense_config", '{"model_type": "lama"}'], "transformers knows no `model_type` 'lama'"),
         ("upcycling", ["--dense_steps", "0"], "must be at least 1"),
     ],
 )
