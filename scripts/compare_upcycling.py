@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Train a GPT-2, convert it, and compare the conversions with the dense model trained on for as many steps.
+"""Train a dense model, convert it, and compare the conversions with the dense model trained on for as many steps.
 
 python scripts/compare_upcycling.py configuration/recipes/upcycling-cpu.yaml
+python scripts/compare_upcycling.py configuration/recipes/upcycling-llama-cpu.yaml --seeds 0 1 2
 python scripts/compare_upcycling.py configuration/recipes/upcycling-cpu.yaml --only dense stablemoe --seeds 0
 """
 
@@ -30,7 +31,7 @@ class UpcyclingArguments:
         default="configuration/systems/upcycling-cpu.yaml",
         metadata={
             "help": "YAML file with a mapping of names to settings: `config` is what from_dense takes; no MoE layers, "
-            "`{config: {moe_layer_positions: []}}`, is the dense model."
+            "`{config: {moe_layer_positions: []}}`, is the dense model; `model_type: mixtral` is transformers' own."
         },
     )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of systems to keep; default: all."})
@@ -58,12 +59,12 @@ def prepare(dense_args, data_args, upcycling_args, training_args) -> tuple:
     """Prepare what all runs share, and the systems to run."""
     check_comparable(data_args, training_args)
     systems = read_systems(upcycling_args.systems, upcycling_args.only)
-    check_names(systems)
+    check_names(systems, dense_args.model_type)
     with training_args.main_process_first(desc="data"):
         corpus = load_corpus(data_args)
         tokenizer = load_tokenizer(data_args, corpus)
     comparison = UpcyclingComparison(dense_args, data_args, training_args, tokenizer, corpus, 0, 1)
-    block_size = data_args.block_size or comparison.dense_config.n_positions
+    block_size = data_args.block_size or comparison.dense_config.max_position_embeddings
     with training_args.main_process_first(desc="packing"):
         comparison.blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
     for system in systems:
@@ -88,7 +89,8 @@ def main(argv=None):
                     table = write_report(comparison, runs, upcycling_args.reference, dense_models=starts)
     if training_args.process_index == 0:
         begun = ", ".join(f"{start['perplexity']:.2f}" for start in starts)
-        print(f"\nAll begin as a GPT-2 of {starts[0]['steps']} steps, validation perplexity {begun}.\n\n{table}")
+        name = comparison.dense_name
+        print(f"\nAll begin as a {name} of {starts[0]['steps']} steps, validation perplexity {begun}.\n\n{table}")
         print(f"\nResults, table and figures are in {training_args.output_dir}.")
 
 

@@ -104,11 +104,13 @@ def load_tokenizer(args: ConvertArguments, source: str):
 
 def describe(dense: PreTrainedModel, model: StableMoEForCausalLM) -> str:
     """Describe the conversion."""
-    config, after = model.config, ", ".join(map(str, model.config.moe_layer_positions))
-    experts = f"{config.num_experts} experts of {config.num_expert_sublayers} sublayers after block {after}"
+    config, places = model.config, ", ".join(map(str, model.config.moe_layer_positions))
+    kind = f"of {config.num_expert_sublayers} sublayers " if config.expert_type == "stack" else ""
+    where = "in place of the FFN of" if config.moe_placement == "ffn" else "after"
+    experts = f"{config.num_experts} experts {kind}{where} block {places}" if places else "no experts"
     return (
         f"{dense.config.model_type}, {dense.num_parameters():,} parameters -> StableMoE, {model.num_parameters():,}: "
-        f"{experts if after else 'no experts'} of {config.num_hidden_layers}."
+        f"{experts} of {config.num_hidden_layers}."
     )
 
 

@@ -94,8 +94,9 @@ def make_checkpoint(args: OffloadingArguments, folder: Path):
         StableMoEForCausalLM(config)  # refuses a bad config before anything large is made
     model = StableMoEForCausalLM(config)
     for layer in moe_layers_of(model).values():
-        for sublayer in layer.expert_stack.sublayers:
-            torch.nn.init.normal_(sublayer.down_proj, std=config.initializer_range)
+        for name, values in layer.expert_module.named_parameters():
+            if name.endswith("down_proj"):
+                torch.nn.init.normal_(values, std=config.initializer_range)
     if model.routing_stage == 1:
         model.set_routing_tables(torch.randint(config.num_experts, (config.num_moe_layers, config.vocab_size)))
     model.to(getattr(torch, args.dtype)).save_pretrained(folder)

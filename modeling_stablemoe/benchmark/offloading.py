@@ -66,8 +66,9 @@ class _Arm:
         self.model = StableMoEForCausalLM.from_pretrained(checkpoint, device_map=places)
         if name.startswith("accelerate"):
             for layer in moe_layers_of(self.model).values():
-                for sublayer in layer.expert_stack.sublayers:
-                    sublayer._hf_hook.weights_map = _CountingMap(sublayer._hf_hook.weights_map, self.moved)
+                for module in layer.expert_module.modules():
+                    if next(module.parameters(recurse=False), None) is not None:
+                        module._hf_hook.weights_map = _CountingMap(module._hf_hook.weights_map, self.moved)
             return
         if places is None:
             for parameter in self.model.parameters():

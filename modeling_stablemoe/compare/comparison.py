@@ -29,6 +29,7 @@ from transformers import (
 
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
 from modeling_stablemoe.checkpoints.engines import check_engine
+from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
 from modeling_stablemoe.data.text import DataArguments, collate_blocks
 from modeling_stablemoe.measure.flops import count_parameters, forward_flops
 from modeling_stablemoe.measure.fluctuation import REPORT_FILE
@@ -239,10 +240,12 @@ class Comparison:
         logger.info("%s, seed %d: training %d steps.", system.name, seed, args.max_steps)
         set_seed(seed)
         model = self.build(system, seed)
-        set_hash_tables(model, routing_args, self.blocks["train"])
-        if not model.config.num_moe_layers:
-            routing_args = RoutingArguments()
-        callbacks = build_callbacks(routing_args, model.config, args.max_steps, self.blocks["validation"])
+        callbacks = [CheckpointManifestCallback()]
+        if isinstance(model.config, StableMoEConfig):
+            set_hash_tables(model, routing_args, self.blocks["train"])
+            if not is_moe(model):
+                routing_args = RoutingArguments()
+            callbacks = build_callbacks(routing_args, model.config, args.max_steps, self.blocks["validation"])
         clock = TrainingClockCallback()
         trainer = self.train_model(model, args, folder, [*callbacks, clock])
         results = {"system": system.name, "family": system.family, "seed": seed, **self._measure(trainer, clock)}
@@ -296,13 +299,18 @@ class Comparison:
             "parameters": count_parameters(trainer.model),
             "forward_flops": forward_flops(trainer.model, len(self.blocks["validation"][0]["input_ids"])),
             "config": {**trainer.model.config.to_diff_dict(), "num_experts": trainer.model.config.num_experts},
-            "router_fingerprint": trainer.model.config.router_fingerprint,
+            "router_fingerprint": getattr(trainer.model.config, "router_fingerprint", None),
             "load": None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
             "load_max_over_mean": None if load is None else imbalance(load),
             "mean_gate": None if routing is None else routing["mean_gate"],
             "closed_gates": None if routing is None else routing["closed_gates"],
             "fluctuation": json.loads(fluctuation.read_text()) if fluctuation.is_file() else None,
         }
+
+
+def is_moe(model: PreTrainedModel) -> bool:
+    """Return True for a model with MoE layers of this package."""
+    return getattr(model.config, "num_moe_layers", 0) > 0
 
 
 @torch.no_grad()
@@ -314,7 +322,7 @@ def measure_routing(trainer: Trainer, rows) -> dict | None:
             `mean_gate`, over tokens and layers; `closed_gates`, share of gates below 0.05. `None` for a dense model.
     """
     model = trainer.model.eval()
-    if not model.config.num_moe_layers:
+    if not is_moe(model):
         return None
     layers = model.moe_layers_by_name.values()
     load = torch.zeros(len(layers), model.config.num_experts, device=trainer.args.device)

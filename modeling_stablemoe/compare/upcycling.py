@@ -1,5 +1,5 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""What converting a dense model is worth: train a GPT-2, then train it and its conversions further.
+"""What converting a dense model is worth: train one, then train it and its conversions further.
 
 All of them begin with the same weights, so the same logits, and continue with the same data, order of batches,
 schedule and number of steps.
@@ -9,13 +9,23 @@ import json
 import logging
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel, set_seed
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
 from modeling_stablemoe.convert.dense import config_of_dense
 from modeling_stablemoe.measure.report import perplexity_of
-from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
+from modeling_stablemoe.model.decoder_stablemoe import joined_ffn
 from modeling_stablemoe.model.modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.runs.recipes import model_fields
 from modeling_stablemoe.runs.run import RunFolder
@@ -26,8 +36,6 @@ from .comparison import Comparison, System, finish
 
 logger = logging.getLogger(__name__)
 
-# The folder of the dense models, beside those of the systems.
-DENSE_FOLDER = "gpt2"
 # Added to the seed of a dense model, so that what follows does not see the same batches again.
 _DENSE_SEED = 1000
 
@@ -37,7 +45,10 @@ class DenseArguments:
     """The dense model that is trained first."""
 
     dense_config: str = field(
-        metadata={"help": """Fields of its GPT2Config, as JSON: '{"n_embd": 128, "n_layer": 4, "n_head": 4}'."""}
+        metadata={
+            "help": """Fields of its config, as JSON: '{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, """
+            """"num_attention_heads": 4}'. `model_type` is that of a decoder of transformers; default: gpt2."""
+        }
     )
     dense_steps: int = field(metadata={"help": "Steps that it is trained for; --max_steps are those that follow."})
     attn_implementation: str | None = field(
@@ -53,9 +64,15 @@ class DenseArguments:
             self.fields = json.loads(self.dense_config)
         except json.JSONDecodeError as error:
             raise ValueError(f"`--dense_config` is not valid JSON: {error}.") from error
-        known = {entry.name for entry in fields(GPT2Config)}
-        if not isinstance(self.fields, dict) or set(self.fields) - known:
-            raise ValueError(f"`--dense_config` must be a JSON object of GPT2Config fields, got {self.dense_config}.")
+        if not isinstance(self.fields, dict):
+            raise ValueError(f"`--dense_config` must be a JSON object of fields, got {self.dense_config}.")
+        self.model_type = self.fields.pop("model_type", "gpt2")
+        if self.model_type not in CONFIG_MAPPING:
+            raise ValueError(f"`--dense_config`: transformers knows no `model_type` {self.model_type!r}.")
+        config_class = CONFIG_MAPPING[self.model_type]
+        unknown = sorted(set(self.fields) - {entry.name for entry in fields(config_class)})
+        if unknown:
+            raise ValueError(f"`--dense_config`: {', '.join(unknown)}: no fields of {config_class.__name__}.")
         if self.dense_steps < 1:
             raise ValueError(f"`--dense_steps` must be at least 1, got {self.dense_steps}.")
 
@@ -75,26 +92,34 @@ class UpcyclingComparison(Comparison):
     """A comparison whose systems are conversions of one dense model per seed, given by `DenseArguments`.
 
     A system without MoE layers is the dense model itself, trained further; `config` of a system is what `from_dense`
-    takes.
+    takes. With `model_type: mixtral` it is transformers' Mixtral with copies of a Llama's FFNs as experts.
     """
 
     model_args: DenseArguments
 
     @property
-    def dense_config(self) -> GPT2Config:
-        """`GPT2Config`: of the dense model, with the vocabulary of the tokenizer."""
-        return GPT2Config(**{**model_fields(self.tokenizer), **self.model_args.fields})
+    def dense_name(self) -> str:
+        """`str`: name of the folder of the dense models, beside those of the systems."""
+        return self.model_args.model_type
 
-    def config_of(self, system: System) -> StableMoEConfig:
+    @property
+    def dense_config(self) -> PreTrainedConfig:
+        """`PreTrainedConfig`: of the dense model, with the vocabulary of the tokenizer."""
+        return AutoConfig.for_model(self.dense_name, **{**model_fields(self.tokenizer), **self.model_args.fields})
+
+    def config_of(self, system: System) -> PreTrainedConfig:
         """Make the config of a conversion; a ValueError names the system."""
+        make = mixtral_config if system.config.get("model_type") == "mixtral" else config_of_dense
         try:
-            return config_of_dense(self.dense_config, **system.config)
+            return make(self.dense_config, **system.config)
         except ValueError as error:
             raise ValueError(f"System {system.name!r}: {error}") from error
 
     def build(self, system: System, seed: int) -> PreTrainedModel:
         """Convert the dense model of a seed."""
-        folder = self.results_of(DENSE_FOLDER, seed).parent
+        folder = self.results_of(self.dense_name, seed).parent
+        if system.config.get("model_type") == "mixtral":
+            return mixtral_of(AutoModelForCausalLM.from_pretrained(folder), self.config_of(system))
         return StableMoEForCausalLM.from_dense(folder, **system.config, **self.model_args.implementations)
 
     def train_dense(self, seed: int) -> dict:
@@ -109,14 +134,14 @@ class UpcyclingComparison(Comparison):
         Raises:
             ValueError: if the folder of the model holds a run with other settings.
         """
-        path, args = self.results_of(DENSE_FOLDER, seed), self.arguments_of(DENSE_FOLDER, seed)
+        path, args = self.results_of(self.dense_name, seed), self.arguments_of(self.dense_name, seed)
         args.max_steps = self.model_args.dense_steps
         args.seed = args.data_seed = seed + _DENSE_SEED
         folder = RunFolder(args, False, self.model_args, self.data_args)
         if path.is_file():
-            logger.info("GPT-2, seed %d: finished before, %s.", seed, path)
+            logger.info("%s, seed %d: finished before, %s.", self.dense_name, seed, path)
             return json.loads(path.read_text())
-        logger.info("GPT-2, seed %d: training %d steps.", seed, args.max_steps)
+        logger.info("%s, seed %d: training %d steps.", self.dense_name, seed, args.max_steps)
         set_seed(args.seed)
         model = AutoModelForCausalLM.from_config(self.dense_config, **self.model_args.attention)
         clock = TrainingClockCallback()
@@ -127,7 +152,34 @@ class UpcyclingComparison(Comparison):
         return results
 
 
-def check_names(systems: list[System]):
+def mixtral_config(dense_config: PreTrainedConfig, **options: Any) -> MixtralConfig:
+    """Make the config of the Mixtral whose blocks are those of a Llama, but for their FFNs; a ValueError says why not."""
+    if dense_config.model_type != "llama":
+        raise ValueError(f"a Mixtral is made of a llama, not of a {dense_config.model_type!r} model.")
+    shared = {entry.name for entry in fields(MixtralConfig)} & {entry.name for entry in fields(type(dense_config))}
+    values = {name: getattr(dense_config, name) for name in shared - {"architectures", "dtype"}}
+    # Its balance loss is added to the loss where router logits are returned.
+    return MixtralConfig(**{**values, "output_router_logits": True, **options})
+
+
+def mixtral_of(dense: PreTrainedModel, config: MixtralConfig) -> PreTrainedModel:
+    """Make a Mixtral of a Llama: each expert a copy of the FFN that stood there, routers random."""
+    model = AutoModelForCausalLM.from_config(config)
+    tensors = dense.state_dict()
+    with torch.no_grad():
+        for index, block in enumerate(model.model.layers):
+            matrices = joined_ffn(dense.model.layers[index].mlp)
+            for name, matrix in zip(("gate_up_proj", "down_proj"), matrices, strict=True):
+                parameter = block.mlp.experts.get_parameter(name)
+                parameter.copy_(matrix.expand_as(parameter))
+            tensors = {name: values for name, values in tensors.items() if f"layers.{index}.mlp." not in name}
+    loaded = model.load_state_dict(tensors, strict=False)
+    if loaded.unexpected_keys or any(".mlp." not in name for name in loaded.missing_keys):
+        raise ValueError(f"A Llama and a Mixtral differ in {', '.join(loaded.unexpected_keys + loaded.missing_keys)}.")
+    return model
+
+
+def check_names(systems: list[System], dense_name: str):
     """Refuse a system that would use the folder of the dense models."""
-    if any(Path(system.name) == Path(DENSE_FOLDER) for system in systems):
-        raise ValueError(f"A system cannot be called {DENSE_FOLDER!r}: that folder is the dense models'.")
+    if any(Path(system.name) == Path(dense_name) for system in systems):
+        raise ValueError(f"A system cannot be called {dense_name!r}: that folder is the dense models'.")

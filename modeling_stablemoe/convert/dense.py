@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
-from modeling_stablemoe.model.decoder_stablemoe import causal_class
-from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
+from modeling_stablemoe.model.decoder_stablemoe import causal_class, joined_ffn
+from modeling_stablemoe.model.layer_stablemoe import StableMoEFeedForward, moe_layers_of
 
 
 # What `from_pretrained` takes that says where a checkpoint is, and in which dtype and format it is wanted.
@@ -239,11 +239,17 @@ class DecoderSource(DenseSource):
 
     @torch.no_grad()
     def load(self, model: PreTrainedModel, dense: PreTrainedModel):
-        """Copy decoder and head."""
-        decoder, head = model.model.decoder, dense.get_output_embeddings()
-        loaded = decoder.load_state_dict(dense.base_model.state_dict(), strict=False)
-        own = {f"{name}." for name in moe_layers_of(decoder)}
-        missing = [name for name in loaded.missing_keys if not name.startswith(tuple(own))]
+        """Copy decoder and head; experts in place of an FFN become copies of it."""
+        decoder, head, tensors = model.model.decoder, dense.get_output_embeddings(), dense.base_model.state_dict()
+        own = moe_layers_of(decoder)
+        for name, layer in own.items():
+            if isinstance(layer, StableMoEFeedForward):
+                gate_up_proj, down_proj = joined_ffn(dense.base_model.get_submodule(name))
+                layer.experts.gate_up_proj.copy_(gate_up_proj.expand_as(layer.experts.gate_up_proj))
+                layer.experts.down_proj.copy_(down_proj.expand_as(layer.experts.down_proj))
+                tensors = {key: values for key, values in tensors.items() if not key.startswith(f"{name}.")}
+        loaded = decoder.load_state_dict(tensors, strict=False)
+        missing = [key for key in loaded.missing_keys if not key.startswith(tuple(f"{name}." for name in own))]
         if missing or loaded.unexpected_keys:
             raise ValueError(
                 f"The dense model and its config do not fit: {', '.join(missing + loaded.unexpected_keys)}. Merge adapters, undo "

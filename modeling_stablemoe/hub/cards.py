@@ -306,7 +306,10 @@ def _describe_experts(config: StableMoEBaseConfig) -> str | None:
     if not config.num_moe_layers:
         return None
     layers = "1 MoE layer" if config.num_moe_layers == 1 else f"each of {config.num_moe_layers} MoE layers"
-    return f"{config.num_experts} of {config.num_expert_sublayers} sublayers in {layers}"
+    if config.expert_type == "stack":
+        return f"{config.num_experts} of {config.num_expert_sublayers} sublayers in {layers}"
+    shared = f" and {config.num_shared_experts} shared" if config.num_shared_experts else ""
+    return f"{config.num_experts} gated{shared} in {layers}"
 
 
 def _describe_load(results: dict) -> str:

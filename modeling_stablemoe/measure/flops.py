@@ -5,7 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from modeling_stablemoe.model.layer_stablemoe import moe_layers_of
+
+# What the routed experts of a layer are called here and in transformers.
+_EXPERTS = {"expert_stack", "experts"}
 
 
 def forward_flops(model: PreTrainedModel, sequence_length: int) -> int:
@@ -40,6 +42,8 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     Returns:
         `dict[str, int]`: `shared` by all tokens, routers included, and `experts`, of all experts of all MoE layers.
     """
-    experts = sum(p.numel() for layer in moe_layers_of(model).values() for p in layer.expert_stack.parameters())
+    experts = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if _EXPERTS.intersection(name.split("."))
+    )
     learned = sum(p.numel() for p in model.parameters())
     return {"shared": learned - experts, "experts": experts}

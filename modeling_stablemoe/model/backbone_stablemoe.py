@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens, cached_sequences, new_columns, packed_sequences, token_mask, whole_sequences
-from .decoder_stablemoe import blocks_of, build_decoder
+from .decoder_stablemoe import blocks_of, build_decoder, moe_layer_at
 from .distillation_stablemoe import sees_context
 from .experts_stablemoe import Parts
 from .layer_stablemoe import StableMoELayer, look_up_ahead
@@ -74,10 +74,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         if not self.has_decoder:
             return list(self.moe_layers)
         blocks = self.blocks
-        return [
-            blocks[position - 1].moe_layer if position > 0 else blocks[0].moe_layer_before
-            for position in self.moe_layer_positions
-        ]
+        return [moe_layer_at(blocks, position) for position in self.moe_layer_positions]
 
     def check_input(self, input_ids: Tensor | None, inputs_embeds: Tensor | None):
         """Check what a pass is given.
@@ -179,7 +176,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
                 layer.frozen_router.is_initial = False
         places, num_blocks = zip(self.moe_layer_positions, moe_layers, strict=True), self.num_blocks
         moe_layers = {position: layer for position, layer in places if position <= num_blocks}
-        sorts = self.config._experts_implementation == "grouped_mm"
+        sorts = self.config._experts_implementation == "grouped_mm" and self.config.expert_type == "stack"
         known = look_up_ahead(list(moe_layers.values()), tokens, sorts)
         output_router_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
         return {

@@ -25,8 +25,11 @@ BALANCE_GRADIENTS = ("all", "centroids")
 ROUTER_NORMALIZATIONS = ("center", "standardize")
 POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal")
 INITIALIZATIONS = ("normal", "fairseq")
-# Of each sublayer of a stack of experts; the first dimension of every one is `num_experts`.
+EXPERT_TYPES = ("stack", "gated")
+MOE_PLACEMENTS = ("between", "ffn")
+# Of each sublayer of a stack of experts, and of gated experts; the first dimension of every one is `num_experts`.
 EXPERT_PARAMETERS = ("layernorm_weight", "layernorm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
+GATED_EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Sizes and numbers of tokens are int64 in tensors, coefficients float32.
@@ -148,14 +151,17 @@ _TOKEN_ID = Rule(_is_integer, "must be a token id, an integer")
 _POSITIONS = Rule(_are_integers, "must be a list of integers")
 
 
-def _expert_parallel_plan() -> dict[str, str]:
+def _expert_parallel_plan(expert_type: str) -> dict[str, str]:
     """Return what transformers deals out to the processes of expert parallelism, and where it sends tokens."""
-    stack = "moe_layers.*.expert_stack"
-    plan = {f"{stack}.sublayers.*.{name}": "grouped_gemm" for name in EXPERT_PARAMETERS}
+    if expert_type == "gated":
+        experts, names = "moe_layers.*.experts", GATED_EXPERT_PARAMETERS
+    else:
+        experts, names = "moe_layers.*.expert_stack", [f"sublayers.*.{name}" for name in EXPERT_PARAMETERS]
+    plan = {f"{experts}.{name}": "grouped_gemm" for name in names}
     if hasattr(DistributedConfig, "ep_size"):
-        return plan | {stack: "ep_dispatch_experts"}
+        return plan | {experts: "ep_dispatch_experts"}
     # Before 5.19 every process has all tokens, and the ids of its own experts are made out of the router's.
-    return plan | {"moe_layers.*.dispatch": "ep_router", stack: "moe_tp_experts"}
+    return plan | {"moe_layers.*.dispatch": "ep_router", experts: "moe_tp_experts"}
 
 
 class StableMoEBaseConfig(PreTrainedConfig):
@@ -166,7 +172,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*, defaults to 768): width d of the hidden states.
         intermediate_size (`int`, *optional*, defaults to 3072): inner width of the FFNs, of blocks and experts alike.
         num_attention_heads (`int`, *optional*, defaults to 12): attention heads; divides `hidden_size`.
-        hidden_act (`str`, *optional*, defaults to `"relu"`): activation of blocks and experts.
+        hidden_act (`str`, *optional*): activation of blocks and experts. Default: `"relu"`, the paper's; that of the
+            backbone for gated experts in a `backbone_config`.
         max_position_embeddings (`int`, *optional*, defaults to 1024): positions, the longest sequence.
         position_embedding_type (`str`, *optional*, defaults to `"learned"`): `"learned"`, or `"sinusoidal"` as in the
             original Transformer, which has no parameters.
@@ -189,7 +196,13 @@ class StableMoEBaseConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`): return key/value caches by default.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): the head shares the token embedding.
         num_experts (`int`, *optional*, defaults to 32): experts N of each MoE layer.
-        num_expert_sublayers (`int`, *optional*, defaults to 3): FFN sublayers stacked in one expert.
+        expert_type (`str`, *optional*): `"stack"`, the paper's: each expert is a stack of FFN sublayers, each with a LayerNorm
+            and a residual of its own; or `"gated"`, as in the MoE models of today: one gated FFN (SwiGLU with
+            `hidden_act="silu"`) of `intermediate_size`, after an RMSNorm of the layer, in the layout that transformers' experts
+            have. Default: `"stack"`; `"gated"` with a `backbone_config`.
+        num_expert_sublayers (`int`, *optional*, defaults to 3): FFN sublayers stacked in one expert; 1 in gated ones.
+        num_shared_experts (`int`, *optional*, defaults to 0): gated experts of each MoE layer that every token takes beside its
+            own, without a gate.
         router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy, a row of table 1: `"stable"`,
             `"switch"`, `"base"`, `"hash"` or the name of a router of your own, registered by `register_router`.
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
@@ -266,7 +279,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_attention_heads: int = 12
-    hidden_act: str = "relu"
+    hidden_act: str | None = None
     max_position_embeddings: int = 1024
     position_embedding_type: str = "learned"
     scale_embedding: bool = False
@@ -282,7 +295,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     num_experts: int = 32
+    expert_type: str | None = None
     num_expert_sublayers: int = 3
+    num_shared_experts: int = 0
     router_type: str = "stable"
     distilled_router: str | None = None
     distilled_router_dim: int = 50
@@ -306,15 +321,15 @@ class StableMoEBaseConfig(PreTrainedConfig):
     router_fingerprint: str | None = None
     pruned_tokens: list[str] | None = None
 
-    # Not fields themselves. What transformers shards under expert parallelism and FSDP2, by name in a language model's
-    # backbone, an encoder or a decoder. Routers stay whole: each decides over all experts. Embeddings, which may be tied,
-    # and the last norm stay with the root.
-    base_model_ep_plan = _expert_parallel_plan()
+    # Not a field itself. What transformers shards under FSDP2, by name in a language model's backbone, an encoder or a
+    # decoder. Embeddings, which may be tied, and the last norm stay with the root.
     base_model_fsdp_plan = {"layers.*": "free_full_weight", "moe_layers.*": "free_full_weight"}
     # What each field may hold whatever the others hold, checked whenever it is set. Fields of `PreTrainedConfig` are among
     # them, where a misread value would act: what `@strict` of huggingface_hub says of them is no ValueError.
     _rules = {
-        "hidden_act": _choice(ACT2FN),
+        "hidden_act": _optional(_choice(ACT2FN)),
+        "expert_type": _optional(_choice(EXPERT_TYPES)),
+        "num_shared_experts": Rule(lambda value: _is_integer(value, 0), "must be an integer >= 0"),
         "position_embedding_type": _choice(POSITION_EMBEDDING_TYPES),
         "initialization": _choice(INITIALIZATIONS),
         "router_type": _choice(ROUTER_TYPES, ", or import the file that registers it first (`register_router`)"),
@@ -401,6 +416,12 @@ class StableMoEBaseConfig(PreTrainedConfig):
         for positions, num_blocks in self._moe_positions.items():
             if getattr(self, positions) is None:
                 setattr(self, positions, [getattr(self, num_blocks) // 2])
+        if self.expert_type is None:
+            self.expert_type = "stack"
+        if self.hidden_act is None:
+            self.hidden_act = "relu"
+        if self.expert_type == "gated" and self.num_expert_sublayers == type(self).num_expert_sublayers:
+            self.num_expert_sublayers = 1
         if self.distilled_router is None and self.router_type == "stable":
             self.distilled_router = "word_embedding"
         if self.balance_loss_coef is None:
@@ -408,6 +429,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
         self.validate_architecture()
         for positions in self._moe_positions:
             setattr(self, positions, sorted(getattr(self, positions)))
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:
+        """`dict[str, str]`: what expert parallelism shards. Routers stay whole: each decides over all experts."""
+        return _expert_parallel_plan(self.expert_type)
 
     @property
     def num_moe_layers(self) -> int:
@@ -494,6 +520,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
                 f"`distilled_router` {self.distilled_router!r} has nothing to learn from a hash, which is fixed from the "
                 "start; leave it at None."
             )
+        self._validate_experts()
         self._validate_stage1_of_router()
         pruned, sides = self.pruned_tokens, len(self._moe_positions)
         if pruned is not None and len(pruned) != sides:
@@ -502,6 +529,19 @@ class StableMoEBaseConfig(PreTrainedConfig):
             )
         for positions, num_blocks in self._moe_positions.items():
             self._validate_positions(positions, num_blocks)
+
+    def _validate_experts(self):
+        for name, choices in (("hidden_act", ACT2FN), ("expert_type", EXPERT_TYPES)):
+            _choice(choices).check(name, getattr(self, name))
+        if self.expert_type == "gated" and self.num_expert_sublayers != 1:
+            raise ValueError(
+                f"`num_expert_sublayers` ({self.num_expert_sublayers}): a gated expert is one FFN, no stack; leave it out, or "
+                'choose `expert_type="stack"`.'
+            )
+        if self.num_shared_experts and self.expert_type != "gated":
+            raise ValueError(
+                f'`num_shared_experts` ({self.num_shared_experts}) are gated experts: set `expert_type="gated"`, or leave it at 0.'
+            )
 
     def _validate_stage1_of_router(self):
         """Refuse settings that would do nothing with this router."""
@@ -572,7 +612,7 @@ StableMoEBaseConfig.router_aux_loss_coef = property(_get_router_aux_loss_coef, _
 
 
 # Fields that a decoder of transformers has of its own: those that it determines, and those that are of the paper's blocks.
-_BACKBONE_FIELDS = (
+BACKBONE_FIELDS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -605,6 +645,9 @@ class StableMoEConfig(StableMoEBaseConfig):
             `num_attention_heads`, `max_position_embeddings`, `tie_word_embeddings` and special tokens; `intermediate_size`,
             `hidden_act`, `layer_norm_eps` and `initializer_range` are of the experts. `None`, the default, is the paper's
             blocks.
+        moe_placement (`str`, *optional*, defaults to `"between"`): `"between"`, the paper's: MoE layers stand between the
+            blocks; or `"ffn"`: at position k, from 1, gated experts take the place of block k's own gated FFN, whose width and
+            activation are theirs, as in Mixtral and all that came after. For a `backbone_config` with such FFNs.
 
     Raises:
         ValueError: if a field is out of range or does not fit another one; the message names field, value and remedy.
@@ -630,6 +673,7 @@ class StableMoEConfig(StableMoEBaseConfig):
     _rules = StableMoEBaseConfig._rules | {
         "num_hidden_layers": _COUNT,
         "moe_layer_positions": _optional(_POSITIONS),
+        "moe_placement": _choice(MOE_PLACEMENTS),
         "backbone_config": _optional(
             Rule(lambda value: isinstance(value, (dict, PreTrainedConfig)), "must be a config of transformers")
         ),
@@ -638,10 +682,13 @@ class StableMoEConfig(StableMoEBaseConfig):
     num_hidden_layers: int = 12
     moe_layer_positions: list[int] | None = None
     backbone_config: dict | PreTrainedConfig | None = None
+    moe_placement: str = "between"
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is not None:
             self._adopt_backbone()
+        if self.moe_placement == "ffn" and self.moe_layer_positions is None:
+            self.moe_layer_positions = [max(self.num_hidden_layers // 2, 1)]
         super().__post_init__(**kwargs)
 
     def _adopt_backbone(self):
@@ -652,7 +699,14 @@ class StableMoEConfig(StableMoEBaseConfig):
             if model_type is None:
                 raise ValueError("`backbone_config` has no `model_type`, which says what it is the config of.")
             self.backbone_config = AutoConfig.for_model(model_type, **fields)
-        for name in _BACKBONE_FIELDS:
+        if self.expert_type is None:
+            self.expert_type = "gated"
+        activation = getattr(self.backbone_config, "hidden_activation", None)  # Gemma's name
+        activation = activation or getattr(self.backbone_config, "hidden_act", None)
+        if self.hidden_act is None and self.expert_type == "gated" and activation in ACT2FN:
+            self.hidden_act = activation
+        replaced = ("intermediate_size",) if self.moe_placement == "ffn" else ()
+        for name in (*BACKBONE_FIELDS, *replaced):
             ours, default = getattr(self, name), getattr(type(self), name)
             theirs = getattr(self.backbone_config, name, default)
             if ours not in (default, theirs):
@@ -679,9 +733,23 @@ class StableMoEConfig(StableMoEBaseConfig):
                     f"{', '.join(f'`{name}`' for name in idle)}: of the paper's blocks, which a `backbone_config` takes the "
                     "place of; leave them out, or set what the backbone has for them in its config."
                 )
+        if self.moe_placement == "ffn":
+            self._validate_in_place_of_ffn()
         if self.is_encoder_decoder:
             raise ValueError(
                 "`is_encoder_decoder` must be False: for a model with an encoder, use StableMoESeq2SeqConfig."
+            )
+
+    def _validate_in_place_of_ffn(self):
+        if self.backbone_config is None or self.expert_type != "gated":
+            raise ValueError(
+                '`moe_placement` "ffn" puts gated experts in place of the gated FFNs of a `backbone_config`: set that and '
+                '`expert_type="gated"`, or choose "between".'
+            )
+        if 0 in self.moe_layer_positions:
+            raise ValueError(
+                '`moe_layer_positions` 0 stands before the first block; with `moe_placement="ffn"` k is the FFN of block k, from '
+                "1."
             )
 
 
@@ -782,10 +850,14 @@ class StableMoESeq2SeqConfig(StableMoEBaseConfig):
 
 
 __all__ = [
+    "BACKBONE_FIELDS",
     "BALANCE_GRADIENTS",
     "DISTILLED_ROUTERS",
     "EXPERT_PARAMETERS",
+    "EXPERT_TYPES",
+    "GATED_EXPERT_PARAMETERS",
     "INITIALIZATIONS",
+    "MOE_PLACEMENTS",
     "PACKAGE_FUNCTIONS",
     "POSITION_EMBEDDING_TYPES",
     "ROUTER_NORMALIZATIONS",

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -19,15 +20,19 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_stablemoe import StableMoEConfig
 from .initialization_stablemoe import init_routing_weights
-from .layer_stablemoe import StableMoELayer
+from .layer_stablemoe import StableMoEFeedForward, StableMoELayer
 from .routing_stablemoe import RECORDED, Router
 
 
 class BlockWithExperts:
-    """What the class of a decoder's block gains: an MoE layer after it and, in the first block, one before it."""
+    """What the class of a decoder's block gains: an MoE layer after it, or in place of its FFN, and one before the first block."""
+
+    # Of the MoE layer that is not before the block: where it stands, and its name in the block.
+    moe_position: int | None = None
+    moe_name: str | None = None
 
     def forward(self, hidden_states: Tensor, *args, moe_inputs: dict[int, tuple] | None = None, **kwargs):
-        """Run the MoE layer before the block, the block, and the MoE layer after it; each if there is one.
+        """Run the MoE layer before the block, the block, with experts in it, and the MoE layer after it; each if there is one.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): input of the block.
@@ -45,12 +50,16 @@ class BlockWithExperts:
             )
         if hasattr(self, "moe_layer_before"):
             hidden_states = self.moe_layer_before(hidden_states, *moe_inputs[0])
+        moe_layer = None if self.moe_name is None else getattr(self, self.moe_name)
+        if isinstance(moe_layer, StableMoEFeedForward):
+            moe_layer.given = moe_inputs[self.moe_position]
+            moe_layer = None
         outputs = super().forward(hidden_states, *args, **kwargs)
-        if not hasattr(self, "moe_layer"):
+        if moe_layer is None:
             return outputs
         if isinstance(outputs, tuple):
-            return self.moe_layer(outputs[0], *moe_inputs[self.moe_position]), *outputs[1:]
-        return self.moe_layer(outputs, *moe_inputs[self.moe_position])
+            return moe_layer(outputs[0], *moe_inputs[self.moe_position]), *outputs[1:]
+        return moe_layer(outputs, *moe_inputs[self.moe_position])
 
     def __reduce_ex__(self, protocol):
         # The class is made when it is needed, where pickle cannot find it.
@@ -115,9 +124,48 @@ def build_decoder(config: StableMoEConfig) -> PreTrainedModel:
             block.__class__ = block_with_experts(type(block))
         if position == 0:
             block.moe_layer_before = StableMoELayer(config)
-        else:
-            block.moe_layer, block.moe_position = StableMoELayer(config), position
+            continue
+        block.moe_name, block.moe_position = "moe_layer", position
+        if config.moe_placement == "ffn":
+            block.moe_name, _ = gated_ffn(block, config.hidden_act)
+        layer_class = StableMoEFeedForward if config.moe_placement == "ffn" else StableMoELayer
+        setattr(block, block.moe_name, layer_class(config))
     return decoder
+
+
+def moe_layer_at(blocks: nn.ModuleList, position: int) -> StableMoELayer:
+    """Return the MoE layer at a position of `moe_layer_positions`."""
+    return (
+        blocks[0].moe_layer_before if position == 0 else getattr(blocks[position - 1], blocks[position - 1].moe_name)
+    )
+
+
+def gated_ffn(block: nn.Module, hidden_act: str) -> tuple[str, nn.Module]:
+    """Find the FFN of a block that gated experts can take the place of, and its name.
+
+    Raises:
+        ValueError: if there is none: experts have a gate, no biases, and the activation `hidden_act`.
+    """
+    activation = type(ACT2FN[hidden_act])
+    for name, module in block.named_children():
+        parts = dict(module.named_children())
+        matrices = [parts.pop(key, None) for key in ("gate_proj", "up_proj", "down_proj")]
+        if "gate_up_proj" in parts:
+            matrices[:2] = [parts.pop("gate_up_proj")]
+        is_plain = all(type(matrix) is nn.Linear and matrix.bias is None for matrix in matrices)
+        if is_plain and [type(part) for part in parts.values()] == [activation]:
+            return name, module
+    raise ValueError(
+        f"A {type(block).__name__} has no gated FFN without biases and with the activation {hidden_act!r}, which experts could be "
+        'copies of: choose `moe_placement="between"`, or another `backbone_config`.'
+    )
+
+
+def joined_ffn(ffn: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the matrices of a gated FFN as experts hold them: gate and up, `(2 F, D)`, and down, `(D, F)`."""
+    if hasattr(ffn, "gate_up_proj"):
+        return ffn.gate_up_proj.weight, ffn.down_proj.weight
+    return torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight]), ffn.down_proj.weight
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -208,5 +256,8 @@ __all__ = [
     "build_decoder",
     "causal_class",
     "decoder_with_experts",
+    "gated_ffn",
+    "joined_ffn",
+    "moe_layer_at",
     "name_of",
 ]

@@ -287,11 +287,15 @@ def shared_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: 
 def spread_sentinels(
     hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give sentinels an expert in rotation, zeros to work on and no weight: each is sent to some expert then."""
-    sentinel_T1 = top_k_index >= num_experts
-    by_turns_T1 = torch.arange(len(top_k_index), device=top_k_index.device).unsqueeze(-1) % num_experts
-    index_T1 = torch.where(sentinel_T1, by_turns_T1, top_k_index)
-    return hidden_states.masked_fill(sentinel_T1, 0.0), index_T1, top_k_weights.masked_fill(sentinel_T1, 0.0)
+    """Give sentinels an expert in rotation and no weight, and tokens that go nowhere zeros to work on.
+
+    So that all are sent to some expert.
+    """
+    sentinel_TK = top_k_index >= num_experts
+    by_turns_TK = torch.arange(top_k_index.numel(), device=top_k_index.device).view_as(top_k_index) % num_experts
+    index_TK = torch.where(sentinel_TK, by_turns_TK, top_k_index)
+    hidden_TD = hidden_states.masked_fill(sentinel_TK.all(-1, keepdim=True), 0.0)
+    return hidden_TD, index_TK, top_k_weights.masked_fill(sentinel_TK, 0.0)
 
 
 def expert_capacity(expert_load: Tensor, capacity_factor: float) -> Tensor:

@@ -136,10 +136,8 @@ class IntegrationMixin:
 
     def _require_gathering(self, method: str):
         for layer in moe_layers_of(self).values():
-            stack = layer.expert_stack
-            if stack.num_experts < layer.num_experts and not hasattr(
-                stack.sublayers[0].layernorm_weight, "device_mesh"
-            ):
+            experts = layer.expert_module
+            if experts.num_experts < layer.num_experts and not hasattr(next(experts.parameters()), "device_mesh"):
                 raise ValueError(
                     f"`{method}`: under expert parallelism this version of transformers cannot gather the experts of all "
                     "processes to save them, so it is for inference alone. Upgrade to transformers >= 5.21, or load the "
@@ -168,6 +166,12 @@ class IntegrationMixin:
         Raises:
             ValueError: naming the backends there are.
         """
+        if self.config.expert_type == "gated":  # with all backends of transformers
+            widths = (self.config.hidden_size, self.config.intermediate_size)
+            is_odd = any(
+                width % 8 for width in widths
+            )  # `torch.nn.functional.grouped_mm` takes rows of whole 16 bytes
+            return super().get_correct_experts_implementation(requested_experts or ("eager" if is_odd else None))
         available = ["eager", *ALL_STABLEMOE_EXPERTS_FUNCTIONS.valid_keys()]
         if requested_experts is not None and requested_experts not in available:
             raise ValueError(

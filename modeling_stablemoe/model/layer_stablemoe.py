@@ -5,6 +5,7 @@ Shape suffixes: T tokens, K experts per token (one), E experts.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
+from .gated_stablemoe import StableMoEGatedExperts, StableMoESharedExperts
 from .losses_stablemoe import is_distributed
 from .products_stablemoe import sort_by_expert
 from .routing_stablemoe import Router, Routing, build_router
@@ -56,9 +58,13 @@ class ExpertDispatch(nn.Module):
 class StableMoELayer(GradientCheckpointingLayer):
     """A layer of experts between two Transformer blocks: h' = h + g (S_a(h) - h) (StableMoE, eqs. 7 and 14).
 
-    S_a is the stack of expert a, its residuals inside; a and g are the router's. The layer is in stage 1 until
+    S_a is the stack of expert a, its residuals inside; a and g are the router's. Of gated experts S_a(h) - h is the FFN of
+    expert a of the normalised h, and that of shared experts, which are not weighed, is added. The layer is in stage 1 until
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
+
+    # Whether the layer normalises what gated experts read; where an FFN stood, its block does.
+    has_norm = True
 
     # Called with the experts that tokens are sent to, `(T, K)`, before the first block runs: experts that are kept elsewhere
     # are fetched ahead.
@@ -70,7 +76,15 @@ class StableMoELayer(GradientCheckpointingLayer):
         self.router = build_router(config)
         self.frozen_router = build_frozen_router(config)
         self.dispatch = ExpertDispatch(config)
-        self.expert_stack = StableMoEExperts(config)
+        self.norm = self.shared_experts = None
+        if config.expert_type == "stack":
+            self.expert_stack = StableMoEExperts(config)
+        else:
+            self.experts = StableMoEGatedExperts(config)
+            if self.has_norm:
+                self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+            if config.num_shared_experts:
+                self.shared_experts = StableMoESharedExperts(config)
         self.shares_experts = config.share_experts_in_stage1
         self.register_state_dict_post_hook(_replicate_buffers)
 
@@ -100,39 +114,85 @@ class StableMoELayer(GradientCheckpointingLayer):
         Returns:
             `torch.Tensor` of shape `(batch, sequence, hidden_size)`: h'.
         """
+        change = self._change(
+            hidden_states, tokens, frozen_experts, expert_order, statistics, output_router_logits, route_by_backbone
+        )
+        return self._with_idle_parameters(hidden_states + change)
+
+    def _change(
+        self,
+        hidden_states: Tensor,
+        tokens: tuple | Tensor,
+        frozen_experts: Tensor | None,
+        expert_order: tuple | None,
+        *options: Any,
+    ) -> Tensor:
+        """Compute what the experts add to the tokens, of the shape of `hidden_states`."""
         tokens = Tokens.of(tokens)
         if frozen_experts is None and self.frozen_router.is_frozen:
             frozen_experts = self.frozen_router(tuple(tokens)).view(-1, 1)
-        *_, routing = self.router(
-            hidden_states, tuple(tokens), frozen_experts, statistics, output_router_logits, route_by_backbone
-        )
+        *_, routing = self.router(hidden_states, tuple(tokens), frozen_experts, *options)
         routing = Routing(*routing)
         _, weights_TK, sent_TK = self.dispatch(
             routing.router_logits, routing.routing_weights, routing.selected_experts, tokens.token_mask
         )
-        delta = self._run_experts(hidden_states.flatten(0, -2), sent_TK, weights_TK, expert_order)
-        hidden_states = hidden_states + delta.view_as(hidden_states)
+        hidden_TD = hidden_states.flatten(0, -2)
+        if self.norm is not None:
+            hidden_TD = self.norm(hidden_TD)
+        may_drop = self.dispatch.may_drop(tokens.token_mask)
+        change_TD = self._run_experts(hidden_TD, sent_TK, self._weigh(weights_TK), expert_order, may_drop)
+        if self.shared_experts is not None:
+            shared_TD = self.shared_experts(hidden_TD)
+            if tokens.token_mask is not None:
+                shared_TD = shared_TD.masked_fill(~tokens.token_mask.reshape(-1, 1), 0.0)
+            change_TD = change_TD + shared_TD
+        return change_TD.view_as(hidden_states)
+
+    def _weigh(self, routing_weights: Tensor) -> Tensor:
+        """Turn the router's weights, `(T, K)`, into those of the experts: between blocks they are the same."""
+        return routing_weights
+
+    def _with_idle_parameters(self, hidden_states: Tensor) -> Tensor:
+        """Give the parameters that learn in stage 1 only a gradient of zero where several processes train stage 2.
+
+        DistributedDataParallel stops at a parameter without gradient unless it looks for unused ones, which activation
+        checkpointing forbids, and ZeRO-3 would take the last one again.
+        """
         idle = self.bare_router.stage1_parameters()
         if idle and self.frozen_router.is_frozen and self.training and is_distributed():
-            # With a gradient of zero: DistributedDataParallel stops at a parameter without gradient unless it looks for
-            # unused ones, which activation checkpointing forbids, and ZeRO-3 would take the last one again.
-            hidden_states = hidden_states + zero_through(idle, self).to(hidden_states.dtype)
+            return hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
 
     def _run_experts(
-        self, tokens: Tensor, selected_experts: Tensor, routing_weights: Tensor, expert_order: tuple | None
+        self,
+        tokens: Tensor,
+        selected_experts: Tensor,
+        routing_weights: Tensor,
+        expert_order: tuple | None,
+        may_drop: bool,
     ) -> Tensor:
-        """Compute what the experts add to the tokens, `(T, hidden_size)`."""
+        """Compute the weighted sum of the experts of each token, `(T, hidden_size)`."""
+        experts = self.expert_module
         if expert_order is not None:
-            return self.expert_stack(tokens, selected_experts, routing_weights, expert_order)
-        if self.expert_stack.num_experts < self.num_experts:
-            # Expert parallelism sends every token to some process.
+            return experts(tokens, selected_experts, routing_weights, expert_order)
+        # Expert parallelism sends every token to some process; transformers' backends know no sentinels without it.
+        if experts.num_experts < self.num_experts or (may_drop and self.expert_name == "experts"):
             tokens, selected_experts, routing_weights = spread_sentinels(
                 tokens, selected_experts, routing_weights, self.num_experts
             )
         if self.shares_experts and not self.frozen_router.is_frozen:
-            return self.expert_stack.forward_shared(tokens, selected_experts, routing_weights)
-        return self.expert_stack(tokens, selected_experts, routing_weights)
+            return experts.forward_shared(tokens, selected_experts, routing_weights)
+        return experts(tokens, selected_experts, routing_weights)
+
+    @property
+    def expert_name(self) -> str:
+        """`str`: name of the module of the experts: of transformers' own for gated ones."""
+        return "experts" if "experts" in self._modules else "expert_stack"
+
+    @property
+    def expert_module(self) -> nn.Module:
+        """`torch.nn.Module`: the routed experts."""
+        return getattr(self, self.expert_name)
 
     def knows_ahead(self, device: torch.device) -> bool:
         """Return True if the layer's experts can be looked up on `device` before its own forward pass begins.
@@ -142,7 +202,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         """
         return (
             self.frozen_router.is_frozen
-            and self.expert_stack.num_experts == self.num_experts
+            and self.expert_module.num_experts == self.num_experts
             and all(is_at_hand(values, device) for values in self.frozen_router.buffers())
         )
 
@@ -164,6 +224,46 @@ class StableMoELayer(GradientCheckpointingLayer):
         """Follow the vocabulary to a new size; the frozen router has a rule for the experts of new ids."""
         self.bare_router.resize(vocab_size)
         self.frozen_router.resize(vocab_size)
+
+
+class StableMoEFeedForward(StableMoELayer):
+    """Gated experts in place of the FFN of a block: y = 1/K sum_k (1 + c g_k) FFN_{a_k}(x), to which the block adds its input.
+
+    c, one number, starts at 0: experts that are copies of the FFN that stood there compute what it did, to the bit where K
+    is a power of two. A hash has no scores: its y is the mean.
+    """
+
+    has_norm = False
+
+    def __init__(self, config: StableMoEBaseConfig):
+        super().__init__(config)
+        self.gate_scale = None if config.router_type == "hash" else nn.Parameter(torch.empty(1))
+        # All that the layer is given but the hidden states: the block, which has them, calls with these alone.
+        self.given: tuple | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Send each token through its experts.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): x.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, sequence, hidden_size)`: y; 0 for padding.
+
+        Raises:
+            ValueError: outside its block, which says what the tokens are.
+        """
+        given, self.given = self.given, None
+        if given is None:
+            raise ValueError(
+                "Experts in place of an FFN are told the tokens by their block: run the model, or the block."
+            )
+        return self._with_idle_parameters(self._change(hidden_states, *given))
+
+    def _weigh(self, routing_weights: Tensor) -> Tensor:
+        if self.gate_scale is None:
+            return routing_weights
+        return (1 + self.gate_scale * routing_weights) / routing_weights.shape[-1]
 
 
 def _replicate_buffers(layer: StableMoELayer, state_dict: dict[str, Tensor], prefix: str, local_metadata):
@@ -226,4 +326,4 @@ def moe_layers_of(model: nn.Module) -> dict[str, StableMoELayer]:
     return found
 
 
-__all__ = ["StableMoELayer", "look_up_ahead", "moe_layers_of"]
+__all__ = ["StableMoEFeedForward", "StableMoELayer", "look_up_ahead", "moe_layers_of"]

@@ -70,7 +70,8 @@ class StableMoEModel(StableMoEBackbone):
         own = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("moe_layers.*.")}
         self._fsdp_plan = {rule: how for rule, how in self._fsdp_plan.items() if rule.startswith("decoder.")}
         self._ep_plan = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("decoder.")}
-        for layer in ("moe_layer_before", "moe_layer"):
+        names = {name.rpartition(".")[2] for name in self.moe_layers_by_name}
+        for layer in sorted(names):
             self._ep_plan |= {rule.replace("moe_layers.*", f"{in_blocks}.{layer}"): how for rule, how in own.items()}
 
     @takes_cache_by_either_name
@@ -247,7 +248,8 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
     ) -> "StableMoEForCausalLM":
         """Convert a dense language model to a StableMoE with the same logits, ready for both stages of training.
 
-        MoE layers are put between its blocks, and their new experts add nothing until they are trained. GPT-2 and OPT become the
+        MoE layers are put between its blocks, and their new experts add nothing until they are trained; or, with
+        `moe_placement="ffn"`, experts in place of the FFNs of blocks, each a copy of the one that stood there. GPT-2 and OPT become the
         paper's blocks; any other decoder of transformers stays what it is (`config.backbone_config`). Weights, dtype, device,
         generation settings, attention implementation and rates of dropout are those of the dense model (`resid_pdrop` and
         `embd_pdrop` of GPT-2; that of OPT is applied to the embeddings here, too).
@@ -258,7 +260,7 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
             moe_layer_positions (`list[int]`, *optional*): k = after block k, 0 = before the first block; default: one
                 layer in the middle, the best place in table 4. `[]` adds nothing.
             **options: every other field of `StableMoEConfig` that the dense model does not determine:
-                `num_expert_sublayers` (3), those of routing and stage 1, `initializer_range` (of the experts), `use_cache` and
+                `expert_type`, `moe_placement`, those of routing and stage 1, `initializer_range` (of the experts), `use_cache` and
                 special token ids; of GPT-2 and OPT `dropout` and `attention_dropout`, of other decoders
                 `intermediate_size` (of the experts; default: as the decoder's), `hidden_act` and `layer_norm_eps`. `attn_implementation` and
                 `experts_implementation` as in `from_pretrained`; with a name or folder also `revision`, `token`,

@@ -333,13 +333,17 @@ class TwoStageRoutingMixin:
         """Load a checkpoint as `PreTrainedModel.from_pretrained` does, and check its routing.
 
         Raises:
-            ValueError: for a frozen routing that is damaged or not the config's; for weights that cannot be read, with the file's own complaint, or
-                that have other shapes than the config says (a RuntimeError, too, as transformers'), and for routers that
-                would be quantised, naming the tensors.
+            ValueError: for a frozen routing that is damaged or not the config's; for weights that cannot be read, with the
+                file's own complaint, that have other shapes than the config says (a RuntimeError, too, as transformers'), or
+                whose experts stand elsewhere or are of another type; and for routers that would be quantised, naming the
+                tensors.
         """
         was_loading = _is_loading.set(True)
+        returns_info = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except Exception as error:
             if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
                 kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True, "device_map": "meta"}
@@ -355,15 +359,16 @@ class TwoStageRoutingMixin:
             ) from error
         finally:
             _is_loading.reset(was_loading)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        _refuse_other_experts(pretrained_model_name_or_path, model.moe_layers_by_name, info)
         _refuse_quantized_routers(model.moe_layers_by_name)
         if is_fsdp_enabled() and not is_local_dist_rank_0():
             model._expect_routing()  # what stands in its frozen routers now, zeros in transformers 5.15, is no routing
         else:
             model.check_routing()
-        return loaded
+        return (model, info) if returns_info else model
 
 
+_PARTS_OF_LAYERS = {"router", "frozen_router", "expert_stack", "experts"}
 _RESTORE = "The checkpoint is damaged or mixed from two runs; restore it from its source."
 
 
@@ -378,6 +383,22 @@ def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:
         "weights that were saved together. For other labels, pass `ignore_mismatched_sizes=True`: their head starts anew. "
         "To change the vocabulary, load them as they are, then call `resize_token_embeddings`."
     )
+
+
+def _refuse_other_experts(checkpoint: str, layers: dict[str, StableMoELayer], loading_info: dict):
+    """Refuse weights with other MoE layers than those of the config, which would start from random numbers, unnoticed."""
+    missing = [
+        key for key in sorted(loading_info["missing_keys"]) if key.startswith(tuple(f"{name}." for name in layers))
+    ]
+    surplus = [
+        key for key in sorted(loading_info["unexpected_keys"]) if _PARTS_OF_LAYERS.intersection(key.split(".")[:-1])
+    ]
+    if missing and surplus:
+        raise ValueError(
+            f"The weights of {str(checkpoint)!r} have other MoE layers than its config: `{surplus[0]}` has no place, and "
+            f"`{missing[0]}` is missing. Load them with the config that they were saved with: `moe_layer_positions`, "
+            "`moe_placement` and `expert_type` cannot be changed."
+        )
 
 
 def _refuse_quantized_routers(layers: dict[str, StableMoELayer]):

@@ -13,8 +13,6 @@ import torch
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
 
-from modeling_stablemoe.model.configuration_stablemoe import EXPERT_PARAMETERS
-
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -126,11 +124,11 @@ class FileRows:
 
 
 def find_rows(name: str, stack: nn.Module, files: dict[str, CheckpointFile], pinned: bool) -> dict[str, MemoryRows]:
-    """Find where the weights of a stack of experts are, by parameter name.
+    """Find where the weights of a layer's experts are, by parameter name.
 
     Args:
-        name (`str`): name of the stack, for the error.
-        stack (`StableMoEExperts`): its parameters are in memory or offloaded by accelerate's hooks.
+        name (`str`): name of the experts, for the error.
+        stack (`StableMoEExperts` or `StableMoEGatedExperts`): their parameters are in memory or offloaded by accelerate's hooks.
         files (`dict[str, CheckpointFile]`): open files by path; newly opened ones are added.
         pinned (`bool`): whether to pin rows in host memory.
 
@@ -158,10 +156,8 @@ def find_rows(name: str, stack: nn.Module, files: dict[str, CheckpointFile], pin
 
 
 def expert_parameters(stack: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a stack of experts by name, in the same order for every stack."""
-    for index, sublayer in enumerate(stack.sublayers):
-        for name in EXPERT_PARAMETERS:
-            yield f"sublayers.{index}.{name}", getattr(sublayer, name)
+    """Yield the parameters of the experts of a layer by name, in the same order for every layer."""
+    yield from stack.named_parameters()
 
 
 def offloaded_value(module: nn.Module, name: str) -> Tensor | None:

@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """A MoE layer's experts when most are kept off the device: a few slots on it are filled before the layer runs.
 
-Shape suffixes: T tokens, D hidden size, E experts, W tokens of one wave.
+Shape suffixes: T tokens, K experts per token, D hidden size, E experts, W tokens of one wave.
 """
 
 import threading
@@ -15,7 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from modeling_stablemoe.model.experts_stablemoe import StableMoEExperts
+from modeling_stablemoe.model.experts_stablemoe import StableMoEExperts, spread_sentinels
+from modeling_stablemoe.model.gated_stablemoe import StableMoEGatedExperts
 
 from .expert_store import FileRows, MemoryRows, expert_parameters
 
@@ -116,7 +117,7 @@ class Transfers:
 class Plan:
     """The experts that a layer's forward pass needs."""
 
-    index: Tensor  # (T,), the expert of each token, on the CPU; E for sentinels
+    index: Tensor  # (T * K,), the experts of each token, on the CPU; E for sentinels
     announced: Tensor | None  # the same on the device, if `prefetch` was given it
     needed: list[int]  # distinct experts
     resident: int  # how many of them were in a slot
@@ -124,12 +125,12 @@ class Plan:
 
 
 class OffloadedExperts(nn.Module):
-    """Replaces a `StableMoEExperts` whose weights are kept off the device, for inference, with the same outputs.
+    """Replaces experts whose weights are kept off the device, for inference, with the same outputs.
 
     Experts stay in their slots until others need the room; the least recently used go first.
 
     Args:
-        stack (`StableMoEExperts`): the experts; its parameters may be on the meta device.
+        stack (`StableMoEExperts` or `StableMoEGatedExperts`): the experts; their parameters may be on the meta device.
         rows (`dict[str, MemoryRows or FileRows]`): where the values of each parameter are.
         num_slots (`int`): K, how many experts the device has room for.
         device (`torch.device`): where to compute.
@@ -139,7 +140,7 @@ class OffloadedExperts(nn.Module):
 
     def __init__(
         self,
-        stack: StableMoEExperts,
+        stack: StableMoEExperts | StableMoEGatedExperts,
         rows: dict[str, MemoryRows | FileRows],
         num_slots: int,
         device: torch.device,
@@ -163,7 +164,7 @@ class OffloadedExperts(nn.Module):
     @property
     def device(self) -> torch.device:
         """`torch.device`: where the slots are."""
-        return self.slots.sublayers[0].up_proj.device
+        return next(self.slots.parameters()).device
 
     def prefetch(self, expert_index: Tensor):
         """Start to fetch the experts of the next forward pass, at most as many as there are slots.
@@ -171,8 +172,8 @@ class OffloadedExperts(nn.Module):
         The host waits for the device here, to read the indices.
 
         Args:
-            expert_index (`torch.LongTensor` of any shape): the expert of each token, in [0, num_experts], as `forward`
-                will be given it.
+            expert_index (`torch.LongTensor` of any shape): the experts of each token, in [0, num_experts], as `forward`
+                will be given them.
 
         Raises:
             ValueError: while training.
@@ -183,7 +184,7 @@ class OffloadedExperts(nn.Module):
             self._fetch_first(self._waves(self.plan.needed))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *_) -> Tensor:
-        """Return what `StableMoEExperts.forward` returns.
+        """Return what the experts' own `forward` returns.
 
         Raises:
             ValueError: while training.
@@ -195,13 +196,13 @@ class OffloadedExperts(nn.Module):
             plan = self._take_plan(top_k_index.flatten())
             if plan.announced is not None and plan.announced.device.type != "cpu":
                 # Should never differ. Comparing on the host would make it wait, so a difference shows as NaN.
-                differs_T1 = (plan.announced != top_k_index.flatten()).unsqueeze(-1)
-                top_k_weights = top_k_weights.masked_fill(differs_T1, float("nan"))
+                differs_TK = plan.announced.view_as(top_k_index) != top_k_index
+                top_k_weights = top_k_weights.masked_fill(differs_TK, float("nan"))
             waves = self._waves(plan.needed)
             self._count(plan, waves)
             try:
                 self._fetch_first(waves)
-                return self._run(waves, plan.index, hidden_states, top_k_weights)
+                return self._run(waves, plan.index.view(top_k_index.shape), hidden_states, top_k_weights)
             finally:
                 self._mark_used()
 
@@ -344,40 +345,48 @@ class OffloadedExperts(nn.Module):
 
     # Computing
 
-    def _run(self, waves: list[list[int]], index_T: Tensor, hidden_TD: Tensor, gate_T1: Tensor) -> Tensor:
+    def _run(self, waves: list[list[int]], index_TK: Tensor, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
         """Compute one wave after the other, while the next is being fetched."""
         if len(waves) == 1:
             self._await(waves[0])
-            return self._compute(waves[0], index_T, hidden_TD, gate_T1)
+            return self._compute(waves[0], index_TK, hidden_TD, weights_TK)
         delta_TD = torch.zeros_like(hidden_TD)
         for number, wave in enumerate(waves):
             self._await(wave)
-            tokens_W = torch.isin(index_T, torch.tensor(wave)).nonzero().flatten()
+            tokens_W = torch.isin(index_TK, torch.tensor(wave)).any(-1).nonzero().flatten()
             there_W = tokens_W.to(hidden_TD.device, non_blocking=True)
-            delta_WD = self._compute(wave, index_T[tokens_W], hidden_TD[there_W], gate_T1[there_W])
-            delta_TD = delta_TD.index_copy(0, there_W, delta_WD)
+            delta_WD = self._compute(wave, index_TK[tokens_W], hidden_TD[there_W], weights_TK[there_W])
+            delta_TD = delta_TD.index_add(0, there_W, delta_WD)
             self._mark_used()
             following = number + self._waves_that_fit
             if following < len(waves):
                 self._fetch(waves[following], keep=[each for wave in waves[number + 1 : following] for each in wave])
         return delta_TD
 
-    def _compute(self, experts: list[int], index_T: Tensor, hidden_TD: Tensor, gate_T1: Tensor) -> Tensor:
+    def _compute(self, experts: list[int], index_TK: Tensor, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
         """Run tokens through the slots of their experts; tokens of other experts become sentinels, which add zero."""
         slot_E = torch.full((self.num_experts + 1,), self.num_slots)
         slot_E[experts] = torch.tensor([self.slot_of[expert] for expert in experts], dtype=torch.long)
-        return self.slots(hidden_TD, slot_E[index_T].unsqueeze(-1).to(hidden_TD.device, non_blocking=True), gate_T1)
+        slots_TK = slot_E[index_TK]
+        has_sentinels = bool((slots_TK == self.num_slots).any())
+        slots_TK = slots_TK.to(hidden_TD.device, non_blocking=True)
+        if has_sentinels and isinstance(self.slots, StableMoEGatedExperts):
+            return self.slots(*spread_sentinels(hidden_TD, slots_TK, weights_TK, self.num_slots))
+        return self.slots(hidden_TD, slots_TK, weights_TK)
 
 
-def _build_slots(stack: StableMoEExperts, num_slots: int, device: torch.device) -> StableMoEExperts:
-    """Build a stack of `num_slots` experts of zeros in the dtypes of `stack`."""
+def _build_slots(
+    stack: StableMoEExperts | StableMoEGatedExperts, num_slots: int, device: torch.device
+) -> StableMoEExperts | StableMoEGatedExperts:
+    """Build `num_slots` experts of zeros of the class and in the dtypes of `stack`."""
     with torch.device("meta"):
-        slots = StableMoEExperts(stack.config)
-    for sublayer, source in zip(slots.sublayers, stack.sublayers, strict=True):
-        sublayer.num_experts = num_slots
-        for name, parameter in source.named_parameters():
-            rows = torch.zeros((num_slots, *parameter.shape[1:]), dtype=parameter.dtype, device=device)
-            setattr(sublayer, name, nn.Parameter(rows, requires_grad=False))
+        slots = type(stack)(stack.config)
+    for name, parameter in stack.named_parameters():
+        owner_name, _, key = name.rpartition(".")
+        owner = slots.get_submodule(owner_name)
+        owner.num_experts = num_slots
+        rows = torch.zeros((num_slots, *parameter.shape[1:]), dtype=parameter.dtype, device=device)
+        setattr(owner, key, nn.Parameter(rows, requires_grad=False))
     return slots
 
 

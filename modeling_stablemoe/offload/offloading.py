@@ -15,11 +15,15 @@ from transformers import AutoConfig
 from modeling_stablemoe.checkpoints.architectures import MODELS
 from modeling_stablemoe.checkpoints.finding import find_stablemoe
 from modeling_stablemoe.model.experts_stablemoe import ExpertSublayer, StableMoEExperts
+from modeling_stablemoe.model.gated_stablemoe import StableMoEGatedExperts
 from modeling_stablemoe.model.layer_stablemoe import StableMoELayer, moe_layers_of
 from modeling_stablemoe.model.tensors_stablemoe import is_quantized
 
 from .expert_store import CheckpointFile, FileRows, MemoryRows, expert_parameters, find_rows, offloaded_value
 from .offloaded_experts import OffloadedExperts, OffloadStatistics, Transfers
+
+
+_EXPERTS = (StableMoEExperts, StableMoEGatedExperts)
 
 
 class ExpertOffload:
@@ -42,7 +46,7 @@ class ExpertOffload:
             experts = OffloadedExperts(
                 stack, rows[name], self.experts_on_device, device, self._transfers, self.statistics
             )
-            layer.expert_stack = experts.train(layer.training)
+            setattr(layer, layer.expert_name, experts.train(layer.training))
             layer.fetch_experts = experts.prefetch
 
     @torch.no_grad()
@@ -54,17 +58,17 @@ class ExpertOffload:
             ValueError: if `remove` has been called before.
         """
         layers = moe_layers_of(self.model)
-        if not all(isinstance(layer.expert_stack, OffloadedExperts) for layer in layers.values()):
+        if not all(isinstance(layer.expert_module, OffloadedExperts) for layer in layers.values()):
             raise ValueError("The experts of this model are not offloaded any more: call `offload_experts` again.")
         whole = {}
         for name, layer in layers.items():
-            layer.expert_stack.settle()
-            whole[name] = {key: rows.whole() for key, rows in layer.expert_stack.rows.items()}
+            layer.expert_module.settle()
+            whole[name] = {key: rows.whole() for key, rows in layer.expert_module.rows.items()}
         for name, layer in layers.items():
             stack = self._stacks[name]
             for key, parameter in list(expert_parameters(stack)):
                 _set_parameter(stack, key, whole[name].pop(key), parameter.requires_grad)
-            layer.expert_stack = stack.train(layer.training)
+            setattr(layer, layer.expert_name, stack.train(layer.training))
             del layer.fetch_experts
         self._transfers.close()
         del find_stablemoe(self.model).hf_device_map
@@ -108,12 +112,13 @@ def offload_experts(
     layers = moe_layers_of(model)
     _check_model(layers)
     device = _device_of(device)
-    first = next(iter(layers.values())).expert_stack
+    first = next(iter(layers.values())).expert_module
     num_slots = _count_slots(first, len(layers), experts_on_device, max_bytes)
     files: dict[str, CheckpointFile] = {}
-    stacks = {name: layer.expert_stack for name, layer in layers.items()}
+    stacks = {name: layer.expert_module for name, layer in layers.items()}
     rows = {
-        name: find_rows(f"{name}.expert_stack", stack, files, device.type == "cuda") for name, stack in stacks.items()
+        name: find_rows(f"{name}.{layers[name].expert_name}", stack, files, device.type == "cuda")
+        for name, stack in stacks.items()
     }
     _remove_hooks(model, stacks.values())
     for stack in stacks.values():  # `rows` has the values
@@ -123,7 +128,7 @@ def offload_experts(
     offload._attach(rows, device)
     model.to(device)
     # As accelerate does: pipelines leave such a model where it is, and `generate` does not compile it.
-    places = {f"{name}.expert_stack": "disk" if files else "cpu" for name in stacks}
+    places = {f"{name}.{layer.expert_name}": "disk" if files else "cpu" for name, layer in layers.items()}
     find_stablemoe(model).hf_device_map = {"": str(device), **places}
     return offload
 
@@ -156,9 +161,9 @@ def experts_on_disk(name_or_path: str | PathLike, model_class: type | None = Non
 
 def _places(module: nn.Module, name: str = ""):
     """Yield the outermost modules that are either all experts or without experts, each with its place."""
-    if isinstance(module, StableMoEExperts):
+    if isinstance(module, _EXPERTS):
         yield name, "disk"
-    elif name and not any(isinstance(each, StableMoEExperts) for each in module.modules()):
+    elif name and not any(isinstance(each, _EXPERTS) for each in module.modules()):
         yield name, "cpu"
     else:
         for child_name, child in module.named_children():
@@ -172,7 +177,7 @@ def _check_model(layers: dict[str, StableMoELayer]):
             "is empty), or was loaded with `trust_remote_code=True` before `modeling_stablemoe` was imported."
         )
     for name, layer in layers.items():
-        stack = layer.expert_stack
+        stack = layer.expert_module
         if isinstance(stack, OffloadedExperts):
             raise ValueError(f"The experts of `{name}` are offloaded already: call `remove()` of that first.")
         if not layer.frozen_router.is_frozen:
@@ -180,14 +185,16 @@ def _check_model(layers: dict[str, StableMoELayer]):
                 f"The routing of `{name}` is not frozen (stage 1): hidden states may decide, so that no expert is known ahead. "
                 "Call `freeze_router()` first, or load a checkpoint of stage 2."
             )
-        if not all(isinstance(each, ExpertSublayer) for each in getattr(stack, "sublayers", [None])):
+        if not all(
+            isinstance(each, (ExpertSublayer, StableMoEGatedExperts)) for each in getattr(stack, "sublayers", [stack])
+        ):
             raise ValueError(
                 f"The experts of `{name}` have adapters: merge them into the model first (`merge_and_unload`)."
             )
         for key, parameter in expert_parameters(stack):
             if is_quantized(parameter):
                 raise ValueError(
-                    f"`{name}.expert_stack.{key}` is quantised, which cannot be offloaded: load the checkpoint without "
+                    f"`{name}.{layer.expert_name}.{key}` is quantised, which cannot be offloaded: load the checkpoint without "
                     "`quantization_config`, or leave the experts out of it."
                 )
             is_sharded = hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id")

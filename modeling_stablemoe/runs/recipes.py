@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
-from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
+from modeling_stablemoe.model.configuration_stablemoe import BACKBONE_FIELDS, StableMoEBaseConfig, StableMoEConfig
 
 from .command_line import help_of, parse_overrides
 
@@ -214,7 +214,7 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
 
     Args:
         path (`str` or `Path`): JSON file, such as those under `configuration/models/`.
-        **overrides: fields to change.
+        **overrides: fields to change; those that a `backbone_config` determines are changed there.
 
     Returns:
         `StableMoEConfig` or `StableMoESeq2SeqConfig`
@@ -224,6 +224,9 @@ def load_preset(path: str | Path, **overrides: Any) -> StableMoEBaseConfig:
         ValueError: for a file that is no preset, an unknown field or a value out of range.
     """
     config_class, values = read_preset(path)
+    if isinstance(values.get("backbone_config"), dict):
+        determined = (*BACKBONE_FIELDS, "bos_token_id", "eos_token_id", "pad_token_id")
+        values["backbone_config"] |= {name: overrides.pop(name) for name in determined if name in overrides}
     values |= overrides
     unknown = sorted(set(values) - {entry.name for entry in fields(config_class)})
     if unknown:

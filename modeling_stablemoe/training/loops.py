@@ -70,7 +70,7 @@ def restore_moe_layers(model: nn.Module, copied: dict[str, Tensor], optimizer: O
 
 def _of_stage1(model: nn.Module) -> dict[str, Tensor]:
     stablemoe = find_stablemoe(model)
-    parts = ["router", "frozen_router", *(["expert_stack"] if stablemoe.config.share_experts_in_stage1 else [])]
+    parts = ["router", "frozen_router", *(["expert_module"] if stablemoe.config.share_experts_in_stage1 else [])]
     return {
         f"{layer}.{part}.{name}": values
         for layer, module in stablemoe.moe_layers_by_name.items()

@@ -229,7 +229,7 @@ def test_all_conversions_begin_as_the_same_gpt2_and_are_measured(upcycling, upcy
     [start] = results["dense_models"]
     assert (start["seed"], start["steps"]) == (0, 6)
     assert 1 < start["perplexity"] < 280
-    assert f"a GPT-2 of 6 steps, validation perplexity {start['perplexity']:.2f}." in upcycled
+    assert f"a gpt2 of 6 steps, validation perplexity {start['perplexity']:.2f}." in upcycled
     assert [row["system"] for row in results["systems"]] == names
     assert results["systems"][0]["above_reference"] == 0
     flops = [row["flops"] for row in results["systems"]]
@@ -279,7 +279,8 @@ def test_what_cannot_be_converted_is_one_line_and_trains_nothing(upcycling, said
         ("routers", ["--seeds", "1", "1"], "must be different numbers"),
         ("upcycling", ["--seeds", "1", "1"], "must be different numbers"),
         ("upcycling", ["--dense_config", "{3"], "is not valid JSON"),
-        ("upcycling", ["--dense_config", '{"n_layers": 3}'], "must be a JSON object of GPT2Config fields"),
+        ("upcycling", ["--dense_config", '{"n_layers": 3}'], "n_layers: no fields of GPT2Config"),
+        ("upcycling", ["--dense_config", '{"model_type": "lama"}'], "transformers knows no `model_type` 'lama'"),
         ("upcycling", ["--dense_steps", "0"], "must be at least 1"),
     ],
 )

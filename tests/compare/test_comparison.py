@@ -25,7 +25,8 @@ from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_to
 from modeling_stablemoe.training import TrainingClockCallback
 
 
-SYSTEMS = sorted((ROOT / "configuration" / "systems").glob("*.yaml"))
+# Those of a conversion are tried with its recipe.
+SYSTEMS = sorted(set(ROOT.glob("configuration/systems/*.yaml")) - set(ROOT.glob("configuration/systems/upcycling*")))
 
 
 # Systems

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from helpers import ROOT
-from helpers.backbones import backed_model
+from helpers.backbones import REPRESENTATIVES, backed_model
 from helpers.workplaces import CausalWorkplace, TranslationWorkplace, free_port, kill_launched, run_here
 
 
@@ -231,15 +231,15 @@ def test_engines_carry_what_routers_remember(engines, configuration, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma2", "olmoe"])
+@pytest.mark.parametrize("family", REPRESENTATIVES)
 def test_a_decoder_of_transformers_comes_to_the_model_of_one_process(engines, family):
     tokenizer = AutoTokenizer.from_pretrained(engines.folder / "made")
-    model = backed_model(family, vocab_size=len(tokenizer))
+    model, start = backed_model(family, vocab_size=len(tokenizer)), family.replace("/", "-")
     for saved in (model, tokenizer):
-        saved.save_pretrained(engines.folder / family)
-    alone = engines.launch("one-process", f"{family}-alone", processes=1, start=family)
+        saved.save_pretrained(engines.folder / start)
+    alone = engines.launch("one-process", f"{start}-alone", processes=1, start=start)
     for configuration in ("ddp-cpu", "fsdp2"):
-        assert_same_model(engines.launch(configuration, f"{family}-{configuration}", start=family), alone)
+        assert_same_model(engines.launch(configuration, f"{start}-{configuration}", start=start), alone)
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ SETTINGS = {
 }
 # Family and stage.
 FAST = ["causal 1", "seq2seq 2"]
-SLOW = ["causal 2", "seq2seq 1", "looking back 2", "hash 2", "llama 1", "llama 2"]
+SLOW = ["causal 2", "seq2seq 1", "looking back 2", "hash 2", "llama 1", "llama 2", "gated 1", "gated 2"]
 SHARDED = ["seq2seq 1", "looking back 2", "seq2seq 2"]
 
 
@@ -64,8 +64,8 @@ def each(names):
 def make(name: str):
     """The model of a checkpoint: its settings, and the stage."""
     settings, stage = name[:-2], int(name[-1])
-    if settings == "llama":
-        model = backed_model("llama", vocab_size=99, num_expert_sublayers=1)
+    if settings in ("llama", "gated"):
+        model = backed_model("llama/stack" if settings == "llama" else "llama/ffn", vocab_size=99)
     else:
         build = tiny_seq2seq_model if settings == "seq2seq" else tiny_model
         model = build(**SETTINGS[settings])
@@ -122,7 +122,12 @@ def held(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def parameters_of_experts(model) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if ".expert_stack." in name}
+    layers = moe_layers_of(model).items()
+    return {
+        f"{name}.{layer.expert_name}.{key}": p
+        for name, layer in layers
+        for key, p in layer.expert_module.named_parameters()
+    }
 
 
 def as_rule(name: str) -> str:
@@ -162,7 +167,7 @@ def use(rank: int, folder: Path) -> dict:
             "in config": model.config.router_fingerprint,
             "routes": model.route(EVERY_ID),
             "rows": {key: held(p).shape for key, p in parameters_of_experts(model).items()},
-            "experts": [layer.expert_stack.num_experts for layer in moe_layers_of(model).values()],
+            "experts": [layer.expert_module.num_experts for layer in moe_layers_of(model).values()],
         }
     return results
 

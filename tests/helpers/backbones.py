@@ -59,11 +59,33 @@ FAMILIES = {
         "moe_intermediate_size": 16,
     },
 }
-# Rotary positions; those and a soft cap, scaled embeddings and sliding windows; experts of its own.
-REPRESENTATIVES = ("llama", "gemma2", "olmoe")
+# Blocks without an FFN that gated experts could be copies of: not gated, with biases, or experts already.
+NOT_IN_PLACE = {
+    "gpt2",
+    "gpt_neox",
+    "phi",
+    "starcoder2",
+    "nemotron",
+    "olmoe",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v3",
+}
+# What stands where, behind the family and a slash.
+_KINDS = {"": {}, "stack": {"expert_type": "stack", "num_expert_sublayers": 2}, "ffn": {"moe_placement": "ffn"}}
+CASES = [
+    *FAMILIES,
+    *(f"{family}/ffn" for family in FAMILIES if family not in NOT_IN_PLACE),
+    "llama/stack",
+    "olmoe/stack",
+]
+# Experts in place of the FFN; a soft cap, scaled embeddings and sliding windows; the paper's experts, beside others.
+REPRESENTATIVES = ("llama/ffn", "gemma2", "olmoe/stack")
 
 
 def backbone_config(family: str, **overrides) -> PreTrainedConfig:
+    family = family.partition("/")[0]
     return transformers.AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
 
 
@@ -73,8 +95,12 @@ def dense_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def backed_config(family: str, vocab_size: int = VOCAB, **overrides) -> StableMoEConfig:
-    fields = {"num_experts": 4, "intermediate_size": 16, "num_expert_sublayers": 2, "moe_layer_positions": [0, 2]}
-    return StableMoEConfig(backbone_config=backbone_config(family, vocab_size=vocab_size), **{**fields, **overrides})
+    kind = family.partition("/")[2]
+    where = (
+        {"moe_layer_positions": [1, 3]} if kind == "ffn" else {"moe_layer_positions": [0, 2], "intermediate_size": 16}
+    )
+    fields = {"num_experts": 4, **where, **_KINDS[kind], **overrides}
+    return StableMoEConfig(backbone_config=backbone_config(family, vocab_size=vocab_size), **fields)
 
 
 def backed_model(family: str, **overrides) -> StableMoEForCausalLM:

@@ -41,6 +41,43 @@ def expert_stack(h, sublayers):
     return x
 
 
+def silu(x):
+    return x * sigmoid(x)
+
+
+def gated_ffn(x, gate_up, down, activation=silu):
+    """W (act(G x) * U x), G above U."""
+    gate, up = np.split(gate_up @ x, 2)
+    return down @ (activation(gate) * up)
+
+
+def rms_norm(x, weight):
+    return weight * x / np.sqrt((x**2).mean() + EPS)
+
+
+def expert_change(params, prefix, h, a, g, activation=silu):
+    """What expert a with gate g adds to h: g (S_a(h) - h), or of a gated expert g FFN_a(norm(h)).
+
+    In place of a block's FFN nothing is normalised, and the gate is 1 + c g.
+    """
+    if f"{prefix}experts.gate_up_proj" not in params:
+        return g * (expert_stack(h, sublayers_of(params, f"{prefix}expert_stack.", a)) - h)
+    x = rms_norm(h, params[f"{prefix}norm.weight"]) if f"{prefix}norm.weight" in params else h
+    if f"{prefix}gate_scale" in params:
+        g = 1 + params[f"{prefix}gate_scale"][0] * g
+    gate_up, down = params[f"{prefix}experts.gate_up_proj"], params[f"{prefix}experts.down_proj"]
+    return g * gated_ffn(x, gate_up[a], down[a], activation)
+
+
+def shared_change(params, prefix, h, activation=silu):
+    """What the experts add that every token takes."""
+    if f"{prefix}shared_experts.down_proj.weight" not in params:
+        return 0.0
+    x = rms_norm(h, params[f"{prefix}norm.weight"]) if f"{prefix}norm.weight" in params else h
+    gate, up, down = (params[f"{prefix}shared_experts.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return gated_ffn(x, np.concatenate([gate, up]), down, activation)
+
+
 def softmax(x):
     return np.exp(log_softmax(x))
 
@@ -62,12 +99,12 @@ GATES = {
 }
 
 
-def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=None, router="stable"):
+def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=None, router="stable", activation=silu):
     """One MoE layer on T tokens.
 
     `routing` is "greedy" (eq. 6), "balanced" (BASE while it trains), "distilled" (evaluation of what is distilled) or
     "frozen" (eq. 13, by `table`). Returns h' (T, d), the scores s (T, N), the distilled scores (T, N) and the experts a
-    (T,); without such scores, zeros.
+    (T,); without such scores, zeros. Where experts stand in place of an FFN their output is h' - h.
     """
     nothing = np.zeros((1, hidden.shape[1]))
     E = params.get(f"{prefix}router.centroids", nothing)
@@ -86,7 +123,8 @@ def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=No
     for h, s, a, is_real in zip(hidden, scores, assigned, real, strict=True):
         output = h
         if is_real:
-            output = h + GATES[router](s, a) * (expert_stack(h, sublayers_of(params, f"{prefix}expert_stack.", a)) - h)
+            output = h + expert_change(params, prefix, h, a, GATES[router](s, a), activation)
+            output = output + shared_change(params, prefix, h, activation)
         outputs.append(output)  # eqs. 7 and 14
     return np.array(outputs), scores, distilled_scores, assigned
 

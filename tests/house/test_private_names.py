@@ -204,6 +204,7 @@ accelerate.hooks
 datasets.fingerprint
     Hasher, Hasher.hash(1): names what is cached
 transformers.models.mixtral.modeling_mixtral
+    MixtralExperts._apply_gate(2): what a class of gated experts is given, the activation of the gate times the rest
     MixtralRMSNorm, MixtralSparseMoeBlock: a layer to be timed beside ours
 transformers.models.olmoe.modeling_olmoe
     OlmoeRMSNorm, OlmoeSparseMoeBlock: a layer to be timed beside ours

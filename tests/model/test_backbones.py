@@ -10,10 +10,12 @@ import torch
 import transformers
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.activations import ACT2FN
 
 from helpers import reference
 from helpers.backbones import (
-    FAMILIES,
+    CASES,
+    NOT_IN_PLACE,
     REPRESENTATIVES,
     VOCAB,
     backed_config,
@@ -32,63 +34,84 @@ from modeling_stablemoe import (
     offload_experts,
 )
 from modeling_stablemoe.measure.flops import count_parameters, forward_flops
+from modeling_stablemoe.model.decoder_stablemoe import blocks_of, gated_ffn
 
 
 def families_with_fast(*fast: str):
     """Every family; of those that are not among the `fast` in the slow set."""
     return pytest.mark.parametrize(
-        "family", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+        "family", [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
     )
 
 
 families = families_with_fast(*REPRESENTATIVES)
-one_family = families_with_fast("llama")
+one_family = families_with_fast("llama/ffn")
 IDS = random_ids(2, 12, low=3, high=VOCAB)
 GREEDY = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
 
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2"}))  # gpt2's become the paper's blocks
+@pytest.mark.parametrize("family", sorted({*CASES} - {"gpt2"}))  # gpt2's become the paper's blocks
 def test_a_converted_decoder_has_the_same_logits_to_the_bit(family, dtype):
     dense = dense_model(family, dtype)
-    model = StableMoEForCausalLM.from_dense(dense, num_experts=4, moe_layer_positions=[0, 1, 3])
+    options = {"moe_layer_positions": [0, 1, 3]}
+    if family.endswith("/ffn"):
+        # Run as one while they are equal; products of fewer tokens at once are rounded in another way.
+        options = {"moe_layer_positions": [1, 3], "moe_placement": "ffn", "share_experts_in_stage1": True}
+    model = StableMoEForCausalLM.from_dense(dense, num_experts=4, **options)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, dense(IDS).logits)
-    assert len(model(IDS, output_router_logits=True).expert_indices) == 3
+        model.freeze_router()
+        assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-6)
+    assert len(model(IDS, output_router_logits=True).expert_indices) == len(options["moe_layer_positions"])
 
 
 @families
 @pytest.mark.parametrize("stage", [1, 2])
-def test_logits_are_those_of_the_decoder_with_layers_of_the_reference_between_its_blocks(family, stage):
+def test_logits_are_those_of_the_decoder_with_layers_of_the_reference_in_it(family, stage):
     model = backed_model(family)
     if stage == 2:
         model.freeze_router()
     dense = dense_model(family)
     dense.base_model.load_state_dict(model.model.decoder.state_dict(), strict=False)
     dense.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    activation = ACT2FN[model.config.hidden_act]
 
     def apply(layer, hidden):
         tokens = IDS.flatten().tolist()
         routing = {1: "distilled", 2: "frozen"}[stage]
         table = layer.frozen_router.values().tolist() if stage == 2 else None
         after, *_ = reference.moe_layer(
-            arrays(layer), "", hidden.reshape(-1, 32).numpy(), tokens, routing=routing, table=table
+            {name: values.astype(np.float64) for name, values in arrays(layer).items()},
+            "",
+            hidden.reshape(-1, 32).numpy().astype(np.float64),
+            tokens,
+            routing=routing,
+            table=table,
+            activation=lambda x: activation(torch.from_numpy(x)).numpy(),
         )
-        return torch.from_numpy(np.asarray(after)).to(hidden.dtype).view_as(hidden)
+        return torch.from_numpy(after).to(hidden.dtype).view_as(hidden)
 
-    before, after = model.moe_layers_by_name.values()
-    blocks = next(module for module in dense.base_model.children() if isinstance(module, torch.nn.ModuleList))
-    blocks[0].register_forward_pre_hook(lambda block, args: (apply(before, args[0]), *args[1:]))
-    blocks[1].register_forward_hook(
-        lambda block, args, out: (apply(after, out[0]), *out[1:]) if isinstance(out, tuple) else apply(after, out)
-    )
+    blocks, experts_of = blocks_of(dense.base_model), model.moe_layers_by_name.values()
+    if family.endswith("/ffn"):
+        for block, layer in zip((blocks[0], blocks[2]), experts_of, strict=True):
+            _, ffn = gated_ffn(block, model.config.hidden_act)
+            ffn.register_forward_hook(lambda _, args, output, layer=layer: apply(layer, args[0]) - args[0])
+    else:
+        before, after = experts_of
+        blocks[0].register_forward_pre_hook(lambda _, args: (apply(before, args[0]), *args[1:]))
+        blocks[1].register_forward_hook(
+            lambda _, args, output: (
+                (apply(after, output[0]), *output[1:]) if isinstance(output, tuple) else apply(after, output)
+            )
+        )
     with torch.no_grad():
         plain = dense_model(family)
         plain.load_state_dict(dense.state_dict())
         expected = dense(IDS, use_cache=False).logits
         assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-        assert (plain(IDS).logits - expected).abs().max() > 0.01, "experts that change nothing would prove nothing"
+        assert (plain(IDS).logits - expected).abs().max() > 0.003, "experts that change nothing would prove nothing"
 
 
 @families
@@ -111,7 +134,7 @@ def test_a_checkpointed_block_computes_its_experts_twice_and_no_more():
     model, passes = backed_model("llama").train(), []
     switch_checkpointing(model)
     for layer in model.moe_layers_by_name.values():
-        layer.expert_stack.register_forward_pre_hook(lambda *_: passes.append(1))
+        layer.expert_module.register_forward_pre_hook(lambda *_: passes.append(1))
     model(IDS, labels=IDS).loss.backward()
     assert len(passes) == 2 * len(model.moe_layers_by_name)
 
@@ -129,7 +152,7 @@ def test_caches_and_beams_change_no_token(family, router):
     if (
         router == "bigram"
         and "full_attention" not in windows
-        and family in ("mistral", "gemma3_text", "cohere2", "exaone4")
+        and family.partition("/")[0] in ("mistral", "gemma3_text", "cohere2", "exaone4")
     ):
         with pytest.raises(ValueError, match="sliding windows does not say how many"):
             model.generate(IDS, **static)
@@ -160,7 +183,7 @@ def test_packed_rows_are_apart_where_the_decoder_keeps_them_apart(family):
             packed = model(rows, position_ids=positions, use_cache=False).logits.view(2, 12, -1)
             apart = model(IDS, use_cache=False).logits
         if not torch.allclose(packed, apart, atol=1e-4):
-            assert family == "gpt_oss"  # whose own second sequence sees the first
+            assert family.startswith("gpt_oss")  # whose own second sequence sees the first
 
 
 @families
@@ -255,10 +278,11 @@ def test_a_batch_in_flight_is_generated_as_each_alone(tmp_path):
 def test_operations_are_those_of_the_decoder_and_of_the_layers(family):
     dense, model = dense_model(family), backed_model(family)
     model.freeze_router()
-    layers = len(model.moe_layers_by_name)
-    # Two sublayers of two matrices, and the score of one expert; two operations per multiply-accumulate, sixteen tokens.
-    added = layers * 16 * 2 * (2 * 2 * 32 * 16 + 32)
-    assert forward_flops(model, 16) - forward_flops(dense, 16) == pytest.approx(added, rel=0.1)
+    # Two sublayers of two matrices, one FFN of three, or the FFN that was there; two operations per multiply-accumulate,
+    # sixteen tokens. The score of the one expert is a sum of products, and no matrix product.
+    products = {"": 3 * 32 * 16, "stack": 2 * 2 * 32 * 16, "ffn": 0}[family.partition("/")[2]]
+    added = len(model.moe_layers_by_name) * 16 * 2 * products
+    assert forward_flops(model, 16) - forward_flops(dense, 16) == added
     assert count_parameters(model)["experts"] > 0
 
 
@@ -306,13 +330,36 @@ def test_a_config_keeps_its_backbone(tmp_path):
         ({"scale_embedding": True, "dropout": 0.1}, "`scale_embedding`, `dropout`: of the paper's blocks"),
         ({"backbone_config": {"hidden_size": 3}}, "`backbone_config` has no `model_type`"),
         ({"backbone_config": "llama"}, "`backbone_config` must be a config of transformers"),
+        ({"moe_placement": "ffn", "intermediate_size": 16}, r"`intermediate_size` \(16\) is not that of the backbone"),
+        (
+            {"moe_placement": "ffn", "moe_layer_positions": [0, 1]},
+            "`moe_layer_positions` 0 stands before the first block",
+        ),
+        ({"moe_placement": "ffn", "expert_type": "stack"}, '`moe_placement` "ffn" puts gated experts in place'),
     ],
 )
 def test_a_config_that_contradicts_its_backbone_is_refused(fields, complaint):
     with pytest.raises(ValueError, match=complaint):
-        backed_config("llama", **{"moe_layer_positions": [1], **fields}) if "backbone_config" not in fields else (
-            StableMoEConfig(**fields)
-        )
+        backed_config(
+            "llama/ffn" if "moe_placement" in fields else "llama", **{"moe_layer_positions": [1], **fields}
+        ) if "backbone_config" not in fields else (StableMoEConfig(**fields))
+
+
+@pytest.mark.parametrize("family", sorted(NOT_IN_PLACE))
+def test_a_block_without_a_gated_ffn_is_refused_for_experts_in_place_of_it(family):
+    with pytest.raises(ValueError, match="has no gated FFN without biases and with the activation"):
+        StableMoEForCausalLM(backed_config(f"{family}/ffn", moe_layer_positions=[3]))
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("llama", "llama/ffn"), ("llama/ffn", "llama"), ("llama", "llama/stack")]
+)
+def test_weights_with_experts_elsewhere_are_refused(saved, loaded, tmp_path):
+    backed_model(saved).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="have other MoE layers than its config: `model.decoder.layers.*` has no place"
+    ):
+        StableMoEForCausalLM.from_pretrained(tmp_path, config=backed_config(loaded))
 
 
 @pytest.mark.parametrize(

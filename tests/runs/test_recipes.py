@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import GPT2Config, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 from helpers import ROOT
 from helpers.workplaces import load_script
 from modeling_stablemoe import StableMoEConfig
 from modeling_stablemoe.compare.comparison import read_systems
+from modeling_stablemoe.compare.upcycling import mixtral_config
 from modeling_stablemoe.convert.dense import config_of_dense
 from modeling_stablemoe.data.text import DataArguments
 from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, load_preset, parse_recipe
@@ -50,6 +51,12 @@ def test_preset_fills_the_config_and_overrides_win(preset):
     assert isinstance(config, StableMoEConfig)
     assert (config.vocab_size, config.hidden_size, config.num_experts) == (11, 16, 7)
     assert not hasattr(config, "source")
+
+
+def test_what_a_backbone_determines_is_changed_in_its_config():
+    config = load_preset(ROOT / "configuration/models/llama-cpu.json", vocab_size=99, pad_token_id=3, num_experts=2)
+    assert (config.vocab_size, config.pad_token_id, config.num_experts) == (99, 3, 2)
+    assert (config.backbone_config.vocab_size, config.backbone_config.pad_token_id) == (99, 3)
 
 
 def test_missing_preset_is_refused(tmp_path):
@@ -252,9 +259,11 @@ def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
     argv = [str(path), "--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False", "--fp16", "False"]
     arguments = {type(part).__name__: part for part in load_script(script_of(path)).parse_arguments(argv)}
     if "DenseArguments" in arguments:
-        dense = GPT2Config(**arguments["DenseArguments"].fields)
+        dense = arguments["DenseArguments"]
+        dense = AutoConfig.for_model(dense.model_type, **dense.fields)
         for system in read_systems(arguments["UpcyclingArguments"].systems):
-            assert config_of_dense(dense, **system.config).hidden_size == dense.n_embd
+            make = mixtral_config if "model_type" in system.config else config_of_dense
+            assert make(dense, **system.config).hidden_size == dense.hidden_size
         return
     model = arguments["ModelArguments"]
     if model.model_preset is not None:
