@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
+from modeling_stablemoe.model.health_stablemoe import share_in_common
 
 from .figures import save_figure
 
@@ -24,14 +25,18 @@ FIGURE_FILE = "routing_fluctuation.png"
 class RoutingHistory:
     """The experts of the same tokens at several steps of a training run.
 
+    Args:
+        num_experts_per_tok (`int`): experts K of each token.
+
     Attributes:
         steps (`list[int]`): optimizer steps of the checks, ascending.
         stages (`list[int]`): routing stage at each check, 1 or 2.
-        experts (`list[torch.Tensor]`): one `torch.ShortTensor` of shape `(tokens,)` per check, in which the tokens of
+        experts (`list[torch.Tensor]`): one `torch.ShortTensor` of shape `(tokens * K,)` per check, in which the tokens of
             several MoE layers follow one another.
     """
 
-    def __init__(self):
+    def __init__(self, num_experts_per_tok: int = 1):
+        self.num_experts_per_tok = num_experts_per_tok
         self.steps: list[int] = []
         self.stages: list[int] = []
         self.experts: list[Tensor] = []
@@ -39,7 +44,8 @@ class RoutingHistory:
     def record(self, step: int, stage: int, experts: Tensor) -> float | None:
         """Add a check of `experts`, a `torch.LongTensor` of the same shape each time.
 
-        Returns the share of tokens whose expert has changed since the last check; `None` at the first one.
+        Returns the share of tokens whose expert has changed since the last check (of their experts, where there are several);
+        `None` at the first one.
         """
         self.steps.append(step)
         self.stages.append(stage)
@@ -49,7 +55,11 @@ class RoutingHistory:
     def changes(self) -> list[float | None]:
         """Return for each check the share of tokens whose expert changed since the one before; `None` for the first."""
         pairs = zip(self.experts, self.experts[1:], strict=False)
-        return [None, *((before != after).float().mean().item() for before, after in pairs)][: len(self.steps)]
+        return [None, *((1 - self._share_kept(*pair)).mean().item() for pair in pairs)][: len(self.steps)]
+
+    def _share_kept(self, before: Tensor, after: Tensor) -> Tensor:
+        """Return which share of the experts of each token is the same, `(..., tokens)`."""
+        return share_in_common(*(experts.unflatten(-1, (-1, self.num_experts_per_tok)) for experts in (before, after)))
 
     def stage2_change(self) -> float | None:
         """Return the largest share of tokens that changed between two checks of stage 2; `None` with fewer than two."""
@@ -61,8 +71,8 @@ class RoutingHistory:
         return max(within, default=None)
 
     def last_fluctuation_steps(self) -> Tensor:
-        """Return for each token the last step at which its expert was not its final one; 0 if there was none."""
-        differs = torch.stack(self.experts) != self.experts[-1]
+        """Return for each token the last step at which its experts were not its final ones; 0 if there was none."""
+        differs = self._share_kept(torch.stack(self.experts), self.experts[-1]) < 1
         steps = torch.tensor(self.steps).unsqueeze(-1)
         return torch.where(differs, steps, 0).amax(0)
 
