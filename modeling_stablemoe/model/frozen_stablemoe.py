@@ -25,13 +25,15 @@ from .tensors_stablemoe import copy_into, from_bits, local_tensor, restore_integ
 class BalancedTable(NamedTuple):
     """A table within a limit of load, and how good it is."""
 
-    table: Tensor  # `torch.LongTensor` of shape (V,): expert of each token id
+    table: (
+        Tensor  # `torch.LongTensor` of shape (V,): expert of each token id; or (V, k): its k distinct ones, best first
+    )
     agreement: float  # tokens kept on the expert that they prefer (expected number)
     best_agreement: float  # the same for the best table without a limit
     bound: float  # no table within the limit keeps more; equal to `agreement` where the table is surely the best
     limit: float  # tokens allowed on one expert, but for one of `alone`
     load: Tensor  # `torch.DoubleTensor` of shape (E,): tokens of each expert
-    alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has an expert of its own
+    alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has k experts of its own
 
 
 class FrozenRouting(nn.Module):
