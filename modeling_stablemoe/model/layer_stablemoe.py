@@ -127,7 +127,9 @@ class StableMoELayer(GradientCheckpointingLayer):
         num_tokens, num_experts_per_tok = selected_experts.shape
         if num_experts_per_tok > 1:
             tokens = tokens.repeat_interleave(num_experts_per_tok, dim=0)
-            pairs = self._run_pairs(tokens, selected_experts.view(-1, 1), routing_weights.view(-1, 1), expert_order)
+            pairs = self._run_pairs(
+                tokens, selected_experts.reshape(-1, 1), routing_weights.reshape(-1, 1), expert_order
+            )
             return pairs.view(num_tokens, num_experts_per_tok, -1).sum(1)
         return self._run_pairs(tokens, selected_experts, routing_weights, expert_order)
 

@@ -213,7 +213,9 @@ def block(params, prefix, hidden, num_heads, *, before=True, causal=True, source
 class Stack:
     """Blocks with MoE layers between them; collects what the layers decide, over all sequences that pass."""
 
-    def __init__(self, params, prefix, *, num_layers, moe_positions, routing, tables, k=1, before=True, **block_options):
+    def __init__(
+        self, params, prefix, *, num_layers, moe_positions, routing, tables, k=1, before=True, **block_options
+    ):
         self.params, self.prefix, self.num_layers, self.moe_positions = params, prefix, num_layers, moe_positions
         self.routing, self.tables, self.k, self.before = routing, tables, k, before
         self.block_options = {"before": before, **block_options}
