@@ -405,10 +405,10 @@ def format_report(report: dict) -> str:
         f"# {report['checkpoint']}\n\nStage {report['routing_stage']} ({frozen}), router {report['router_type']!r}, "
         f"{report['num_experts']} experts{per_token}."
     )
-    return "\n\n".join([head, *map(_format_layer, report["layers"])])
+    return "\n\n".join([head, *(_format_layer(layer, report["num_experts_per_tok"]) for layer in report["layers"])])
 
 
-def _format_layer(layer: dict) -> str:
+def _format_layer(layer: dict, num_experts_per_tok: int) -> str:
     load = layer["load"]
     share = "" if load["entropy_share"] is None else f" ({load['entropy_share']:.1%} of the largest)"
     idle = ", ".join(map(str, load["idle_experts"])) or "none"
@@ -430,9 +430,9 @@ def _format_layer(layer: dict) -> str:
     parts.append(format_table(rows, _EXPERT_HEADINGS))
     several = layer["tokens_of_several_experts"]
     if several["distinct_tokens"]:
+        number = "several experts" if num_experts_per_tok == 1 else f"more than {num_experts_per_tok} experts"
         parts.append(
-            f"{several['distinct_tokens']} distinct tokens ({several['tokens']} tokens) go to several experts; the most "
-            "frequent:"
+            f"{several['distinct_tokens']} distinct tokens ({several['tokens']} tokens) go to {number}; the most frequent:"
         )
         rows = [
             {

@@ -63,13 +63,13 @@ class RoutingFluctuationCallback(LoggingCallback):
         """Make the first check, or take up the history of the run that is resumed."""
         self._model = find_stablemoe(model)
         self._is_reported = False
-        self.history = RoutingHistory(self._model.config.num_experts_per_tok)
+        self.history = RoutingHistory()
         path = self._history_path(args)
         if state.global_step > 0 and path.exists():
             self.history.load(path, last_step=state.global_step)
         if not self.history.steps:
             self._check(args, state, control)
-        elif len(self.history.last_fluctuation_steps()) != sum(int(mask.sum()) for mask in self._masks()):
+        elif len(self.history.experts[0]) != sum(int(mask.sum()) for mask in self._masks()):
             raise ValueError(
                 f"The routing history in {str(path)!r} is of other tokens than this run's. Resume with the `num_tokens` "
                 "and the validation data of the start, or delete the file to begin a new history."
