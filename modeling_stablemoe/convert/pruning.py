@@ -49,7 +49,7 @@ class LayerPruning:
     Attributes:
         name (`str`): qualified name of the layer.
         side (`int`): 0 in a language model or an encoder, 1 in a decoder.
-        table (`torch.LongTensor` of shape `(V,)`): expert of each token id in the whole model.
+        table (`torch.LongTensor` of shape `(V, K)`): experts of each token id in the whole model.
         reached (`torch.LongTensor`): the experts of the ids that count, sorted.
         kept (`torch.LongTensor` of shape `(N',)`): the reached experts and the lowest others, up to the N' of all
             layers; sorted.
@@ -65,16 +65,22 @@ class LayerPruning:
 
     @cached_property
     def has_expert(self) -> Tensor:
-        """`torch.BoolTensor` of shape `(V,)`: the ids whose expert is kept."""
-        return torch.isin(self.table, self.kept)
+        """`torch.BoolTensor` of shape `(V,)`: the ids whose experts are kept, all of them."""
+        return torch.isin(self.table, self.kept).all(-1)
 
     @cached_property
     def new_table(self) -> Tensor:
-        """`torch.LongTensor` of shape `(V,)`: the new number of each id's expert; v mod N' where it is not kept."""
+        """`torch.LongTensor` of shape `(V, K)`: the new numbers of each id's experts; v + k mod N' where one is not kept."""
         numbers = torch.zeros(self.num_experts, dtype=torch.long)
         numbers[self.kept] = torch.arange(len(self.kept))
-        others = torch.arange(len(self.table)) % len(self.kept)
-        return torch.where(self.has_expert, numbers[self.table], others)
+        num_ids, num_experts_per_tok = self.table.shape
+        others = (torch.arange(num_ids).unsqueeze(-1) + torch.arange(num_experts_per_tok)) % len(self.kept)
+        return torch.where(self.has_expert.unsqueeze(-1), numbers[self.table], others)
+
+    @property
+    def stored_table(self) -> Tensor:
+        """`torch.IntTensor`: the new table as a model holds it, `(V,)` where a token has one expert."""
+        return self.new_table.int().squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,7 @@ class Pruning:
         config.num_experts = self.num_experts
         skeleton = build_skeleton(self.model_class, config).moe_layers_by_name
         config.router_fingerprint = fingerprint_of(
-            skeleton[layer.name].frozen_router.encode({"routing_table": layer.new_table.int()})
-            for layer in self.layers
+            skeleton[layer.name].frozen_router.encode({"routing_table": layer.stored_table}) for layer in self.layers
         )
         lost = [self.lost(side) for side in range(len(self.vocabularies))]
         config.pruned_tokens = [pack_ids(ids) for ids in lost] if any(ids.any() for ids in lost) else None
@@ -154,7 +159,7 @@ class Pruning:
                 f"The weights do not fit their config: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of "
                 "another shape. Restore the config.json and the weights that were saved together."
             )
-        state = {f"{layer.name}.{_TABLE}": layer.new_table.int() for layer in self.layers}
+        state = {f"{layer.name}.{_TABLE}": layer.stored_table for layer in self.layers}
         for name in sorted(weights.keys() - state.keys()):
             values, index = weights[name], ...
             if name in resized:
@@ -192,7 +197,7 @@ def plan_pruning(
     Args:
         model_class (`type[PreTrainedModel]`): of the model.
         config (`StableMoEBaseConfig`): of the whole model, in stage 2.
-        tables (`Mapping[str, torch.Tensor]`): the expert of each token id, `(V,)`, by the name of the MoE layer.
+        tables (`Mapping[str, torch.Tensor]`): the experts of each token id, `(V,)` or `(V, K)`, by the name of the MoE layer.
         token_ids (iterable of `int`): the ids that the pruned model reads and writes; the source ids of an
             encoder-decoder.
         target_ids (iterable of `int`, *optional*): the target ids of an encoder-decoder. Default: `token_ids`.
@@ -213,7 +218,7 @@ def plan_pruning(
         vocabularies.append(_check_ids(targets, "target_ids", config.vocab_size, special))
     num_first = len(config.encoder_moe_layer_positions) if config.is_encoder_decoder else len(tables)
     sides = [int(number >= num_first) for number in range(len(tables))]
-    tables = {name: table.long().cpu() for name, table in tables.items()}
+    tables = {name: table.long().cpu().view(config.vocab_size, -1) for name, table in tables.items()}
     reached = [table[vocabularies[side]].unique() for side, table in zip(sides, tables.values(), strict=True)]
     num_kept = max(len(experts) for experts in reached)
     layers = []
@@ -289,8 +294,8 @@ def prune_experts(
     """Make a model without the experts that a part of the vocabulary never reaches.
 
     On sequences of that part its logits are those of the whole model. Each layer keeps as many experts as the layer
-    that needs most, N'. Any other id keeps its expert where that is kept, and otherwise goes to expert `id mod N'`: a
-    forward pass that meets such an id warns once, and generation avoids it.
+    that needs most, N'. Any other id keeps its experts where they are all kept, and otherwise goes to expert `id mod N'`, of
+    several to those that follow, too: a forward pass that meets such an id warns once, and generation avoids it.
 
     Args:
         model (`PreTrainedModel`): of this package, frozen; it is not changed. The weights that are kept are copied:
@@ -451,7 +456,7 @@ def read_tables(
         weights (`Mapping[str, Any]`): slices of its safetensors files, by name.
 
     Returns:
-        `dict[str, torch.IntTensor]`: the expert of each token id, `(V,)`, by the name of the MoE layer.
+        `dict[str, torch.IntTensor]`: the experts of each token id, `(V,)` or `(V, K)`, by the name of the MoE layer.
 
     Raises:
         ValueError: if the model cannot be pruned, or a table is missing, damaged, or not the one that was saved.
@@ -459,7 +464,9 @@ def read_tables(
     require_prunable(config)
     layers: dict[str, StableMoELayer] = build_skeleton(model_class, config).moe_layers_by_name
     names = {layer: f"{layer}.{_TABLE}" for layer in layers}
-    wrong = [name for name in names.values() if name not in weights or _shape(weights[name]) != (config.vocab_size,)]
+    per_token = config.num_experts_per_tok
+    shape = (config.vocab_size, per_token) if per_token > 1 else (config.vocab_size,)
+    wrong = [name for name in names.values() if name not in weights or _shape(weights[name]) != shape]
     if wrong:
         raise ValueError(
             f"{', '.join(wrong)}: missing from the weights, or not a row a token id. Restore the checkpoint."

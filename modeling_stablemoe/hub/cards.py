@@ -306,10 +306,11 @@ def _describe_experts(config: StableMoEBaseConfig) -> str | None:
     if not config.num_moe_layers:
         return None
     layers = "1 MoE layer" if config.num_moe_layers == 1 else f"each of {config.num_moe_layers} MoE layers"
+    per_token = f", {config.num_experts_per_tok} per token" if config.num_experts_per_tok > 1 else ""
     if config.expert_type == "stack":
-        return f"{config.num_experts} of {config.num_expert_sublayers} sublayers in {layers}"
+        return f"{config.num_experts} of {config.num_expert_sublayers} sublayers in {layers}{per_token}"
     shared = f" and {config.num_shared_experts} shared" if config.num_shared_experts else ""
-    return f"{config.num_experts} gated{shared} in {layers}"
+    return f"{config.num_experts} gated{shared} in {layers}{per_token}"
 
 
 def _describe_load(results: dict) -> str:

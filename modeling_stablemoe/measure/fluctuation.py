@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
+from modeling_stablemoe.model.health_stablemoe import share_in_common
 
 from .figures import save_figure
 
@@ -27,8 +28,8 @@ class RoutingHistory:
     Attributes:
         steps (`list[int]`): optimizer steps of the checks, ascending.
         stages (`list[int]`): routing stage at each check, 1 or 2.
-        experts (`list[torch.Tensor]`): one `torch.ShortTensor` of shape `(tokens,)` per check, in which the tokens of
-            several MoE layers follow one another.
+        experts (`list[torch.Tensor]`): one `torch.ShortTensor` of shape `(tokens,)`, or `(tokens, K)` with K > 1 experts per
+            token, per check, in which the tokens of several MoE layers follow one another.
     """
 
     def __init__(self):
@@ -37,19 +38,20 @@ class RoutingHistory:
         self.experts: list[Tensor] = []
 
     def record(self, step: int, stage: int, experts: Tensor) -> float | None:
-        """Add a check of `experts`, a `torch.LongTensor` of the same shape each time.
+        """Add a check of `experts`, a `torch.LongTensor` of shape `(tokens,)` or `(tokens, K)`, the same each time.
 
-        Returns the share of tokens whose expert has changed since the last check; `None` at the first one.
+        Returns the share of tokens whose expert has changed since the last check (of their experts, where there are several);
+        `None` at the first one.
         """
         self.steps.append(step)
         self.stages.append(stage)
-        self.experts.append(experts.flatten().to(torch.int16).cpu())
+        self.experts.append(experts.to(torch.int16).cpu())
         return self.changes()[-1]
 
     def changes(self) -> list[float | None]:
         """Return for each check the share of tokens whose expert changed since the one before; `None` for the first."""
         pairs = zip(self.experts, self.experts[1:], strict=False)
-        return [None, *((before != after).float().mean().item() for before, after in pairs)][: len(self.steps)]
+        return [None, *((1 - _share_kept(*pair)).mean().item() for pair in pairs)][: len(self.steps)]
 
     def stage2_change(self) -> float | None:
         """Return the largest share of tokens that changed between two checks of stage 2; `None` with fewer than two."""
@@ -61,8 +63,8 @@ class RoutingHistory:
         return max(within, default=None)
 
     def last_fluctuation_steps(self) -> Tensor:
-        """Return for each token the last step at which its expert was not its final one; 0 if there was none."""
-        differs = torch.stack(self.experts) != self.experts[-1]
+        """Return for each token the last step at which its experts were not its final ones; 0 if there was none."""
+        differs = torch.stack([_share_kept(experts, self.experts[-1]) < 1 for experts in self.experts])
         steps = torch.tensor(self.steps).unsqueeze(-1)
         return torch.where(differs, steps, 0).amax(0)
 
@@ -120,6 +122,11 @@ class RoutingHistory:
         if figure is None:
             return [path]
         return [path, save_figure(figure, path.with_name(FIGURE_FILE))]
+
+
+def _share_kept(before: Tensor, after: Tensor) -> Tensor:
+    """Return which share of the experts of each token is the same, `(tokens,)`."""
+    return share_in_common(*(experts.view(len(experts), -1) for experts in (before, after)))
 
 
 def plot_fluctuation(summary: dict):

@@ -17,6 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from modeling_stablemoe.model.health_stablemoe import share_in_common
+from modeling_stablemoe.model.tensors_stablemoe import best_experts
+
 from .meter import evenness
 from .report import format_table
 
@@ -36,9 +39,10 @@ class LayerRouting:
 
     Attributes:
         name (`str`): qualified name of the layer.
-        experts (`torch.LongTensor` of shape `(T,)`): those that inference uses (eq. 13 if distilled).
-        backbone_experts (`torch.LongTensor` of shape `(T,)`, *optional*): argmax of the backbone scores (eqs. 5 and
-            6); `None` if the router has no scores.
+        experts (`torch.LongTensor` of shape `(T,)`, or `(T, K)` with K > 1 experts per token): those that inference uses
+            (eq. 13 if distilled).
+        backbone_experts (`torch.LongTensor` of the same shape, *optional*): argmax of the backbone scores (eqs. 5 and
+            6), or those of the K highest; `None` if the router has no scores.
     """
 
     name: str
@@ -101,14 +105,15 @@ def route_texts(
         raise ValueError("There is no token in the text: nothing to route.")
     _check_rows(rows, model.config)
     places = {kind: list(accumulate((len(row[kind]) for row in rows), initial=0)) for kind in rows[0]}
-    # By kind of text, then "experts" or "backbone": `(moe layers, T)`.
+    # By kind of text, then "experts" or "backbone": `(moe layers, T)`, or `(moe layers, T, K)`.
     routed: dict[str, dict[str, Tensor]] = {kind: {} for kind in places}
     model.eval()
     with tqdm(total=len(rows), desc="Routing", unit=" sequences", disable=not show_progress) as progress:
         for batch in _batches(rows, batch_tokens):
             for kind, choice, index_LBS in _route_batch(model, [rows[row] for row in batch]):
                 ends = places[kind]
-                chosen = routed[kind].setdefault(choice, index_LBS.new_empty(len(index_LBS), ends[-1]))
+                shape = (len(index_LBS), ends[-1], *index_LBS.shape[3:])
+                chosen = routed[kind].setdefault(choice, index_LBS.new_empty(shape))
                 for index_LS, row in zip(index_LBS.unbind(1), batch, strict=True):
                     chosen[:, ends[row] : ends[row + 1]] = index_LS[:, : ends[row + 1] - ends[row]]
             progress.update(len(batch))
@@ -179,7 +184,7 @@ def _batches(rows: list[dict[str, list[int]]], batch_tokens: int) -> Iterator[li
 
 @torch.inference_mode()
 def _route_batch(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> Iterator[tuple[str, str, Tensor]]:
-    """Run the model; yield kind of text, "experts" or (with scores) "backbone", and that choice, `(L, B, S)`."""
+    """Run the model; yield kind of text, "experts" or (with scores) "backbone", and that choice, `(L, B, S)` or `(L, B, S, K)`."""
     inputs = {}
     for kind in rows[0]:
         ids = [torch.tensor(row[kind]) for row in rows]
@@ -198,13 +203,16 @@ def _route_batch(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> It
         if experts:
             yield kind, "experts", torch.stack([index.cpu() for index in experts])
         if experts and scores[0] is not None:  # a hash has none
-            backbone = [score.argmax(-1).view_as(index).cpu() for score, index in zip(scores, experts, strict=True)]
+            k = model.config.num_experts_per_tok
+            backbone = [
+                best_experts(score, k).view_as(index).cpu() for score, index in zip(scores, experts, strict=True)
+            ]
             yield kind, "backbone", torch.stack(backbone)
 
 
 def measure_load(experts: Tensor, num_experts: int) -> dict:
-    """Measure how evenly tokens `(T,)`, T > 0, are spread over experts."""
-    load = torch.bincount(experts, minlength=num_experts)
+    """Measure how evenly tokens, T > 0, are spread over experts; each counts for all of its own, `(T,)` or `(T, K)`."""
+    load = torch.bincount(experts.flatten(), minlength=num_experts)
     share = load.double() / load.sum()
     even = evenness(load.double())
     return {
@@ -219,14 +227,19 @@ def measure_load(experts: Tensor, num_experts: int) -> dict:
 
 def count_token_experts(token_ids: Tensor, experts: Tensor) -> list[tuple[int, int, int]]:
     """Return `(token id, expert, tokens)` of all pairs that occur, the most frequent first, then by id and expert."""
-    pairs, counts = torch.stack([token_ids, experts]).unique(dim=1, return_counts=True)
+    experts_TK = experts.view(len(token_ids), -1)
+    token_ids_TK = token_ids.unsqueeze(-1).expand_as(experts_TK)
+    pairs, counts = torch.stack([token_ids_TK.flatten(), experts_TK.flatten()]).unique(dim=1, return_counts=True)
     found = zip(*pairs.tolist(), counts.tolist(), strict=True)
     return sorted(found, key=lambda entry: (-entry[2], entry[0], entry[1]))
 
 
 def measure_agreement(token_ids: Tensor, experts: Tensor, backbone_experts: Tensor) -> dict:
-    """Measure how often inference and backbone router choose the same expert, by frequency of the tokens."""
-    agrees = (experts == backbone_experts).double()
+    """Measure how often inference and backbone router choose the same expert, by frequency of the tokens.
+
+    Of several experts per token it is the share that they have in common.
+    """
+    agrees = share_in_common(*(choice.view(len(token_ids), -1) for choice in (experts, backbone_experts))).double()
     _, inverse, counts = token_ids.unique(return_inverse=True, return_counts=True)
     powers = 2 ** torch.arange(63)
     bin_of_id = torch.bucketize(counts, powers, right=True) - 1
@@ -260,13 +273,14 @@ def inspect_routing(
 
     Returns:
         `dict`, JSON-ready: `checkpoint`, `router_type`, `routing_stage`, `router_fingerprint` (`None` in stage 1),
-            `num_experts`, and `layers`, each with
+            `num_experts`, `num_experts_per_tok`, and `layers`, each with
 
             - `name`, `text` (kind), and the numbers `tokens` and `distinct_tokens`;
-            - `load`: `tokens` and `share` of each expert, `max_over_mean` in [1, N], `entropy` of the shares in nats
+            - `load`, for each of the experts of a token: `tokens` and `share` of each expert, `max_over_mean` in [1, N], `entropy` of the shares in nats
               and `entropy_share` of the largest entropy (`None` for one expert), `idle_experts` without a token;
             - `experts`, each with its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`;
-            - `tokens_of_several_experts`: the numbers `distinct_tokens` and `tokens`, and the `most_frequent`;
+            - `tokens_of_several_experts`, of ids that do not always have the same: the numbers `distinct_tokens` and
+              `tokens`, and the `most_frequent`;
             - `agreement` of inference with the backbone router, `None` if that has no scores: `overall`, share of
               tokens, and `by_frequency`, for each range between two powers of two that occurs `at_least` and `at_most`
               (occurrences of a token id in the text), `distinct_tokens`, `tokens` and `agreement`.
@@ -277,6 +291,7 @@ def inspect_routing(
         "routing_stage": model.routing_stage,
         "router_fingerprint": model.router_fingerprint(),
         "num_experts": model.config.num_experts,
+        "num_experts_per_tok": model.config.num_experts_per_tok,
         "layers": [
             _measure_layer(text, layer, model.config.num_experts, tokenizer, top_k)
             for text in texts
@@ -288,7 +303,7 @@ def inspect_routing(
 def _measure_layer(text: RoutedText, layer: LayerRouting, num_experts: int, tokenizer, top_k: int) -> dict:
     counted = count_token_experts(text.token_ids, layer.experts)
     load = measure_load(layer.experts, num_experts)
-    backbone = layer.backbone_experts
+    backbone, num_experts_per_tok = layer.backbone_experts, layer.experts[0].numel()
     experts = []
     for expert, num_tokens in enumerate(load["tokens"]):
         own = [(token_id, count) for token_id, index, count in counted if index == expert]
@@ -307,17 +322,23 @@ def _measure_layer(text: RoutedText, layer: LayerRouting, num_experts: int, toke
         "distinct_tokens": len({token_id for token_id, _, _ in counted}),
         "load": load,
         "experts": experts,
-        "tokens_of_several_experts": _tokens_of_several_experts(counted, tokenizer, top_k),
+        "tokens_of_several_experts": _tokens_of_several_experts(counted, num_experts_per_tok, tokenizer, top_k),
         "agreement": None if backbone is None else measure_agreement(text.token_ids, layer.experts, backbone),
     }
 
 
-def _tokens_of_several_experts(counted: list[tuple[int, int, int]], tokenizer, top_k: int) -> dict:
-    """Count and list the token ids that a router which sees context sends to several experts."""
+def _tokens_of_several_experts(
+    counted: list[tuple[int, int, int]], num_experts_per_tok: int, tokenizer, top_k: int
+) -> dict:
+    """Count and list the token ids that a router which sees context sends to more experts than a token has."""
     experts_of: dict[int, list[dict]] = {}
     for token_id, expert, count in counted:
         experts_of.setdefault(token_id, []).append({"expert": expert, "count": count})
-    several = {token_id: sum(entry["count"] for entry in e) for token_id, e in experts_of.items() if len(e) > 1}
+    several = {
+        token_id: sum(entry["count"] for entry in entries) // num_experts_per_tok
+        for token_id, entries in experts_of.items()
+        if len(entries) > num_experts_per_tok
+    }
     listed = sorted(several, key=lambda token_id: (-several[token_id], token_id))[:top_k]
     return {
         "distinct_tokens": len(several),
@@ -379,14 +400,15 @@ _AGREEMENT_HEADINGS = {
 def format_report(report: dict) -> str:
     """Format a report of `inspect_routing` as Markdown, without a newline at the end."""
     frozen = f"frozen routing {report['router_fingerprint']}" if report["routing_stage"] == 2 else "not frozen"
+    per_token = f", {report['num_experts_per_tok']} per token" if report["num_experts_per_tok"] > 1 else ""
     head = (
         f"# {report['checkpoint']}\n\nStage {report['routing_stage']} ({frozen}), router {report['router_type']!r}, "
-        f"{report['num_experts']} experts."
+        f"{report['num_experts']} experts{per_token}."
     )
-    return "\n\n".join([head, *map(_format_layer, report["layers"])])
+    return "\n\n".join([head, *(_format_layer(layer, report["num_experts_per_tok"]) for layer in report["layers"])])
 
 
-def _format_layer(layer: dict) -> str:
+def _format_layer(layer: dict, num_experts_per_tok: int) -> str:
     load = layer["load"]
     share = "" if load["entropy_share"] is None else f" ({load['entropy_share']:.1%} of the largest)"
     idle = ", ".join(map(str, load["idle_experts"])) or "none"
@@ -408,9 +430,9 @@ def _format_layer(layer: dict) -> str:
     parts.append(format_table(rows, _EXPERT_HEADINGS))
     several = layer["tokens_of_several_experts"]
     if several["distinct_tokens"]:
+        number = "several experts" if num_experts_per_tok == 1 else f"more than {num_experts_per_tok} experts"
         parts.append(
-            f"{several['distinct_tokens']} distinct tokens ({several['tokens']} tokens) go to several experts; the most "
-            "frequent:"
+            f"{several['distinct_tokens']} distinct tokens ({several['tokens']} tokens) go to {number}; the most frequent:"
         )
         rows = [
             {

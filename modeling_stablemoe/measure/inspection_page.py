@@ -14,7 +14,7 @@ from .inspection import RoutedText, token_bytes
 
 
 _TEMPLATE = Path(__file__).parent / "templates" / "inspection.html"
-_HEADER = ("checkpoint", "router_type", "routing_stage", "router_fingerprint", "num_experts")
+_HEADER = ("checkpoint", "router_type", "routing_stage", "router_fingerprint", "num_experts", "num_experts_per_tok")
 # JSON escapes of the characters that could end a script element or begin another one.
 _HARMLESS = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
@@ -44,7 +44,8 @@ def page_data(report: dict, texts: Sequence[RoutedText], tokenizer: PreTrainedTo
         `dict`, JSON-ready: the header of the report; `texts`, each with its `kind`, the `starts` of documents, its
             `tokens`, and `vocabulary` and `ids` of the distinct ones, the most frequent first (a token that is not
             whole UTF-8 as a list of its bytes); `layers`, each with its `name`, the index of its `text`, `load` and
-            `agreement` of the report, and the `experts` and `backbone` choice of each token (`None` without scores).
+            `agreement` of the report, and the `experts` and `backbone` choice of each token (`None` without scores), a list
+            where a token has several experts.
     """
     measured = iter(report["layers"])
     layers = []

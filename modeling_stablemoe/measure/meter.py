@@ -37,7 +37,7 @@ SUMS = (
     "distillation_agreement",  # of the tokens of stage 1
     "distillation_agreement_by_id",
     "router_entropy",
-    "overflow",  # tokens past capacity; a mean over layers
+    "overflow",  # tokens past capacity; a mean over layers, and over the experts of a token
     "tokens_read",  # of source and target together
 )
 
@@ -49,7 +49,8 @@ class RoutingTotals:
     Attributes:
         sums (`torch.DoubleTensor` of shape `(len(SUMS),)`): in the order of `SUMS`. NaN for what does not exist:
             agreement if nothing is distilled, entropy if there are no scores, overflow if there is no capacity.
-        load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert.
+        load (`torch.DoubleTensor` of shape `(moe layers, num_experts)`): tokens sent to each expert; a token counts for each
+            of its experts.
     """
 
     sums: Tensor
@@ -220,7 +221,8 @@ class RoutingMeter:
         if not output.logits.requires_grad and not output.aux_loss.requires_grad:
             return  # not a pass that trains, such as sampling between steps
         load = output.expert_load.double()
-        tokens = load.sum(-1).mean()  # layers of an encoder and a decoder route different numbers
+        k = self.model.config.num_experts_per_tok  # for each of which a token counts in the load
+        tokens = load.sum(-1).mean() / k  # layers of an encoder and a decoder route different numbers
         targets = task = torch.zeros((), device=load.device)
         labels = kwargs.get("labels")
         if labels is not None:
@@ -236,11 +238,11 @@ class RoutingMeter:
         if capacity_factor is None:
             sums["overflow"] = load.new_full((), torch.nan)
         else:
-            sums["overflow"] = count_overflow(load, capacity_factor).mean()
+            sums["overflow"] = count_overflow(load, capacity_factor).mean() / k
         if self.model.config.is_encoder_decoder:
             sums["tokens_read"] = self.model.count_tokens(*args, **kwargs).to(load.device)
         else:
-            sums["tokens_read"] = load[0].sum()  # every layer routes every token
+            sums["tokens_read"] = load[0].sum() / k  # every layer routes every token
         learns = module.routing_stage == 1
         if not learns:  # there is nothing to agree on
             of_stage1 = ("tokens_of_stage1", "distillation_agreement", "distillation_agreement_by_id")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
 from modeling_stablemoe.model.frozen_stablemoe import BalancedTable, FrozenRouter
-from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
+from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE, share_in_common
 from modeling_stablemoe.model.losses_stablemoe import is_distributed
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 from modeling_stablemoe.solvers.prices import table_load
@@ -29,7 +29,10 @@ MOST_CLOSED_GATES = 0.5
 
 
 def tables_of(model: TwoStageRoutingMixin) -> Tensor | None:
-    """Return the tables that would be frozen now, `(moe layers, V)` on the CPU; `None` if weights would be frozen."""
+    """Return the tables that would be frozen now, on the CPU; `None` if weights would be frozen.
+
+    `(moe layers, V)`, or `(moe layers, V, K)` where a token has K > 1 experts.
+    """
     layers = list(model.moe_layers_by_name.values())
     if any(layer.bare_router.distilled_router.sees_context for layer in layers):
         return None
@@ -39,6 +42,8 @@ def tables_of(model: TwoStageRoutingMixin) -> Tensor | None:
 
 class SettlingWatch:
     """Watches the tables settle: measures at each check the share of tokens whose expert has changed since the last.
+
+    Where a token has several experts it is the share of these.
 
     Args:
         meter (`RoutingMeter`): of the model; counts how often each token id was routed.
@@ -60,7 +65,8 @@ class SettlingWatch:
         before, self._tables = self._tables, tables
         if before is None:
             return None
-        changed = ((before != tables) * counts.cpu()).sum() / counts.sum().cpu().clamp(min=1)
+        kept = share_in_common(*(experts.view(*counts.shape, -1) for experts in (before, tables)))
+        changed = ((1 - kept) * counts.cpu()).sum() / counts.sum().cpu().clamp(min=1)
         self.changes.append(changed.item())
         return self.changes[-1]
 
@@ -162,7 +168,8 @@ def load_of_frozen(model: TwoStageRoutingMixin, token_counts: Tensor | None) -> 
 def load_of(tables: Tensor, token_counts: Tensor, num_experts: int) -> Tensor:
     """Return the tokens that tables send to each expert, `(moe layers, num_experts)`.
 
-    `tables` has the expert of each token id and `token_counts` how often each occurs, both `(moe layers, V)`.
+    `tables` has the expert of each token id and `token_counts` how often each occurs, both `(moe layers, V)`; with K experts
+    per token `tables` is `(moe layers, V, K)`.
     """
     layers = zip(tables.long().cpu(), token_counts.double().cpu(), strict=True)
     return torch.stack([table_load(table, counts, num_experts) for table, counts in layers])
@@ -178,12 +185,16 @@ class FrozenReport:
         load (`torch.Tensor` of shape `(moe layers, num_experts)`, *optional*): tokens of stage 1 under the frozen
             tables.
         balanced (`list[BalancedTable]`): the balanced tables; empty if they were not balanced.
+        token_counts (`torch.Tensor` of shape `(moe layers, V)`, *optional*): how often each token id occurred in stage 1.
+        num_experts_per_tok (`int`): experts of each token.
     """
 
     verdict: Verdict
     num_steps: int
     load: Tensor | None
     balanced: list[BalancedTable]
+    token_counts: Tensor | None = None
+    num_experts_per_tok: int = 1
 
     def metrics(self) -> dict[str, float]:
         """Return what is logged as `transition_*`: metrics of the last steps, load of the tables, price of balance."""
@@ -235,9 +246,11 @@ class FrozenReport:
         if self.load is not None:
             lightest = (self.load.amin(-1) / self.load.mean(-1)).min().item()
             said.append(
-                f"The frozen table sends the {self.load[0].sum().item():,.0f} tokens seen in stage 1 to their experts with "
-                f"max/mean {imbalance(self.load):.2f} (lightest expert {lightest:.2f} of the mean)."
+                f"The frozen table sends the {self.load[0].sum().item() / self.num_experts_per_tok:,.0f} tokens seen in stage 1 to "
+                f"their experts with max/mean {imbalance(self.load):.2f} (lightest expert {lightest:.2f} of the mean)."
             )
+            if self.token_counts is not None:
+                said.append(self._bound_of_the_corpus())
         if self.balanced:
             said.append(
                 f"Balanced from max/mean {metrics['transition_unbalanced_load_max_over_mean']:.2f} to at most "
@@ -250,6 +263,19 @@ class FrozenReport:
         if heavy:
             named = ", ".join(map(str, heavy[:5])) + (f" and {len(heavy) - 5} more" if len(heavy) > 5 else "")
             said.append(
-                f"Token id(s) {named} alone outweigh the limit: each has an expert of its own, and the others keep to it."
+                f"Token id(s) {named} alone outweigh the limit: each has "
+                f"{'an expert' if self.num_experts_per_tok == 1 else f'{self.num_experts_per_tok} experts'} of its own, and the "
+                "others keep to it."
             )
         return said
+
+    def _bound_of_the_corpus(self) -> str:
+        """Say how uneven any table must be: all tokens of an id go to the same experts."""
+        k, num_experts = self.num_experts_per_tok, self.load.shape[-1]
+        share = (self.token_counts.amax(-1) / self.token_counts.sum(-1).clamp(min=1)).max().item()
+        bounds = [max(share * num_experts / number, 1.0) for number in (k, 1)]
+        with_one = "" if k == 1 else f", with one {bounds[1]:.2f}"
+        return (
+            f"The most frequent token id is {share:.1%} of them, so with {num_experts} experts, {k} per token, no table has a "
+            f"max/mean below {bounds[0]:.2f}{with_one}."
+        )

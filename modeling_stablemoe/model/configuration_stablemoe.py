@@ -196,6 +196,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`): return key/value caches by default.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): the head shares the token embedding.
         num_experts (`int`, *optional*, defaults to 32): experts N of each MoE layer.
+        num_experts_per_tok (`int`, *optional*, defaults to 1): experts k of each token, at most `num_experts`, all different:
+            h' = h + sum over them of g_a (S_a(h) - h), each with the gate of its own score (of a hash 1 / k). 1 is the paper's.
+            With more, loads are counted in pairs of token and expert, and `"base"`, which assigns one expert, is refused.
         expert_type (`str`, *optional*): `"stack"`, the paper's: each expert is a stack of FFN sublayers, each with a LayerNorm
             and a residual of its own; or `"gated"`, as in the MoE models of today: one gated FFN (SwiGLU with
             `hidden_act="silu"`) of `intermediate_size`, after an RMSNorm of the layer, in the layout that transformers' experts
@@ -207,7 +210,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             `"switch"`, `"base"`, `"hash"` or the name of a router of your own, registered by `register_router`.
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
             frozen (table 6). `"word_embedding"` sees the token alone and freezes into a table. So does `"counts"`, which
-            waits for no gradient: each token id goes to the expert that it was sent to most often.
+            waits for no gradient: each token id goes to the expert (the k experts) that it was sent to most often.
             These look back at earlier tokens, and freeze as weights: `"bigram"`, the mean of the embeddings of this token
             and the last; `"cnn"`, a causal convolution of width 5; `"transformer_1"`, `"transformer_2"` and `"transformer_3"`, so
             many causal layers. They cost more with every token of context, and float64 arithmetic, which MPS lacks.
@@ -250,7 +253,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             backbone's choice its score is low, so its gate is shut, and a shut gate learns next to nothing. `False`, the
             paper's, keeps the centroids.
         max_frozen_load (`float`, *optional*): when the routing is frozen into a table, no expert gets more than this
-            times the mean of the tokens of stage 1; the table keeps as much agreement as that allows. A token id that alone
+            times the mean of the tokens of stage 1 (k times their number over `num_experts`); the table keeps as much agreement as that allows. A token id that alone
             outweighs it gets an expert of its own. Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1;
             `None`, the paper's, freezes the distilled router as it is.
         frozen_load_bands (`int`, *optional*, defaults to 1): with `max_frozen_load`, cut the token ids into so many bands
@@ -261,8 +264,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
             `aux_loss = balance_loss_coef * L_bal + distillation_loss_coef * L_dis`. It is the one name that trainers
             of the ecosystem know, and TRL multiplies a balance loss of its own by it; so it reads 0 where there is nothing
             to balance, of a frozen routing and a dense model. Leave it at 1 for the paper's loss.
-        expert_capacity_factor (`float`, *optional*): tokens past `factor * tokens / num_experts` on one expert pass the
-            layer unchanged while training (the released code has 2). `None` drops no token; inference never does.
+        expert_capacity_factor (`float`, *optional*): while training an expert takes no more than the first
+            `factor * num_experts_per_tok * tokens / num_experts` of its tokens; it leaves the others unchanged (the released
+            code has 2). `None` drops no token; inference never does.
         output_router_logits (`bool`, *optional*, defaults to `False`): return router logits and expert indices.
         router_fingerprint (`str`, *optional*): sha256 of the frozen routing, written by `freeze_router()` and
             checked on loading; `None` in stage 1.
@@ -295,6 +299,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     num_experts: int = 32
+    num_experts_per_tok: int = 1
     expert_type: str | None = None
     num_expert_sublayers: int = 3
     num_shared_experts: int = 0
@@ -386,7 +391,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         "is_encoder_decoder": _SWITCH,
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), _COUNT),
         **dict.fromkeys(("max_position_embeddings", "distilled_router_dim", "frozen_load_bands"), _COUNT),
-        **dict.fromkeys(("num_experts", "num_expert_sublayers", "num_labels"), _COUNT),
+        **dict.fromkeys(("num_experts", "num_experts_per_tok", "num_expert_sublayers", "num_labels"), _COUNT),
         "chunk_size_feed_forward": Rule(lambda value: _is_integer(value, 0), "must be an integer >= 0"),
     }
     # Fields that place MoE layers, each with the field that counts the blocks they stand between:
@@ -444,11 +449,6 @@ class StableMoEBaseConfig(PreTrainedConfig):
     def routing_loss_factor(self) -> float:
         """`float`: `router_aux_loss_coef` as it was set, by which the routing losses of stage 1 enter the loss."""
         return self.__dict__["router_aux_loss_coef"]
-
-    @property
-    def num_experts_per_tok(self) -> int:
-        """`int`: 1: the name that other libraries ask for."""
-        return 1
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -521,6 +521,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
                 "start; leave it at None."
             )
         self._validate_experts()
+        self._validate_experts_per_tok()
         self._validate_stage1_of_router()
         pruned, sides = self.pruned_tokens, len(self._moe_positions)
         if pruned is not None and len(pruned) != sides:
@@ -541,6 +542,18 @@ class StableMoEBaseConfig(PreTrainedConfig):
         if self.num_shared_experts and self.expert_type != "gated":
             raise ValueError(
                 f'`num_shared_experts` ({self.num_shared_experts}) are gated experts: set `expert_type="gated"`, or leave it at 0.'
+            )
+
+    def _validate_experts_per_tok(self):
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) is more than there are experts: lower it to `num_experts` "
+                f"({self.num_experts}) at most, or raise that."
+            )
+        if self.num_experts_per_tok > 1 and self.router_type == "base":
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be 1 with `router_type` 'base', whose balanced assignment "
+                "gives each token one expert; choose another `router_type`, or leave it at 1."
             )
 
     def _validate_stage1_of_router(self):

@@ -4,8 +4,8 @@
 All score features of the token against centroids, ŝ_{t,i} = Ê_i . f_t. The word embedding takes f_t = D(X_t), which
 sees the token alone, so its routing is a table over the vocabulary. The others look back at earlier tokens.
 
-Shape suffixes: B batch, S tokens to be routed, C tokens of the context, E experts, V vocabulary, R distilled router
-width, L layers.
+Shape suffixes: B batch, S tokens to be routed, T of any shape, K experts per token, C tokens of the context, E experts,
+V vocabulary, R distilled router width, L layers. Where K = 1, experts have no dimension of it.
 """
 
 import torch
@@ -17,7 +17,7 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens
 from .losses_stablemoe import histogram, sum_across_processes
-from .tensors_stablemoe import copy_into, from_bits, full_tensor, resize_rows, score, sinusoids, to_bits
+from .tensors_stablemoe import best_experts, copy_into, from_bits, full_tensor, resize_rows, score, sinusoids, to_bits
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,7 @@ class DistilledRouter(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
+        self.num_experts_per_tok = config.num_experts_per_tok
         for name, shape in self.shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
@@ -52,11 +53,11 @@ class DistilledRouter(nn.Module):
         }
 
     def choose(self, token_ids: Tensor, logits: Tensor) -> Tensor:
-        """Return the experts that tokens would be sent to for which `forward` gave `logits`, `(T, E) -> (T,)`."""
-        return logits.argmax(-1)
+        """Return the experts that tokens would be sent to for which `forward` gave `logits`, `(T, E) -> (T, K)`."""
+        return best_experts(logits, self.num_experts_per_tok)
 
     def observe(self, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
-        """Count where the backbone sends tokens in stage 1, `(T,)` each: nothing to do unless a router counts."""
+        """Count where the backbone sends tokens in stage 1, `(T,)` and `(T, K)`: nothing to do unless a router counts."""
 
     def check_weights(self, name: str):
         """Check what is about to be frozen for NaN and infinity; every process must call this.
@@ -103,15 +104,16 @@ class WordEmbeddingRouter(DistilledRouter):
         return score(features, centroids)
 
     def table(self) -> Tensor:
-        """Compute â(v) = argmax_i Ê_i . D(v) (eq. 13) for the whole vocabulary; ties go to the lowest index.
+        """Compute â(v) = argmax_i Ê_i . D(v) (eq. 13) for the whole vocabulary, `(V, K)`; ties go to the lowest index.
 
-        Evaluation in stage 1 and the freezing of the router both read this one product, so they agree to the bit. `(V,)`.
+        With more experts per token those of the K highest scores, best first. Evaluation in stage 1 and the freezing of the
+        router both read this one product, so they agree to the bit.
         """
         with torch.no_grad():
-            return self().argmax(-1)
+            return best_experts(self(), self.num_experts_per_tok)
 
     def assign(self, tokens: tuple | Tensor) -> Tensor:
-        """Return the experts that inference would use now, of the shape of the token ids."""
+        """Return the experts that inference would use now, `(B, S, K)`."""
         return self.table()[Tokens.of(tokens).token_ids]
 
     def freeze(self) -> Tensor:
@@ -120,12 +122,12 @@ class WordEmbeddingRouter(DistilledRouter):
 
     @torch.no_grad()
     def expected_shares(self) -> Tensor:
-        """Estimate which share of the tokens of each id the backbone sends to each expert, `(V, E)`; rows sum to 1."""
+        """Estimate the share of each expert in the backbone's choices for each id, `(V, E)`; rows sum to 1."""
         return self().softmax(-1)
 
 
 class CountRouter(WordEmbeddingRouter):
-    """The router that needs no gradient: each id goes to the expert that the backbone sent it to most often.
+    """The router that needs no gradient: each id goes to the K experts that the backbone sent it to most often.
 
     No table over the vocabulary agrees with more of the routing that was counted. An id that has not been seen goes where D and Ê send it, which learn beside the counts
     (eq. 10). Ties go to the lowest index.
@@ -153,14 +155,17 @@ class CountRouter(WordEmbeddingRouter):
         return self(counts=True)
 
     def table(self) -> Tensor:
-        """Compute the expert of each id, `(V,)`."""
-        counts = self.counts()
-        return torch.where(counts.amax(-1) > 0, counts.argmax(-1), super().table())
+        """Compute the experts of each id, `(V, K)`."""
+        return self._by_counts(self.counts(), super().table())
 
     def choose(self, token_ids: Tensor, logits: Tensor) -> Tensor:
-        """Choose by counts, by scores where an id has none, `(T, E) -> (T,)`."""
-        counts = self.counts()[token_ids.flatten()]
-        return torch.where(counts.amax(-1) > 0, counts.argmax(-1), logits.argmax(-1))
+        """Choose by counts, by scores where an id has none, `(T, E) -> (T, K)`."""
+        return self._by_counts(self.counts()[token_ids.flatten()], super().choose(token_ids, logits))
+
+    def _by_counts(self, counts: Tensor, otherwise: Tensor) -> Tensor:
+        experts = best_experts(counts, self.num_experts_per_tok)
+        seen = counts.amax(-1) > 0  # each time by K experts, so K of them have counts
+        return torch.where(seen if experts.dim() == seen.dim() else seen.unsqueeze(-1), experts, otherwise)
 
     @torch.no_grad()
     def expected_shares(self) -> Tensor:
@@ -175,11 +180,11 @@ class CountRouter(WordEmbeddingRouter):
     def observe(self, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
         """Count where the backbone sent tokens; every process must call this."""
         counts = self.counts()
-        pairs = token_ids * counts.shape[1] + expert_index
+        pairs = token_ids.unsqueeze(-1) * counts.shape[1] + expert_index
         new = sum_across_processes(histogram(pairs, mask, counts.numel(), torch.double))
         total = counts.double()
         if self.half_life is not None:
-            total *= 0.5 ** (new.sum() / self.half_life)
+            total *= 0.5 ** (new.sum() / self.num_experts_per_tok / self.half_life)
         total += new.view_as(counts)
         copy_into(self.expert_counts, to_bits(total.float()))
 
@@ -245,15 +250,15 @@ class ContextRouter(DistilledRouter):
         raise NotImplementedError
 
     def assign(self, tokens: tuple) -> Tensor:
-        """Return the experts that inference would use now, `(B, S)`."""
+        """Return the experts that inference would use now, `(B, S, K)`."""
         with torch.no_grad():
-            return self(tokens, exact=True).argmax(-1)
+            return best_experts(self(tokens, exact=True), self.num_experts_per_tok)
 
     @classmethod
-    def assign_by(cls, weights: dict[str, Tensor], tokens: tuple) -> Tensor:
+    def assign_by(cls, weights: dict[str, Tensor], tokens: tuple, num_experts_per_tok: int) -> Tensor:
         """Do what `assign` does by weights that need not be a module's."""
         with torch.no_grad():
-            return cls.scores(weights, tokens, exact=True).argmax(-1)
+            return best_experts(cls.scores(weights, tokens, exact=True), num_experts_per_tok)
 
     def freeze(self) -> dict[str, Tensor]:
         """Return what stage 2 will route by: all weights, as inference rounds them."""

@@ -11,6 +11,7 @@ import hashlib
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import is_torchdynamo_compiling
 
@@ -24,13 +25,15 @@ from .tensors_stablemoe import copy_into, from_bits, local_tensor, restore_integ
 class BalancedTable(NamedTuple):
     """A table within a limit of load, and how good it is."""
 
-    table: Tensor  # `torch.LongTensor` of shape (V,): expert of each token id
+    table: (
+        Tensor  # `torch.LongTensor` of shape (V,): expert of each token id; or (V, k): its k distinct ones, best first
+    )
     agreement: float  # tokens kept on the expert that they prefer (expected number)
     best_agreement: float  # the same for the best table without a limit
     bound: float  # no table within the limit keeps more; equal to `agreement` where the table is surely the best
     limit: float  # tokens allowed on one expert, but for one of `alone`
     load: Tensor  # `torch.DoubleTensor` of shape (E,): tokens of each expert
-    alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has an expert of its own
+    alone: Tensor  # `torch.LongTensor`: ids that outweigh the limit, heaviest first; each has k experts of its own
 
 
 class FrozenRouting(nn.Module):
@@ -47,7 +50,7 @@ class FrozenRouting(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts, self.num_experts_per_tok = config.num_experts, config.num_experts_per_tok
         # Mirrors the contents, so that a forward pass need not ask the device for a value.
         self.is_frozen = False
         # Whether it is a hash that nothing has been trained by yet: a checkpoint may replace it.
@@ -167,23 +170,28 @@ class FrozenRouting(nn.Module):
 
 
 class FrozenRouter(FrozenRouting):
-    """A table from vocabulary to expert. A hash is frozen from the start."""
+    """A table from vocabulary to expert, `(V,)`, or to several different ones, `(V, K)`. A hash is frozen from the start."""
 
     noun = "routing table"
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.is_hash = config.router_type == "hash"
-        table = torch.full((config.vocab_size,), -1, dtype=torch.int32)
-        self.register_buffer("routing_table", table)
+        shape = (
+            (config.vocab_size,)
+            if config.num_experts_per_tok == 1
+            else (config.vocab_size, config.num_experts_per_tok)
+        )
+        self.register_buffer("routing_table", torch.full(shape, -1, dtype=torch.int32))
 
     def initial_table(self) -> Tensor:
-        """Return the table of a new model, `(V,)`: a random one with a hash, -1 otherwise."""
-        empty = torch.full(self.routing_table.shape, -1, dtype=torch.int32)
-        return empty.random_(self.num_experts) if self.is_hash else empty
+        """Return the table of a new model: a random one with a hash, -1 otherwise."""
+        if not self.is_hash:
+            return torch.full(self.routing_table.shape, -1, dtype=torch.int32)
+        return random_table(len(self.routing_table), self.num_experts, self.num_experts_per_tok)
 
     def forward(self, tokens: tuple | Tensor) -> Tensor:
-        """Look up the expert of each token, of the shape of the ids: in [0, E)."""
+        """Look up the experts of each token: in [0, E), of the shape of the ids, with a last dimension K where K > 1."""
         return self.routing_table[Tokens.of(tokens).token_ids].long()
 
     def follow(self, name: str = "frozen_router"):
@@ -196,13 +204,13 @@ class FrozenRouter(FrozenRouting):
 
     @torch.no_grad()
     def freeze(self, table: Tensor):
-        """Store the expert of each token id, `(V,)`, and route by it from now on."""
+        """Store the experts of each token id and route by them from now on."""
         self.forget()
         copy_into(self.routing_table, table.to(self.routing_table.dtype))
         self.refresh()
 
     def values(self) -> Tensor:
-        """Return the whole table, on the CPU: `torch.IntTensor` of shape `(V,)`."""
+        """Return the whole table, on the CPU: `torch.IntTensor` of shape `(V,)`, or `(V, K)` where K > 1."""
         table = self.routing_table
         # Read through `forward`, where the hooks of an offloaded model fetch it.
         ids = torch.arange(table.shape[0], device="cpu" if table.is_meta else table.device)
@@ -219,18 +227,24 @@ class FrozenRouter(FrozenRouting):
     def encode(self, contents: dict[str, Tensor]) -> bytes:
         """Write the table as bytes, for a checksum."""
         table = contents["routing_table"]
-        header = f"|{self.num_experts} experts, {table.shape[0]} tokens|"
+        several = f", {table.shape[1]} per token" if table.dim() > 1 else ""
+        header = f"|{self.num_experts} experts, {table.shape[0]} tokens{several}|"
         return header.encode() + _to_bytes(table)
 
     @torch.no_grad()
     def resize(self, vocab_size: int):
         """Keep the rows of the first `vocab_size` ids; a new id v of a frozen table goes to expert v mod N.
 
-        The rule for new ids needs no embedding, which is still noise when a vocabulary grows, and keeps loads even.
+        With several per token the j-th of them, j = 0, ..., is v + j floor(N / K) mod N. The rule for new ids needs no
+        embedding, which is still noise when a vocabulary grows, and keeps loads even.
         """
         old = self.routing_table
         new_ids = torch.arange(min(old.shape[0], vocab_size), vocab_size, dtype=old.dtype, device=old.device)
-        new_rows = new_ids % self.num_experts if self.is_frozen else torch.full_like(new_ids, -1)
+        step = self.num_experts // self.num_experts_per_tok
+        places = torch.arange(self.num_experts_per_tok, dtype=old.dtype, device=old.device)
+        new_rows = ((new_ids.unsqueeze(-1) + places * step) % self.num_experts).squeeze(-1)
+        if not self.is_frozen:
+            new_rows = torch.full_like(new_rows, -1)
         self.forget()
         self.routing_table = torch.cat([old[:vocab_size], new_rows])
         self.refresh()
@@ -264,9 +278,9 @@ class FrozenContextRouter(FrozenRouting):
         self.weights = FrozenWeights(self.distilled_router_class.shapes(config))
 
     def forward(self, tokens: tuple) -> Tensor:
-        """Compute the expert of each token, `(B, S)`, in float64."""
+        """Compute the experts of each token, `(B, S)`, or `(B, S, K)` where K > 1, in float64."""
         weights = {name: from_bits(bits) for name, bits in self.weights().items()}
-        return self.distilled_router_class.assign_by(weights, tokens)
+        return self.distilled_router_class.assign_by(weights, tokens, self.num_experts_per_tok)
 
     @torch.no_grad()
     def freeze(self, weights: dict[str, Tensor]):
@@ -297,7 +311,8 @@ class FrozenContextRouter(FrozenRouting):
 
     def encode(self, contents: dict[str, Tensor]) -> bytes:
         """Write the weights as bytes, for a checksum."""
-        parts = [f"|{self.kind}, {self.num_experts} experts|".encode()]
+        several = f", {self.num_experts_per_tok} per token" if self.num_experts_per_tok > 1 else ""
+        parts = [f"|{self.kind}, {self.num_experts} experts{several}|".encode()]
         for name, bits in sorted(contents.items()):
             parts += [f"|{name} {list(bits.shape)}|".encode(), _to_bytes(bits)]
         return b"".join(parts)
@@ -357,22 +372,43 @@ def _follow_loaded_contents(router: FrozenRouting, incompatible_keys):
 
 
 def is_frozen_table(table: Tensor, num_experts: int, name: str) -> bool:
-    """Return True for a frozen routing table, `(V,)`, False for one that is not frozen yet.
+    """Return True for a frozen routing table, `(V,)` or `(V, K)`, False for one that is not frozen yet.
 
     Raises:
-        ValueError: naming the router, if it is neither wholly -1 nor wholly a map into [0, num_experts).
+        ValueError: naming the router, if it is neither wholly -1 nor wholly a map into [0, num_experts), to different
+            experts where there are several.
     """
-    low, high = int(table.min()), int(table.max())
-    if low == high == -1:
+    if int(table.min()) == int(table.max()) == -1:
         return False
-    if low >= 0 and high < num_experts:
+    experts_VK = table.view(len(table), -1)
+    repeated_VK = repeated_experts(experts_VK)
+    bad_VK = (experts_VK < 0) | (experts_VK >= num_experts) | repeated_VK
+    if not bad_VK.any():
         return True
-    row = int(((table < 0) | (table >= num_experts)).nonzero()[0])
-    problem = "has no expert" if table[row] == -1 else f"is sent to expert {int(table[row])}"
+    row, place = bad_VK.nonzero()[0].tolist()
+    expert = int(experts_VK[row, place])
+    problem = "has no expert" if expert == -1 else f"is sent to expert {expert}"
+    if expert in range(num_experts):
+        problem += " twice"
+    wanted = "an expert" if table.dim() == 1 else f"{table.shape[1]} different experts"
     raise ValueError(
         f"The routing table `{name}.routing_table` is damaged: token id {row} {problem}, but a frozen table sends every "
-        f"id to an expert in [0, {num_experts}). Restore the checkpoint from its source."
+        f"id to {wanted} in [0, {num_experts}). Restore the checkpoint from its source."
     )
+
+
+def repeated_experts(table: Tensor) -> Tensor:
+    """Mark the experts that stand in their row once already, `(..., K) -> (..., K)`."""
+    ordered, order = table.sort(dim=-1, stable=True)
+    again = F.pad(ordered[..., 1:] == ordered[..., :-1], (1, 0))
+    return torch.zeros_like(again).scatter_(-1, order, again)
+
+
+def random_table(vocab_size: int, num_experts: int, num_experts_per_tok: int) -> Tensor:
+    """Draw the experts of each token id, `(V,)`, or `(V, K)`, all different, where K > 1: `torch.IntTensor`."""
+    if num_experts_per_tok == 1:
+        return torch.randint(num_experts, (vocab_size,), dtype=torch.int32)
+    return torch.rand(vocab_size, num_experts).topk(num_experts_per_tok).indices.int()
 
 
 def _to_bytes(values: Tensor) -> bytes:
@@ -394,4 +430,6 @@ __all__ = [
     "build_frozen_router",
     "contents_to_load",
     "is_frozen_table",
+    "random_table",
+    "repeated_experts",
 ]

@@ -211,9 +211,9 @@ class RoutingHeadMixin:
         return routing_health(
             hidden_states=routing.hidden_states,
             token_ids=routing.token_ids.flatten(),
-            gate=routing.routing_weights.detach().squeeze(-1),
-            teacher_index=None if routing.teacher_experts is None else routing.teacher_experts.squeeze(-1),
-            distilled_index=None if routing.distilled_experts is None else routing.distilled_experts.squeeze(-1),
+            gate=routing.routing_weights.detach(),
+            teacher_index=routing.teacher_experts,
+            distilled_index=routing.distilled_experts,
             vocab_size=self.config.vocab_size,
             router_logits=routing.router_logits,
             mask=_flat(mask, routing.token_ids.device),

@@ -3,7 +3,7 @@
 
 Nothing here has a gradient or waits for the device.
 
-Shape suffixes: T tokens, D hidden size.
+Shape suffixes: T tokens, K experts per token, D hidden size.
 """
 
 import math
@@ -26,12 +26,12 @@ class RoutingHealth(NamedTuple):
     Each a `torch.Tensor` of shape `()`.
 
     Attributes:
-        mean_gate: mean gate of the real tokens, in [0, 1].
-        closed_gates: share of them whose gate is below 0.05.
-        common_direction: norm of their mean hidden state over their mean norm, at the input of the layer, in [0, 1].
+        mean_gate: mean gate of the real tokens, in [0, 1]; with several experts per token, over all gates of all tokens.
+        closed_gates: share of these gates below 0.05.
+        common_direction: norm of the tokens' mean hidden state over their mean norm, at the input of the layer, in [0, 1].
             Near 1 they all point the same way, and so all prefer the same expert.
-        distillation_agreement: share of them that the distilled router sends where the backbone router does; NaN where
-            nothing is distilled.
+        distillation_agreement: share of them that the distilled router sends where the backbone router does, with several
+            experts per token the share of these in common; NaN where nothing is distilled.
         distillation_agreement_by_id: the same where every token id that occurs counts once, so that rare ones weigh as
             much as frequent ones.
         router_entropy: mean entropy of the softmax of their backbone scores, over ln(num_experts), in [0, 1]: 1 where all
@@ -58,14 +58,14 @@ def routing_health(
     router_logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> RoutingHealth:
-    """Measure the health of one MoE layer's routing, of `(T, ...)` of what its router decided."""
+    """Measure the health of one MoE layer's routing, of what its router decided: gates and experts are `(T, K)`."""
     agreement = agreement_by_id = torch.full((), torch.nan, device=gate.device)
     if teacher_index is not None and distilled_index is not None:
-        agreed = (teacher_index == distilled_index).float()
+        agreed = share_in_common(teacher_index, distilled_index)
         agreement, agreement_by_id = masked_mean(agreed, mask), mean_by_id(agreed, token_ids, vocab_size, mask)
     return RoutingHealth(
-        masked_mean(gate.float(), mask),
-        masked_mean((gate < CLOSED_GATE).float(), mask),
+        masked_mean(gate.float().mean(-1), mask),
+        masked_mean((gate < CLOSED_GATE).float().mean(-1), mask),
         common_direction(hidden_states, mask),
         agreement,
         agreement_by_id,
@@ -78,6 +78,11 @@ def mean_health(layers: Sequence[RoutingHealth], num_tokens: Tensor) -> RoutingH
     weight = num_tokens / num_tokens.sum().clamp(min=1)
     values = torch.stack([torch.stack(layer).to(weight.device) for layer in layers])
     return RoutingHealth(*(values * weight.unsqueeze(-1)).sum(0).unbind())
+
+
+def share_in_common(experts: Tensor, others: Tensor) -> Tensor:
+    """Return which share of a token's experts are among its others, `(..., K), (..., K) -> (...)`, float32."""
+    return (experts.unsqueeze(-1) == others.unsqueeze(-2)).any(-1).float().mean(-1)
 
 
 def common_direction(hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -116,4 +121,5 @@ __all__ = [
     "mean_health",
     "router_entropy",
     "routing_health",
+    "share_in_common",
 ]

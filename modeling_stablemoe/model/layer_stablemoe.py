@@ -1,7 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """One MoE layer: router, experts, gate and residual, and what the routing is frozen into.
 
-Shape suffixes: T tokens, K experts per token (one), E experts.
+Shape suffixes: T tokens, K experts per token, E experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,13 +41,13 @@ class ExpertDispatch(nn.Module):
         selected_experts: Tensor,
         token_mask: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Replace the experts of a token that takes no part by the sentinel `num_experts`; leave logits and weights."""
+        """Replace the experts that a token does not go to by the sentinel `num_experts`; leave logits and weights."""
         if token_mask is not None:
             selected_experts = selected_experts.masked_fill(~token_mask.reshape(-1, 1), self.num_experts)
         if self.training and self.capacity_factor is not None:
             selected_experts = drop_overflow(
                 selected_experts.flatten(), num_experts=self.num_experts, capacity_factor=self.capacity_factor
-            ).view(-1, 1)
+            ).view_as(selected_experts)
         return router_logits, routing_weights, selected_experts
 
     def may_drop(self, token_mask: Tensor | None) -> bool:
@@ -56,10 +56,11 @@ class ExpertDispatch(nn.Module):
 
 
 class StableMoELayer(GradientCheckpointingLayer):
-    """A layer of experts between two Transformer blocks: h' = h + g (S_a(h) - h) (StableMoE, eqs. 7 and 14).
+    """A layer of experts between two Transformer blocks: h' = h + sum_a g_a (S_a(h) - h) (StableMoE, eqs. 7 and 14).
 
-    S_a is the stack of expert a, its residuals inside; a and g are the router's. Of gated experts S_a(h) - h is the FFN of
-    expert a of the normalised h, and that of shared experts, which are not weighed, is added. The layer is in stage 1 until
+    The sum is over the token's experts a, `num_experts_per_tok` many, one in the paper. S_a is the stack of expert a, its
+    residuals inside; a and g_a are the router's. Of gated experts S_a(h) - h is the FFN of expert a of the normalised h, and
+    that of shared experts, which are not weighed, is added. The layer is in stage 1 until
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
 
@@ -98,7 +99,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         output_router_logits: bool = False,
         route_by_backbone: bool = False,
     ) -> Tensor:
-        """Send each token through its expert.
+        """Send each token through its experts.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, sequence, hidden_size)`): h.
@@ -106,7 +107,7 @@ class StableMoELayer(GradientCheckpointingLayer):
                 Padding passes unchanged.
             frozen_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): of `look_up_ahead`, as the next one; without
                 them the layer looks them up itself.
-            expert_order (`tuple`, *optional*): those tokens sorted by expert, in the order of `ExpertOrder`.
+            expert_order (`tuple`, *optional*): those pairs of token and expert sorted by expert, in the order of `ExpertOrder`.
             statistics (`dict[str, torch.Tensor]`, *optional*): of `Router.recall`, for a pass that may be recomputed.
             output_router_logits (`bool`): whether the scores of a frozen router are asked for.
             route_by_backbone (`bool`): evaluate stage 1 by the scores and not by the distilled router.
@@ -130,7 +131,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         """Compute what the experts add to the tokens, of the shape of `hidden_states`."""
         tokens = Tokens.of(tokens)
         if frozen_experts is None and self.frozen_router.is_frozen:
-            frozen_experts = self.frozen_router(tuple(tokens)).view(-1, 1)
+            frozen_experts = self.look_up(tuple(tokens))
         *_, routing = self.router(hidden_states, tuple(tokens), frozen_experts, *options)
         routing = Routing(*routing)
         _, weights_TK, sent_TK = self.dispatch(
@@ -172,6 +173,23 @@ class StableMoELayer(GradientCheckpointingLayer):
         may_drop: bool,
     ) -> Tensor:
         """Compute the weighted sum of the experts of each token, `(T, hidden_size)`."""
+        num_tokens, num_experts_per_tok = selected_experts.shape
+        if num_experts_per_tok == 1 or self.expert_name == "experts":
+            return self._run(tokens, selected_experts, routing_weights, expert_order, may_drop)
+        # A stack of experts takes pairs of a token and one expert.
+        tokens = tokens.repeat_interleave(num_experts_per_tok, dim=0)
+        pairs = selected_experts.reshape(-1, 1), routing_weights.reshape(-1, 1)
+        return self._run(tokens, *pairs, expert_order, may_drop).view(num_tokens, num_experts_per_tok, -1).sum(1)
+
+    def _run(
+        self,
+        tokens: Tensor,
+        selected_experts: Tensor,
+        routing_weights: Tensor,
+        expert_order: tuple | None,
+        may_drop: bool,
+    ) -> Tensor:
+        """Run the module of the experts on what it takes."""
         experts = self.expert_module
         if expert_order is not None:
             return experts(tokens, selected_experts, routing_weights, expert_order)
@@ -206,13 +224,20 @@ class StableMoELayer(GradientCheckpointingLayer):
             and all(is_at_hand(values, device) for values in self.frozen_router.buffers())
         )
 
+    def look_up(self, tokens: tuple) -> Tensor:
+        """Look up the frozen experts of each token, `(T, K)`."""
+        return self.frozen_router(tokens).view(-1, self.frozen_router.num_experts_per_tok)
+
     @property
     def bare_router(self) -> Router:
         """`Router`: the router itself, where PEFT has wrapped it to adapt its parameters (`target_parameters`)."""
         return self.router.get_base_layer() if hasattr(self.router, "get_base_layer") else self.router
 
     def route(self, tokens: tuple | Tensor) -> Tensor:
-        """Return the experts that inference would use, of the shape of the ids: frozen, or the distilled router's."""
+        """Return the experts that inference would use, frozen or the distilled router's.
+
+        Of the shape of the ids; with more than one expert per token a last dimension of as many.
+        """
         return self.frozen_router(tokens) if self.frozen_router.is_frozen else self.bare_router.assign(tokens)
 
     @property
@@ -285,7 +310,7 @@ def _replicate_buffers(layer: StableMoELayer, state_dict: dict[str, Tensor], pre
 def look_up_ahead(
     layers: Sequence[StableMoELayer], tokens: tuple, sort: bool
 ) -> list[tuple[Tensor | None, tuple | None]]:
-    """Look up and sort the tokens of all frozen MoE layers at once, before the first block runs.
+    """Look up the experts of all frozen MoE layers at once, before the first block runs, and sort the tokens by them.
 
     Returns `frozen_experts` and `expert_order` of each layer's `forward`; both `None` where a layer cannot know, the
     order where the experts' backend does not `sort`.
@@ -293,7 +318,7 @@ def look_up_ahead(
     tokens = Tokens.of(tokens)
     if not layers or not all(layer.knows_ahead(tokens.token_ids.device) for layer in layers):
         return [(None, None)] * len(layers)
-    selected = [layer.frozen_router(tuple(tokens)).view(-1, 1) for layer in layers]
+    selected = [layer.look_up(tuple(tokens)) for layer in layers]
     if not sort and all(layer.fetch_experts is None for layer in layers):
         return [(selected_TK, None) for selected_TK in selected]
     sent = []
@@ -305,7 +330,7 @@ def look_up_ahead(
     if not sort:
         return [(selected_TK, None) for selected_TK in selected]
     may_drop = any(layer.dispatch.may_drop(tokens.token_mask) for layer in layers)
-    orders = sort_by_expert(torch.stack(sent).squeeze(-1), layers[0].num_experts, may_drop)
+    orders = sort_by_expert(torch.stack(sent).flatten(1), layers[0].num_experts, may_drop)
     return [(selected_TK, tuple(order)) for selected_TK, order in zip(selected, orders, strict=True)]
 
 

@@ -3,7 +3,9 @@
 
 Pure functions, no coefficients.
 
-Shape suffixes: T tokens, K experts per token (one), E experts.
+With K experts per token everything is counted in pairs of a token and one of its experts; K = 1 is the paper's.
+
+Shape suffixes: T tokens, K experts per token, E experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,14 +34,17 @@ def sum_across_processes(values: Tensor) -> Tensor:
 
 
 def histogram(index: Tensor, mask: Tensor | None, size: int, dtype: torch.dtype = torch.long) -> Tensor:
-    """Count how often each of `size` numbers occurs on real tokens, `(T,) -> (size,)`."""
+    """Count how often each of `size` numbers occurs on real tokens, of `(T,)` or `(T, K)` numbers and the mask `(T,)`."""
     # A fixed number of bins and no boolean indexing: nothing here waits for the device.
-    ones_T = torch.ones_like(index, dtype=dtype) if mask is None else mask.to(dtype)
-    return torch.zeros(size, dtype=dtype, device=index.device).scatter_add_(0, index, ones_T)
+    if mask is None:
+        ones = torch.ones_like(index, dtype=dtype)
+    else:
+        ones = mask.to(dtype).view(-1, *[1] * (index.dim() - 1)).expand_as(index)
+    return torch.zeros(size, dtype=dtype, device=index.device).scatter_add_(0, index.flatten(), ones.flatten())
 
 
 def count_expert_load(*, expert_index: Tensor, mask: Tensor | None, num_experts: int) -> Tensor:
-    """Count the real tokens sent to each expert, |A_i| of eq. 8, `(T,) -> (E,)`."""
+    """Count the real tokens sent to each expert, |A_i| of eq. 8, `(T,)` or `(T, K) -> (E,)`."""
     return histogram(expert_index, mask, num_experts)
 
 
@@ -96,30 +101,33 @@ def balance_loss(
 ) -> Tensor:
     """Balance the experts' loads, in gate mass per token.
 
-    L_bal / alpha / T = 1/T sum_i c_i sum_{t in A_i} sigmoid(s_{t,i}) with c_i = (|A_i| - n) / n and n = T / N.
+    L_bal / alpha / T = 1/T sum_i c_i sum_{t in A_i} sigmoid(s_{t,i}) with c_i = (|A_i| - n) / n and n = K T / N.
 
-    Source: StableMoE, eq. 8. The count factor is a number: the gradient flows through the sigmoid only, into the
+    A_i are the tokens that have i among their K experts, so the sum is over pairs of token and expert, and the number of a
+    token is the sum over its experts.
+
+    Source: StableMoE, eq. 8, where K = 1 and n = T / N. The count factor is a number: the gradient flows through the sigmoid only, into the
     centroids and the hidden states. Deviations: a mean over tokens (the head restores the paper's sum over target
     tokens) and padding takes no part.
 
-    The factors sum to 0 over experts, not over tokens: more tokens are where there are too many. Over tokens their mean is
-    m = sum_i |A_i| / T c_i = 1/N sum_i c_i^2, the variance of the loads in units of n, so that besides balancing
+    The factors sum to 0 over experts, not over pairs: more pairs are where there are too many. Over pairs their mean is
+    m = sum_i |A_i| / (K T) c_i = 1/N sum_i c_i^2, the variance of the loads in units of n, so that besides balancing
     the loss pushes every gate down by m. `centered` takes c_i - m for c_i, which leaves the push of one expert against
     another as it is, and equals the paper's as loads become even.
 
     Args:
         router_logits (`torch.Tensor` of shape `(T, E)`): backbone scores s, eq. 5.
-        expert_index (`torch.LongTensor` of shape `(T,)`): the expert each token was sent to, in [0, E).
+        expert_index (`torch.LongTensor` of shape `(T,)` or `(T, K)`): the experts each token was sent to, in [0, E).
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         expert_load (`torch.Tensor` of shape `(E,)`, *optional*): |A_i| over more tokens than these, namely those of
             all processes; default: counted here.
         reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
-        centered (`bool`): subtract from the factors their mean over the tokens that `expert_load` counts.
+        centered (`bool`): subtract from the factors their mean over the pairs that `expert_load` counts.
 
     Returns:
-        `torch.Tensor` of shape `()`: in (-1, N); 0 when every expert has the same load, N - 1 times the mean gate when
-        one expert has all tokens. If `centered`, the covariance of factor and gate over tokens: 0 in either case, and in
-        any where all gates are equal. Of shape `(T,)` with `reduction="none"`.
+        `torch.Tensor` of shape `()`: in (-K, N); 0 when every expert has the same load, N - K times the mean gate when
+        K experts have all tokens. If `centered`, K times the covariance of factor and gate over pairs: 0 in either case, and
+        in any where all gates are equal. Of shape `(T,)` with `reduction="none"`.
     """
     num_experts = router_logits.shape[-1]
     if expert_load is None:
@@ -129,8 +137,9 @@ def balance_loss(
     overload_E = (load_E - fair_share) / fair_share
     if centered:
         overload_E = overload_E - overload_E.square().mean()
-    gate_T = torch.sigmoid(router_logits.gather(-1, expert_index.unsqueeze(-1)).squeeze(-1))
-    return _reduce(overload_E[expert_index] * gate_T, mask, reduction)
+    expert_TK = expert_index.reshape(len(router_logits), -1)
+    gate_TK = torch.sigmoid(router_logits.gather(-1, expert_TK))
+    return _reduce((overload_E[expert_TK] * gate_TK).sum(-1), mask, reduction)
 
 
 def switch_balance_loss(
@@ -144,18 +153,19 @@ def switch_balance_loss(
     """Balance the experts' loads as Switch Transformer does: N sum_i f_i P_i.
 
     Source: Fedus et al. (2022), eqs. 4 to 6 without alpha. f_i, the share of tokens sent to expert i, is a number; the
-    gradient flows through P_i, the mean probability of expert i. Deviation: padding takes no part.
+    gradient flows through P_i, the mean probability of expert i. With K experts per token f_i is the share of the pairs of
+    token and expert. Deviation: padding takes no part.
 
     Args:
         router_logits (`torch.Tensor` of shape `(T, E)`): scores before the softmax.
-        expert_index (`torch.LongTensor` of shape `(T,)`): the expert each token was sent to, in [0, E).
+        expert_index (`torch.LongTensor` of shape `(T,)` or `(T, K)`): the experts each token was sent to, in [0, E).
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         expert_load (`torch.Tensor` of shape `(E,)`, *optional*): tokens sent to each expert, of all processes; default:
             counted here.
         reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
-        `torch.Tensor` of shape `()`: in [0, N]; 1 when loads or probabilities are even. Of shape `(T,)` with
+        `torch.Tensor` of shape `()`: in [0, N / K]; 1 when loads or probabilities are even. Of shape `(T,)` with
         `reduction="none"`.
     """
     num_experts = router_logits.shape[-1]
@@ -171,19 +181,27 @@ def distillation_loss(
 ) -> Tensor:
     """Cross-entropy of the distilled router against the backbone router's choice, in nats per token.
 
-    Source: StableMoE, eq. 10. The teacher is a constant and the distilled router has its own embedding, so the
+    With K experts per token the choice is the uniform distribution over them: -1/K sum_a log softmax(s^_t)_a. It is least
+    where the distilled probability of expert i is its share of the pairs of token and expert, so its K largest scores are of
+    the K experts that the backbone chooses most often.
+
+    Source: StableMoE, eq. 10, where K = 1. The teacher is a constant and the distilled router has its own embedding, so the
     gradient reaches D and Ê only. Deviations: a mean over tokens, and padding takes no part.
 
     Args:
         distilled_logits (`torch.Tensor` of shape `(T, E)`): unnormalised scores of the distilled router, eq. 12.
-        teacher_index (`torch.LongTensor` of shape `(T,)`): a_t of eq. 6, in [0, E).
+        teacher_index (`torch.LongTensor` of shape `(T,)` or `(T, K)`): a_t of eq. 6, in [0, E).
         mask (`torch.BoolTensor` of shape `(T,)`, *optional*): True on real tokens; `None` means all are real.
         reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
-        `torch.Tensor` of shape `()`, >= 0; of shape `(T,)` with `reduction="none"`.
+        `torch.Tensor` of shape `()`, >= ln K; of shape `(T,)` with `reduction="none"`.
     """
-    return _reduce(F.cross_entropy(distilled_logits, teacher_index, reduction="none"), mask, reduction)
+    if teacher_index.dim() > 1:
+        loss_T = -torch.log_softmax(distilled_logits, dim=-1).gather(-1, teacher_index).mean(-1)
+    else:
+        loss_T = F.cross_entropy(distilled_logits, teacher_index, reduction="none")
+    return _reduce(loss_T, mask, reduction)
 
 
 def _reduce(values: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
@@ -225,18 +243,18 @@ def routing_losses(
     Returns:
         `dict`: `balance_loss` and `distillation_loss`, without coefficients, `()`; the same with tokens weighed, as they enter
             the loss, `weighted_balance_loss` and `weighted_distillation_loss`; and `expert_load`, `(layers, E)`, tokens of
-            this process sent to each expert. On the device of the first layer.
+            this process sent to each expert: all K T pairs. On the device of the first layer.
     """
     device = selected_experts[0].device
     mask, token_weight = (None if values is None else values.to(device) for values in (mask, token_weight))
     balance, distillation, loads = [], [], []
     for layer, selected in enumerate(selected_experts):
-        loads.append(
-            count_expert_load(expert_index=selected.to(device).squeeze(-1), mask=mask, num_experts=num_experts)
-        )
+        loads.append(count_expert_load(expert_index=selected.to(device), mask=mask, num_experts=num_experts))
         if teacher_experts[layer] is None:
             continue
-        teacher = teacher_experts[layer].to(device).squeeze(-1)
+        teacher = (
+            teacher_experts[layer].to(device).squeeze(-1)
+        )  # `(T,)` where K = 1, as strategies of one expert expect
         if balance_loss_function is not None:
             load = count_expert_load(expert_index=teacher, mask=mask, num_experts=num_experts)
             if across_processes:

@@ -30,7 +30,8 @@ class StableMoEModelOutputWithPast(BaseModelOutputWithPast, CacheByEitherName):
             not normalised, one of shape `(batch * sequence, num_experts)` per MoE layer; without a gradient once the
             routing is frozen. A hash has none.
         expert_indices (`tuple[torch.LongTensor]`, *optional*): with `output_expert_indices`: the expert of each
-            token, padding included, one of shape `(batch, sequence)` per MoE layer.
+            token, padding included, one of shape `(batch, sequence)` per MoE layer; with more than one expert per token
+            `(batch, sequence, num_experts_per_tok)`.
         distilled_router_logits (`tuple[torch.FloatTensor]`, *optional*): with `output_distilled_router_logits`, in
             stage 1: distilled scores (eq. 12), shaped like `router_logits`.
         routing_traces (`tuple[tuple]`, *optional*): with `output_routing_traces`: what losses and statistics are made
@@ -66,9 +67,10 @@ class StableMoECausalLMOutputWithPast(CausalLMOutputWithPast, CacheByEitherName)
         distillation_loss (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: eq. 10, nats per token,
             summed over layers.
         distillation_agreement (`torch.FloatTensor` of shape `()`, *optional*): with `aux_loss`: share of tokens that
-            the distilled router sends where the backbone router does; NaN where nothing is distilled (stage 2).
+            the distilled router sends where the backbone router does (of their experts, with more than one per token); NaN
+            where nothing is distilled (stage 2).
         expert_load (`torch.LongTensor` of shape `(moe layers, num_experts)`, *optional*): with `aux_loss`: tokens
-            sent to each expert.
+            sent to each expert; a token counts for each of its experts.
         routing_health (`RoutingHealth`, *optional*): with `aux_loss`: what distinguishes a healthy routing from a sick one, mean
             over layers.
     """
@@ -194,7 +196,7 @@ class StableMoESeq2SeqLMOutput(Seq2SeqLMOutput, CacheByEitherName):
 
     @property
     def expert_indices(self) -> tuple[torch.LongTensor, ...]:
-        """`tuple[torch.LongTensor]`: the expert of each token, one of shape `(batch, sequence)` per MoE layer."""
+        """`tuple[torch.LongTensor]`: the experts of each token, one per MoE layer, as of encoder and decoder."""
         return (self.encoder_expert_indices or ()) + (self.decoder_expert_indices or ())
 
 

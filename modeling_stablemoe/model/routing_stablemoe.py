@@ -3,7 +3,7 @@
 
 A router knows nothing of experts and does not keep its frozen routing, which the layer looks up in `frozen_stablemoe.py`.
 
-Shape suffixes: B batch, S sequence, T = B * S tokens, K experts per token (one), D hidden size, E experts, V vocabulary.
+Shape suffixes: B batch, S sequence, T = B * S tokens, K experts per token, D hidden size, E experts, V vocabulary.
 Everywhere: `router_logits_TE`, `routing_weights_TK`, `selected_experts_TK`.
 """
 
@@ -20,7 +20,15 @@ from .distillation_stablemoe import distilled_router_class
 from .frozen_stablemoe import BalancedTable
 from .losses_stablemoe import BalanceLoss, balance_loss, switch_balance_loss
 from .running_stablemoe import RouterMemory, needs_memory
-from .tensors_stablemoe import copy_into, finite_tokens, restore_integers, score, score_chosen, whole_shape
+from .tensors_stablemoe import (
+    best_experts,
+    copy_into,
+    finite_tokens,
+    restore_integers,
+    score,
+    score_chosen,
+    whole_shape,
+)
 
 
 class Routing(NamedTuple):
@@ -33,7 +41,7 @@ class Routing(NamedTuple):
         router_logits (`torch.Tensor` of shape `(T, E)`, *optional*): backbone scores s, float32 (float64 in a float64
             model). A hash has none, nor has a frozen routing unless they are asked for.
         routing_weights (`torch.Tensor` of shape `(T, K)`): the gate in [0, 1], float32 (float64 in a float64 model).
-        selected_experts (`torch.LongTensor` of shape `(T, K)`): where tokens go, in [0, E).
+        selected_experts (`torch.LongTensor` of shape `(T, K)`): where tokens go, in [0, E); those of a token all different.
         teacher_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): while the routing is learned, the choice of the
             backbone scores: in training where tokens go, in evaluation where they would go by them.
         distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
@@ -69,7 +77,7 @@ class Router(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
-        self.num_experts = config.num_experts
+        self.num_experts, self.num_experts_per_tok = config.num_experts, config.num_experts_per_tok
         distilled_router = distilled_router_class(config)
         self.distilled_router = None if distilled_router is None else distilled_router(config)
         self.memory = RouterMemory(config) if needs_memory(config) else None
@@ -95,8 +103,8 @@ class Router(nn.Module):
             by_backbone (`bool`): evaluate by the scores, as in training, and not by the distilled router.
 
         Returns:
-            `tuple`: in the order of `RECORDED`: `router_logits`, `(T, E)`; the selected experts, `(B, S)`;
-                `distilled_logits`, `(T, E)`; and all of the `Routing`, a plain tuple.
+            `tuple`: in the order of `RECORDED`: `router_logits`, `(T, E)`; the selected experts, `(B, S)`, or `(B, S, K)`
+                where K > 1; `distilled_logits`, `(T, E)`; and all of the `Routing`, a plain tuple.
         """
         tokens = Tokens.of(tokens)
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -108,10 +116,10 @@ class Router(nn.Module):
             selected_TK = None
             if self.distilled_router is not None:
                 distilled_logits_TE = self.distilled_router(tuple(tokens)).flatten(0, -2)
-                distilled_T = self.distilled_router.choose(tokens.token_ids, distilled_logits_TE.detach())
-                distilled_TK = distilled_T.unsqueeze(-1)
+                distilled = self.distilled_router.choose(tokens.token_ids, distilled_logits_TE.detach())
+                distilled_TK = distilled.view(-1, self.num_experts_per_tok)
                 if not (self.training or by_backbone):
-                    selected_TK = self.assign(tuple(tokens)).view(-1, 1)
+                    selected_TK = self.assign(tuple(tokens)).view(-1, self.num_experts_per_tok)
             logits_TE, weights_TK, teacher_TK = self.learn(hidden_TD, selected_TK, tokens.token_mask, statistics)
             selected_TK = teacher_TK if selected_TK is None else selected_TK
         routing = Routing(
@@ -124,7 +132,8 @@ class Router(nn.Module):
             hidden_states=hidden_TD.detach(),
             token_ids=tokens.token_ids,
         )
-        return logits_TE, selected_TK.view_as(tokens.token_ids), distilled_logits_TE, tuple(routing)
+        selected = selected_TK.view(*tokens.token_ids.shape, self.num_experts_per_tok).squeeze(-1)
+        return logits_TE, selected, distilled_logits_TE, tuple(routing)
 
     def learn(
         self,
@@ -164,7 +173,10 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def assign(self, tokens: tuple | Tensor) -> Tensor:
-        """Return the experts that inference would use now, of a routing that is distilled, `(B, S)`: in [0, E)."""
+        """Return the experts that inference would use now, of a routing that is distilled: in [0, E).
+
+        `(B, S)`, or `(B, S, K)` where K > 1.
+        """
         return self.distilled_router.assign(tokens)
 
     def stage1_parameters(self) -> list[nn.Parameter]:
@@ -209,11 +221,11 @@ class Router(nn.Module):
         if self.memory is None and not counts:
             return
         mask = finite_tokens(routing.hidden_states, mask)
-        token_ids_T, teacher_T = routing.token_ids.flatten(), routing.teacher_experts.squeeze(-1)
+        token_ids_T, teacher_TK = routing.token_ids.flatten(), routing.teacher_experts
         if self.memory is not None:
-            self.memory.observe(routing.hidden_states, token_ids_T, teacher_T, mask)
+            self.memory.observe(routing.hidden_states, token_ids_T, teacher_TK, mask)
         if counts:
-            self.distilled_router.observe(token_ids_T, teacher_T, mask)
+            self.distilled_router.observe(token_ids_T, teacher_TK, mask)
 
     def freeze(self, name: str) -> tuple[Tensor | dict[str, Tensor], BalancedTable | None]:
         """Decide what stage 2 will route by (eq. 13), within `max_frozen_load` where that is set.
@@ -222,8 +234,8 @@ class Router(nn.Module):
             name (`str`): of the MoE layer, for errors and warnings.
 
         Returns:
-            `tuple`: the expert of each token id, `(V,)`, or the weights by name of a distilled router that looks back at
-                earlier tokens; and the table that was balanced, with its qualities, if it was.
+            `tuple`: the expert of each token id, `(V,)`, or `(V, K)` where K > 1, or the weights by name of a distilled
+                router that looks back at earlier tokens; and the table that was balanced, with its qualities, if it was.
 
         Raises:
             ValueError: if weights that are frozen as they are hold NaN or infinity.
@@ -232,10 +244,11 @@ class Router(nn.Module):
         if self.max_frozen_load is None:
             return self.distilled_router.freeze(), None
         # An id that was never seen counts as seen once: many of them make a load, too.
-        counts = self.memory()["token_counts"].clamp(min=1).double().cpu()
-        agreement = self.distilled_router.expected_shares().double().cpu() * counts.unsqueeze(-1)
+        counts, k = self.memory()["token_counts"].clamp(min=1).double().cpu(), self.num_experts_per_tok
+        agreement = self.distilled_router.expected_shares().double().cpu() * (k * counts).unsqueeze(-1)
         balance = from_package("balanced_table", "Freezing under a load limit (`max_frozen_load`)")
-        balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands)
+        several = {"k": k} if k > 1 else {}
+        balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands, **several)
         return balanced.table, balanced
 
 
@@ -271,7 +284,7 @@ class LearnedRouter(Router):
         """Score, choose and weigh (eqs. 5 to 7)."""
         scores_TE = score(hidden_states, self.centroids)
         logits_TE, preference_TE = self._with_settings_of_stage1(hidden_states, scores_TE, statistics)
-        teacher_TK = self.assignment(preference_TE, token_mask).unsqueeze(-1)
+        teacher_TK = self._teach(preference_TE, token_mask)
         selected_TK = teacher_TK if selected_experts is None else selected_experts
         # Evaluation weighs as a frozen routing does, so that freezing does not change so much as the rounding of a gate.
         is_by_all = self.training or not self.gates_by_own_score
@@ -289,18 +302,34 @@ class LearnedRouter(Router):
         return scores_TE.detach() if output_router_logits else None, weights_TK
 
     def assignment(self, router_logits: Tensor, token_mask: Tensor | None) -> Tensor:
-        """Choose the expert of each token by its scores, `(T, E) -> (T,)`: greedily, unless a strategy differs."""
-        return router_logits.argmax(-1)
+        """Choose the experts of each token by its scores, `(T, E) -> (T,)` or `(T, K)`: greedily, unless a strategy differs.
+
+        `(T,)` is one expert per token. Several are all different, the best first.
+        """
+        return best_experts(router_logits, self.num_experts_per_tok)
 
     def gate(self, router_logits: Tensor, selected_experts: Tensor) -> Tensor:
         """Weigh the experts of each token, `(T, E), (T, K) -> (T, K)`: by the sigmoid of their scores by default."""
         return torch.sigmoid(router_logits.gather(-1, selected_experts))
 
+    def _teach(self, preference: Tensor, token_mask: Tensor | None) -> Tensor:
+        """Let the strategy choose, `(T, K)`."""
+        teacher_TK = self.assignment(preference, token_mask)
+        if teacher_TK.dim() == 1:
+            teacher_TK = teacher_TK.unsqueeze(-1)
+        if teacher_TK.shape[-1] != self.num_experts_per_tok:
+            raise ValueError(
+                f"`assignment` of {type(self).__name__} gives {teacher_TK.shape[-1]} expert(s) per token, `num_experts_per_tok` is "
+                f"{self.num_experts_per_tok}: return indices of shape (tokens, num_experts_per_tok), or change the config's field."
+            )
+        return teacher_TK
+
     def _weigh(self, hidden_states: Tensor, selected_experts: Tensor, scores: Tensor | None) -> Tensor:
-        """Weigh the experts of each token by all scores or, without them, by that of its expert alone."""
+        """Weigh the experts of each token by all scores or, without them, by those of its experts alone."""
         if scores is None:
-            scores = score_chosen(hidden_states, self.centroids, selected_experts.flatten())
-            selected_experts = torch.zeros_like(selected_experts)
+            scores = score_chosen(hidden_states, self.centroids, selected_experts)
+            places = torch.arange(selected_experts.shape[-1], device=selected_experts.device)
+            selected_experts = places.expand_as(selected_experts)
         return self.gate(scores, selected_experts)
 
     @torch.no_grad()
@@ -374,7 +403,7 @@ class BaseRouter(LearnedRouter):
 
 
 class HashRouter(Router):
-    """Hash Layer (Roller et al., 2021): a table over the vocabulary that is never learned; hard gate, 1.
+    """Hash Layer (Roller et al., 2021): a table over the vocabulary that is never learned; hard gate, 1 / K.
 
     It has no parameters: the table is the layer's frozen router, random until `set_routing_tables` sets another.
     """
@@ -382,9 +411,10 @@ class HashRouter(Router):
     def follow(
         self, hidden_states: Tensor, selected_experts: Tensor, output_router_logits: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Weigh by 1; there are no scores."""
+        """Weigh all experts of a token alike, 1 in all; there are no scores."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        return None, torch.ones(selected_experts.shape, dtype=dtype, device=hidden_states.device)
+        share = 1 / selected_experts.shape[-1]
+        return None, torch.full(selected_experts.shape, share, dtype=dtype, device=hidden_states.device)
 
 
 # The names of `router_type`; the one place where a strategy is chosen.

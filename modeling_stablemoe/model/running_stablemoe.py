@@ -4,7 +4,7 @@
 Kept as integers, floats by their bits, like the frozen routing and for the same reasons: they survive a cast of the model, mixed precision and sharding engines without losing a bit, so routing and gates
 are the same everywhere. They follow the tokens of all processes and stand still in stage 2.
 
-Shape suffixes: T tokens, D hidden size, E experts, V vocabulary.
+Shape suffixes: T tokens, K experts per token, D hidden size, E experts, V vocabulary.
 """
 
 import torch
@@ -24,7 +24,7 @@ class RouterMemory(nn.Module):
 
     Persistent buffers, all integers: `tokens` `(1,)`, routed so far; `feature_mean` and `feature_variance`,
     `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `recent_load`, `(E,)`, tokens sent to
-    each expert of late, with `balance_window_tokens`; `token_counts`, `(V,)`, how often each id was routed, with
+    each expert of late (a token counts for each of its experts), with `balance_window_tokens`; `token_counts`, `(V,)`, how often each id was routed, with
     `max_frozen_load`.
 
     They stay finite whatever they see. The bias moves by `expert_bias_rate` a pass at most, and stands still where
@@ -38,7 +38,9 @@ class RouterMemory(nn.Module):
         self.half_life = config.router_half_life
         self.normalization = config.router_normalization
         self.bias_rate = config.expert_bias_rate
-        self.window = config.balance_window_tokens
+        self.window = (
+            config.balance_window_tokens * config.num_experts_per_tok
+        )  # in pairs of token and expert, as loads are
         self.integer_dtypes: dict[str, torch.dtype] = {}
         self._register("tokens", 1, torch.int64)
         if config.router_normalization is not None:
@@ -85,7 +87,7 @@ class RouterMemory(nn.Module):
 
     @torch.no_grad()
     def observe(self, hidden_states: Tensor, token_ids: Tensor, expert_index: Tensor, mask: Tensor | None):
-        """Update the statistics by the tokens of a training pass of stage 1; every process must call this."""
+        """Update the statistics by a training pass of stage 1, `(T, D), (T,), (T, K)`; every process must call this."""
         kept = self()
         sums = {"tokens": self._count(token_ids, mask)}
         if self.normalization is not None:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .context_stablemoe import token_mask, whole_sequences
 from .distillation_stablemoe import sees_context
-from .frozen_stablemoe import BalancedTable, contents_to_load
+from .frozen_stablemoe import BalancedTable, contents_to_load, repeated_experts
 from .layer_stablemoe import StableMoELayer, moe_layers_of
 from .tensors_stablemoe import is_quantized
 
@@ -149,22 +149,30 @@ class TwoStageRoutingMixin:
         """Route by tables of one's own from now on: another hash, say. A stage-1 model is frozen by it.
 
         Args:
-            tables (`torch.LongTensor` of shape `(moe layers, vocab_size)`): the expert of each token id.
+            tables (`torch.LongTensor` of shape `(moe layers, vocab_size)`): the expert of each token id; with more than one
+                expert per token `(moe layers, vocab_size, num_experts_per_tok)`, all of an id different.
 
         Raises:
-            ValueError: if the shape is another, an expert is outside [0, num_experts), the model has no MoE layer or is
+            ValueError: if the shape is another, an expert is outside [0, num_experts) or an id has one twice, the model has no MoE layer or is
                 the encoder or decoder of another model, or its distilled router looks back at earlier tokens.
         """
         self._require_whole("set_routing_tables()")
         self.require_tables()
         layers = self.moe_layers_by_name
-        expected = (len(layers), self.config.vocab_size)
+        several = (self.config.num_experts_per_tok,) if self.config.num_experts_per_tok > 1 else ()
+        expected = (len(layers), self.config.vocab_size, *several)
         if tuple(tables.shape) != expected:
-            raise ValueError(
-                f"`tables` must be of shape {expected}, moe layers x vocabulary, got {tuple(tables.shape)}."
-            )
+            dimensions = "moe layers x vocabulary" + (" x experts per token" if several else "")
+            raise ValueError(f"`tables` must be of shape {expected}, {dimensions}, got {tuple(tables.shape)}.")
         if tables.min() < 0 or tables.max() >= self.config.num_experts:
             raise ValueError(f"`tables` must send every token to an expert in [0, {self.config.num_experts}).")
+        repeated = repeated_experts(tables) if several else None
+        if repeated is not None and repeated.any():
+            layer, row, place = repeated.nonzero()[0].tolist()
+            raise ValueError(
+                f"`tables` must send every token to {several[0]} different experts: those of MoE layer {layer} send token id {row} to "
+                f"expert {int(tables[layer, row, place])} twice."
+            )
         for layer, table in zip(layers.values(), tables, strict=True):
             layer.frozen_router.freeze(table)
         self.config.pruned_tokens = None  # these tables say where every id belongs
@@ -213,7 +221,8 @@ class TwoStageRoutingMixin:
                 matter.
 
         Returns:
-            `torch.LongTensor` of shape `(moe layers, batch, sequence)`: in [0, num_experts).
+            `torch.LongTensor` of shape `(moe layers, batch, sequence)`: in [0, num_experts); with more than one expert per
+                token `(moe layers, batch, sequence, num_experts_per_tok)`.
 
         Raises:
             ValueError: for an id outside the vocabulary; for an encoder-decoder whose hidden states decide.
@@ -317,7 +326,8 @@ class TwoStageRoutingMixin:
         """Resize the vocabulary as `PreTrainedModel` does, routers included.
 
         All old ids keep their expert. While the routing is learned, new rows of D start at N(0, 1); in a frozen model
-        the new id v goes to expert v mod num_experts (where the router looks back at earlier tokens: is taken for the id
+        the new id v goes to expert v mod num_experts, with more than one per token to experts that far apart that each gets as
+        many new ids (where the router looks back at earlier tokens: is taken for the id
         v mod the old vocabulary size), and the fingerprint follows.
         """
         embeddings = super().resize_token_embeddings(*args, **kwargs)

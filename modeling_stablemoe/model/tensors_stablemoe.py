@@ -34,15 +34,32 @@ def score(features: Tensor, centroids: Tensor) -> Tensor:
 
 
 def score_chosen(features: Tensor, centroids: Tensor, index: Tensor) -> Tensor:
-    """Score each token against one centroid, `(T, D), (E, D), (T,) -> (T, 1)`: what `score` gives up to rounding.
+    """Score each token against some centroids, `(T, D), (E, D), (T, K) -> (T, K)`: what `score` gives up to rounding.
 
-    It costs what one centroid does, and its bits depend on nothing but the token and its centroid. A score that is NaN
-    or infinite counts as 0: there is no other one of the token.
+    It costs what K centroids do, and the bits of a score depend on nothing but the token and its centroid. A score that is
+    NaN or infinite counts as 0: no other one of the token is looked at.
     """
     dtype = torch.promote_types(features.dtype, torch.float32)
     with maybe_autocast(device_type=features.device.type, enabled=False):
-        chosen = F.embedding(index, centroids.to(dtype))
-        return _finite((features.to(dtype) * chosen).sum(-1, keepdim=True))
+        features, centroids = features.to(dtype), centroids.to(dtype)
+        scores = [
+            _finite((features * F.embedding(index_T, centroids)).sum(-1, keepdim=True)) for index_T in index.unbind(-1)
+        ]
+        return scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+
+
+def best_experts(scores: Tensor, num_experts_per_tok: int) -> Tensor:
+    """Choose the experts of the highest scores, best first, ties to the lowest index: all different.
+
+    Of finite scores, `(..., E) -> (..., K)`; `(..., E) -> (...)` for K = 1, where it is the argmax.
+    """
+    best = [scores.argmax(-1)]
+    if num_experts_per_tok == 1:
+        return best[0]
+    scores = scores.detach().clone()
+    while len(best) < num_experts_per_tok:  # `topk` leaves open which of equal scores it takes
+        best.append(scores.scatter_(-1, best[-1].unsqueeze(-1), -torch.inf).argmax(-1))
+    return torch.stack(best, dim=-1)
 
 
 def _finite(scores: Tensor) -> Tensor:
@@ -249,6 +266,7 @@ def resize_rows(values: Tensor, num_rows: int) -> Tensor:
 
 
 __all__ = [
+    "best_experts",
     "copy_into",
     "dequantized",
     "finite_tokens",

@@ -36,7 +36,7 @@ from modeling_stablemoe.hub.cards import CARD_FILE, CardFacts, build_model_card
 from modeling_stablemoe.measure import report
 from modeling_stablemoe.measure.fluctuation import FIGURE_FILE
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
-from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter
+from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter, random_table
 from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
 from modeling_stablemoe.training import (
     ModelCardCallback,
@@ -190,7 +190,8 @@ def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, trai
             "`--hash_table` fixes the routing from the start: there is no stage 1, unset `--stage1_steps`."
         )
     if routing_args.hash_table == "random":
-        model.set_routing_tables(torch.randint(config.num_experts, (config.num_moe_layers, config.vocab_size)))
+        sizes = config.vocab_size, config.num_experts, config.num_experts_per_tok
+        model.set_routing_tables(torch.stack([random_table(*sizes) for _ in range(config.num_moe_layers)]))
         return
     if routing_args.hash_table != "balanced":
         model.set_routing_tables(_tables_of_checkpoint(type(model), routing_args.hash_table))
@@ -202,12 +203,15 @@ def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, trai
         columns = ["input_ids"] * config.num_moe_layers
     counts = {column: count_tokens(train_rows, config.vocab_size, column) for column in set(columns)}
     # The layers differ in how ids of equal frequency are spread.
-    tables = [balanced_hash_table(counts[column], config.num_experts, seed) for seed, column in enumerate(columns)]
+    several = {"k": config.num_experts_per_tok} if config.num_experts_per_tok > 1 else {}
+    tables = [
+        balanced_hash_table(counts[column], config.num_experts, seed, **several) for seed, column in enumerate(columns)
+    ]
     model.set_routing_tables(torch.stack(tables))
 
 
 def _tables_of_checkpoint(model_class: type[PreTrainedModel], folder: str) -> torch.Tensor:
-    """Read the frozen tables of a checkpoint: `torch.IntTensor` of shape `(moe layers, V)`."""
+    """Read the frozen tables of a checkpoint, as `set_routing_tables` takes them."""
     routers = [layer.frozen_router for layer in model_class.from_pretrained(folder).moe_layers_by_name.values()]
     if not routers or not all(isinstance(router, FrozenRouter) and router.is_frozen for router in routers):
         raise ValueError(f"The checkpoint {folder!r} has no frozen routing tables that `--hash_table` could take.")

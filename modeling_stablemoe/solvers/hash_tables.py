@@ -32,8 +32,8 @@ def count_tokens(rows: Dataset, vocab_size: int, column: str = "input_ids") -> T
     return counts
 
 
-def balanced_hash_table(token_counts: Tensor, num_experts: int, seed: int = 0) -> Tensor:
-    """Send each token id to the expert that has the fewest tokens so far, the most frequent ids first.
+def balanced_hash_table(token_counts: Tensor, num_experts: int, seed: int = 0, k: int = 1) -> Tensor:
+    """Send each token id to the experts that have the fewest tokens so far, the most frequent ids first.
 
     Roller et al. (2021), section 3.1, "balanced assignment". No expert gets more than the mean load or its most
     frequent token alone, up to one further token id.
@@ -42,22 +42,30 @@ def balanced_hash_table(token_counts: Tensor, num_experts: int, seed: int = 0) -
         token_counts (`torch.LongTensor` of shape `(V,)`): how often each id occurs.
         num_experts (`int`): N.
         seed (`int`): orders ids that are equally frequent, and names the experts.
+        k (`int`): experts of an id, all different, in [1, N].
 
     Returns:
-        `torch.LongTensor` of shape `(V,)`: the expert of each id, in [0, N).
+        `torch.LongTensor` of shape `(V,)`, with more than one expert `(V, k)`: the experts of each id, in [0, N).
+
+    Raises:
+        ValueError: if there are not `k` experts.
     """
+    if not 1 <= k <= num_experts:
+        raise ValueError(f"`k` is {k}; pass an integer from 1 to the number of experts, {num_experts}.")
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(token_counts), generator=generator)
     order = shuffled[token_counts[shuffled].argsort(descending=True, stable=True)]
     # An id that never occurs weighs nothing, so the number of ids decides between experts of equal load.
     loads = [(0, 0, expert) for expert in torch.randperm(num_experts, generator=generator).tolist()]
     heapq.heapify(loads)
-    table = torch.empty(len(token_counts), dtype=torch.long)
+    table = [[0] * k] * len(token_counts)
     for token_id, count in zip(order.tolist(), token_counts[order].tolist(), strict=True):
-        load, num_ids, expert = heapq.heappop(loads)
-        table[token_id] = expert
-        heapq.heappush(loads, (load + count, num_ids + 1, expert))
-    return table
+        least = [heapq.heappop(loads) for _ in range(k)]
+        table[token_id] = [expert for _, _, expert in least]
+        for load, num_ids, expert in least:
+            heapq.heappush(loads, (load + count, num_ids + 1, expert))
+    table_VK = torch.tensor(table, dtype=torch.long).view(-1, k)
+    return table_VK.squeeze(-1) if k == 1 else table_VK
 
 
 __all__ = ["balanced_hash_table", "count_tokens"]

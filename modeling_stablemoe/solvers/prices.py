@@ -19,6 +19,7 @@ from torch import Tensor
 DAMPING = 1e-3
 # In temperatures. The temperature halves with every step, so prices can still get anywhere.
 LONGEST_STEP = 4.0
+THRESHOLD_STEPS = 5
 
 
 def newton_prices(
@@ -33,7 +34,8 @@ def newton_prices(
 
     Args:
         demand (`Callable`): gives, of prices and a temperature, the load of each expert `(E,)` and the load that two
-            experts share `(E, E)`, when everyone chooses by a softmax.
+            experts share `(E, E)`, when everyone chooses by a softmax: what the load loses if prices rise by a temperature
+            is diag(load) - shared.
         capacity_E (`torch.Tensor` of shape `(E,)` or `float`): what each expert takes.
         mean_load (`float`): of an expert.
         price_E (`torch.Tensor` of shape `(E,)`): to begin with.
@@ -62,9 +64,26 @@ def newton_prices(
         temperature /= 2
 
 
+def soft_top_k(value_TE: Tensor, k: int) -> Tensor:
+    """Share k choices among experts: the sigmoids of a row, less a threshold of its own, sum to k.
+
+    The largest sum of shares in [0, 1], each with its entropy: what a softmax is for one choice.
+    """
+    highest = value_TE.topk(k + 1).values
+    # Few shares hesitate here, so Newton's steps are of the size of a temperature.
+    threshold_T = (highest[:, k - 1] + highest[:, k]).unsqueeze(-1) / 2
+    for _ in range(THRESHOLD_STEPS):
+        share_TE = (value_TE - threshold_T).sigmoid()
+        slope_T = (share_TE * (1 - share_TE)).sum(-1, keepdim=True)
+        step_T = (share_TE.sum(-1, keepdim=True) - k) / slope_T.clamp(min=torch.finfo(slope_T.dtype).tiny)
+        threshold_T = threshold_T + step_T.clamp(-LONGEST_STEP, LONGEST_STEP)
+    return (value_TE - threshold_T).sigmoid()
+
+
 def table_load(table_V: Tensor, weight_V: Tensor, num_experts: int) -> Tensor:
-    """Tokens of each expert under a table, `(E,)`."""
-    return torch.zeros(num_experts, dtype=torch.float64).index_add(0, table_V, weight_V)
+    """Tokens of each expert under a table, `(V,)` or `(V, K)`: `(E,)`."""
+    weight = weight_V if table_V.dim() == 1 else weight_V.repeat_interleave(table_V.shape[1])
+    return torch.zeros(num_experts, dtype=torch.float64).index_add(0, table_V.flatten(), weight)
 
 
-__all__ = ["newton_prices", "table_load"]
+__all__ = ["newton_prices", "soft_top_k", "table_load"]

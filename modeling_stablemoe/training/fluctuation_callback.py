@@ -69,7 +69,7 @@ class RoutingFluctuationCallback(LoggingCallback):
             self.history.load(path, last_step=state.global_step)
         if not self.history.steps:
             self._check(args, state, control)
-        elif self.history.experts[0].numel() != sum(int(mask.sum()) for mask in self._masks()):
+        elif len(self.history.experts[0]) != sum(int(mask.sum()) for mask in self._masks()):
             raise ValueError(
                 f"The routing history in {str(path)!r} is of other tokens than this run's. Resume with the `num_tokens` "
                 "and the validation data of the start, or delete the file to begin a new history."
@@ -111,7 +111,10 @@ class RoutingFluctuationCallback(LoggingCallback):
 
     @torch.no_grad()
     def _experts(self) -> Tensor:
-        """Route the fixed tokens by the backbone, or by what is frozen: one `torch.LongTensor`, layer by layer."""
+        """Route the fixed tokens by the backbone, or by what is frozen: one `torch.LongTensor`, layer by layer.
+
+        `(tokens,)`, or `(tokens, K)` where a token has K > 1 experts.
+        """
         modes = [(module, module.training) for module in self._model.modules()]
         try:
             self._model.eval()  # no dropout

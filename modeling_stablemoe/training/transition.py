@@ -249,7 +249,14 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         if getattr(args, "auto_find_batch_size", False):  # a loop of one's own may give less
             self._before_freezing = copy_moe_layers(model)
         balanced = freeze_router(model)
-        frozen = FrozenReport(verdict, self._meter.num_recent_steps, load_of_frozen(model, counts), balanced)
+        frozen = FrozenReport(
+            verdict,
+            self._meter.num_recent_steps,
+            load_of_frozen(model, counts),
+            balanced,
+            counts,
+            model.config.num_experts_per_tok,
+        )
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
         self._log(state, control, report)
         opening = f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins."

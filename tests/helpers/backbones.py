@@ -73,7 +73,11 @@ NOT_IN_PLACE = {
     "deepseek_v3",
 }
 # What stands where, behind the family and a slash.
-_KINDS = {"": {}, "stack": {"expert_type": "stack", "num_expert_sublayers": 2}, "ffn": {"moe_placement": "ffn"}}
+_KINDS = {
+    "": {},
+    "stack": {"expert_type": "stack", "num_expert_sublayers": 2},
+    "ffn": {"moe_placement": "ffn", "num_experts_per_tok": 2},
+}
 CASES = [
     *FAMILIES,
     *(f"{family}/ffn" for family in FAMILIES if family not in NOT_IN_PLACE),

@@ -1,4 +1,8 @@
-"""StableMoE in float64 NumPy, straight from the paper's equations: one token at a time, shares no code with the package."""
+"""StableMoE in float64 NumPy, straight from the paper's equations: one token at a time, shares no code with the package.
+
+Also with k experts per token: what a token gains is the sum over its experts, and whatever the paper counts of tokens and
+their experts is counted of pairs.
+"""
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -55,16 +59,16 @@ def rms_norm(x, weight):
     return weight * x / np.sqrt((x**2).mean() + EPS)
 
 
-def expert_change(params, prefix, h, a, g, activation=silu):
+def expert_change(params, prefix, h, a, g, activation=silu, k=1):
     """What expert a with gate g adds to h: g (S_a(h) - h), or of a gated expert g FFN_a(norm(h)).
 
-    In place of a block's FFN nothing is normalised, and the gate is 1 + c g.
+    In place of a block's FFN nothing is normalised, and the weight is (1 + c g) / k.
     """
     if f"{prefix}experts.gate_up_proj" not in params:
         return g * (expert_stack(h, sublayers_of(params, f"{prefix}expert_stack.", a)) - h)
     x = rms_norm(h, params[f"{prefix}norm.weight"]) if f"{prefix}norm.weight" in params else h
     if f"{prefix}gate_scale" in params:
-        g = 1 + params[f"{prefix}gate_scale"][0] * g
+        g = (1 + params[f"{prefix}gate_scale"][0] * g) / k
     gate_up, down = params[f"{prefix}experts.gate_up_proj"], params[f"{prefix}experts.down_proj"]
     return g * gated_ffn(x, gate_up[a], down[a], activation)
 
@@ -90,21 +94,33 @@ def balanced(scores):
     return slots[chosen]
 
 
-# Paper table 1: the gate g of a token with scores s on expert a.
+# Paper table 1: the gate g of a token with scores s on expert a, one of k.
 GATES = {
-    "stable": lambda s, a: sigmoid(s[a]),
-    "switch": lambda s, a: softmax(s)[a],
-    "base": lambda s, a: sigmoid(s[a]),
-    "hash": lambda s, a: 1.0,
+    "stable": lambda s, a, k: sigmoid(s[a]),
+    "switch": lambda s, a, k: softmax(s)[a],
+    "base": lambda s, a, k: sigmoid(s[a]),
+    "hash": lambda s, a, k: 1.0 / k,
 }
 
 
-def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=None, router="stable", activation=silu):
+def top(scores, k):
+    """The k experts of the highest scores, the highest first, the first of equal ones first."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
+
+
+def experts_of(assigned):
+    """The experts of each token, as lists, where `assigned` may have one or several."""
+    return np.array(assigned).reshape(len(assigned), -1).tolist()
+
+
+def moe_layer(
+    params, prefix, hidden, token_ids, *, routing, table=None, mask=None, router="stable", activation=silu, k=1
+):
     """One MoE layer on T tokens.
 
     `routing` is "greedy" (eq. 6), "balanced" (BASE while it trains), "distilled" (evaluation of what is distilled) or
     "frozen" (eq. 13, by `table`). Returns h' (T, d), the scores s (T, N), the distilled scores (T, N) and the experts a
-    (T,); without such scores, zeros. Where experts stand in place of an FFN their output is h' - h.
+    (T,), or (T, k) where k > 1; without such scores, zeros. Where experts stand in place of an FFN their output is h' - h.
     """
     nothing = np.zeros((1, hidden.shape[1]))
     E = params.get(f"{prefix}router.centroids", nothing)
@@ -116,40 +132,43 @@ def moe_layer(params, prefix, hidden, token_ids, *, routing, table=None, mask=No
     if routing == "frozen":
         assigned = np.array([table[token] for token in token_ids])
     else:
-        assigned = (distilled_scores if routing == "distilled" else scores).argmax(-1)
+        assigned = np.array([top(s, k) for s in (distilled_scores if routing == "distilled" else scores)])
+        assigned = assigned[:, 0] if k == 1 else assigned
     if routing == "balanced":
         assigned[real] = balanced(scores[real])
     outputs = []
-    for h, s, a, is_real in zip(hidden, scores, assigned, real, strict=True):
+    for h, s, experts, is_real in zip(hidden, scores, experts_of(assigned), real, strict=True):
         output = h
+        for a in experts if is_real else []:
+            output = output + expert_change(params, prefix, h, a, GATES[router](s, a, k), activation, k)
         if is_real:
-            output = h + expert_change(params, prefix, h, a, GATES[router](s, a), activation)
             output = output + shared_change(params, prefix, h, activation)
         outputs.append(output)  # eqs. 7 and 14
     return np.array(outputs), scores, distilled_scores, assigned
 
 
 def balance_loss(scores, assigned, centered=False):
-    """Eq. 8 without alpha, per token; centred, without the mean of its factors over tokens."""
-    T, N = scores.shape
-    n = T / N
-    A = [[t for t in range(T) if assigned[t] == i] for i in range(N)]
+    """Eq. 8 without alpha, per token; centred, without the mean of its factors over pairs of token and expert."""
+    (T, N), experts = scores.shape, experts_of(assigned)
+    n = len(experts[0]) * T / N
+    A = [[t for t in range(T) if i in experts[t]] for i in range(N)]
     factors = [(len(A_i) - n) / n for A_i in A]
-    mean = sum(factors[assigned[t]] for t in range(T)) / T if centered else 0.0
+    mean = np.mean([factors[i] for of_token in experts for i in of_token]) if centered else 0.0
     return sum((factors[i] - mean) * sigmoid(scores[t, i]) for i in range(N) for t in A[i]) / T
 
 
 def switch_balance_loss(scores, assigned):
     """Fedus et al., eqs. 4 to 6 without alpha: N sum_i f_i P_i."""
-    T, N = scores.shape
-    f = [sum(a == i for a in assigned) / T for i in range(N)]
+    (T, N), pairs = scores.shape, [a for of_token in experts_of(assigned) for a in of_token]
+    f = [pairs.count(i) / len(pairs) for i in range(N)]
     P = [sum(softmax(s)[i] for s in scores) / T for i in range(N)]
     return N * sum(f_i * P_i for f_i, P_i in zip(f, P, strict=True))
 
 
 def distillation_loss(distilled_scores, assigned):
-    """Eq. 10, per token."""
-    return -sum(log_softmax(s_hat)[a] for s_hat, a in zip(distilled_scores, assigned, strict=True)) / len(assigned)
+    """Eq. 10, per token; against the uniform distribution over a token's experts."""
+    tokens = zip(distilled_scores, experts_of(assigned), strict=True)
+    return -np.mean([np.mean([log_softmax(s_hat)[a] for a in of_token]) for s_hat, of_token in tokens])
 
 
 def linear(params, name, x):
@@ -234,9 +253,11 @@ def block(params, prefix, hidden, num_heads, *, before=True, causal=True, source
 class Stack:
     """Blocks with MoE layers between them; collects what the layers decide, over all sequences that pass."""
 
-    def __init__(self, params, prefix, *, num_layers, moe_positions, routing, tables, before=True, **block_options):
+    def __init__(
+        self, params, prefix, *, num_layers, moe_positions, routing, tables, k=1, before=True, **block_options
+    ):
         self.params, self.prefix, self.num_layers, self.moe_positions = params, prefix, num_layers, moe_positions
-        self.routing, self.tables, self.before = routing, tables, before
+        self.routing, self.tables, self.k, self.before = routing, tables, k, before
         self.block_options = {"before": before, **block_options}
         self.routed = [([], [], []) for _ in moe_positions]
 
@@ -255,6 +276,7 @@ class Stack:
                     token_ids,
                     routing=self.routing,
                     table=table,
+                    k=self.k,
                 )
                 for collected, values in zip(self.routed[index], decided, strict=True):
                     collected.extend(values)
@@ -271,7 +293,7 @@ class Stack:
         return balance, distillation
 
     def loads(self, num_experts):
-        return [np.bincount(assigned, minlength=num_experts).tolist() for *_, assigned in self.routed]
+        return [np.bincount(np.ravel(assigned), minlength=num_experts).tolist() for *_, assigned in self.routed]
 
 
 def causal_lm(
@@ -284,6 +306,7 @@ def causal_lm(
     moe_positions,
     routing,
     tables=None,
+    k=1,
     before=True,
     sinusoidal=False,
     scale=False,
@@ -300,6 +323,7 @@ def causal_lm(
         moe_positions=moe_positions,
         routing=routing,
         tables=tables,
+        k=k,
         before=before,
         num_heads=num_heads,
     )
@@ -332,13 +356,14 @@ def seq2seq(
     before,
     sinusoidal,
     scale,
+    k=1,
 ):
     """The whole sequence-to-sequence model on pairs without padding (-100 in a target: not predicted, `pad` as input).
 
     `encoder` and `decoder` are dicts of `num_layers`, `moe_positions` and `tables`. Returns a dict: `logits` (one (S, V)
     a target), `task`, `balance`, `distillation`, `loss`, and for each side `auxiliary` and the `loads` of its layers.
     """
-    common = {"routing": routing, "before": before, "num_heads": num_heads}
+    common = {"routing": routing, "k": k, "before": before, "num_heads": num_heads}
     encode = Stack(params, "model.encoder.", **encoder, **common, causal=False)
     decode = Stack(params, "model.decoder.", **decoder, **common)
     shared = params["model.encoder.embed_tokens.weight"]

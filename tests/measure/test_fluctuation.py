@@ -61,6 +61,19 @@ def test_summary_holds_the_cumulative_curve_and_the_shares_still_changing():
     assert summary["share_still_changing_after"] == {"0.2": 0.5, "0.5": 0.0, "0.8": 0.0}
 
 
+def test_of_several_experts_the_share_that_changed_counts_and_their_order_does_not():
+    history = history_of(
+        (0, 1, [[0, 1], [2, 3], [4, 0]]),
+        (10, 1, [[1, 0], [2, 4], [1, 2]]),  # none, one and both of two
+        (20, 2, [[1, 0], [4, 2], [2, 1]]),
+    )
+    assert history.changes() == [None, 0.5, 0.0]
+    assert history.last_fluctuation_steps().tolist() == [0, 0, 0]
+    history.record(30, 2, torch.tensor([[0, 1], [4, 1], [1, 2]]))
+    assert history.last_fluctuation_steps().tolist() == [0, 20, 0]
+    assert history.summary()["tokens"] == 3
+
+
 def test_stage_2_change_counts_only_checks_within_stage_2():
     assert history_of(*KNOWN).stage2_change() == 0.0
     assert history_of(*KNOWN[:4]).stage2_change() is None
@@ -81,6 +94,14 @@ def test_history_is_saved_and_cut_at_the_step_that_is_resumed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["history.safetensors"]
 
 
+def test_a_history_of_several_experts_is_saved_as_such(tmp_path):
+    history = history_of((0, 1, [[0, 1], [2, 3]]), (10, 1, [[1, 0], [2, 4]]))
+    history.save(tmp_path / "history.safetensors")
+    loaded = RoutingHistory()
+    loaded.load(tmp_path / "history.safetensors", last_step=10)
+    assert loaded.changes() == history.changes() == [None, 0.25]
+
+
 def fluctuation_run(folder, *callbacks, model=None, **arguments):
     """Two MoE layers: what reaches the second depends on how tokens were routed in the first."""
     watch = RoutingFluctuationCallback(BLOCKS, check_steps=3, num_tokens=100, batch_size=2)
@@ -95,8 +116,9 @@ def fluctuation_run(folder, *callbacks, model=None, **arguments):
     return trainer, watch
 
 
-def test_fluctuation_compares_the_experts_that_training_would_use(tmp_path):
-    model, chosen = tiny_model(moe_layer_positions=[0, 2]), {}
+@pytest.mark.parametrize("k", [1, 2])
+def test_fluctuation_compares_the_experts_that_training_would_use(tmp_path, k):
+    model, chosen = tiny_model(moe_layer_positions=[0, 2], num_experts_per_tok=k), {}
     batch = torch.stack([block["input_ids"] for block in BLOCKS[:7]])  # 112 tokens: 100, rounded up
 
     class Training(TrainerCallback):
@@ -104,7 +126,7 @@ def test_fluctuation_compares_the_experts_that_training_would_use(tmp_path):
         def route(self, state):
             model.train()  # the tiny model has no dropout
             indices = model(input_ids=batch, output_router_logits=True).expert_indices
-            chosen[state.global_step] = torch.stack([index.flatten() for index in indices])
+            chosen[state.global_step] = torch.cat([index.view(-1, k) for index in indices])
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.route(state)
@@ -120,11 +142,14 @@ def test_fluctuation_compares_the_experts_that_training_would_use(tmp_path):
     history = trainer.state.log_history
     logged = {entry["step"]: entry["routing_fluctuation"] for entry in history if "routing_fluctuation" in entry}
     for index, step in enumerate(watch.history.steps):
-        # Rows are examples, batches of 2: put the tokens of a layer side by side again.
-        assert torch.equal(watch.history.experts[index].view(2, -1).long(), expected[index]), step
+        # Rows are examples, batches of 2: the tokens of a layer follow one another again.
+        assert torch.equal(watch.history.experts[index].view(-1, k).long(), expected[index]), step
         if index:
-            share = (expected[index] != expected[index - 1]).float().mean().item()
-            assert logged[step] == pytest.approx(share)
+            kept = [
+                len(set(before) & set(after)) / k
+                for before, after in zip(expected[index - 1].tolist(), expected[index].tolist(), strict=True)
+            ]
+            assert logged[step] == pytest.approx(1 - sum(kept) / len(kept))
     assert logged[3] > 0
     assert logged[9] == logged[12] == 0
 

@@ -32,8 +32,9 @@ def encode(tokenizer, *documents: str) -> list[list[int]]:
     return [tokenizer(document, add_special_tokens=False)["input_ids"] for document in documents]
 
 
-def test_text_is_routed_as_inference_routes_it_whatever_the_batches():
-    model = tiny_model(moe_layer_positions=[0, 2])
+@pytest.mark.parametrize("k", [1, 2])
+def test_text_is_routed_as_inference_routes_it_whatever_the_batches(k):
+    model = tiny_model(moe_layer_positions=[0, 2], num_experts_per_tok=k)
     documents = [ids.tolist() for ids in random_ids(2, 150)] + [[5]] + [[]] + random_ids(1, 64, seed=3).tolist()
     (text,) = route_texts(model, documents)
     assert text.token_ids.tolist() == sum(documents, [])
@@ -45,14 +46,15 @@ def test_text_is_routed_as_inference_routes_it_whatever_the_batches():
     inputs = {name: [] for name, _ in layers}
     for name, layer in layers:
         layer.register_forward_pre_hook(lambda module, args, name=name: inputs[name].append(args[0].flatten(0, 1)))
-    expected = torch.cat([model.route(torch.tensor([window])).flatten(1) for window in windows], dim=1)
+    expected = torch.cat([model.route(torch.tensor([window])).squeeze(1) for window in windows], dim=1)
     with torch.no_grad():
         for window in windows:
             model(torch.tensor([window]))
     for index, (name, layer) in enumerate(layers):
         assert torch.equal(text.layers[index].experts, expected[index])
         scores = torch.cat(inputs[name]) @ layer.router.centroids.T
-        assert torch.equal(text.layers[index].backbone_experts, scores.argmax(-1))
+        best = scores.argsort(-1, descending=True)[:, :k].squeeze(-1)
+        assert torch.equal(text.layers[index].backbone_experts, best)
     assert len(expected.unique()) > 2
     for batch_tokens in (1, 100):
         (again,) = route_texts(model, documents, batch_tokens=batch_tokens)
@@ -104,6 +106,13 @@ def test_load_is_that_of_a_plain_count():
     assert load["idle_experts"] == [1, 4]
 
 
+def test_of_several_experts_each_counts_and_agreement_is_what_they_have_in_common():
+    experts, backbone = torch.tensor([[0, 1], [1, 2], [0, 1]]), torch.tensor([[1, 0], [2, 3], [2, 3]])
+    assert measure_load(experts, 4)["tokens"] == [2, 3, 1, 0]
+    assert count_token_experts(torch.tensor([7, 9, 7]), experts) == [(7, 0, 2), (7, 1, 2), (9, 1, 1), (9, 2, 1)]
+    assert measure_agreement(torch.tensor([7, 9, 7]), experts, backbone)["overall"] == pytest.approx(0.5)
+
+
 def test_load_of_one_expert_is_even():
     load = measure_load(torch.zeros(4, dtype=torch.long), 1)
     assert (load["max_over_mean"], load["entropy"], load["entropy_share"], load["idle_experts"]) == (1, 0, None, [])
@@ -152,19 +161,23 @@ def inspected(text: str, **overrides):
     return texts[0], inspect_routing(model, tokenizer, texts, "x", top_k=1)
 
 
-def test_tokens_that_a_router_of_contexts_sends_to_several_experts_are_listed():
-    text, report = inspected("the cat and the dog and the script, " * 5, distilled_router="bigram")
+@pytest.mark.parametrize(("k", "number"), [(1, "several"), (2, "more than 2")])
+def test_tokens_that_a_router_of_contexts_sends_to_several_experts_are_listed(k, number):
+    words = "the cat and the dog and the script, " * 5
+    text, report = inspected(words, distilled_router="bigram", num_experts_per_tok=k)
     counts = {}
-    for token, expert in zip(text.token_ids.tolist(), text.layers[0].experts.tolist(), strict=True):
-        counts.setdefault(token, Counter())[expert] += 1
-    several = {token: experts for token, experts in counts.items() if len(experts) > 1}
+    for token, experts in zip(text.token_ids.tolist(), text.layers[0].experts.view(-1, k).tolist(), strict=True):
+        counts.setdefault(token, Counter()).update(experts)
+    several = {token: experts for token, experts in counts.items() if len(experts) > k}
     listed = report["layers"][0]["tokens_of_several_experts"]
     assert listed["distinct_tokens"] == len(several) > 0
-    assert listed["tokens"] == sum(experts.total() for experts in several.values())
+    assert listed["tokens"] == sum(experts.total() for experts in several.values()) / k
     (first,) = listed["most_frequent"]
-    assert first["count"] == max(experts.total() for experts in several.values())
+    assert first["count"] == max(experts.total() for experts in several.values()) / k
     assert {each["expert"]: each["count"] for each in first["experts"]} == several[first["id"]]
-    assert f"| `{first['token']}` " in format_report(report).split("go to several experts")[1]
+    formatted = format_report(report)
+    assert f"| `{first['token']}` " in formatted.split(f"go to {number} experts")[1]
+    assert ("5 experts, 2 per token." in formatted) == (k == 2)
 
 
 def test_a_router_without_scores_is_measured_and_agrees_with_nothing():

@@ -57,8 +57,9 @@ def test_logged_health_is_the_mean_over_the_tokens_since_the_last_log(tmp_path):
         assert entry["closed_gates"] == pytest.approx((window < 0.05).float().mean().item())
 
 
-def test_the_change_of_the_table_is_weighed_by_how_often_ids_occur(tmp_path):
-    model, tables, counts = tiny_model(distilled_router="counts"), [], torch.zeros(99)
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_change_of_the_table_is_weighed_by_how_often_ids_occur(tmp_path, k):
+    model, tables, counts = tiny_model(distilled_router="counts", num_experts_per_tok=k), [], torch.zeros(99)
     (layer,) = model.moe_layers_by_name.values()
 
     def note(module, args, kwargs, output):
@@ -67,7 +68,7 @@ def test_the_change_of_the_table_is_weighed_by_how_often_ids_occur(tmp_path):
     class Tables(StageTransitionCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step % 2 == 0:
-                tables.append((layer.router.distilled_router.table(), counts.clone()))
+                tables.append((layer.router.distilled_router.table().view(99, k).tolist(), counts.clone()))
             super().on_step_end(args, state, control, **kwargs)
 
     model.register_forward_hook(note, with_kwargs=True)
@@ -76,7 +77,8 @@ def test_the_change_of_the_table_is_weighed_by_how_often_ids_occur(tmp_path):
     changes = changes_of(trainer)
     assert [step for step, _ in changes] == [4, 6, 8]
     for (_, change), (before, _), (after, seen) in zip(changes, tables, tables[1:], strict=False):
-        assert change == pytest.approx(float(((before != after) * seen).sum() / seen.sum()))
+        changed = [1 - len(set(was) & set(now)) / k for was, now in zip(before, after, strict=True)]
+        assert change == pytest.approx(float((torch.tensor(changed) * seen).sum() / seen.sum()))
     assert changes[0][1] > 0
 
 
@@ -170,12 +172,13 @@ def test_the_transition_names_the_ids_that_have_an_expert_of_their_own(capsys, t
     assert "Token id(s) 7 alone outweigh the limit: each has an expert of its own" in output
 
 
-def test_a_resumed_run_goes_on_watching(tmp_path):
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_resumed_run_goes_on_watching(tmp_path, k):
     def train(**arguments):
         trainer = make_trainer(
             tmp_path,
             StageTransitionCallback(12, settled_change=0.2, check_steps=1),
-            model=tiny_model(distilled_router="counts"),
+            model=tiny_model(distilled_router="counts", num_experts_per_tok=k),
             save_strategy="steps",
             save_steps=3,
             logging_steps=1,
@@ -203,6 +206,8 @@ def test_counts_of_earlier_parts_of_a_run_are_added():
 def test_loads_are_sums_of_counts():
     load = load_of(torch.tensor([[0, 1, 1]]), torch.tensor([[5, 2, 4]]), 3)
     assert load.tolist() == [[5.0, 6.0, 0.0]]
+    load = load_of(torch.tensor([[[0, 1], [1, 2], [1, 0]]]), torch.tensor([[5, 2, 4]]), 3)
+    assert load.tolist() == [[9.0, 11.0, 2.0]]
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ def test_a_converted_decoder_has_the_same_logits_to_the_bit(family, dtype):
     if family.endswith("/ffn"):
         # Run as one while they are equal; products of fewer tokens at once are rounded in another way.
         options = {"moe_layer_positions": [1, 3], "moe_placement": "ffn", "share_experts_in_stage1": True}
+        options["num_experts_per_tok"] = 2
     model = StableMoEForCausalLM.from_dense(dense, num_experts=4, **options)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, dense(IDS).logits)
@@ -89,6 +90,7 @@ def test_logits_are_those_of_the_decoder_with_layers_of_the_reference_in_it(fami
             tokens,
             routing=routing,
             table=table,
+            k=model.config.num_experts_per_tok,
             activation=lambda x: activation(torch.from_numpy(x)).numpy(),
         )
         return torch.from_numpy(after).to(hidden.dtype).view_as(hidden)
@@ -278,9 +280,9 @@ def test_a_batch_in_flight_is_generated_as_each_alone(tmp_path):
 def test_operations_are_those_of_the_decoder_and_of_the_layers(family):
     dense, model = dense_model(family), backed_model(family)
     model.freeze_router()
-    # Two sublayers of two matrices, one FFN of three, or the FFN that was there; two operations per multiply-accumulate,
-    # sixteen tokens. The score of the one expert is a sum of products, and no matrix product.
-    products = {"": 3 * 32 * 16, "stack": 2 * 2 * 32 * 16, "ffn": 0}[family.partition("/")[2]]
+    # Two sublayers of two matrices, one FFN of three, or one more FFN beside that which was there; two operations per
+    # multiply-accumulate, sixteen tokens. The scores of the chosen experts are sums of products, and no matrix products.
+    products = {"": 3 * 32 * 16, "stack": 2 * 2 * 32 * 16, "ffn": 3 * 32 * 48}[family.partition("/")[2]]
     added = len(model.moe_layers_by_name) * 16 * 2 * products
     assert forward_flops(model, 16) - forward_flops(dense, 16) == added
     assert count_parameters(model)["experts"] > 0

@@ -128,15 +128,21 @@ def test_tokens_over_capacity_and_padding_pass_with_what_all_experts_take(backen
     assert hidden.grad[0, 4:].isfinite().all()
 
 
-def test_a_pruned_model_has_the_logits_of_the_whole_one():
-    model = tiny_model(**GATED).eval()
-    model.set_routing_tables(torch.arange(99).remainder(5).view(1, -1))
-    kept = torch.arange(99)[torch.arange(99) % 5 < 3]
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_pruned_model_has_the_logits_of_the_whole_one(k):
+    model = tiny_model(**GATED, num_experts_per_tok=k).eval()
+    ids = torch.arange(99)
+    tables = torch.stack([ids % 5, (ids + 1) % 5], dim=-1)[:, :k].squeeze(-1)
+    model.set_routing_tables(tables.unsqueeze(0))
+    kept = ids[ids % 5 < 3]
     pruned = prune_experts(model, kept, confine_generation=False)
-    assert pruned.config.num_experts == 3
-    ids = kept[2:32].view(2, -1)
+    assert pruned.config.num_experts == 2 + k
+    rows = kept[2:32].view(2, -1)
     with torch.no_grad():
-        assert_close(pruned(ids).logits, model(ids).logits)
+        assert_close(pruned(rows).logits, model(rows).logits)
+    lost = pruned.route(ids[3::5].view(1, -1)).view(-1, k)
+    assert lost.max() < 2 + k
+    assert all(len(set(row)) == k for row in lost.tolist())
 
 
 def test_adapters_reach_the_experts_as_those_of_any_moe():

@@ -24,9 +24,9 @@ def health_of(mask=None, **changes):
     arguments = {
         "hidden_states": torch.randn(8, 4) + 2,
         "token_ids": IDS,
-        "gate": torch.tensor([0.0, 0.04, 0.06, 0.5, 1.0, 0.5, 0.01, 0.01]),
-        "teacher_index": torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]),
-        "distilled_index": torch.tensor([0, 1, 1, 0, 0, 0, 0, 0]),
+        "gate": torch.tensor([0.0, 0.04, 0.06, 0.5, 1.0, 0.5, 0.01, 0.01]).unsqueeze(-1),
+        "teacher_index": torch.tensor([0, 1, 2, 0, 1, 2, 0, 0]).unsqueeze(-1),
+        "distilled_index": torch.tensor([0, 1, 1, 0, 0, 0, 0, 0]).unsqueeze(-1),
         "vocab_size": 9,
     }
     return routing_health(**(arguments | changes), mask=mask)
@@ -57,7 +57,7 @@ def test_each_number_is_what_a_loop_over_the_real_tokens_gives(mask):
 def test_padding_may_hold_anything():
     hidden = torch.ones(8, 4)
     hidden[~MASK] = torch.nan
-    gate = torch.where(MASK, 0.5, torch.nan)
+    gate = torch.where(MASK, 0.5, torch.nan).unsqueeze(-1)
     health = health_of(MASK, hidden_states=hidden, gate=gate)
     assert float(health.common_direction) == pytest.approx(1.0)
     assert float(health.mean_gate) == pytest.approx(0.5)

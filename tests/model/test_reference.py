@@ -18,7 +18,7 @@ pytestmark = pytest.mark.pairs
 ROUTINGS = ["greedy", "distilled", "frozen"]
 
 
-def reference_layer(params, hidden, token_ids, mask, routing, table):
+def reference_layer(params, hidden, token_ids, mask, routing, table, k):
     return reference.moe_layer(
         params,
         "",
@@ -27,33 +27,37 @@ def reference_layer(params, hidden, token_ids, mask, routing, table):
         routing=routing,
         table=table,
         mask=mask.flatten().tolist(),
+        k=k,
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("width", [37, 40])
-def test_layer_output_equals_the_reference(routing, backend, width):
-    layer = double_model(routing, backend, intermediate_size=width).model.moe_layers[0]
+@pytest.mark.parametrize(("width", "k"), [(37, 1), (40, 1), (37, 2), (40, 3)])
+def test_layer_output_equals_the_reference(routing, backend, width, k):
+    layer = double_model(routing, backend, intermediate_size=width, num_experts_per_tok=k).model.moe_layers[0]
     hidden, token_ids, mask, _ = layer_input()
     table = layer.frozen_router.values().tolist() if routing == "frozen" else None
-    expected, *_, assigned = reference_layer(arrays(layer), hidden.detach().numpy(), token_ids, mask, routing, table)
+    expected, *_, assigned = reference_layer(
+        arrays(layer), hidden.detach().numpy(), token_ids, mask, routing, table, k
+    )
     actual = layer(hidden, (token_ids, mask))
     torch.testing.assert_close(actual.detach().view(-1, 32), torch.from_numpy(expected), **EXACT)
-    assert len(set(assigned.tolist())) > 2
+    assert len(np.unique(assigned)) > 2
     assert (actual - hidden)[mask].abs().max() > 0.1, "experts that change nothing would prove nothing"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_layer_gradients_equal_finite_differences_of_the_reference(routing, backend):
-    layer = double_model(routing, backend).model.moe_layers[0]
+@pytest.mark.parametrize("k", [1, 2])
+def test_layer_gradients_equal_finite_differences_of_the_reference(routing, backend, k):
+    layer = double_model(routing, backend, num_experts_per_tok=k).model.moe_layers[0]
     hidden, token_ids, mask, weights = layer_input()
     table = layer.frozen_router.values().tolist() if routing == "frozen" else None
     (layer(hidden, (token_ids, mask)) * weights).sum().backward()
 
     def objective(params):
-        output, *_ = reference_layer(params, params["hidden"], token_ids, mask, routing, table)
+        output, *_ = reference_layer(params, params["hidden"], token_ids, mask, routing, table, k)
         return (output * weights.view(-1, 32).numpy()).sum()
 
     params = {**arrays(layer), "hidden": hidden.detach().numpy()}
@@ -71,7 +75,7 @@ def test_layer_gradients_equal_finite_differences_of_the_reference(routing, back
 
 def stage_one_losses(layer, hidden, token_ids, mask):
     decision = Decision.of(layer.router(hidden, token_ids))
-    index = decision.expert_index.flatten()
+    index = decision.expert_index.flatten(0, 1)
     scores = {"router_logits": decision.router_logits, "expert_index": index, "mask": mask.flatten()}
     return {
         "balance": balance_loss(**scores),
@@ -82,7 +86,7 @@ def stage_one_losses(layer, hidden, token_ids, mask):
     }
 
 
-def reference_losses(params, token_ids, mask):
+def reference_losses(params, token_ids, mask, k):
     real = mask.flatten().numpy()
     _, scores, distilled, assigned = reference.moe_layer(
         {name: values for name, values in params.items() if "router" in name},
@@ -91,6 +95,7 @@ def reference_losses(params, token_ids, mask):
         token_ids.flatten().numpy()[real],
         routing="greedy",
         mask=[False] * int(real.sum()),  # no expert is needed for the losses
+        k=k,
     )
     return {
         "balance": reference.balance_loss(scores, assigned),
@@ -107,13 +112,14 @@ def reference_losses(params, token_ids, mask):
         ("distillation", {"router.distilled_router.embedding", "router.distilled_router.centroids"}),
     ],
 )
-def test_each_routing_loss_has_value_and_gradients_of_the_reference_and_no_other_gradients(loss, learners):
-    layer = double_model("greedy").model.moe_layers[0]
+@pytest.mark.parametrize("k", [1, 2])
+def test_each_routing_loss_has_value_and_gradients_of_the_reference_and_no_other_gradients(loss, learners, k):
+    layer = double_model("greedy", num_experts_per_tok=k).model.moe_layers[0]
     hidden, token_ids, mask, _ = layer_input()
     params = {**arrays(layer), "hidden": hidden.detach().numpy()}
 
     def objective(params):
-        return reference_losses(params, token_ids, mask)[loss]
+        return reference_losses(params, token_ids, mask, k)[loss]
 
     actual = stage_one_losses(layer, hidden, token_ids, mask)[loss]
     torch.testing.assert_close(actual.detach(), torch.tensor(objective(params), dtype=torch.float64), **EXACT)
@@ -137,10 +143,12 @@ START, EOS, IGNORED = 1, 0, -100
 PAD = {"causal": 1, "seq2seq": 2}
 SMOOTHING = 0.15
 OPTIONS = {
-    "pre-norm, learned": {"before": True, "sinusoidal": False, "scale": False},
-    "post-norm, sinusoidal, scaled": {"before": False, "sinusoidal": True, "scale": True},
-    "pre-norm, sinusoidal": {"before": True, "sinusoidal": True, "scale": False},
-    "post-norm, learned, scaled": {"before": False, "sinusoidal": False, "scale": True},
+    "pre-norm, learned": {"before": True, "sinusoidal": False, "scale": False, "k": 1},
+    "post-norm, sinusoidal, scaled": {"before": False, "sinusoidal": True, "scale": True, "k": 1},
+    "pre-norm, sinusoidal": {"before": True, "sinusoidal": True, "scale": False, "k": 1},
+    "post-norm, learned, scaled": {"before": False, "sinusoidal": False, "scale": True, "k": 1},
+    "pre-norm, learned, two experts": {"before": True, "sinusoidal": False, "scale": False, "k": 2},
+    "post-norm, learned, scaled, three experts": {"before": False, "sinusoidal": False, "scale": True, "k": 3},
 }
 
 
@@ -149,6 +157,7 @@ def build(family: str, routing: str, options: dict, **overrides):
         "do_layer_norm_before": options["before"],
         "position_embedding_type": "sinusoidal" if options["sinusoidal"] else "learned",
         "scale_embedding": options["scale"],
+        "num_experts_per_tok": options["k"],
     }
     if family == "causal":
         return double_model(routing, moe_layer_positions=POSITIONS, **overrides)
@@ -238,9 +247,16 @@ def test_a_model_equals_the_reference_in_logits_loads_and_every_loss(family, nam
         assert float(actual.loss) > float(actual.task_loss) + 0.1
 
 
-@pytest.mark.parametrize("routing", ["greedy", "frozen"])
-def test_every_parameter_of_the_language_model_has_the_gradient_of_the_reference(routing):
-    options = OPTIONS["pre-norm, learned"]
+@pytest.mark.parametrize(
+    ("name", "routing"),
+    [
+        ("pre-norm, learned", "greedy"),
+        ("pre-norm, learned", "frozen"),
+        ("pre-norm, learned, two experts", "greedy"),
+    ],
+)
+def test_every_parameter_of_the_language_model_has_the_gradient_of_the_reference(name, routing):
+    options = OPTIONS[name]
     model = build("causal", routing, options)
     model.set_experts_implementation("grouped_mm")
     inputs, labels = rows_of("causal")
@@ -268,6 +284,7 @@ LEARNERS = re.compile(
     [
         ("post-norm, sinusoidal, scaled", "greedy"),
         ("post-norm, learned, scaled", "frozen"),
+        ("post-norm, learned, scaled, three experts", "greedy"),
         pytest.param("pre-norm, learned", "greedy", marks=pytest.mark.slow),
     ],
 )

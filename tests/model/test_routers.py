@@ -30,6 +30,8 @@ KINDS = {
     "hash": {"router_type": "hash"},
     "switch distilled": {"router_type": "switch", **DISTILLED},
     "base distilled": {"router_type": "base", **DISTILLED},
+    "switch, two experts": {"router_type": "switch", "num_experts_per_tok": 2},
+    "hash, three experts": {"router_type": "hash", "num_experts_per_tok": 3},
 }
 FREEZABLE = ["stable", "switch distilled", "base distilled"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +43,7 @@ def model_of(kind: str, **overrides) -> StableMoEForCausalLM:
 
 
 def reference_routing(kind: str, training: bool) -> str:
-    if kind == "hash":
+    if kind.startswith("hash"):
         return "frozen"
     if training:
         return "balanced" if kind.startswith("base") else "greedy"
@@ -58,6 +60,7 @@ def reference_output(kind, params, hidden, token_ids, mask, training, table):
         table=table,
         mask=mask.flatten().tolist(),
         router=KINDS[kind]["router_type"],
+        k=KINDS[kind].get("num_experts_per_tok", 1),
     )
 
 
@@ -82,10 +85,10 @@ def test_layer_output_equals_the_reference(kind, training, backend):
     actual = layer(hidden, (token_ids, mask))
     assert_close(actual.detach().view(-1, 32), torch.from_numpy(expected), **EXACT)
     assert torch.equal(actual[~mask], hidden[~mask])
-    assert len(set(assigned.tolist())) > 2
+    assert len(set(assigned.flatten().tolist())) > 2
 
 
-@pytest.mark.parametrize("kind", ["switch", "base", "hash"])
+@pytest.mark.parametrize("kind", ["switch", "base", "hash", "switch, two experts"])
 def test_layer_gradients_equal_finite_differences_of_the_reference(kind):
     layer = model_of(kind).double().model.moe_layers[0].train()
     hidden, token_ids, mask, weights = masked_input()
@@ -132,7 +135,7 @@ def test_each_router_has_the_losses_of_its_row_of_table_1(kind):
     assert config.balance_loss_coef == {"stable": 0.3, "switch": 0.01, "base": 0.0, "hash": 0.0}[config.router_type]
     expected = torch.zeros(())
     for layer, logits in enumerate(outputs.router_logits or ()):
-        index = outputs.expert_indices[layer].flatten()
+        index = outputs.expert_indices[layer].flatten(0, 1)
         if config.router_type in ("stable", "switch"):
             function = balance_loss if config.router_type == "stable" else switch_balance_loss
             expected = expected + function(router_logits=logits, expert_index=index)
@@ -142,8 +145,8 @@ def test_each_router_has_the_losses_of_its_row_of_table_1(kind):
     aux = config.balance_loss_coef * outputs.balance_loss + outputs.distillation_loss
     assert_close(outputs.aux_loss, aux)
     assert_close(outputs.loss, outputs.task_loss + aux)
-    assert (outputs.router_logits is None) == (kind == "hash")
-    assert outputs.expert_load.sum(-1).tolist() == [40, 40]
+    assert (outputs.router_logits is None) == (config.router_type == "hash")
+    assert outputs.expert_load.sum(-1).tolist() == [40 * config.num_experts_per_tok] * 2
     outputs.loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 

@@ -42,7 +42,7 @@ def smallest_load(counts: torch.Tensor, num_experts: int) -> int:
     return min(max(load) for load in loads)
 
 
-def largest_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: float) -> float:
+def largest_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: float, k: int = 1) -> float:
     """The optimum, for whole numbers."""
     num_ids, num_experts = agreement.shape
     once = np.kron(np.eye(num_ids), np.ones(num_experts))
@@ -51,26 +51,30 @@ def largest_agreement(agreement: torch.Tensor, counts: torch.Tensor, limit: floa
         -agreement.numpy().ravel().astype(float),
         integrality=np.ones(num_ids * num_experts),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(load, -np.inf, math.floor(limit + 1e-9))],
+        constraints=[LinearConstraint(once, k, k), LinearConstraint(load, -np.inf, math.floor(limit + 1e-9))],
         options={"mip_rel_gap": 0},
     )
     return round(-result.fun)
 
 
-def assert_consistent(result: BalancedTable, agreement: torch.Tensor, counts: torch.Tensor) -> None:
+def assert_consistent(result: BalancedTable, agreement: torch.Tensor, counts: torch.Tensor, k: int = 1) -> None:
     """What must hold for any result."""
     num_experts = agreement.shape[1]
-    load = torch.stack([counts.double()[result.table == i].sum() for i in range(num_experts)])
+    assert result.table.shape == ((len(agreement), k) if k > 1 else (len(agreement),))
+    table = result.table.view(-1, k)
+    load = torch.stack([counts.double()[(table == i).any(-1)].sum() for i in range(num_experts)])
     assert result.table.dtype == torch.long
     torch.testing.assert_close(result.load, load, rtol=1e-12, atol=0)
-    shared = torch.ones(num_experts, dtype=torch.bool).index_fill(0, result.table[result.alone], False)
+    shared = torch.ones(num_experts, dtype=torch.bool).index_fill(0, table[result.alone].flatten(), False)
     assert (result.load[shared] <= result.limit).all()
     assert len(result.alone) or shared.all()
     for token in result.alone.tolist():
-        assert result.load[result.table[token]] == pytest.approx(counts[token].item(), rel=1e-12)
-    kept = agreement.double().gather(1, result.table.unsqueeze(-1)).sum().item()
-    assert result.agreement == pytest.approx(kept, rel=1e-12)
-    assert result.best_agreement == pytest.approx(agreement.double().amax(-1).sum().item(), rel=1e-12)
+        assert result.load[table[token]].tolist() == pytest.approx([counts[token].item()] * k, rel=1e-12)
+    kept = agreement.double().gather(1, table)
+    assert (kept.diff(dim=-1) <= 0).all()  # best first
+    assert result.agreement == pytest.approx(kept.sum().item(), rel=1e-12)
+    best = agreement.double().topk(k).values.sum().item()
+    assert result.best_agreement == pytest.approx(best, rel=1e-12)
     assert result.agreement <= result.bound <= result.best_agreement
 
 
@@ -247,6 +251,8 @@ MATRIX = {"agreement": torch.ones(3, 2), "token_counts": torch.ones(3), "max_loa
         ({"max_load": 0.99}, r"`max_load` is 0.99; pass a finite number >= 1"),
         ({"max_load": math.nan}, r"`max_load` is nan; pass a finite number >= 1"),
         ({"num_bands": 0}, "`num_bands` is 0; pass an integer >= 1"),
+        ({"k": 0}, "`k` is 0; pass an integer from 1 to the number of experts, 2"),
+        ({"k": 3}, "`k` is 3; pass an integer from 1 to the number of experts, 2"),
     ],
 )
 def test_what_makes_no_problem_is_refused(wrong, message):
@@ -267,3 +273,70 @@ def test_bands_of_frequency_spread_frequent_ids_more_evenly_for_some_agreement()
     assert loads[1].std() < loads[0].std()
     assert banded.agreement <= plain.agreement
     assert banded.limit == plain.limit
+
+
+# Several experts per token
+
+
+@given(problem=small_problems(most_ids=7, most_experts=5), k=st.integers(2, 5), num_bands=st.sampled_from([1, 3]))
+@settings(max_examples=40, deadline=None)
+def test_several_experts_per_token_are_distinct_and_keep_to_limit_and_bound(problem, k, num_bands):
+    agreement, counts, max_load = problem
+    num_experts = agreement.shape[1]
+    assume(k <= num_experts)
+    result = balanced_table(agreement, counts, max_load, num_bands, k)
+    assert all(len(set(experts)) == k for experts in result.table.tolist())
+    assert_consistent(result, agreement, counts, k)
+    asked = float(exact_limit(counts, num_experts, max_load)) * k
+    assert result.limit >= asked * (1 - 1e-12)
+    if num_bands == 1 and not len(result.alone):
+        best = largest_agreement(agreement, counts, result.limit, k)
+        assert result.agreement <= best <= result.bound * (1 + 1e-9)
+
+
+def test_several_experts_per_token_come_close_to_the_optimum_of_scipy():
+    kept = []
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(1, 16, (12,), generator=generator)
+        agreement = (torch.rand(12, 6, generator=generator) * counts.unsqueeze(-1)).round()
+        result = balanced_table(agreement, counts, 1.2, k=2)
+        assert result.limit == pytest.approx(float(exact_limit(counts, 6, 1.2)) * 2)
+        kept.append(result.agreement / largest_agreement(agreement, counts, result.limit, 2))
+    assert np.mean(kept) > 0.98
+    assert min(kept) > 0.95
+
+
+@pytest.mark.parametrize("heaviest", [300.0, 30000.0])
+@pytest.mark.parametrize("max_load", [1.05, 1.5])
+def test_many_ids_with_several_experts_come_close_to_the_bound(heaviest, max_load):
+    agreement, counts = zipf_problem(1000, 16, heaviest)
+    result = balanced_table(agreement, counts, max_load, k=4)
+    assert_consistent(result, agreement, counts, 4)
+    assert result.limit == pytest.approx(max_load * 4 * counts.sum().item() / 16, rel=1e-9)
+    assert result.bound - result.agreement <= 1e-2 * result.bound
+    assert result.bound < result.best_agreement
+
+
+def test_heavy_ids_have_as_many_experts_of_their_own_and_do_not_move_the_limit_of_the_others():
+    agreement, counts = zipf_problem(200, 8, 300.0)
+    counts[:2] = torch.tensor([9000.0, 8000.0])
+    result = balanced_table(agreement, counts, 1.1, k=2)
+    assert_consistent(result, agreement, counts, 2)
+    assert result.alone.tolist() == [0, 1]
+    assert result.limit == pytest.approx(1.1 * 2 * counts.sum().item() / 8, rel=1e-9)
+    assert len(set(result.table[:2].flatten().tolist())) == 4
+
+
+def test_heavy_id_shares_where_its_own_experts_would_leave_too_few_for_the_others():
+    agreement, counts = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([80, 4, 4, 4, 4, 4])
+    result = balanced_table(agreement, counts, 1.0, k=3)
+    assert_consistent(result, agreement, counts, 3)
+    assert not len(result.alone)
+    assert 80 < result.limit < 100
+
+
+def test_as_many_experts_per_token_as_there_are_is_all_of_them_best_first():
+    result = balanced_table(torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 5.0]]), torch.tensor([1, 2]), 1.0, k=3)
+    assert result.table.tolist() == [[1, 2, 0], [0, 2, 1]]
+    assert result.limit == 3

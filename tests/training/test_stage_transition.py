@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from helpers.backbones import backed_model
 from helpers.matrices import one_fast
 from helpers.models import tiny_model, tiny_seq2seq_model
 from helpers.trainers import (
@@ -113,6 +114,70 @@ def test_transition_report_equals_a_recount(tmp_path):
     (layer,) = model.moe_layers_by_name.values()
     load = torch.stack([counts[layer.frozen_router.values() == expert].sum() for expert in range(5)])
     assert entry["transition_table_load_max_over_mean"] == pytest.approx((load.max() / load.mean()).item())
+
+
+def test_message_at_the_transition_says_what_load_the_most_frequent_id_sets(tmp_path, capsys):
+    rows = [{"input_ids": torch.where(torch.arange(16) < 8, 7, block["input_ids"])} for block in BLOCKS]
+    ids = torch.stack([row["input_ids"] for row in rows])
+    share = (ids == 7).float().mean().item()  # all rows are seen
+    for k in (1, 2, 3):
+        trainer = make_trainer(
+            tmp_path, StageTransitionCallback(12), model=tiny_model(num_experts_per_tok=k), train_dataset=rows
+        )
+        trainer.train()
+        one, own = (max(share * 5 / number, 1) for number in (1, k))
+        assert 1 < one
+        expected = f"is {share:.1%} of them, so with 5 experts, {k} per token, no table has a max/mean below {own:.2f}"
+        assert (f"{expected}." if k == 1 else f"{expected}, with one {one:.2f}.") in capsys.readouterr().out
+        entry = next(entry for entry in trainer.state.log_history if "transition_step" in entry)
+        assert entry["transition_table_load_max_over_mean"] >= own - 1e-6
+
+
+def several_experts(family: str, **options):
+    options |= {"num_experts_per_tok": 2, "moe_layer_positions": [0, 2], "max_frozen_load": 1.3}
+    return backed_model("llama", vocab_size=99, **options) if family == "llama" else tiny_model(**options)
+
+
+@pytest.mark.parametrize("family", ["paper", "llama"])
+def test_several_experts_per_token_go_through_both_stages_and_on_from_checkpoints(tmp_path, capsys, family):
+    def run(folder, step=None):
+        recorder, watch = Recorder(), RoutingFluctuationCallback(BLOCKS, check_steps=3, num_tokens=64, batch_size=2)
+        trainer = make_trainer(
+            folder,
+            StageTransitionCallback(TRANSITION, check_steps=1),
+            watch,
+            recorder,
+            model=several_experts(family),
+            save_strategy="steps",
+            save_steps=3,
+            logging_steps=1,
+        )
+        trainer.train(resume_from_checkpoint=None if step is None else str(tmp_path / "whole" / f"checkpoint-{step}"))
+        return trainer, recorder, watch
+
+    trainer, recorder, watch = run(tmp_path / "whole")
+    output, model = capsys.readouterr().out, trainer.model
+    assert recorder.stages == [1] * 4 + [2] * 8
+    assert len(set(recorder.fingerprints[4:])) == 1
+    assert watch.history.stage2_change() == 0
+    assert watch.history.changes()[1] > 0
+    assert f"the {TRANSITION * 2 * 16} tokens seen in stage 1" in output
+    (entry,) = [entry for entry in trainer.state.log_history if "transition_step" in entry]
+    assert 0 < entry["transition_agreement"] < 1
+    assert 0 < entry["transition_expected_agreement"] <= 1
+    assert entry["transition_largest_shared_load"] < 1.3 + 1e-6
+    for logged in training_logs(trainer.state.log_history):
+        assert 0 < logged["mean_gate"] < 1
+        assert logged["load_max_over_mean"] >= 1
+    assert [logged["routing_stage"] for logged in training_logs(trainer.state.log_history)] == [1] * 4 + [2] * 8
+    for step in (3, 6):
+        resumed, *_ = run(tmp_path / str(step), step)
+        assert_same_weights(weights(resumed.model), weights(model))
+        assert resumed.model.config.router_fingerprint == model.config.router_fingerprint
+    saved = StableMoEForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-12")
+    assert torch.equal(
+        saved.route(BLOCKS[0]["input_ids"].unsqueeze(0)), model.route(BLOCKS[0]["input_ids"].unsqueeze(0))
+    )
 
 
 # Stage 2 stands still

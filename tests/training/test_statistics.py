@@ -193,6 +193,12 @@ ROUTERS = {
     "switch": {"router_type": "switch"},
     "base": {"router_type": "base"},
     "hash": {"router_type": "hash"},
+    "stable, two experts": {"num_experts_per_tok": 2},
+    "hash of three experts, two dozen tokens of capacity": {
+        "router_type": "hash",
+        "num_experts_per_tok": 3,
+        "expert_capacity_factor": 1.0,
+    },
 }
 
 
@@ -206,15 +212,16 @@ def test_load_of_each_expert_is_that_of_its_tokens_for_every_router_in_both_stag
     trainer.train()
     logs = training_logs(trainer.state.log_history)
     assert [entry["routing_stage"] for entry in logs] == (
-        [1, 2, 2, 2] if is_frozen else [2 if router == "hash" else 1] * 4
+        [1, 2, 2, 2] if is_frozen else [2 if router.startswith("hash") else 1] * 4
     )
+    k = model.config.num_experts_per_tok
     for entry, layers in zip(logs, chosen, strict=True):
         counts = torch.stack([torch.bincount(index.flatten(), minlength=5) for index in layers])
-        torch.testing.assert_close(torch.tensor(entry["expert_load"]), counts / 6.4, rtol=0, atol=1e-4)
-        assert ("router_entropy" in entry) == (router != "hash")
+        torch.testing.assert_close(torch.tensor(entry["expert_load"]), counts / (6.4 * k), rtol=0, atol=1e-4)
+        assert ("router_entropy" in entry) == (not router.startswith("hash"))
         if "capacity" in router:
-            # 32 tokens over 5 experts: 6 each.
-            assert entry["overflow"] == pytest.approx((counts - 6).clamp(min=0).sum().item() / 64)
+            # 32 tokens, with k experts each, over 5 experts: 6 each, or 19 where k is 3.
+            assert entry["overflow"] == pytest.approx((counts - 32 * k // 5).clamp(min=0).sum().item() / (64 * k))
         else:
             assert "overflow" not in entry
 

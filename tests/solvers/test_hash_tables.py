@@ -1,0 +1,38 @@
+"""Balanced hash tables with several experts per token; those with one are held by the comparison's tests."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_stablemoe.solvers.hash_tables import balanced_hash_table
+
+
+@given(
+    counts=st.lists(st.integers(0, 50), min_size=1, max_size=30),
+    num_experts=st.integers(2, 8),
+    k=st.integers(1, 8),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_experts_are_distinct_and_no_load_is_above_the_mean_by_more_than_one_id(counts, num_experts, k, seed):
+    k = min(k, num_experts)
+    counts = torch.tensor(counts)
+    table = balanced_hash_table(counts, num_experts, seed, k)
+    assert table.shape == ((len(counts), k) if k > 1 else (len(counts),))
+    assert all(len(set(experts)) == k for experts in table.view(-1, k).tolist())
+    load = torch.zeros(num_experts, dtype=torch.long)
+    load.index_add_(0, table.flatten(), counts.repeat_interleave(k))
+    assert load.sum() == k * counts.sum()
+    assert load.max() <= k * counts.sum() / num_experts + counts.max()
+
+
+def test_ids_that_never_occur_are_spread_evenly():
+    table = balanced_hash_table(torch.zeros(40, dtype=torch.long), 8, k=2)
+    assert torch.bincount(table.flatten()).tolist() == [10] * 8
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_impossible_number_of_experts_is_refused(k):
+    with pytest.raises(ValueError, match=f"`k` is {k}; pass an integer from 1 to the number of experts, 4"):
+        balanced_hash_table(torch.ones(3, dtype=torch.long), 4, k=k)
