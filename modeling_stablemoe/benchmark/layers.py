@@ -119,6 +119,36 @@ def _build_stablemoe(shape: LayerShape) -> Contender:
     return Contender(layer, config)
 
 
+class GatedStack(nn.Module):
+    """StableMoE layers of gated experts, norm and residual inside, one after the other."""
+
+    def __init__(self, config: StableMoEConfig, num_sublayers: int):
+        super().__init__()
+        self.blocks = nn.ModuleList([StableMoELayer(config) for _ in range(num_sublayers)])
+        for layer in self.blocks:
+            layer.frozen_router.freeze(torch.randint(config.num_experts, (config.vocab_size,)))
+
+    def forward(self, hidden_states: Tensor, token_ids: Tensor) -> Tensor:
+        """Map `(batch, sequence, hidden_size)` to the same."""
+        for layer in self.blocks:
+            hidden_states = layer(hidden_states, token_ids)
+        return hidden_states
+
+
+def _build_gated_stablemoe(shape: LayerShape) -> Contender:
+    config = StableMoEConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=shape.hidden_size,
+        intermediate_size=equal_gated_size(shape.intermediate_size),
+        hidden_act="silu",
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_experts=shape.num_experts,
+        expert_type="gated",
+    )
+    return Contender(GatedStack(config, shape.num_sublayers), config)
+
+
 def _build_dense(shape: LayerShape) -> Contender:
     return Contender(DenseStack(shape.hidden_size, shape.intermediate_size, shape.num_sublayers))
 
@@ -148,6 +178,7 @@ def _build_switch(shape: LayerShape) -> Contender:
 # In the order in which they get memory.
 BUILDERS: dict[str, Callable[[LayerShape], Contender]] = {
     "stablemoe": _build_stablemoe,
+    "stablemoe_gated": _build_gated_stablemoe,
     "dense": _build_dense,
     "mixtral": _build_gated(
         MixtralConfig, MixtralSparseMoeBlock, MixtralRMSNorm, "intermediate_size", "num_local_experts"
@@ -160,6 +191,8 @@ BUILDERS: dict[str, Callable[[LayerShape], Contender]] = {
 }
 TRANSFORMERS_BLOCKS = ("mixtral", "olmoe", "qwen3_moe", "switch")
 GATED_BLOCKS = ("mixtral", "olmoe", "qwen3_moe")
+# Those that may have the same experts, as memory has no room for each one's own.
+SAME_EXPERTS = ("stablemoe_gated", *GATED_BLOCKS)
 
 
 def own_backend_of(backends: Sequence[str]) -> str:

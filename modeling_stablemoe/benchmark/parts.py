@@ -17,7 +17,7 @@ from modeling_stablemoe.measure.machine import ChildError, available_memory, fir
 from .arguments import DTYPES, BenchmarkArguments
 from .layers import (
     BUILDERS,
-    GATED_BLOCKS,
+    SAME_EXPERTS,
     Contender,
     LayerShape,
     build_contender,
@@ -114,7 +114,7 @@ class Layers:
         found: dict[str, Contender] = {}
         experts = self.shape.num_experts * self.shape.expert_bytes(self.dtype)
         for name in self.names:
-            owner = next((found[other] for other in GATED_BLOCKS if name in GATED_BLOCKS and other in found), None)
+            owner = next((found[other] for other in SAME_EXPERTS if name in SAME_EXPERTS and other in found), None)
             copies = 0 if name == "dense" else 1 if owner is not None else 2  # weights and gradients
             reason = too_large(copies * experts, available_memory(self.device))
             if reason is not None:
@@ -156,7 +156,7 @@ class Layers:
             reason = too_large(copies, free, MOST_COPIES)
             return None if reason is None else f"copies a matrix per token: {reason}"
         stack = self.shape.num_experts * expert_bytes
-        if name in GATED_BLOCKS and backend == "eager" and direction == BACKWARD:
+        if name in SAME_EXPERTS and backend == "eager" and direction == BACKWARD:
             filled = self.shape.num_experts * stack
             if filled / BANDWIDTH[self.device.type] > self.args.seconds_per_cell / LEAST_ROUNDS:
                 return f"its backward pass fills the gradients of all experts once per expert, {filled / 1e9:.0f} GB"

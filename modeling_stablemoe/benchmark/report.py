@@ -10,7 +10,7 @@ from torch.utils.benchmark import Compare, Measurement, TaskSpec
 
 from modeling_stablemoe.measure.report import format_table
 
-from .layers import DEFAULT_BACKEND, TRANSFORMERS_BLOCKS, own_backend_of
+from .layers import DEFAULT_BACKEND, GATED_BLOCKS, TRANSFORMERS_BLOCKS, own_backend_of
 from .models import DENSE, EQUAL_DENSE, EQUAL_SIZE
 from .parts import BACKWARD, FORWARD
 from .turns import Spread, compare, fastest_of, spread
@@ -30,6 +30,7 @@ HEADINGS = {
     "shares": "Shares in the time of the layer's operators",
 }
 FASTEST, FLOPS = "ours / fastest block", "stage 2 / dense x FLOPs"
+FASTEST_GATED = "gated / fastest gated block"
 
 
 class Aim(NamedTuple):
@@ -61,6 +62,13 @@ AIMS = (
     Aim(DENSE_TITLE.format(BACKWARD), "layer", "stablemoe OWN", 1.25, 1.15, _is_large(BACKWARD)),
     Aim(DENSE_TITLE.format(FORWARD), "layer", "stablemoe OWN", 1.1, 1.1, _is_large(FORWARD)),
     Aim("layer / the fastest of transformers' own blocks", "layer", FASTEST, 1.0, 1.0),
+    Aim(
+        "gated experts / the fastest of Mixtral's, OLMoE's and Qwen3-MoE's, same backend",
+        "layer",
+        FASTEST_GATED,
+        1.0,
+        1.0,
+    ),
     Aim("512 experts / 8 experts, 32768 tokens", "experts", "512", 1.3, 1.3, _is_512_beside_8),
     Aim("training step, stage 2 / Hash", "step", "stage 2 / hash", 1.0, 1.0),
     Aim("training step, stage 1 / stage 2", "step", "stage 1 / stage 2", 1.05, 1.05),
@@ -95,6 +103,9 @@ def ratios_of(record: dict, own_backend: str = DEFAULT_BACKEND) -> dict[str, Spr
     if part == "layer":
         fastest = fastest_of(arms, [name for name in arms if name.split()[0] in TRANSFORMERS_BLOCKS])
         ratios[FASTEST] = fastest and compare(arms, f"stablemoe {own_backend}", fastest)
+        gated = [name for name in arms if name.split()[0] in GATED_BLOCKS and name.split()[1] == own_backend]
+        fastest = fastest_of(arms, gated)
+        ratios[FASTEST_GATED] = fastest and compare(arms, f"stablemoe_gated {own_backend}", fastest)
     if part == "step":
         ratios |= {
             f"{one} / {other}": compare(arms, one, other)

@@ -21,7 +21,7 @@ import transformers
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 TESTERS = REPOSITORY / "tests" / "transformers_suite"
-FAMILIES = {"causal": "decoder_only.py", "seq2seq": "encoder_decoder.py"}
+FAMILIES = {"causal": "decoder_only.py", "seq2seq": "encoder_decoder.py", "llama": "llama_backed.py"}
 # What a test says that cannot fetch a file of the Hub.
 NETWORK = re.compile(r"offline mode|couldn't connect|LocalEntryNotFound|OfflineMode|ConnectError|Can't load .* for '")
 
@@ -111,10 +111,10 @@ def describe(tally: Tally):
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--suite", type=Path, required=True, help="a clone of transformers, which holds `tests`")
-    parser.add_argument("--family", choices=FAMILIES, help="default: both")
+    parser.add_argument("--family", choices=FAMILIES, help="default: all")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: both")
     parser.add_argument(
-        "--beside", action="append", default=[], metavar="MODEL", help="a model of transformers: olmoe"
+        "--beside", action="append", default=[], metavar="MODEL", help="a model of transformers: olmoe, llama"
     )
     parser.add_argument("-k", help="only tests that match, as pytest's -k")
     parser.add_argument("--slow", action="store_true", help="the suite's slow tests, too")
