@@ -30,6 +30,17 @@ MOE_PLACEMENTS = ("between", "ffn")
 # Of each sublayer of a stack of experts, and of gated experts; the first dimension of every one is `num_experts`.
 EXPERT_PARAMETERS = ("layernorm_weight", "layernorm_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias")
 GATED_EXPERT_PARAMETERS = ("gate_up_proj", "down_proj")
+# What tensor parallelism does to an MoE layer of gated experts, in the terms of transformers' plans.
+GATED_EXPERTS_TP_PLAN = {
+    "experts.gate_up_proj": "packed_colwise",
+    "experts.down_proj": "rowwise",
+    "experts": "moe_tp_experts",
+}
+SHARED_EXPERTS_TP_PLAN = {
+    "shared_experts.gate_proj": "colwise",
+    "shared_experts.up_proj": "colwise",
+    "shared_experts.down_proj": "rowwise",
+}
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 # Sizes and numbers of tokens are int64 in tensors, coefficients float32.
@@ -732,6 +743,11 @@ class StableMoEConfig(StableMoEBaseConfig):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.backbone_config, name, None))
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in BACKBONE_FIELDS and isinstance(self.__dict__.get("backbone_config"), PreTrainedConfig):
+            setattr(self.backbone_config, name, value)  # what the backbone determines is said in both
+
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """Return the config of the blocks, by which caches and masks are made: the backbone's, where there is one."""
         return self if self.backbone_config is None else self.backbone_config
@@ -868,6 +884,7 @@ __all__ = [
     "DISTILLED_ROUTERS",
     "EXPERT_PARAMETERS",
     "EXPERT_TYPES",
+    "GATED_EXPERTS_TP_PLAN",
     "GATED_EXPERT_PARAMETERS",
     "INITIALIZATIONS",
     "MOE_PLACEMENTS",
@@ -875,6 +892,7 @@ __all__ = [
     "POSITION_EMBEDDING_TYPES",
     "ROUTER_NORMALIZATIONS",
     "ROUTER_TYPES",
+    "SHARED_EXPERTS_TP_PLAN",
     "TABLE_ROUTERS",
     "StableMoEBaseConfig",
     "StableMoEConfig",

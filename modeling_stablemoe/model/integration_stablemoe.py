@@ -1,6 +1,9 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """What the machinery around a model asks of it: backends of the experts, checkpointing, sharding engines, saved code."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import distributed
 from transformers.distributed import DistributedConfig
@@ -189,7 +192,11 @@ class IntegrationMixin:
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
         if getattr(self.config, "backbone_config", None) is not None:
             for layer in moe_layers_of(self).values():
-                layer.gradient_checkpointing = False  # its block, which it is in, is computed again as a whole
+                layer._gradient_checkpointing_func = _call  # its block, which it is in, is computed again as a whole
+
+
+def _call(function: Callable, *args: Any) -> Any:
+    return function(*args)
 
 
 def _without_recorders(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:

@@ -8,6 +8,7 @@ With K experts per token everything is counted in pairs of a token and one of it
 Shape suffixes: T tokens, K experts per token, E experts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -181,9 +182,10 @@ def distillation_loss(
 ) -> Tensor:
     """Cross-entropy of the distilled router against the backbone router's choice, in nats per token.
 
-    With K experts per token the choice is the uniform distribution over them: -1/K sum_a log softmax(s^_t)_a. It is least
-    where the distilled probability of expert i is its share of the pairs of token and expert, so its K largest scores are of
-    the K experts that the backbone chooses most often.
+    With K experts per token the choice is the uniform distribution over them, and what cannot be less, its entropy, is left
+    out: -1/K sum_a log softmax(s^_t)_a - ln K, a Kullback-Leibler divergence. It is least where the distilled probability of
+    expert i is its share of the pairs of token and expert, so its K largest scores are of the K experts that the backbone
+    chooses most often.
 
     Source: StableMoE, eq. 10, where K = 1. The teacher is a constant and the distilled router has its own embedding, so the
     gradient reaches D and Ê only. Deviations: a mean over tokens, and padding takes no part.
@@ -195,10 +197,11 @@ def distillation_loss(
         reduction (`str`): `"mean"`, or `"none"` for the numbers of the tokens that it is the mean of, padding included.
 
     Returns:
-        `torch.Tensor` of shape `()`, >= ln K; of shape `(T,)` with `reduction="none"`.
+        `torch.Tensor` of shape `()`, >= 0; of shape `(T,)` with `reduction="none"`.
     """
     if teacher_index.dim() > 1:
         loss_T = -torch.log_softmax(distilled_logits, dim=-1).gather(-1, teacher_index).mean(-1)
+        loss_T = loss_T - math.log(teacher_index.shape[-1])
     else:
         loss_T = F.cross_entropy(distilled_logits, teacher_index, reduction="none")
     return _reduce(loss_T, mask, reduction)

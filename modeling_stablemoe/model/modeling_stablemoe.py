@@ -17,9 +17,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .backbone_stablemoe import StableMoEBackbone, count_positions
 from .blocks_stablemoe import StableMoEBlock
 from .classification_stablemoe import SequenceClassificationMixin
-from .configuration_stablemoe import StableMoEConfig, from_package
+from .configuration_stablemoe import GATED_EXPERTS_TP_PLAN, SHARED_EXPERTS_TP_PLAN, StableMoEConfig, from_package
 from .context_stablemoe import final_token_mask, mask_of_pass
-from .decoder_stablemoe import BackboneHead, name_of
+from .decoder_stablemoe import BackboneHead, causal_class, name_of
 from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
@@ -67,12 +67,17 @@ class StableMoEModel(StableMoEBackbone):
         if not self.has_decoder:
             return
         in_blocks = f"decoder.{name_of(self.decoder, self.blocks)}.*"
-        own = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("moe_layers.*.")}
-        self._fsdp_plan = {rule: how for rule, how in self._fsdp_plan.items() if rule.startswith("decoder.")}
-        self._ep_plan = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("decoder.")}
-        names = {name.rpartition(".")[2] for name in self.moe_layers_by_name}
-        for layer in sorted(names):
-            self._ep_plan |= {rule.replace("moe_layers.*", f"{in_blocks}.{layer}"): how for rule, how in own.items()}
+        layers = sorted({f"{in_blocks}.{name.rpartition('.')[2]}" for name in self.moe_layers_by_name})
+        expert_parallel = {rule: how for rule, how in self._ep_plan.items() if rule.startswith("moe_layers.*.")}
+        for name in ("_fsdp_plan", "_ep_plan"):
+            setattr(
+                self, name, {rule: how for rule, how in getattr(self, name).items() if rule.startswith("decoder.")}
+            )
+        for layer in layers:
+            self._ep_plan |= {rule.replace("moe_layers.*", layer): how for rule, how in expert_parallel.items()}
+            if self._tp_plan and self.config.expert_type == "gated":
+                plan = GATED_EXPERTS_TP_PLAN | (SHARED_EXPERTS_TP_PLAN if self.config.num_shared_experts else {})
+                self._tp_plan |= {f"{layer}.{part}": how for part, how in plan.items()}
 
     @takes_cache_by_either_name
     def forward(
@@ -236,6 +241,13 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
             embedding = name_of(self.model, self.model.get_input_embeddings())
             self._tied_weights_keys = {"lm_head.weight": f"model.{embedding}.weight"}
         self.post_init()
+
+    def init_parallel_plans(self):
+        """Collect the sharding plans: a head over a decoder is dealt out as the decoder's own language model does."""
+        super().init_parallel_plans()
+        if self.model.has_decoder:
+            theirs = causal_class(self.config.backbone_config)._tp_plan or {}
+            self._tp_plan |= {rule: how for rule, how in theirs.items() if rule == "lm_head"}
 
     @classmethod
     def from_dense(

@@ -166,9 +166,10 @@ def switch_balance_loss(scores, assigned):
 
 
 def distillation_loss(distilled_scores, assigned):
-    """Eq. 10, per token; against the uniform distribution over a token's experts."""
+    """Eq. 10, per token; the divergence from the uniform distribution over a token's experts."""
     tokens = zip(distilled_scores, experts_of(assigned), strict=True)
-    return -np.mean([np.mean([log_softmax(s_hat)[a] for a in of_token]) for s_hat, of_token in tokens])
+    divergence = [np.mean([-np.log(len(of)) - log_softmax(s_hat)[a] for a in of]) for s_hat, of in tokens]
+    return np.mean(divergence)
 
 
 def linear(params, name, x):
