@@ -754,6 +754,9 @@ class StableMoEConfig(StableMoEBaseConfig):
 
     def validate_architecture(self):
         """Check every field of the architecture against the others."""
+        if isinstance(self.backbone_config, PreTrainedConfig):
+            for name in BACKBONE_FIELDS:  # programs that ask for the text config set them there
+                setattr(self, name, getattr(self.backbone_config, name, getattr(self, name)))
         super().validate_architecture()
         if self.backbone_config is not None:
             idle = [name for name in _PAPER_BLOCK_FIELDS if getattr(self, name) != getattr(type(self), name)]

@@ -324,6 +324,14 @@ def test_a_config_keeps_its_backbone(tmp_path):
     assert isinstance(loaded.backbone_config, transformers.Qwen3Config)
 
 
+def test_what_a_backbone_determines_is_the_same_in_both_configs():
+    config = backed_config("llama")
+    config.vocab_size = 80
+    assert config.backbone_config.vocab_size == 80
+    config.get_text_config().vocab_size = 90
+    assert StableMoEForCausalLM(config).config.vocab_size == 90
+
+
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
