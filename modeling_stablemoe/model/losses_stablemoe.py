@@ -137,7 +137,7 @@ def balance_loss(
     overload_E = (load_E - fair_share) / fair_share
     if centered:
         overload_E = overload_E - overload_E.square().mean()
-    expert_TK = expert_index.reshape(len(router_logits), -1)
+    expert_TK = expert_index.unsqueeze(-1) if expert_index.dim() == 1 else expert_index
     gate_TK = torch.sigmoid(router_logits.gather(-1, expert_TK))
     return _reduce((overload_E[expert_TK] * gate_TK).sum(-1), mask, reduction)
 

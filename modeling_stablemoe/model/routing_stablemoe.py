@@ -132,8 +132,14 @@ class Router(nn.Module):
             hidden_states=hidden_TD.detach(),
             token_ids=tokens.token_ids,
         )
-        selected = selected_TK.view(*tokens.token_ids.shape, self.num_experts_per_tok).squeeze(-1)
-        return logits_TE, selected, distilled_logits_TE, tuple(routing)
+        return logits_TE, self._by_token(selected_TK, tokens.token_ids), distilled_logits_TE, tuple(routing)
+
+    def _by_token(self, experts: Tensor, token_ids: Tensor) -> Tensor:
+        """Give experts, `(T, K)`, the shape of the token ids, with a last dimension where K > 1."""
+        if self.num_experts_per_tok == 1:
+            return experts.view_as(token_ids)
+        # `torch.export` takes nothing apart that it has just put together.
+        return experts.clone(memory_format=torch.contiguous_format).view(*token_ids.shape, self.num_experts_per_tok)
 
     def learn(
         self,
