@@ -273,9 +273,13 @@ class FrozenReport:
         """Say how uneven any table must be: all tokens of an id go to the same experts."""
         k, num_experts = self.num_experts_per_tok, self.load.shape[-1]
         share = (self.token_counts.amax(-1) / self.token_counts.sum(-1).clamp(min=1)).max().item()
-        bounds = [max(share * num_experts / number, 1.0) for number in (k, 1)]
-        with_one = "" if k == 1 else f", with one {bounds[1]:.2f}"
+
+        def allowed(experts_per_token: int) -> str:
+            bound = share * num_experts / experts_per_token
+            return "an even load" if bound <= 1 else f"no max/mean below {bound:.2f}"
+
+        with_one = "" if k == 1 else f"; with one per token, {allowed(1)}"
         return (
-            f"The most frequent token id is {share:.1%} of them, so with {num_experts} experts, {k} per token, no table has a "
-            f"max/mean below {bounds[0]:.2f}{with_one}."
+            f"The most frequent token id is {share:.1%} of them: with {num_experts} experts, {k} per token, that allows "
+            f"{allowed(k)}{with_one}."
         )
