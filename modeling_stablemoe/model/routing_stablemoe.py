@@ -253,8 +253,7 @@ class Router(nn.Module):
         counts, k = self.memory()["token_counts"].clamp(min=1).double().cpu(), self.num_experts_per_tok
         agreement = self.distilled_router.expected_shares().double().cpu() * (k * counts).unsqueeze(-1)
         balance = from_package("balanced_table", "Freezing under a load limit (`max_frozen_load`)")
-        several = {"k": k} if k > 1 else {}
-        balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands, **several)
+        balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands, k)
         return balanced.table, balanced
 
 
