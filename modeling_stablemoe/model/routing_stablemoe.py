@@ -324,8 +324,9 @@ class LearnedRouter(Router):
             teacher_TK = teacher_TK.unsqueeze(-1)
         if teacher_TK.shape[-1] != self.num_experts_per_tok:
             raise ValueError(
-                f"`assignment` of {type(self).__name__} gives {teacher_TK.shape[-1]} expert(s) per token, `num_experts_per_tok` is "
-                f"{self.num_experts_per_tok}: return indices of shape (tokens, num_experts_per_tok), or change the config's field."
+                f"`assignment` of {type(self).__name__} gives {teacher_TK.shape[-1]} expert(s) per token, but "
+                f"`num_experts_per_tok` is {self.num_experts_per_tok}: return indices of shape (tokens, num_experts_per_tok), "
+                "or change the config's field."
             )
         return teacher_TK
 

@@ -1,5 +1,4 @@
-# Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Several experts per token: choice, tables, counts and checkpoints. Values and gradients are held against the reference."""
+"""Several experts per token: choice, losses, capacity, tables and checkpoints."""
 
 import copy
 import re
