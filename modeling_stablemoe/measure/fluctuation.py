@@ -40,7 +40,7 @@ class RoutingHistory:
     def record(self, step: int, stage: int, experts: Tensor) -> float | None:
         """Add a check of `experts`, a `torch.LongTensor` of shape `(tokens,)` or `(tokens, K)`, the same each time.
 
-        Returns the share of tokens whose expert has changed since the last check (of their experts, where there are several);
+        Returns the share of tokens whose expert has changed since the last check, of their experts where there are several;
         `None` at the first one.
         """
         self.steps.append(step)

@@ -184,7 +184,7 @@ def _batches(rows: list[dict[str, list[int]]], batch_tokens: int) -> Iterator[li
 
 @torch.inference_mode()
 def _route_batch(model: PreTrainedModel, rows: list[dict[str, list[int]]]) -> Iterator[tuple[str, str, Tensor]]:
-    """Run the model; yield kind of text, "experts" or (with scores) "backbone", and that choice, `(L, B, S)` or `(L, B, S, K)`."""
+    """Run the model; yield kind of text, "experts" or (with scores) "backbone", and that choice, `(L, B, S, ...)`."""
     inputs = {}
     for kind in rows[0]:
         ids = [torch.tensor(row[kind]) for row in rows]
@@ -276,8 +276,9 @@ def inspect_routing(
             `num_experts`, `num_experts_per_tok`, and `layers`, each with
 
             - `name`, `text` (kind), and the numbers `tokens` and `distinct_tokens`;
-            - `load`, for each of the experts of a token: `tokens` and `share` of each expert, `max_over_mean` in [1, N], `entropy` of the shares in nats
-              and `entropy_share` of the largest entropy (`None` for one expert), `idle_experts` without a token;
+            - `load`, in which a token counts for each of its experts: `tokens` and `share` of each expert, `max_over_mean` in
+              [1, N], `entropy` of the shares in nats and `entropy_share` of the largest entropy (`None` for one expert),
+              `idle_experts` without a token;
             - `experts`, each with its number, `tokens`, `distinct_tokens` and `most_frequent`: `id`, `token`, `count`;
             - `tokens_of_several_experts`, of ids that do not always have the same: the numbers `distinct_tokens` and
               `tokens`, and the `most_frequent`;

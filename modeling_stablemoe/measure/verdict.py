@@ -245,9 +245,10 @@ class FrozenReport:
             )
         if self.load is not None:
             lightest = (self.load.amin(-1) / self.load.mean(-1)).min().item()
+            tokens = self.load[0].sum().item() / self.num_experts_per_tok
             said.append(
-                f"The frozen table sends the {self.load[0].sum().item() / self.num_experts_per_tok:,.0f} tokens seen in stage 1 to "
-                f"their experts with max/mean {imbalance(self.load):.2f} (lightest expert {lightest:.2f} of the mean)."
+                f"The frozen table sends the {tokens:,.0f} tokens seen in stage 1 to their experts with "
+                f"max/mean {imbalance(self.load):.2f} (lightest expert {lightest:.2f} of the mean)."
             )
             if self.token_counts is not None:
                 said.append(self._bound_of_the_corpus())
@@ -262,10 +263,9 @@ class FrozenReport:
         heavy = sorted({token_id for layer in self.balanced for token_id in layer.alone.tolist()})
         if heavy:
             named = ", ".join(map(str, heavy[:5])) + (f" and {len(heavy) - 5} more" if len(heavy) > 5 else "")
+            own = "an expert" if self.num_experts_per_tok == 1 else f"{self.num_experts_per_tok} experts"
             said.append(
-                f"Token id(s) {named} alone outweigh the limit: each has "
-                f"{'an expert' if self.num_experts_per_tok == 1 else f'{self.num_experts_per_tok} experts'} of its own, and the "
-                "others keep to it."
+                f"Token id(s) {named} alone outweigh the limit: each has {own} of its own, and the others keep to it."
             )
         return said
 
@@ -273,9 +273,13 @@ class FrozenReport:
         """Say how uneven any table must be: all tokens of an id go to the same experts."""
         k, num_experts = self.num_experts_per_tok, self.load.shape[-1]
         share = (self.token_counts.amax(-1) / self.token_counts.sum(-1).clamp(min=1)).max().item()
-        bounds = [max(share * num_experts / number, 1.0) for number in (k, 1)]
-        with_one = "" if k == 1 else f", with one {bounds[1]:.2f}"
+
+        def allowed(experts_per_token: int) -> str:
+            bound = share * num_experts / experts_per_token
+            return "an even load" if bound <= 1 else f"no max/mean below {bound:.2f}"
+
+        with_one = "" if k == 1 else f"; with one per token, {allowed(1)}"
         return (
-            f"The most frequent token id is {share:.1%} of them, so with {num_experts} experts, {k} per token, no table has a "
-            f"max/mean below {bounds[0]:.2f}{with_one}."
+            f"The most frequent token id is {share:.1%} of them: with {num_experts} experts, {k} per token, that allows "
+            f"{allowed(k)}{with_one}."
         )

@@ -207,9 +207,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         use_cache (`bool`, *optional*, defaults to `True`): return key/value caches by default.
         tie_word_embeddings (`bool`, *optional*, defaults to `True`): the head shares the token embedding.
         num_experts (`int`, *optional*, defaults to 32): experts N of each MoE layer.
-        num_experts_per_tok (`int`, *optional*, defaults to 1): experts k of each token, at most `num_experts`, all different:
-            h' = h + sum over them of g_a (S_a(h) - h), each with the gate of its own score (of a hash 1 / k). 1 is the paper's.
-            With more, loads are counted in pairs of token and expert, and `"base"`, which assigns one expert, is refused.
+        num_experts_per_tok (`int`, *optional*, defaults to 1): experts k of each token, all different, at most
+            `num_experts`: h' = h + sum_a g_a (S_a(h) - h) over them, each with the gate of its own score (of a hash 1 / k).
+            1 is the paper's. With more, loads are of pairs of token and expert; `"base"`, which assigns one, is refused.
         expert_type (`str`, *optional*): `"stack"`, the paper's: each expert is a stack of FFN sublayers, each with a LayerNorm
             and a residual of its own; or `"gated"`, as in the MoE models of today: one gated FFN (SwiGLU with
             `hidden_act="silu"`) of `intermediate_size`, after an RMSNorm of the layer, in the layout that transformers' experts
@@ -264,9 +264,10 @@ class StableMoEBaseConfig(PreTrainedConfig):
             backbone's choice its score is low, so its gate is shut, and a shut gate learns next to nothing. `False`, the
             paper's, keeps the centroids.
         max_frozen_load (`float`, *optional*): when the routing is frozen into a table, no expert gets more than this
-            times the mean of the tokens of stage 1 (k times their number over `num_experts`); the table keeps as much agreement as that allows. A token id that alone
-            outweighs it gets an expert of its own. Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1;
-            `None`, the paper's, freezes the distilled router as it is.
+            times the mean of the tokens of stage 1, `num_experts_per_tok` times their number over `num_experts`; the table
+            keeps as much agreement as that allows. A token id that alone outweighs it gets an expert of its own, or as many
+            as a token has. Stage 2 has no balance loss, so what is uneven then stays uneven. >= 1; `None`, the paper's,
+            freezes the distilled router as it is.
         frozen_load_bands (`int`, *optional*, defaults to 1): with `max_frozen_load`, cut the token ids into so many bands
             from frequent to rare, each with as many tokens, and keep to the limit after every band: frequent ids are
             spread over all experts, too.
@@ -558,13 +559,13 @@ class StableMoEBaseConfig(PreTrainedConfig):
     def _validate_experts_per_tok(self):
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"`num_experts_per_tok` ({self.num_experts_per_tok}) is more than there are experts: lower it to `num_experts` "
-                f"({self.num_experts}) at most, or raise that."
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) is more than there are experts: lower it to "
+                f"`num_experts` ({self.num_experts}) at most, or raise that."
             )
         if self.num_experts_per_tok > 1 and self.router_type == "base":
             raise ValueError(
-                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be 1 with `router_type` 'base', whose balanced assignment "
-                "gives each token one expert; choose another `router_type`, or leave it at 1."
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be 1 with `router_type` 'base', whose balanced "
+                "assignment gives each token one expert; choose another `router_type`, or leave it at 1."
             )
 
     def _validate_stage1_of_router(self):

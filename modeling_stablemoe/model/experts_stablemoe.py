@@ -299,9 +299,9 @@ def spread_sentinels(
 
 
 def expert_capacity(expert_load: Tensor, capacity_factor: float) -> Tensor:
-    """Compute how many tokens an expert keeps, floor(capacity_factor * tokens / E), at least 1: `(..., E) -> (...)`.
+    """Compute how many tokens an expert keeps, floor(capacity_factor * K * tokens / E), at least 1: `(..., E) -> (...)`.
 
-    Of the loads of one forward pass of one process.
+    Of the loads of one forward pass of one process, in which a token counts for each of its K experts.
     """
     return (expert_load.sum(-1) * capacity_factor / expert_load.shape[-1]).floor().clamp(min=1)
 
@@ -314,7 +314,8 @@ def count_overflow(expert_load: Tensor, capacity_factor: float) -> Tensor:
 def drop_overflow(expert_index: Tensor, *, num_experts: int, capacity_factor: float) -> Tensor:
     """Replace the experts of tokens past capacity by the sentinel `num_experts`, in the order of the tokens.
 
-    An expert keeps floor(capacity_factor * tokens / num_experts) tokens, at least one (released code: a factor of 2).
+    `expert_index` has the experts of each token one after the other. An expert keeps floor(capacity_factor * K * tokens /
+    num_experts) tokens, at least one (released code: a factor of 2, K = 1).
     Tokens, experts' shares and so the capacity are those of this process.
     """
     sorted_T, order_T = torch.sort(expert_index, stable=True)

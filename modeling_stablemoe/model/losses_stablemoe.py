@@ -107,9 +107,9 @@ def balance_loss(
     A_i are the tokens that have i among their K experts, so the sum is over pairs of token and expert, and the number of a
     token is the sum over its experts.
 
-    Source: StableMoE, eq. 8, where K = 1 and n = T / N. The count factor is a number: the gradient flows through the sigmoid only, into the
-    centroids and the hidden states. Deviations: a mean over tokens (the head restores the paper's sum over target
-    tokens) and padding takes no part.
+    Source: StableMoE, eq. 8, where K = 1 and n = T / N. The count factor is a number: the gradient flows through the sigmoid
+    only, into the centroids and the hidden states. Deviations: a mean over tokens (the head restores the paper's sum over
+    target tokens) and padding takes no part.
 
     The factors sum to 0 over experts, not over pairs: more pairs are where there are too many. Over pairs their mean is
     m = sum_i |A_i| / (K T) c_i = 1/N sum_i c_i^2, the variance of the loads in units of n, so that besides balancing
@@ -138,7 +138,7 @@ def balance_loss(
     overload_E = (load_E - fair_share) / fair_share
     if centered:
         overload_E = overload_E - overload_E.square().mean()
-    expert_TK = expert_index.reshape(len(router_logits), -1)
+    expert_TK = expert_index.unsqueeze(-1) if expert_index.dim() == 1 else expert_index
     gate_TK = torch.sigmoid(router_logits.gather(-1, expert_TK))
     return _reduce((overload_E[expert_TK] * gate_TK).sum(-1), mask, reduction)
 
@@ -182,10 +182,10 @@ def distillation_loss(
 ) -> Tensor:
     """Cross-entropy of the distilled router against the backbone router's choice, in nats per token.
 
-    With K experts per token the choice is the uniform distribution over them, and what cannot be less, its entropy, is left
-    out: -1/K sum_a log softmax(s^_t)_a - ln K, a Kullback-Leibler divergence. It is least where the distilled probability of
-    expert i is its share of the pairs of token and expert, so its K largest scores are of the K experts that the backbone
-    chooses most often.
+    With K experts per token the choice is the uniform distribution over them, and its entropy, which cannot be less, is left
+    out: -1/K sum_a log softmax(ŝ_t)_a - ln K, a Kullback-Leibler divergence. It is least where the distilled probability of an
+    expert is its share of the pairs of token and expert: the K highest scores are then those of the K experts that the
+    backbone chooses most often.
 
     Source: StableMoE, eq. 10, where K = 1. The teacher is a constant and the distilled router has its own embedding, so the
     gradient reaches D and Ê only. Deviations: a mean over tokens, and padding takes no part.

@@ -132,8 +132,14 @@ class Router(nn.Module):
             hidden_states=hidden_TD.detach(),
             token_ids=tokens.token_ids,
         )
-        selected = selected_TK.view(*tokens.token_ids.shape, self.num_experts_per_tok).squeeze(-1)
-        return logits_TE, selected, distilled_logits_TE, tuple(routing)
+        return logits_TE, self._by_token(selected_TK, tokens.token_ids), distilled_logits_TE, tuple(routing)
+
+    def _by_token(self, experts: Tensor, token_ids: Tensor) -> Tensor:
+        """Give experts, `(T, K)`, the shape of the token ids, with a last dimension where K > 1."""
+        if self.num_experts_per_tok == 1:
+            return experts.view_as(token_ids)
+        # `torch.export` takes nothing apart that it has just put together.
+        return experts.clone(memory_format=torch.contiguous_format).view(*token_ids.shape, self.num_experts_per_tok)
 
     def learn(
         self,
@@ -247,8 +253,7 @@ class Router(nn.Module):
         counts, k = self.memory()["token_counts"].clamp(min=1).double().cpu(), self.num_experts_per_tok
         agreement = self.distilled_router.expected_shares().double().cpu() * (k * counts).unsqueeze(-1)
         balance = from_package("balanced_table", "Freezing under a load limit (`max_frozen_load`)")
-        several = {"k": k} if k > 1 else {}
-        balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands, **several)
+        balanced = balance(agreement, counts, self.max_frozen_load, self.frozen_load_bands, k)
         return balanced.table, balanced
 
 
@@ -319,8 +324,9 @@ class LearnedRouter(Router):
             teacher_TK = teacher_TK.unsqueeze(-1)
         if teacher_TK.shape[-1] != self.num_experts_per_tok:
             raise ValueError(
-                f"`assignment` of {type(self).__name__} gives {teacher_TK.shape[-1]} expert(s) per token, `num_experts_per_tok` is "
-                f"{self.num_experts_per_tok}: return indices of shape (tokens, num_experts_per_tok), or change the config's field."
+                f"`assignment` of {type(self).__name__} gives {teacher_TK.shape[-1]} expert(s) per token, but "
+                f"`num_experts_per_tok` is {self.num_experts_per_tok}: return indices of shape (tokens, num_experts_per_tok), "
+                "or change the config's field."
             )
         return teacher_TK
 

@@ -24,8 +24,8 @@ class RouterMemory(nn.Module):
 
     Persistent buffers, all integers: `tokens` `(1,)`, routed so far; `feature_mean` and `feature_variance`,
     `(D,)`, with `router_normalization`; `expert_bias`, `(E,)`, with `expert_bias_rate`; `recent_load`, `(E,)`, tokens sent to
-    each expert of late (a token counts for each of its experts), with `balance_window_tokens`; `token_counts`, `(V,)`, how often each id was routed, with
-    `max_frozen_load`.
+    each expert of late (a token counts for each of its experts), with `balance_window_tokens`; `token_counts`, `(V,)`, how
+    often each id was routed, with `max_frozen_load`.
 
     They stay finite whatever they see. The bias moves by `expert_bias_rate` a pass at most, and stands still where
     loads are even or there are no tokens: an expert without tokens rises until a token prefers it, whatever the gap of

@@ -153,8 +153,8 @@ class TwoStageRoutingMixin:
                 expert per token `(moe layers, vocab_size, num_experts_per_tok)`, all of an id different.
 
         Raises:
-            ValueError: if the shape is another, an expert is outside [0, num_experts) or an id has one twice, the model has no MoE layer or is
-                the encoder or decoder of another model, or its distilled router looks back at earlier tokens.
+            ValueError: if the shape is another, an expert is outside [0, num_experts) or an id has one twice, the model has
+                no MoE layer or is the encoder or decoder of another model, or its distilled router looks back at earlier tokens.
         """
         self._require_whole("set_routing_tables()")
         self.require_tables()
@@ -170,8 +170,8 @@ class TwoStageRoutingMixin:
         if repeated is not None and repeated.any():
             layer, row, place = repeated.nonzero()[0].tolist()
             raise ValueError(
-                f"`tables` must send every token to {several[0]} different experts: those of MoE layer {layer} send token id {row} to "
-                f"expert {int(tables[layer, row, place])} twice."
+                f"`tables` must send every token to {several[0]} different experts: those of MoE layer {layer} send token "
+                f"id {row} to expert {int(tables[layer, row, place])} twice."
             )
         for layer, table in zip(layers.values(), tables, strict=True):
             layer.frozen_router.freeze(table)
@@ -326,8 +326,7 @@ class TwoStageRoutingMixin:
         """Resize the vocabulary as `PreTrainedModel` does, routers included.
 
         All old ids keep their expert. While the routing is learned, new rows of D start at N(0, 1); in a frozen model
-        the new id v goes to expert v mod num_experts, with more than one per token to experts that far apart that each gets as
-        many new ids (where the router looks back at earlier tokens: is taken for the id
+        the new id v goes to expert v mod num_experts, and to others as far apart as can be with several per token (where the router looks back at earlier tokens: is taken for the id
         v mod the old vocabulary size), and the fingerprint follows.
         """
         embeddings = super().resize_token_embeddings(*args, **kwargs)

@@ -203,10 +203,8 @@ def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, trai
         columns = ["input_ids"] * config.num_moe_layers
     counts = {column: count_tokens(train_rows, config.vocab_size, column) for column in set(columns)}
     # The layers differ in how ids of equal frequency are spread.
-    several = {"k": config.num_experts_per_tok} if config.num_experts_per_tok > 1 else {}
-    tables = [
-        balanced_hash_table(counts[column], config.num_experts, seed, **several) for seed, column in enumerate(columns)
-    ]
+    k = config.num_experts_per_tok
+    tables = [balanced_hash_table(counts[column], config.num_experts, seed, k) for seed, column in enumerate(columns)]
     model.set_routing_tables(torch.stack(tables))
 
 

@@ -135,10 +135,11 @@ def test_tokens_are_counted_in_rows_of_any_length():
         count_tokens(stream, 6)
 
 
-def test_a_model_is_routed_by_the_hash_table_that_is_asked_for():
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_model_is_routed_by_the_hash_table_that_is_asked_for(k):
     rows = Dataset.from_dict({"input_ids": [[token % 40 for token in range(start, start + 16)] for start in range(9)]})
     for overrides in ({"router_type": "hash"}, {}):
-        model = tiny_model(**overrides, moe_layer_positions=[0, 2])
+        model = tiny_model(**overrides, moe_layer_positions=[0, 2], num_experts_per_tok=k)
         before = model.router_fingerprint()
         set_hash_tables(model, RoutingArguments(), rows)
         assert model.router_fingerprint() == before
@@ -148,6 +149,7 @@ def test_a_model_is_routed_by_the_hash_table_that_is_asked_for():
         ids = torch.tensor(rows["input_ids"])
         for route in model.route(ids):
             load = route.flatten().bincount(minlength=5)
+            assert load.sum() == 144 * k
             assert load.max() - load.min() <= 6  # of 144, spread over 24 ids of up to 9
         assert not torch.equal(*model.route(torch.arange(99).unsqueeze(0)[:, :60]))
         set_hash_tables(model, RoutingArguments(hash_table="random"), rows)
@@ -156,8 +158,9 @@ def test_a_model_is_routed_by_the_hash_table_that_is_asked_for():
         set_hash_tables(model, RoutingArguments(stage1_steps="0.1", hash_table="random"), rows)
 
 
-def test_a_model_is_routed_by_the_tables_of_a_checkpoint(tmp_path):
-    source, model = tiny_model(), tiny_model(seed=1)
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_model_is_routed_by_the_tables_of_a_checkpoint(tmp_path, k):
+    source, model = tiny_model(num_experts_per_tok=k), tiny_model(seed=1, num_experts_per_tok=k)
     source.save_pretrained(tmp_path / "learning")
     source.freeze_router()
     source.save_pretrained(tmp_path / "frozen")
@@ -185,7 +188,14 @@ def test_encoder_and_decoder_are_balanced_by_their_own_tokens():
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"router_type": "hash"}, {"router_type": "switch"}, {"moe_layer_positions": []}]
+    "overrides",
+    [
+        {},
+        {"router_type": "hash"},
+        {"router_type": "switch"},
+        {"moe_layer_positions": []},
+        {"router_type": "hash", "num_experts_per_tok": 3},
+    ],
 )
 def test_flops_are_those_of_the_products_and_leave_the_model_as_it_was(overrides):
     model = tiny_model(**overrides).train()
@@ -193,7 +203,7 @@ def test_flops_are_those_of_the_products_and_leave_the_model_as_it_was(overrides
         model.freeze_router()
     sequence, width, inner, vocabulary = 12, 32, 37, 99
     block = 4 * width * width + 2 * width * inner + 2 * sequence * width
-    experts = 2 * 2 * width * inner if model.config.moe_layer_positions else 0
+    experts = 2 * 2 * width * inner * model.config.num_experts_per_tok if model.config.moe_layer_positions else 0
     router = 5 * width if "switch" in overrides.values() else 0  # a frozen routing takes one score, and no matrix
     products = sequence * (2 * block + experts + router + width * vocabulary)
     assert forward_flops(model, sequence) == 2 * products

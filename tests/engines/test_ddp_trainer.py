@@ -30,6 +30,7 @@ WAYS = {
     "loss of each process": {"average_tokens_across_devices": False},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "bfloat16": {"bf16": True},
+    "two experts per token": {"num_experts_per_tok": 2},
     # What a Trainer would go by that takes the auxiliary loss out of the loss to scale it (transformers, issue 48690).
     "router logits": {"output_router_logits": True},
 }
@@ -54,8 +55,12 @@ class Diverge(TrainerCallback):
             model.model.moe_layers[0].router.distilled_router.embedding.data.neg_()
 
 
-def trainer_of(folder: Path, *callbacks, output_router_logits: bool = False, **arguments):
-    model = tiny_model(moe_layer_positions=[0, 2], output_router_logits=output_router_logits)
+def trainer_of(
+    folder: Path, *callbacks, output_router_logits: bool = False, num_experts_per_tok: int = 1, **arguments
+):
+    model = tiny_model(
+        moe_layer_positions=[0, 2], output_router_logits=output_router_logits, num_experts_per_tok=num_experts_per_tok
+    )
     # Momentum and decay, which must leave D and Ê alone; the epsilon keeps rounding from becoming whole steps.
     optimizer = {"optim": "adamw_torch", "adam_epsilon": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.0}
     options = {"max_steps": 6, "logging_steps": 1, **optimizer, **arguments}
@@ -154,9 +159,11 @@ def test_both_processes_pass_the_transition_and_stay_alike(ran_way, way):
 
 
 @every_way
-def test_two_processes_learn_what_one_does_on_both_batches(ran_way, alone, way):
+def test_two_processes_learn_what_one_does_on_both_batches(ran_way, alone, way, tmp_path):
     if way in ("checkpointed and accumulated", "bfloat16"):
         pytest.skip("other numbers")
+    if way == "two experts per token":
+        alone = outcome(tmp_path, per_device_train_batch_size=4, **WAYS[way])
     first, _ = results(ran_way, way)
     assert first["fingerprint"] == alone["fingerprint"]
     torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-4, atol=1e-5)

@@ -41,6 +41,7 @@ SETTINGS = {
     # What changes how tokens are sent: a router that looks back, a table that is not learned.
     "looking back": {**CAUSAL, "distilled_router": "cnn"},
     "hash": {**CAUSAL, "router_type": "hash"},
+    "two experts": {**CAUSAL, "num_experts_per_tok": 2},
     "seq2seq": {
         **SMALL,
         "encoder_layers": 1,
@@ -52,6 +53,7 @@ SETTINGS = {
 # Family and stage.
 FAST = ["causal 1", "seq2seq 2"]
 SLOW = ["causal 2", "seq2seq 1", "looking back 2", "hash 2", "llama 1", "llama 2", "gated 1", "gated 2"]
+SLOW += ["two experts 1", "two experts 2"]
 SHARDED = ["seq2seq 1", "looking back 2", "seq2seq 2"]
 
 

@@ -40,6 +40,7 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
             "counts in stage 1": LIMITED,
             "hash": {"router_type": "hash"},
             "context": {"distilled_router": "cnn"},
+            "two experts": {"num_experts_per_tok": 2},
         }
         model = StableMoEForCausalLM(
             StableMoEConfig(**{**TINY, "moe_layer_positions": [0, 2]} | options.get(kind, {}))
@@ -53,7 +54,17 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-KINDS = ("stage 1", "counts in stage 1", "table", "counts", "hash", "context", "translation", "classifier")
+KINDS = (
+    "stage 1",
+    "counts in stage 1",
+    "table",
+    "counts",
+    "hash",
+    "context",
+    "two experts",
+    "translation",
+    "classifier",
+)
 
 
 def empty(source: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

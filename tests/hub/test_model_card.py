@@ -86,6 +86,13 @@ def test_what_is_not_known_is_left_out():
     assert card.data.eval_results[0].dataset_type == "unknown"
 
 
+def test_experts_are_described_with_their_number_per_token():
+    assert "5 of 2 sublayers in 1 MoE layer |" in card_of().content
+    assert (
+        "5 of 2 sublayers in 1 MoE layer, 2 per token |" in card_of(config=tiny_config(num_experts_per_tok=2)).content
+    )
+
+
 def test_metadata_hold_what_is_known():
     facts = CardFacts(
         "apache-2.0", ["de", "en"], ["wmt/wmt16"], "me/base", "wmt/wmt16", "de-en", "test", tags=["tiny"]

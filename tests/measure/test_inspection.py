@@ -252,15 +252,17 @@ def test_pair_longer_than_the_positions_is_refused():
         route_texts(tiny_seq2seq_model(), [[5] * 41])
 
 
-def page_of(texts: list[str], name: str = "checkpoint"):
-    model, tokenizer = tiny_model(vocab_size=BYTE_LEVEL_SIZE, moe_layer_positions=[0, 2]), byte_level_tokenizer()
+def page_of(texts: list[str], name: str = "checkpoint", **overrides):
+    model = tiny_model(vocab_size=BYTE_LEVEL_SIZE, moe_layer_positions=[0, 2], **overrides)
+    tokenizer = byte_level_tokenizer()
     routed = route_texts(model, encode(tokenizer, *texts))
     report = inspect_routing(model, tokenizer, routed, name)
     return build_page(report, routed, tokenizer), report, routed
 
 
-def test_page_holds_the_text_and_what_was_measured():
-    page, report, (text,) = page_of(["the cat and the dog", HOSTILE])
+@pytest.mark.parametrize("k", [1, 2])
+def test_page_holds_the_text_and_what_was_measured(k):
+    page, report, (text,) = page_of(["the cat and the dog", HOSTILE], num_experts_per_tok=k)
     _, data = parse_page(page)
     assert {name: data[name] for name in ("checkpoint", "router_type", "routing_stage", "num_experts")} == {
         "checkpoint": "checkpoint",
@@ -281,7 +283,10 @@ def test_page_holds_the_text_and_what_was_measured():
         assert layer["experts"] == routing.experts.tolist()
         assert layer["backbone"] == routing.backbone_experts.tolist()
     # What a reader adds up from the tokens is what was measured.
-    assert Counter(data["layers"][1]["experts"]) == Counter(dict(enumerate(report["layers"][1]["load"]["tokens"])))
+    experts = data["layers"][1]["experts"]
+    chosen = experts if k == 1 else [expert for of_token in experts for expert in of_token]
+    assert Counter(chosen) == Counter(dict(enumerate(report["layers"][1]["load"]["tokens"])))
+    assert data["num_experts_per_tok"] == k
 
 
 def test_hostile_text_and_name_stay_text():

@@ -99,6 +99,16 @@ def test_a_traced_program_routes_its_own_tokens_and_not_the_example_s(kind, stag
     program.assert_is_computed_by(traced(program))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_programs_route_each_token_to_several_experts(kind, stage):
+    for backend, convert in (("grouped_mm", exported), ("batched_mm", traced)):
+        program = Program(kind, stage, backend, num_experts_per_tok=2)
+        run = convert(program)
+        program.assert_is_computed_by(run.module() if convert is exported else run)
+
+
 @pytest.mark.parametrize("router", ["bigram", "transformer_1"])
 def test_a_router_whose_weights_are_bits_says_that_it_cannot_be_traced(router):
     with pytest.raises(ValueError, match="torch.jit.trace.*torch.export"):

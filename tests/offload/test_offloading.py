@@ -109,8 +109,9 @@ def test_generation_is_the_same(checkpoint, model, place, options):
     assert torch.equal(offloaded.generate(IDS, attention_mask=MASK, max_new_tokens=8, **options), expected)
 
 
-def test_encoder_and_decoder_are_offloaded(tmp_path):
-    save_frozen(tmp_path, tiny_seq2seq_model())
+@pytest.mark.parametrize("k", [1, 2])
+def test_encoder_and_decoder_are_offloaded(tmp_path, k):
+    save_frozen(tmp_path, tiny_seq2seq_model(num_experts_per_tok=k))
     whole = load(tmp_path, "memory", StableMoEForConditionalGeneration)
     offloaded = load(tmp_path, "disk", StableMoEForConditionalGeneration)
     offload = offload_experts(offloaded, device="cpu", experts_on_device=2)
