@@ -203,6 +203,19 @@ def test_counts_of_earlier_parts_of_a_run_are_added():
     assert meter.counted_tokens().sum() == 99 + 32
 
 
+def test_a_token_of_several_experts_is_one_token():
+    meter = RoutingMeter(tiny_model(num_experts_per_tok=3, moe_layer_positions=[0, 2]))
+    ids = torch.stack([block["input_ids"] for block in BLOCKS[:2]])
+    output = meter.model.train()(input_ids=ids, labels=ids)
+    meter.end_step()
+    totals = meter.pop_window()
+    assert [totals.total(name) for name in ("tokens", "tokens_read", "tokens_of_stage1")] == [32] * 3
+    assert totals.load.sum(-1).tolist() == [96, 96]
+    metrics = totals.metrics(stage=1)
+    for name in ("balance_loss", "distillation_loss", "distillation_agreement"):
+        assert metrics[name] == pytest.approx(float(output[name].detach()))
+
+
 def test_loads_are_sums_of_counts():
     load = load_of(torch.tensor([[0, 1, 1]]), torch.tensor([[5, 2, 4]]), 3)
     assert load.tolist() == [[5.0, 6.0, 0.0]]
