@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import ROOT
+from helpers.backbones import dense_model
 from helpers.dense_models import tiny_gpt2, tiny_opt, word_tokenizer
 from helpers.models import random_ids
 from helpers.workplaces import Workplace, content, load_script, refuse, run_here
@@ -73,6 +74,26 @@ def test_dry_run_converts_and_saves_nothing(folder, script, capsys):
     assert "Nothing is saved" in printed
     assert content(folder) == before
     assert not (folder / "dry").exists()
+
+
+def test_a_llama_brings_its_chat_template_special_tokens_and_generation_settings(folder, script, capsys):
+    dense = dense_model("llama", vocab_size=99)
+    dense.generation_config.do_sample, dense.generation_config.top_k = True, 7
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
+    for saved in (dense, tokenizer):
+        saved.save_pretrained(folder / "llama")
+    preset = ROOT / "configuration" / "models" / "llama-cpu.json"
+    script(["llama", "chat", "--model_preset", str(preset), "--moe_layer_positions", "1", "3"])
+    assert "8 experts in place of the FFN of block 1, 3 of 3" in capsys.readouterr().out
+    model, ours = AutoModelForCausalLM.from_pretrained(folder / "chat"), AutoTokenizer.from_pretrained(folder / "chat")
+    assert model.config.share_experts_in_stage1
+    assert model.generation_config.top_k == 7
+    assert "w7" in ours.all_special_tokens
+    ids = ours.apply_chat_template([{"role": "user", "content": "w3 w14 w15"}], return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, dense(**ids).logits)
 
 
 def test_preset_gives_experts_and_settings_but_no_sizes(folder, script, tmp_path):

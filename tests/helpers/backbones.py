@@ -93,9 +93,9 @@ def backbone_config(family: str, **overrides) -> PreTrainedConfig:
     return transformers.AutoConfig.for_model(family, **{**FAMILIES[family], **overrides})
 
 
-def dense_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def dense_model(family: str, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(backbone_config(family), dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(backbone_config(family, **overrides), dtype=dtype).eval()
 
 
 def backed_config(family: str, vocab_size: int = VOCAB, **overrides) -> StableMoEConfig:
