@@ -11,6 +11,7 @@ from modeling_stablemoe.measure.inspection import LayerRouting, RoutedText
 from modeling_stablemoe.measure.meter import evenness
 from modeling_stablemoe.measure.report import format_table
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
+from modeling_stablemoe.model.tensors_stablemoe import best_experts
 from modeling_stablemoe.solvers.balancing import balanced_table
 
 
@@ -24,7 +25,7 @@ class LayerBalance:
         load_before (`float`): max/mean of the experts' loads before.
         load_after (`float`): max/mean under the balanced table.
         best_agreement (`float`): largest share of the tokens, in [0, 1], that a table without a limit keeps at their
-            expert.
+            expert; of their experts, where a token has several.
         agreement (`float`): share that the balanced table keeps there.
         bound (`float`): upper bound on that share for any table within the limit with the same frequent ids.
         alone (`int`): number of ids that exceed the limit by themselves, each with an expert of its own.
@@ -46,8 +47,8 @@ def rebalance(
     """Give a model routing tables that are balanced on texts, and keep most tokens at their experts.
 
     This freezes a model of stage 1, whose tokens are kept where its backbone router sends them. An id that does not
-    occur in the texts keeps its expert, or gets expert `id mod num_experts` if hidden states decide, and counts as one
-    token.
+    occur in the texts keeps its experts, or gets expert `id mod num_experts`, and others as far apart as can be, if hidden
+    states decide, and counts as one token.
 
     Args:
         model (`TwoStageRoutingMixin`): with tables, or with a router that tables can replace.
@@ -79,33 +80,38 @@ def rebalance(
 def _balance(
     model: TwoStageRoutingMixin, token_ids: Tensor, layer: LayerRouting, max_load: float, num_bands: int
 ) -> tuple[Tensor, LayerBalance]:
-    vocab_size, num_experts = model.config.vocab_size, model.config.num_experts
+    vocab_size, num_experts, k = model.config.vocab_size, model.config.num_experts, model.config.num_experts_per_tok
     learns = model.routing_stage == 1 and layer.backbone_experts is not None
-    pairs = token_ids * num_experts + (layer.backbone_experts if learns else layer.experts)
+    chosen_TK = (layer.backbone_experts if learns else layer.experts).view(-1, k)
+    pairs = (token_ids.unsqueeze(-1) * num_experts + chosen_TK).flatten()
     counts = torch.bincount(pairs, minlength=vocab_size * num_experts).view(vocab_size, num_experts).double()
-    agreement, weights = counts.clone(), counts.sum(-1)
+    agreement, weights = counts.clone(), counts.sum(-1) / k
     unseen = (weights == 0).nonzero().squeeze(-1)
     module, ids = model.moe_layers_by_name[layer.name], torch.arange(vocab_size, device=model.device)
-    stays = module.route(ids) if module.is_routed_by_token else ids % num_experts
-    agreement[unseen, stays.cpu()[unseen]] = 1.0
+    if module.is_routed_by_token:
+        stays_VK = module.route(ids).view(-1, k)
+    else:
+        stays_VK = (ids.unsqueeze(-1) + torch.arange(k, device=ids.device) * (num_experts // k)) % num_experts
+    agreement[unseen.unsqueeze(-1), stays_VK.cpu()[unseen]] = 1.0
     weights[unseen] = 1.0
-    balanced = balanced_table(agreement, weights, max_load, num_bands)
-    kept, best = (counts.gather(1, table.unsqueeze(-1)).sum().item() for table in (balanced.table, counts.argmax(-1)))
-    tokens = counts.sum().item()
+    balanced = balanced_table(agreement, weights, max_load, num_bands, k)
+    tables = (balanced.table, best_experts(counts, k))
+    kept, best = (counts.gather(1, table.view(-1, k)).sum().item() for table in tables)
+    pairs_routed = counts.sum().item()
     loads = [
-        torch.bincount(experts, minlength=num_experts).double()
+        torch.bincount(experts.flatten(), minlength=num_experts).double()
         for experts in (layer.experts, balanced.table[token_ids])
     ]
     before, after = evenness(torch.stack(loads))["load_max_over_mean"].tolist()
     bound = min(best, kept + balanced.bound - balanced.agreement)
     return balanced.table, LayerBalance(
         name=layer.name,
-        tokens=int(tokens),
+        tokens=len(token_ids),
         load_before=before,
         load_after=after,
-        best_agreement=best / tokens,
-        agreement=kept / tokens,
-        bound=bound / tokens,
+        best_agreement=best / pairs_routed,
+        agreement=kept / pairs_routed,
+        bound=bound / pairs_routed,
         alone=len(balanced.alone),
     )
 

@@ -30,24 +30,31 @@ def frozen_model(**settings):
         ({"router_type": "switch"}, 1),
         ({"router_type": "base"}, 4),
         ({"stage": 1}, 4),
+        ({"num_experts_per_tok": 2}, 1),
+        ({"router_type": "switch", "num_experts_per_tok": 2}, 4),
     ],
 )
 def test_any_routing_is_balanced_and_most_of_it_kept(settings, num_bands):
     model = tiny_model() if "stage" in settings else frozen_model(**settings)
     if "hash" in settings.values():
         model.set_routing_tables(torch.arange(99).unsqueeze(0) % 2)
+    k = model.config.num_experts_per_tok
     (text,) = route_texts(model, DOCUMENTS)
     layer = text.layers[0]
     was = layer.backbone_experts if model.routing_stage == 1 else layer.experts
     (balance,) = rebalance(model, [text], 1.1, num_bands)
-    table = model.route(torch.arange(99).unsqueeze(0))[0, 0]
-    load = torch.bincount(table[text.token_ids], minlength=5).double()
+    table = model.route(torch.arange(99).unsqueeze(0))[0, 0].view(99, k)
+    load = torch.bincount(table[text.token_ids].flatten(), minlength=5).double()
+    assert balance.tokens == 300
+    assert load.sum() == 300 * k
     assert balance.load_after == pytest.approx(float(load.max() / load.mean()))
     # Ids that are not in the text count as one token each.
-    assert load.max() <= 1.1 * (300 + 99) / 5
+    assert load.max() <= 1.1 * k * (300 + 99) / 5
     assert balance.load_after < balance.load_before
-    assert balance.agreement == pytest.approx(float((table[text.token_ids] == was).float().mean()))
-    assert 1 / 5 < balance.agreement <= balance.bound <= balance.best_agreement
+    pairs = zip(table[text.token_ids].tolist(), was.view(-1, k).tolist(), strict=True)
+    kept = [set(now) & set(before) for now, before in pairs]
+    assert balance.agreement == pytest.approx(sum(map(len, kept)) / (300 * k))
+    assert k / 5 < balance.agreement <= balance.bound <= balance.best_agreement
     assert model.routing_stage == 2
     assert model.config.router_fingerprint == model.router_fingerprint()
 
