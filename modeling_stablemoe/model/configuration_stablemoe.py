@@ -717,13 +717,7 @@ class StableMoEConfig(StableMoEBaseConfig):
         super().__post_init__(**kwargs)
 
     def _adopt_backbone(self):
-        """Make a config of the backbone's dictionary, and take from it what it determines."""
-        if isinstance(self.backbone_config, dict):
-            fields = dict(self.backbone_config)
-            model_type = fields.pop("model_type", None)
-            if model_type is None:
-                raise ValueError("`backbone_config` has no `model_type`, which says what it is the config of.")
-            self.backbone_config = AutoConfig.for_model(model_type, **fields)
+        """Take from the backbone's config what it determines."""
         if self.expert_type is None:
             self.expert_type = "gated"
         activation = getattr(self.backbone_config, "hidden_activation", None)  # Gemma's name
@@ -745,8 +739,14 @@ class StableMoEConfig(StableMoEBaseConfig):
                 setattr(self, name, getattr(self.backbone_config, name, None))
 
     def __setattr__(self, name, value):
+        if name == "backbone_config" and isinstance(value, dict):
+            fields = dict(value)
+            model_type = fields.pop("model_type", None)
+            if model_type is None:
+                raise ValueError("`backbone_config` has no `model_type`, which says what it is the config of.")
+            value = AutoConfig.for_model(model_type, **fields)
         super().__setattr__(name, value)
-        if name in BACKBONE_FIELDS and isinstance(self.__dict__.get("backbone_config"), PreTrainedConfig):
+        if name in BACKBONE_FIELDS and self.__dict__.get("backbone_config") is not None:
             setattr(self.backbone_config, name, value)  # what the backbone determines is said in both
 
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
@@ -755,7 +755,7 @@ class StableMoEConfig(StableMoEBaseConfig):
 
     def validate_architecture(self):
         """Check every field of the architecture against the others."""
-        if isinstance(self.backbone_config, PreTrainedConfig):
+        if self.backbone_config is not None:
             for name in BACKBONE_FIELDS:  # programs that ask for the text config set them there
                 setattr(self, name, getattr(self.backbone_config, name, getattr(self, name)))
         super().validate_architecture()

@@ -270,8 +270,11 @@ def batched_mm_experts_forward(
 
 
 def shared_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor):
-    """Run all experts as one, the mean of their parameters: each gets the same share of every token's gradient."""
-    sentinel_T1 = top_k_index >= self.num_experts
+    """Run all experts as one, the mean of their parameters: each gets the same share of every token's gradient.
+
+    Of several experts per token, `(T, K)` of index and weights, one pass serves all.
+    """
+    sentinel_TK = top_k_index >= self.num_experts
 
     def mean(parameter_EX: Tensor) -> Tensor:
         return parameter_EX.mean(0)
@@ -279,9 +282,9 @@ def shared_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: 
     def linear(x_TX: Tensor, weight_EYX: Tensor, bias_EY: Tensor) -> Tensor:
         return F.linear(x_TX, weight_EYX.mean(0)) + bias_EY.mean(0)
 
-    routed_TD = hidden_states.masked_fill(sentinel_T1, 0.0)
-    delta_TD = _stack(self.sublayers, routed_TD, _ffn(_norm_by_rows(mean), linear)).masked_fill(sentinel_T1, 0.0)
-    return (delta_TD * top_k_weights).to(hidden_states.dtype)
+    routed_TD = hidden_states.masked_fill(sentinel_TK.all(-1, keepdim=True), 0.0)
+    weight_T1 = top_k_weights.masked_fill(sentinel_TK, 0.0).sum(-1, keepdim=True)
+    return (_stack(self.sublayers, routed_TD, _ffn(_norm_by_rows(mean), linear)) * weight_T1).to(hidden_states.dtype)
 
 
 def spread_sentinels(

@@ -174,7 +174,8 @@ class StableMoELayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """Compute the weighted sum of the experts of each token, `(T, hidden_size)`."""
         num_tokens, num_experts_per_tok = selected_experts.shape
-        if num_experts_per_tok == 1 or self.expert_name == "experts":
+        runs_one = self.shares_experts and not self.frozen_router.is_frozen
+        if num_experts_per_tok == 1 or self.expert_name == "experts" or runs_one:
             return self._run(tokens, selected_experts, routing_weights, expert_order, may_drop)
         # A stack of experts takes pairs of a token and one expert.
         tokens = tokens.repeat_interleave(num_experts_per_tok, dim=0)
