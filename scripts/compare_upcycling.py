@@ -16,7 +16,9 @@ from modeling_stablemoe.compare import (
     UpcyclingComparison,
     check_comparable,
     check_names,
+    measure_speed,
     read_systems,
+    speed_table,
     write_report,
 )
 from modeling_stablemoe.data import DataArguments, load_corpus, load_tokenizer, pack
@@ -41,6 +43,11 @@ class UpcyclingArguments:
     )
     reference: str = field(
         default="dense", metadata={"help": "The system that the others are measured against, in the table."}
+    )
+
+    speed: bool = field(
+        default=False,
+        metadata={"help": "At the end, time a training step and generation of the first seed's models, by turns."},
     )
 
     def __post_init__(self):
@@ -91,6 +98,10 @@ def main(argv=None):
         begun = ", ".join(f"{start['perplexity']:.2f}" for start in starts)
         name = comparison.dense_name
         print(f"\nAll begin as a {name} of {starts[0]['steps']} steps, validation perplexity {begun}.\n\n{table}")
+        if upcycling_args.speed:
+            names = [system.name for system in systems]
+            speed = measure_speed(comparison, names, upcycling_args.seeds[0], upcycling_args.reference)
+            print(f"\n{speed_table(speed)}")
         print(f"\nResults, table and figures are in {training_args.output_dir}.")
 
 

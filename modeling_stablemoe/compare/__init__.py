@@ -3,6 +3,7 @@
 
 from .comparison import Comparison, System, check_comparable, read_systems
 from .comparison_report import write_report
+from .speed import measure_speed, speed_table
 from .upcycling import DenseArguments, UpcyclingComparison, check_names
 
 
@@ -13,6 +14,8 @@ __all__ = [
     "UpcyclingComparison",
     "check_comparable",
     "check_names",
+    "measure_speed",
     "read_systems",
+    "speed_table",
     "write_report",
 ]

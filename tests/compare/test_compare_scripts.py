@@ -108,7 +108,7 @@ def upcycling(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def upcycled(upcycling):
-    return upcycling.train_here("all")
+    return upcycling.train_here("all", "--speed", "True")
 
 
 @pytest.fixture
@@ -245,6 +245,19 @@ def test_all_conversions_begin_as_the_same_gpt2_and_are_measured(upcycling, upcy
         system = AutoModelForCausalLM.from_pretrained(upcycling.folder / "all" / name / "seed-0")
         assert (system.config.hidden_size, system.config.vocab_size) == (16, 280)
         assert not torch.equal(system.model.embed_tokens.weight, dense.transformer.wte.weight)
+
+
+def test_speed_is_told_beside_the_operations_it_is_for(upcycling, upcycled):
+    speed = json.loads((upcycling.folder / "all" / "speed.json").read_text())
+    assert list(speed["systems"]) == ["dense", "one-expert", "stablemoe"]
+    dense, expert = speed["systems"]["dense"], speed["systems"]["one-expert"]
+    for what in ("step", "token"):
+        assert (dense[what]["low"], dense[what]["high"]) == (1, 1)
+        assert 0 < expert[what]["low"] <= expert[what]["median"] <= expert[what]["high"]
+    assert dense["flops"] == 1 < expert["flops"]
+    [line] = [line for line in upcycled.splitlines() if re.match(r"\| one-expert .*\[", line)]
+    assert f"{expert['step']['median']:.2f} [" in line
+    assert f"| {expert['step']['median'] / expert['flops']:.2f} " in line
 
 
 def test_each_seed_has_a_dense_model_of_its_own(upcycling, upcycled, tmp_path):
