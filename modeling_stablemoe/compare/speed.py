@@ -17,8 +17,6 @@ from .comparison import Comparison
 
 
 SPEED_FILE = "speed.json"
-# Tokens that are generated, one sequence at a time, after so many of the validation text.
-NEW_TOKENS, PROMPT_TOKENS = 64, 16
 
 
 def measure_speed(comparison: Comparison, names: Sequence[str], seed: int, reference: str, rounds: int = 9) -> dict:
@@ -94,9 +92,10 @@ def _step_of(model: PreTrainedModel, comparison: Comparison) -> Callable[[], obj
 
 
 def _generation_of(model: PreTrainedModel, comparison: Comparison) -> Callable[[], object]:
-    row = comparison.blocks["validation"][0]["input_ids"]
-    prompt = torch.as_tensor(row, device=model.device)[:PROMPT_TOKENS].unsqueeze(0)
-    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    # One sequence: a quarter of a block is read, half of one is written.
+    row = torch.as_tensor(comparison.blocks["validation"][0]["input_ids"], device=model.device)
+    prompt, new = row[: len(row) // 4].unsqueeze(0), len(row) // 2
+    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
 
     def run():
         model.eval().generate(prompt, **options)
