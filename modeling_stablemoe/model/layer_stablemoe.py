@@ -164,23 +164,16 @@ class StableMoELayer(GradientCheckpointingLayer):
             return hidden_states + zero_through(idle, self).to(hidden_states.dtype)
         return hidden_states
 
-    def _run_experts(
-        self,
-        tokens: Tensor,
-        selected_experts: Tensor,
-        routing_weights: Tensor,
-        expert_order: tuple | None,
-        may_drop: bool,
-    ) -> Tensor:
+    def _run_experts(self, tokens: Tensor, selected_experts: Tensor, routing_weights: Tensor, *how: Any) -> Tensor:
         """Compute the weighted sum of the experts of each token, `(T, hidden_size)`."""
         num_tokens, num_experts_per_tok = selected_experts.shape
         runs_one = self.shares_experts and not self.frozen_router.is_frozen
         if num_experts_per_tok == 1 or self.expert_name == "experts" or runs_one:
-            return self._run(tokens, selected_experts, routing_weights, expert_order, may_drop)
+            return self._run(tokens, selected_experts, routing_weights, *how)
         # A stack of experts takes pairs of a token and one expert.
         tokens = tokens.repeat_interleave(num_experts_per_tok, dim=0)
         pairs = selected_experts.reshape(-1, 1), routing_weights.reshape(-1, 1)
-        return self._run(tokens, *pairs, expert_order, may_drop).view(num_tokens, num_experts_per_tok, -1).sum(1)
+        return self._run(tokens, *pairs, *how).view(num_tokens, num_experts_per_tok, -1).sum(1)
 
     def _run(
         self,
