@@ -36,7 +36,8 @@ BOUND_BLUR, BLUR = 3e-6, 1e-3
 MOST_STEPS = 80
 # Prices found again change little, so they begin at this temperature, as a share of the first one.
 WARM = 1 / 16
-# Which is best differs from problem to problem: all are tried.
+# Which is best differs from problem to problem: all are tried. With several experts the last loses 0.1 % of the agreement at
+# most and takes a fourth of the time.
 GROWTHS = (1.1, 1.5)
 # Ids heavier than this share of an expert may look ahead on so many experts.
 HEAVY, CANDIDATES = 1 / 4, 3
@@ -264,7 +265,8 @@ def place(problem: Problem, packed_VK: Tensor | None) -> tuple[Tensor, float] | 
         return table_VK, 0.0
     price_E = min(problem.prices(torch.zeros_like(problem.capacity_E), 1.0, BOUND_BLUR), key=problem.dual)
     num_heavy = int((problem.weight_V[:-1] > HEAVY * problem.capacity_E.max()).sum())
-    ways = [(growth, num_ahead) for growth in GROWTHS for num_ahead in {0, num_heavy}]
+    growths = GROWTHS if problem.k == 1 else GROWTHS[-1:]
+    ways = [(growth, num_ahead) for growth in growths for num_ahead in {0, num_heavy}]
     tables = [table_VK for way in ways if (table_VK := fill(problem, price_E, *way)) is not None]
     tables = tables or ([] if packed_VK is None else [packed_VK])
     if not tables:

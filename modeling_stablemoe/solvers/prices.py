@@ -19,7 +19,7 @@ from torch import Tensor
 DAMPING = 1e-3
 # In temperatures. The temperature halves with every step, so prices can still get anywhere.
 LONGEST_STEP = 4.0
-THRESHOLD_STEPS = 5
+THRESHOLD_STEPS = 3
 
 
 def newton_prices(
@@ -74,9 +74,10 @@ def soft_top_k(value_TE: Tensor, k: int) -> Tensor:
     threshold_T = (highest[:, k - 1] + highest[:, k]).unsqueeze(-1) / 2
     for _ in range(THRESHOLD_STEPS):
         share_TE = (value_TE - threshold_T).sigmoid()
-        slope_T = (share_TE * (1 - share_TE)).sum(-1, keepdim=True)
-        step_T = (share_TE.sum(-1, keepdim=True) - k) / slope_T.clamp(min=torch.finfo(slope_T.dtype).tiny)
-        threshold_T = threshold_T + step_T.clamp(-LONGEST_STEP, LONGEST_STEP)
+        sum_T = share_TE.sum(-1)
+        slope_T = sum_T - torch.linalg.vecdot(share_TE, share_TE)
+        step_T = (sum_T - k) / slope_T.clamp(min=torch.finfo(slope_T.dtype).tiny)
+        threshold_T = threshold_T + step_T.clamp(-LONGEST_STEP, LONGEST_STEP).unsqueeze(-1)
     return (value_TE - threshold_T).sigmoid()
 
 
