@@ -2,6 +2,8 @@
 """Tables for Hash Layer (Roller et al., 2021) that are balanced by how often tokens occur."""
 
 import heapq
+import random
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -36,12 +38,13 @@ def balanced_hash_table(token_counts: Tensor, num_experts: int, seed: int = 0, k
     """Send each token id to the experts that have the fewest tokens so far, the most frequent ids first.
 
     Roller et al. (2021), section 3.1, "balanced assignment". No expert gets more than the mean load or its most
-    frequent token alone, up to one further token id.
+    frequent token alone, up to one further token id. With several experts per id the first is the one with the fewest tokens,
+    the others are drawn from those that stay below the fullest: the ones with the fewest would go in pairs.
 
     Args:
         token_counts (`torch.LongTensor` of shape `(V,)`): how often each id occurs.
         num_experts (`int`): N.
-        seed (`int`): orders ids that are equally frequent, and names the experts.
+        seed (`int`): orders ids that are equally frequent and, with several experts per id, draws these.
         k (`int`): experts of an id, all different, in [1, N].
 
     Returns:
@@ -55,17 +58,38 @@ def balanced_hash_table(token_counts: Tensor, num_experts: int, seed: int = 0, k
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(token_counts), generator=generator)
     order = shuffled[token_counts[shuffled].argsort(descending=True, stable=True)]
+    ids_and_counts = zip(order.tolist(), token_counts[order].tolist(), strict=True)
+    if k > 1:
+        return _draw_experts(ids_and_counts, len(token_counts), num_experts, seed, k)
     # An id that never occurs weighs nothing, so the number of ids decides between experts of equal load.
     loads = [(0, 0, expert) for expert in torch.randperm(num_experts, generator=generator).tolist()]
     heapq.heapify(loads)
-    table = [[0] * k] * len(token_counts)
-    for token_id, count in zip(order.tolist(), token_counts[order].tolist(), strict=True):
-        least = [heapq.heappop(loads) for _ in range(k)]
-        table[token_id] = [expert for _, _, expert in least]
-        for load, num_ids, expert in least:
-            heapq.heappush(loads, (load + count, num_ids + 1, expert))
-    table_VK = torch.tensor(table, dtype=torch.long).view(-1, k)
-    return table_VK.squeeze(-1) if k == 1 else table_VK
+    table = torch.empty(len(token_counts), dtype=torch.long)
+    for token_id, count in ids_and_counts:
+        load, num_ids, expert = heapq.heappop(loads)
+        table[token_id] = expert
+        heapq.heappush(loads, (load + count, num_ids + 1, expert))
+    return table
+
+
+def _draw_experts(
+    ids_and_counts: Iterable[tuple[int, int]], vocab_size: int, num_experts: int, seed: int, k: int
+) -> Tensor:
+    """Give each id the expert with the least load and others at random that stay below the fullest; return `(V, k)`."""
+    draw = random.Random(seed)
+    loads, table = [0] * num_experts, torch.empty(vocab_size, k, dtype=torch.long)
+    for token_id, count in ids_and_counts:
+        others = draw.sample(range(num_experts), num_experts)
+        experts = [min(others, key=loads.__getitem__)]
+        others.remove(experts[0])
+        most = max(loads) - count
+        roomy = [expert for expert in others if loads[expert] <= most]
+        # Without enough room, those with the least load.
+        experts += (roomy if len(roomy) >= k - 1 else sorted(others, key=loads.__getitem__))[: k - 1]
+        for expert in experts:
+            loads[expert] += count
+        table[token_id] = torch.tensor(experts)
+    return table
 
 
 __all__ = ["balanced_hash_table", "count_tokens"]
