@@ -187,6 +187,18 @@ def moe_layers(model: PreTrainedModel) -> list[int]:
     return list(routers_of(model))
 
 
+def learned_layers(model: PreTrainedModel) -> list[int]:
+    """List the blocks whose routers choose experts by hidden states, by index: not those with a table.
+
+    Args:
+        model (`PreTrainedModel`): a decoder, with any head.
+
+    Returns:
+        `list[int]`: in ascending order.
+    """
+    return [index for index, router in routers_of(model).items() if is_learned(router)]
+
+
 def check_tables(tables: Tensor, vocab_size: int, num_experts: int, k: int):
     """Check that tables name, for every layer and token id, `k` different experts that there are.
 
@@ -432,6 +444,7 @@ __all__ = [
     "install_tables",
     "installed_layers",
     "installed_tables",
+    "learned_layers",
     "load_tables",
     "moe_layers",
     "remove_tables",

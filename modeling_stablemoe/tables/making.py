@@ -154,7 +154,7 @@ def count_routes(
         layers (sequence of `int`, *optional*): indices of blocks; of a StableMoE the numbers of its MoE layers. Default: all
             with experts.
         folder (`str` or `Path`, *optional*): that exists; keeps the counts every 200 batches and at the end, so that a count
-            which was interrupted goes on from there, with the same batches.
+            which was interrupted goes on from there, with the same model and batches.
         show_progress (`bool`): show a progress bar.
 
     Returns:
@@ -174,13 +174,16 @@ def count_routes(
         else:
             counts = stack.enter_context(RouteCounter(model, layers)).counts
             run = partial(model.base_model, use_cache=False)
-        done = _resume(counts, file, len(batches))
+        digest = hashlib.sha256()
+        done = _resume(counts, file, batches, digest)
         progress = tqdm(total=len(batches), initial=done, desc="Counting routes", disable=not show_progress)
         for number in range(done, len(batches)):
-            run(**{name: batches[number][name].to(model.device) for name in INPUTS if name in batches[number]})
+            inputs = _inputs(batches[number])
+            run(**{name: values.to(model.device) for name, values in inputs.items()})
             progress.update()
+            _update(digest, inputs)
             if file is not None and ((number + 1) % SAVE_EVERY == 0 or number + 1 == len(batches)):
-                _keep(counts, file, number + 1, len(batches))
+                _keep(counts, file, number + 1, digest.hexdigest())
         progress.close()
     model.train(was_training)
     return counts
@@ -197,27 +200,39 @@ def _count_stable(
     _add_tokens(counts, input_ids, mask)
 
 
-def _keep(counts: RouteCounts, file: Path, done: int, total: int):
-    metadata = {"layers": json.dumps(counts.layers), "k": str(counts.k), "done": str(done), "total": str(total)}
+def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: batch[name] for name in INPUTS if name in batch}
+
+
+def _update(digest, inputs: dict[str, Tensor]):
+    for values in inputs.values():
+        digest.update(f"|{list(values.shape)}|".encode() + values.cpu().numpy().tobytes())
+
+
+def _keep(counts: RouteCounts, file: Path, done: int, digest: str):
+    metadata = {"layers": json.dumps(counts.layers), "k": str(counts.k), "done": str(done), "batches": digest}
     tensors = {"tokens": counts.tokens, "chosen": counts.chosen, "first": counts.first}
     replace_file(file, lambda partial_file: save_file(tensors, partial_file, metadata=metadata))
 
 
-def _resume(counts: RouteCounts, file: Path | None, total: int) -> int:
+def _resume(counts: RouteCounts, file: Path | None, batches: Sequence[Mapping[str, Tensor]], digest) -> int:
     """Fill counts with those of a file, if there is one; return the number of batches that they are of."""
     if file is None or not file.is_file():
         return 0
     with safe_open(file, "pt") as kept:
         metadata = kept.metadata()
-        same = json.loads(metadata["layers"]) == counts.layers and int(metadata["total"]) == total
+        done = int(metadata["done"])
+        for number in range(min(done, len(batches))):
+            _update(digest, _inputs(batches[number]))
+        same = metadata["batches"] == digest.hexdigest() and json.loads(metadata["layers"]) == counts.layers
         if not same or kept.get_slice("chosen").get_shape() != list(counts.chosen.shape):
             raise ValueError(
-                f"{file} holds counts of another model, other layers or another number of batches. Remove it, or name another folder."
+                f"{file} holds counts of another text, another model or other layers. Remove it, or name another folder."
             )
         for name in ("tokens", "chosen", "first"):
             getattr(counts, name).copy_(kept.get_tensor(name))
     counts.k = int(metadata["k"])
-    return int(metadata["done"])
+    return done
 
 
 def counts_of_tables(tables: Tensor, token_counts: Tensor, num_experts: int) -> RouteCounts:

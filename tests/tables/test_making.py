@@ -98,14 +98,19 @@ def test_interrupted_count_goes_on_where_it_was_kept(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         count_routes(model, Interrupted(batches), folder=tmp_path)
     assert not routers_of(model)[0]._forward_hooks
-    # What was counted is not counted again.
-    rest = [{"input_ids": torch.full((1, 1), 98)}] * 2 + batches[2:]
-    counts, whole = count_routes(model, rest, folder=tmp_path), count_routes(model, batches)
-    for name in ("tokens", "chosen", "first"):
-        assert torch.equal(getattr(counts, name), getattr(whole, name))
-    assert torch.equal(count_routes(model, [None] * 5, folder=tmp_path).chosen, whole.chosen)
-    with pytest.raises(ValueError, match="counts of another model, other layers or another number of batches"):
-        count_routes(model, batches[:2], folder=tmp_path)
+    passes = []
+    handle = model.model.register_forward_hook(lambda *args: passes.append(args))
+    counts = count_routes(model, batches, folder=tmp_path)
+    assert len(passes) == 3  # the last of the kept ones was the second
+    count_routes(model, batches, folder=tmp_path)
+    assert len(passes) == 3
+    handle.remove()
+    whole = count_routes(model, batches)
+    for name in ("tokens", "chosen", "first", "k", "layers"):
+        assert torch.equal(*(torch.as_tensor(getattr(each, name)) for each in (counts, whole)))
+    for other in (batches[:2], [*batches[1:], batches[0]]):
+        with pytest.raises(ValueError, match="counts of another text, another model or other layers"):
+            count_routes(model, other, folder=tmp_path)
 
 
 def test_tables_are_the_balanced_ones_and_unseen_ids_are_spread(tmp_path):
