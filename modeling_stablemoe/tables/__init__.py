@@ -33,6 +33,7 @@ from .making import (
     make_tables,
     remap_tables,
 )
+from .transition import TableTransitionCallback
 
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "MadeTables",
     "RouteCounter",
     "RouteCounts",
+    "TableTransitionCallback",
     "check_tables",
     "count_routes",
     "counts_of_tables",

@@ -69,11 +69,12 @@ class MadeTables(NamedTuple):
 
 
 class RouteCounter:
-    """Counts the routes of all passes of a model, by forward hooks, while it is used as a context.
+    """Counts the routes of the passes of a model, by forward hooks, while it is used as a context.
 
     Args:
         model (`PreTrainedModel`): a decoder of transformers with experts, with any head.
         layers (sequence of `int`, *optional*): indices of blocks. Default: all with experts.
+        in_training (`bool`): count passes in training mode alone, or in eval mode alone.
 
     Attributes:
         counts (`RouteCounts`): so far, on the CPU.
@@ -82,13 +83,14 @@ class RouteCounter:
         ValueError: for a model without experts, or `layers` that it does not have.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int] | None = None):
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int] | None = None, in_training: bool = False):
         routers = routers_of(model)
         layers = list(routers if layers is None else layers)
         if not set(layers) <= routers.keys():
             raise ValueError(f"`layers` is {layers}; pass some of those with experts: {list(routers)}.")
         self._decoder, self._routers = model.base_model, [routers[index] for index in layers]
         self.counts = _no_counts(layers, model.config.vocab_size, self._routers[0].weight.shape[0])
+        self.in_training = in_training
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles: list = []
 
@@ -101,12 +103,22 @@ class RouteCounter:
     def __exit__(self, *error):
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+
+    @property
+    def is_counting(self) -> bool:
+        """`bool`: whether passes are counted now."""
+        return bool(self._handles)
 
     def _see(self, layer: int, router: nn.Module, args: tuple, output: tuple):
         self._seen[layer] = output[1].detach(), output[2].detach()
 
     def _count(self, decoder: nn.Module, args: tuple, kwargs: dict, output: object):
-        input_ids = args[0] if args else kwargs["input_ids"]
+        if decoder.training != self.in_training:
+            return
+        input_ids = args[0] if args else kwargs.get("input_ids")
+        if input_ids is None:
+            raise ValueError("Routes are counted by token id, which `inputs_embeds` do not tell: pass `input_ids`.")
         mask = final_token_mask(kwargs.get("attention_mask"), input_ids.shape[1])
         for layer, (weight_TK, index_TK) in self._seen.items():
             first_T = index_TK.gather(1, weight_TK.argmax(-1, keepdim=True))
@@ -183,7 +195,7 @@ def count_routes(
             progress.update()
             _update(digest, inputs)
             if file is not None and ((number + 1) % SAVE_EVERY == 0 or number + 1 == len(batches)):
-                _keep(counts, file, number + 1, digest.hexdigest())
+                save_counts(counts, file, {"done": str(number + 1), "batches": digest.hexdigest()})
         progress.close()
     model.train(was_training)
     return counts
@@ -209,10 +221,30 @@ def _update(digest, inputs: dict[str, Tensor]):
         digest.update(f"|{list(values.shape)}|".encode() + values.cpu().numpy().tobytes())
 
 
-def _keep(counts: RouteCounts, file: Path, done: int, digest: str):
-    metadata = {"layers": json.dumps(counts.layers), "k": str(counts.k), "done": str(done), "batches": digest}
+def save_counts(counts: RouteCounts, file: Path, metadata: dict[str, str]):
+    """Write counts to a file, whole or not at all."""
+    metadata = {"layers": json.dumps(counts.layers), "k": str(counts.k), **metadata}
     tensors = {"tokens": counts.tokens, "chosen": counts.chosen, "first": counts.first}
     replace_file(file, lambda partial_file: save_file(tensors, partial_file, metadata=metadata))
+
+
+def load_counts(counts: RouteCounts, file: Path):
+    """Fill counts with those of a file.
+
+    Raises:
+        ValueError: if they are of other layers, or of a model of another shape.
+    """
+    with safe_open(file, "pt") as kept:
+        metadata = kept.metadata()
+        if json.loads(metadata["layers"]) != counts.layers or (
+            kept.get_slice("chosen").get_shape() != list(counts.chosen.shape)
+        ):
+            raise ValueError(
+                f"{file} holds counts of another model or other layers. Remove it, or name another folder."
+            )
+        for name in ("tokens", "chosen", "first"):
+            getattr(counts, name).copy_(kept.get_tensor(name))
+    counts.k = int(metadata["k"])
 
 
 def _resume(counts: RouteCounts, file: Path | None, batches: Sequence[Mapping[str, Tensor]], digest) -> int:
@@ -221,17 +253,12 @@ def _resume(counts: RouteCounts, file: Path | None, batches: Sequence[Mapping[st
         return 0
     with safe_open(file, "pt") as kept:
         metadata = kept.metadata()
-        done = int(metadata["done"])
-        for number in range(min(done, len(batches))):
-            _update(digest, _inputs(batches[number]))
-        same = metadata["batches"] == digest.hexdigest() and json.loads(metadata["layers"]) == counts.layers
-        if not same or kept.get_slice("chosen").get_shape() != list(counts.chosen.shape):
-            raise ValueError(
-                f"{file} holds counts of another text, another model or other layers. Remove it, or name another folder."
-            )
-        for name in ("tokens", "chosen", "first"):
-            getattr(counts, name).copy_(kept.get_tensor(name))
-    counts.k = int(metadata["k"])
+    done = int(metadata["done"])
+    for number in range(min(done, len(batches))):
+        _update(digest, _inputs(batches[number]))
+    if metadata["batches"] != digest.hexdigest():
+        raise ValueError(f"{file} holds counts of another text. Remove it, or name another folder.")
+    load_counts(counts, file)
     return done
 
 
@@ -402,12 +429,15 @@ def _fill_in(table_VK: Tensor, num_experts: int):
 
 
 __all__ = [
+    "COUNTS_NAME",
     "MadeTables",
     "RouteCounter",
     "RouteCounts",
     "count_routes",
     "counts_of_tables",
     "hash_tables",
+    "load_counts",
     "make_tables",
     "remap_tables",
+    "save_counts",
 ]

@@ -109,8 +109,10 @@ def test_interrupted_count_goes_on_where_it_was_kept(tmp_path, monkeypatch):
     for name in ("tokens", "chosen", "first", "k", "layers"):
         assert torch.equal(*(torch.as_tensor(getattr(each, name)) for each in (counts, whole)))
     for other in (batches[:2], [*batches[1:], batches[0]]):
-        with pytest.raises(ValueError, match="counts of another text, another model or other layers"):
+        with pytest.raises(ValueError, match="counts of another text"):
             count_routes(model, other, folder=tmp_path)
+    with pytest.raises(ValueError, match="counts of another model or other layers"):
+        count_routes(model, batches, [1], folder=tmp_path)
 
 
 def test_tables_are_the_balanced_ones_and_unseen_ids_are_spread(tmp_path):
