@@ -27,7 +27,7 @@ from modeling_stablemoe.tables import (
 from modeling_stablemoe.tables.installing import routers_of
 
 
-# In the oldest transformers that is supported Granite's router returns its choice first, its logits last.
+# In transformers 5.15 Granite's router returns its choice first, its logits last.
 HAS_GRANITE = Version(__version__) >= Version("5.20")
 WITH_SEAM = [*(name for name in FAMILIES if name != "granitemoe" or HAS_GRANITE), "deepseek_v4"]
 FEW = pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "deepseek_v4"])
