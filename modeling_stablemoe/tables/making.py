@@ -207,8 +207,8 @@ def _count_stable(
     mask = final_token_mask(attention_mask, input_ids.shape[1])
     routes = model.route(input_ids, attention_mask)
     for place, layer in enumerate(counts.layers):
-        expert_TK = routes[layer].flatten().unsqueeze(-1)
-        _add(counts, place, input_ids, mask, expert_TK, expert_TK)
+        expert_TK = routes[layer].reshape(input_ids.numel(), -1)
+        _add(counts, place, input_ids, mask, expert_TK, expert_TK[:, :1])
     _add_tokens(counts, input_ids, mask)
 
 

@@ -69,20 +69,24 @@ def test_counts_are_those_of_every_real_token(family):
     assert torch.equal(some.chosen, chosen[1:])
 
 
-def test_stablemoe_is_a_teacher_too():
-    model, batches = tiny_model(), some_batches()
+@pytest.mark.parametrize("k", [1, 2])
+def test_stablemoe_is_a_teacher_too(k):
+    model, batches = tiny_model(num_experts_per_tok=k), some_batches()
     counts = count_routes(model, batches)
     model.eval()
-    chosen = torch.zeros_like(counts.chosen)
+    chosen, first = torch.zeros_like(counts.chosen), torch.zeros_like(counts.first)
     for batch in batches:
-        routes = model.route(**batch)
-        for layer, expert_BS in enumerate(routes):
-            mask = batch.get("attention_mask", torch.ones_like(expert_BS)).bool()
-            for token, expert in zip(batch["input_ids"][mask].tolist(), expert_BS[mask].tolist(), strict=True):
-                chosen[layer, token, expert] += 1
+        routes = model.route(**batch).view(len(chosen), 18, k).tolist()
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten().tolist()
+        for layer, experts in enumerate(routes):
+            for place, token in enumerate(batch["input_ids"].flatten().tolist()):
+                first[layer, token, experts[place][0]] += mask[place]
+                for expert in experts[place]:
+                    chosen[layer, token, expert] += mask[place]
     assert torch.equal(counts.chosen, chosen)
-    assert torch.equal(counts.first, chosen)
-    assert counts.k == 1
+    assert torch.equal(counts.first, first)
+    assert counts.k == k
+    assert make_tables(counts, 2.0).tables.shape == (len(chosen), 99, k)
 
 
 def test_interrupted_count_goes_on_where_it_was_kept(tmp_path, monkeypatch):
