@@ -33,7 +33,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(**help_of(__doc__))
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
     parser.add_argument(
-        "--input", nargs="+", metavar="FILE", help="text, also .gz or .xz, a sentence per line (default: stdin)"
+        "--input", nargs="+", metavar="FILE", help="text, also compressed, a sentence per line (default: stdin)"
     )
     parser.add_argument("--encoding", default="utf-8", help="encoding of the input")
     parser.add_argument(

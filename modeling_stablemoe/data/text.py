@@ -7,6 +7,7 @@ parallel work. A corpus is a Hub data set, local files, or, if neither is named,
 
 import logging
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,7 @@ from datasets import (
     Value,
     are_progress_bars_disabled,
     load_dataset,
+    load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from datasets.fingerprint import Hasher
@@ -33,7 +35,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .embedded_corpus import EMBEDDED_KINDS, embedded_documents, hashed_place
-from .files import READABLE, find_files, read_files
+from .files import READABLE, file_on_disk, find_files, is_saved_dataset, read_files
 
 
 logger = logging.getLogger(__name__)
@@ -68,7 +70,9 @@ class DataArguments:
 
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Data set on the Hugging Face Hub, or a local folder that load_dataset can read."},
+        metadata={
+            "help": "Data set on the Hugging Face Hub, or a local folder that load_dataset or load_from_disk can read."
+        },
     )
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of --dataset_name, e.g. wikitext-103-raw-v1."}
@@ -86,14 +90,16 @@ class DataArguments:
     )
     train_files: list[str] = field(
         default_factory=list,
-        metadata={"help": f"Files or folders (read recursively) to train on: {READABLE}. JSON: one object per line."},
+        metadata={
+            "help": f"Files or folders (read recursively) to train on: {READABLE}. JSON: one object per line, or an array of them."
+        },
     )
     validation_files: list[str] = field(
         default_factory=list,
         metadata={"help": "Files or folders to evaluate on. Without them --validation_share is held out."},
     )
     text_column: str = field(
-        default="text", metadata={"help": "Column (data sets) or key (JSON lines) that holds the document."}
+        default="text", metadata={"help": "Column (data sets, tables) or key (JSON) that holds the document."}
     )
     encoding: str = field(default="utf-8", metadata={"help": "Encoding of the local files, e.g. utf-8 or latin-1."})
     document_separator: str | None = field(
@@ -114,7 +120,8 @@ class DataArguments:
         default=0.05,
         metadata={
             "help": "Share of the training documents, in (0, 1), held out for evaluation where the data set or the "
-            "files have no validation part. Chosen by a hash of the text, so equal documents stay together."
+            "files have no validation part. Chosen by a hash of the text, so equal documents stay together; of a single "
+            "document it is the end."
         },
     )
     block_size: int | None = field(
@@ -243,7 +250,13 @@ def load_hub_splits(
     """
     source = f"Data set {name!r}, configuration {configuration!r}"
     try:
-        loaded = load_dataset(name, configuration, streaming=streaming)
+        if is_saved_dataset(name):
+            loaded = load_from_disk(name)
+            loaded = loaded if isinstance(loaded, DatasetDict) else DatasetDict({splits["train"]: loaded})
+            if streaming:
+                loaded = {split: rows.to_iterable_dataset() for split, rows in loaded.items()}
+        else:
+            loaded = load_dataset(name, configuration, streaming=streaming)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(
             f"{source} could not be loaded: {_reason(error)} Check the name, the configuration and the network connection, "
@@ -307,7 +320,8 @@ def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
 
 def file_stamps(paths: Iterable[str]) -> list[tuple[str, int, int]]:
     """List what changes when a file is edited, as a part of cache keys."""
-    return [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    stats = {path: os.stat(file_on_disk(path)) for path in paths}
+    return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()]
 
 
 def load_embedded(
@@ -355,11 +369,32 @@ def _hold_out(
         }
     held_out = choose_held_out(split, "text", share, num_proc)
     if held_out.all():
-        raise ValueError(
-            f"{share:.0%} of the {len(split)} training document(s) cannot be held out for validation without using up "
-            "all of them; name --validation_files, or make more documents with --document_separator."
+        begin, end = _cut(split[0]["text"], 1 - share) if len(split) == 1 else ("", "")
+        if not (begin.strip() and end.strip()):
+            raise ValueError(
+                f"{share:.0%} of the {len(split)} training document(s) cannot be held out for validation without using up "
+                "all of them; name --validation_files, or make more documents with --document_separator."
+            )
+        logger.warning(
+            "The training text is a single document: its last %d of %d characters are held out for validation. To hold out "
+            "others, name --validation_files, or make more documents with --document_separator.",
+            len(end),
+            len(begin) + len(end),
         )
+        return {"train": _one_document(begin), "validation": _one_document(end)}
     return {"train": split.select(np.flatnonzero(~held_out)), "validation": split.select(np.flatnonzero(held_out))}
+
+
+def _cut(text: str, share: float) -> tuple[str, str]:
+    """Cut a text in two, behind the white space that comes next after this share of it."""
+    place = round(share * len(text))
+    space = re.search(r"\s+", text[place:])
+    place += space.end() if space and place + space.end() < len(text) else 0
+    return text[:place], text[place:]
+
+
+def _one_document(text: str) -> Dataset:
+    return Dataset.from_dict({"text": [text]}, features=Features({"text": Value("large_string")}))
 
 
 def choose_held_out(split: Dataset, column: str, share: float, num_proc: int | None) -> np.ndarray:
@@ -516,10 +551,11 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, nu
             options.update(num_proc=num_proc, desc=f"Packing the {name} split")
         packed[name] = split.map(_pack_batch, **options)
         if next(iter(packed[name]), None) is None:
+            remedy = ", or raise --validation_share" if name == "validation" else ""
             num_tokens = sum(len(_encode(batch["text"], tokenizer)) for batch in split.iter(batch_size=1000))
             raise ValueError(
                 f"The {name} split has only {num_tokens} tokens, too few for one block of {block_size} tokens (blocks "
-                "do not cross batches of 1000 documents). Use a smaller --block_size or more text."
+                f"do not cross batches of 1000 documents). Use a smaller --block_size or more text{remedy}."
             )
     return type(corpus)(packed)
 

@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .embedded_pairs import EMBEDDED_PAIR, embedded_pairs
-from .files import checked_text, find_files, format_of, read_json_lines, read_lines
+from .files import checked_text, find_files, format_of, read_lines, read_rows
 from .text import (
     cached_dataset,
     check_counts,
@@ -116,9 +116,9 @@ class TranslationDataArguments:
     train_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Files to train on: JSON lines with a key per language (or an object translation that has them), "
-            "or text, one sentence per line, as a path with {lang} for the language, e.g. data/train.{lang}. All also "
-            "with .gz or .xz."
+            "help": "Files to train on: .jsonl, .json, .csv, .tsv or .parquet with a key or column per language (or an "
+            "object translation that has them), or text, one sentence per line, as a path with {lang} for the language, "
+            "e.g. data/train.{lang}. All also compressed."
         },
     )
     validation_files: list[str] = field(
@@ -329,7 +329,7 @@ def _load_file_part(name: str, role: str, args: TranslationDataArguments) -> _Pa
     if LANGUAGE_PLACEHOLDER in name:
         paths = _find_paired_files(name, dict.fromkeys(language for pair in args.pairs for language in pair))
         languages = list(paths)
-    elif format_of(name) != "json":
+    elif format_of(name) == "text":
         raise ValueError(
             f"{name} holds one language; name paired text files by a path with {LANGUAGE_PLACEHOLDER} in place of the "
             "language."
@@ -351,14 +351,16 @@ def _load_file_part(name: str, role: str, args: TranslationDataArguments) -> _Pa
         rows = cached_dataset(read_paired_text, {"paths": paths, **options}, read, role, file_stamps(paths.values()))
     else:
         options = {"path": name, "languages": read, **options}
-        rows = cached_dataset(read_parallel_json, options, read, role, file_stamps([name]))
+        rows = cached_dataset(read_parallel_rows, options, read, role, file_stamps([name]))
     return _Part(name, languages, rows)
 
 
 def _find_paired_files(name: str, languages: Iterable[str]) -> dict[str, str]:
     """Return the absolute paths, by language, that a path with "{lang}" stands for."""
-    if format_of(name) == "json":
-        raise ValueError(f"{name}: JSON lines hold all languages in one file; name it without {LANGUAGE_PLACEHOLDER}.")
+    if format_of(name) not in (None, "text"):
+        raise ValueError(
+            f"{name}: JSON and tables hold all languages in one file; name it without {LANGUAGE_PLACEHOLDER}."
+        )
     paths = {lang: Path(name.replace(LANGUAGE_PLACEHOLDER, lang)).expanduser().absolute() for lang in languages}
     found = {lang: str(path) for lang, path in paths.items() if path.is_file()}
     if not found:
@@ -385,8 +387,8 @@ def read_paired_text(options: dict[str, Any]) -> Iterator[dict[str, str]]:
         raise ValueError(f"There is no text in {', '.join(paths.values())}; name other files.")
 
 
-def read_parallel_json(options: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """Yield the languages of every JSON line; null becomes ""."""
+def read_parallel_rows(options: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """Yield the languages of every row; null becomes ""."""
     languages = options["languages"]
     for where, texts in _read_translations(options["path"], options["encoding"]):
         missing = [language for language in languages if language not in texts]
@@ -401,8 +403,8 @@ def read_parallel_json(options: dict[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def _read_translations(path: str, encoding: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield file and number of every JSON line, and the languages, which stand in it or in its "translation"."""
-    for where, row in read_json_lines(path, encoding):
+    """Yield file and number of every row, and the languages, which stand in it or in its "translation"."""
+    for where, row in read_rows(path, encoding):
         yield where, row["translation"] if isinstance(row.get("translation"), dict) else row
 
 

@@ -1,11 +1,16 @@
 """Tests of the corpus, the trained tokenizer and the packing."""
 
+import bz2
+import csv
 import gzip
 import itertools
+import json
 import logging
 import lzma
 import os
+import zipfile
 
+import fsspec
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -150,6 +155,79 @@ def test_folders_are_read_recursively_in_sorted_order_with_all_formats_mixed(tmp
     assert all_texts(files_corpus(tmp_path)) == ["1", "2", "3", "4", "5", "6", "v"]
 
 
+def test_tables_and_arrays_give_their_texts_as_they_are_written(tmp_path):
+    texts = ["1", "NA", "", 'a "quoted", word', "two\nlines", "2020-01-01", "x" * 200_000]
+    rows = [{"id": number, "text": text} for number, text in enumerate(texts)]
+    expected = sorted(filter(None, texts))
+    with open(tmp_path / "a.csv", "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "text"])  # ends lines as Windows does
+        writer.writeheader()
+        writer.writerows(rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=2))
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    for name in ("a.csv", "a.json", "a.parquet"):
+        assert all_texts(files_corpus(tmp_path / name)) == expected
+    # In a TSV quotation marks are text.
+    (tmp_path / "a.tsv").write_text('id\ttext\r\n1\t"Yes\r\n2\tNA\r\n3\tsaid "he"\r\n', newline="")
+    assert all_texts(files_corpus(tmp_path / "a.tsv")) == ['"Yes', "NA", 'said "he"']
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zip", ".zst"])
+def test_compressed_files_give_the_texts_of_plain_ones(tmp_path, suffix):
+    packed = tmp_path / f"a.csv{suffix}"
+    fsspec_name = files._COMPRESSIONS[suffix]
+    if fsspec_name not in fsspec.available_compressions():
+        packed.write_bytes(b"(\xb5/\xfd")
+        with pytest.raises(ValueError, match=r"a\.csv\.zst cannot be read .*pip install zstandard"):
+            files_corpus(packed)
+        return
+    with fsspec.open(str(packed), "wb", compression=fsspec_name) as file:
+        file.write(b"text\none\ntwo\n")
+    if suffix == ".zip":  # what is inside has no suffix here
+        packed.unlink()
+        with zipfile.ZipFile(packed, "w") as archive:
+            archive.writestr("a.csv", "text\none\ntwo\n")
+    assert all_texts(files_corpus(packed)) == ["one", "two"]
+
+
+def test_archives_are_read_like_folders(tmp_path):
+    inside = {
+        "b/a.md": b"1",
+        "b/c.jsonl.gz": gzip.compress(b'{"text": "2"}\n'),
+        "d.pdf": b"%PDF",
+        "e.csv": b"text\n3\n",
+    }
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, content in {**inside, "__MACOSX/b/a.md": b"no", ".hidden.md": b"no"}.items():
+            archive.writestr(name, content)
+    (tmp_path / "f.txt").write_text("4")
+    assert all_texts(files_corpus(tmp_path)) == ["1", "2", "3", "4"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("c.md", b"Gr\xfc\xdfe")
+    with pytest.raises(ValueError, match=r"a\.zip::c\.md is not utf-8 text"):
+        files_corpus(tmp_path)
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("c.pdf", b"%PDF")
+    with pytest.raises(ValueError, match=r"b\.zip holds no readable file; readable are \.txt"):
+        files_corpus(tmp_path / "b.zip")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folders_of_save_to_disk_are_data_sets(tmp_path, streaming):
+    splits = DatasetDict(
+        train=Dataset.from_dict({"content": DOCUMENTS[:50]}), validation=Dataset.from_dict({"content": DOCUMENTS[50:]})
+    )
+    splits.save_to_disk(tmp_path / "splits")
+    splits["train"].save_to_disk(tmp_path / "one")
+    options = {"text_column": "content", "streaming": streaming}
+    for name, held_out in (("splits", DOCUMENTS[50:]), ("one", None)):
+        corpus = load_corpus(DataArguments(dataset_name=str(tmp_path / name), **options))
+        texts = {role: [row["text"] for row in split] for role, split in corpus.items()}
+        assert texts["validation"] == held_out or sorted(sum(texts.values(), [])) == sorted(DOCUMENTS[:50])
+        with pytest.raises(ValueError, match="was saved by `save_to_disk`: name it with --dataset_name"):
+            files_corpus(tmp_path / name)
+
+
 def test_byte_order_mark_line_ends_and_named_encodings_are_understood(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n")
     (tmp_path / "b.txt").write_bytes(b"plain")
@@ -190,16 +268,28 @@ def test_missing_paths_and_unreadable_folders_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"Gr\xfc\xdfe", r"a\.txt is not utf-8 text .*--encoding latin-1"),
+        ("a.txt", b"Gr\xfc\xdfe", r"a\.txt is not utf-8 text .*--encoding cp1252"),
+        ("a.txt", "Gr\xfc\xdfe".encode("utf-16"), r"a\.txt is not utf-8 text .*--encoding utf-16"),
+        ("a.csv", b"text\nGr\xfc\xdfe\n", r"a\.csv is not utf-8 text .*--encoding cp1252"),
         ("a.jsonl", b'{"text": "\xfc"}', r"a\.jsonl is not utf-8 text .*--encoding"),
         ("a.jsonl", b'{"text": "one"}\n{"text": \n', r"a\.jsonl, line 2 is not JSON .*one JSON object"),
-        ("a.json", b'["one"]\n', r"a\.json, line 1 holds a list; every line"),
+        ("a.jsonl", b'{"text": "one"}\n["two"]\n', r"a\.jsonl, line 2 holds a list; every line"),
+        ("a.json", b'["one"]\n', r"a\.json, item 1 holds a str; every item"),
+        ("a.json", b'[{"text": "one"},\n', r"a\.json is not a JSON array .*every line must be one JSON object"),
         ("a.jsonl", b'{"body": "one", "id": 3}\n', r"line 1 has no key 'text'; .*--text_column to one of: body, id"),
         ("a.jsonl", b'{"text": "one"}\n{"text": 3}\n', r"a\.jsonl, line 2: 'text' holds int, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: 'text' holds half of a surrogate pair"),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz is not a complete \.gz file"),
         ("a.txt.gz", gzip.compress(b"one" * 99, mtime=0)[:-12], r"a\.txt\.gz is not a complete \.gz file"),
         ("a.txt.xz", b"no xz", r"a\.txt\.xz is not a complete \.xz file"),
+        ("a.txt.bz2", b"no bz2", r"a\.txt\.bz2 is not a complete \.bz2 file"),
+        ("a.csv.bz2", bz2.compress(b"text\none\n" * 99)[:-20], r"a\.csv\.bz2 is not a complete \.bz2 file"),
+        ("a.zip", b"no zip", r"a\.zip is not a complete \.zip file"),
+        ("a.csv", b"text,label\none,1\ntwo,2,3\n", r"a\.csv is not a \.csv table .*line 3"),
+        ("a.csv", b"text,label\none,1,2\n", r"a\.csv is not a \.csv table .*more columns"),
+        ("a.csv", b"id,text\n1\n", r"no text in .*a\.csv"),
+        ("a.tsv", b"id\tbody\n1\tone\n", r"a\.tsv, row 1 has no key 'text'; .*--text_column to one of: id, body"),
+        ("a.parquet", b"PAR1", r"a\.parquet is not a complete \.parquet file"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "one"}\n' * 99)[:-20], r"a\.jsonl\.xz is not a complete \.xz file"),
         ("a.txt", b"", r"no text in .*a\.txt"),
         ("a.txt", b" \n\n", r"no text in .*a\.txt"),
@@ -231,7 +321,21 @@ def test_held_out_documents_are_a_fixed_share_and_equal_documents_stay_together(
     assert not set(first["train"]["text"]) & set(first["validation"]["text"])
 
 
-def test_a_single_document_cannot_be_held_out(tmp_path):
+def test_the_end_of_a_single_document_is_held_out_and_said(tmp_path, caplog):
+    text = " ".join(f"word{number}" for number in range(1000))
+    (tmp_path / "a.txt").write_text(text)
+    with caplog.at_level(logging.WARNING, logger=data.__name__):
+        corpus = files_corpus(tmp_path / "a.txt", validation_share=0.1)
+    [begin], [end] = (corpus[name]["text"][:] for name in ("train", "validation"))
+    assert begin + end == text
+    assert begin.endswith(" ")  # no word is cut
+    assert abs(len(end) - 0.1 * len(text)) < 10
+    assert f"its last {len(end)} of {len(text)} characters are held out" in caplog.text
+    (tmp_path / "a.txt").write_text("no-white-space" * 10)
+    assert [len(split["text"][0]) for split in files_corpus(tmp_path / "a.txt").values()] == [133, 7]
+
+
+def test_a_document_too_short_to_cut_cannot_be_held_out(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(ValueError, match="5% of the 1 training document.* --validation_files.*--document_separator"):
         files_corpus(tmp_path)

@@ -1,5 +1,6 @@
 """Tests of parallel corpora, their tokenizer and the encoding."""
 
+import csv
 import gzip
 import itertools
 import json
@@ -7,6 +8,7 @@ import logging
 import lzma
 from collections import Counter
 
+import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
@@ -197,6 +199,24 @@ def test_several_files_of_all_formats_are_joined_in_order(tmp_path):
     assert rows_of(corpus["test"]) == expected("de-en", SENTENCES[40:50])
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.parquet", "a.json"])
+def test_tables_and_arrays_serve_pairs(tmp_path, name):
+    rows = [{"id": number, **row} for number, row in enumerate(SENTENCES)]
+    rows[0]["de"] = '"Ja' if name != "a.tsv" else '"Ja", sagte er'
+    table = pandas.DataFrame(rows)
+    if name == "a.csv":
+        table.to_csv(tmp_path / name, index=False)
+    elif name == "a.tsv":
+        table.to_csv(tmp_path / name, index=False, sep="\t", quoting=csv.QUOTE_NONE, lineterminator="\r\n")
+    elif name == "a.parquet":
+        table.to_parquet(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+    held = write_jsonl(tmp_path / "held.jsonl", SENTENCES[:1])
+    corpus = load("de-en", train=[tmp_path / name], validation_files=[str(held)])
+    assert rows_of(corpus["train"]) == expected("de-en", rows)
+
+
 def test_languages_that_are_not_asked_for_are_not_read(tmp_path):
     for language in ("de", "en"):
         write_text(tmp_path / f"a.{language}", [row[language] for row in SENTENCES])
@@ -225,7 +245,7 @@ def test_named_encodings_are_understood(tmp_path):
         write_text(tmp_path / f"a.{language}", [row[language] for row in SENTENCES], "latin-1")
     corpus = load("de-en", train=[tmp_path / "a.{lang}"], encoding="latin-1", validation_share=0.5)
     assert sorted(rows_of(corpus["train"]) + rows_of(corpus["validation"])) == sorted(expected("de-en", SENTENCES))
-    with pytest.raises(ValueError, match=r"a\.de is not utf-8 text .*--encoding latin-1"):
+    with pytest.raises(ValueError, match=r"a\.de is not utf-8 text .*--encoding cp1252"):
         load("de-en", train=[tmp_path / "a.{lang}"])
     # Each of the paired files, compressed too.
     (tmp_path / "b.de.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
@@ -268,7 +288,7 @@ def test_missing_and_misnamed_files_are_named(tmp_path):
     write_text(tmp_path / "a.en", ["x"])
     with pytest.raises(ValueError, match=r"a\.\{lang\} has no language pair of de-en; its languages: en\."):
         load("de-en", train=[tmp_path / "a.{lang}"])
-    with pytest.raises(ValueError, match=r"\{lang\}\.jsonl: JSON lines hold all languages"):
+    with pytest.raises(ValueError, match=r"\{lang\}\.jsonl: JSON and tables hold all languages"):
         load("de-en", train=[tmp_path / "{lang}.jsonl"])
     for language in ("de", "en"):
         (tmp_path / f"b.{language}").touch()
