@@ -23,6 +23,7 @@ from modeling_stablemoe.runs import (
     build_callbacks,
     build_model,
     check_fit,
+    describe_next,
     evaluate_saved_model,
     log_progress,
     one_line_errors,
@@ -33,7 +34,7 @@ from modeling_stablemoe.runs import (
     train,
     write_results,
 )
-from modeling_stablemoe.training import BlockTrainer
+from modeling_stablemoe.training import BlockTrainer, show_progress
 
 
 @dataclass
@@ -74,7 +75,8 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
         vocab_size = trainer.model.config.vocab_size
         results["baselines"] = ngram_perplexities(blocks["train"], blocks["validation"], vocab_size)
     write_results(trainer, results, facts=facts)
-    print(f"\n{format_results(results)}")
+    commands = ['generate --prompt "The"', 'inspect --text "The"'][: 1 if results["routing_stage"] is None else 2]
+    print(f"\n{format_results(results)}\n\n{describe_next(trainer.args.output_dir, *commands)}")
 
 
 def prepare(model_args, data_args, routing_args, folder_args, facts, training_args) -> tuple:
@@ -102,6 +104,7 @@ def prepare(model_args, data_args, routing_args, folder_args, facts, training_ar
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    show_progress(trainer)
     if checkpoint is not None:
         check_engine(trainer, checkpoint)
     return trainer, blocks, checkpoint

@@ -42,6 +42,7 @@ from modeling_stablemoe.runs import (
     build_callbacks,
     build_model,
     check_fit,
+    describe_next,
     log_progress,
     one_line_errors,
     parse_recipe,
@@ -51,7 +52,7 @@ from modeling_stablemoe.runs import (
     train,
     write_results,
 )
-from modeling_stablemoe.training import TranslationTrainer, refuse_label_smoother
+from modeling_stablemoe.training import TranslationTrainer, refuse_label_smoother, show_progress
 
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,7 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts,
         compute_metrics=TranslationMetrics(tokenizer, validation["target"], validation["pair"]),
         callbacks=callbacks,
     )
+    show_progress(trainer)
     if checkpoint is not None:
         check_engine(trainer, checkpoint)
     return trainer, encoded, checkpoint
@@ -196,6 +198,8 @@ def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
     saved = describe_saved_model(results)
     if saved is not None:
         print(saved)
+    commands = ["translate --input FILE", "inspect --text_files FILE"][: 1 if results["routing_stage"] is None else 2]
+    print(f"\n{describe_next(trainer.args.output_dir, *commands)}")
 
 
 def main(argv=None):

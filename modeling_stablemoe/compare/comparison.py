@@ -40,7 +40,7 @@ from modeling_stablemoe.model.health_stablemoe import CLOSED_GATE
 from modeling_stablemoe.model.routing_stablemoe import Routing
 from modeling_stablemoe.runs.recipes import ModelArguments, RoutingArguments, YamlLoader, load_preset, model_fields
 from modeling_stablemoe.runs.run import LATEST, RunFolder, build_callbacks, set_hash_tables, train
-from modeling_stablemoe.training import TrainingClockCallback
+from modeling_stablemoe.training import TrainingClockCallback, show_progress
 from modeling_stablemoe.training.exact_evaluation import BlockTrainer
 
 
@@ -265,6 +265,7 @@ class Comparison:
             processing_class=self.tokenizer,
             callbacks=callbacks,
         )
+        show_progress(trainer)
         checkpoint = folder.claim()
         if checkpoint is not None:
             check_engine(trainer, checkpoint)

@@ -123,24 +123,24 @@ class Verdict:
     is_balanced_later: bool
 
     def problems(self) -> list[str]:
-        """Return what speaks against freezing, each with its remedy; nothing for a routing that is worth it."""
+        """Return what speaks against freezing, each behind its remedy; nothing for a routing that is worth it."""
         problems = []
         agreement = self.metrics.get("distillation_agreement", 1.0)
         if agreement < LEAST_AGREEMENT:
             problems.append(
-                f"the distilled router agrees with the backbone on {agreement:.1%} of the tokens only (wanted: "
-                f'{LEAST_AGREEMENT:.0%}): what it freezes is hardly more than a hash. Lengthen stage 1, or take `distilled_router="counts"`'
+                'Lengthen stage 1, or take `distilled_router="counts"`: the distilled router agrees with the backbone on '
+                f"{agreement:.1%} of the tokens only (wanted: {LEAST_AGREEMENT:.0%}), and what it freezes is hardly more than a hash"
             )
         if self.table_load is not None and not self.is_balanced_later and self.table_load > LARGEST_TABLE_LOAD:
             problems.append(
-                f"the table's load max/mean is {self.table_load:.2f} (wanted: {LARGEST_TABLE_LOAD:g}), and nothing evens "
-                "it out in stage 2. Set `max_frozen_load`, 1.05 say"
+                f"Set `max_frozen_load`, 1.05 say: the table's load max/mean is {self.table_load:.2f} (wanted: "
+                f"{LARGEST_TABLE_LOAD:g}), and nothing evens it out in stage 2"
             )
         closed = self.metrics.get("closed_gates", 0.0)
         if closed > MOST_CLOSED_GATES:
             problems.append(
-                f"{closed:.0%} of the gates are below {CLOSED_GATE:g}, so their experts do and learn next to nothing. Lower "
-                '`balance_loss_coef`, or take `balance_gradient="centroids"`'
+                f'Lower `balance_loss_coef`, or take `balance_gradient="centroids"`: {closed:.0%} of the gates are below '
+                f"{CLOSED_GATE:g}, so their experts do and learn next to nothing"
             )
         return problems
 
@@ -228,44 +228,39 @@ class FrozenReport:
             metrics["transition_ids_above_limit"] = sum(len(layer.alone) for layer in self.balanced)
         return metrics
 
-    def sentences(self) -> list[str]:
-        """Describe what was frozen in plain words."""
+    def lines(self) -> list[str]:
+        """Describe in plain words how well what was frozen agrees with stage 1, and how even it is."""
         metrics, said = self.metrics(), []
         if "transition_agreement" in metrics:
             said.append(
-                f"Over the last {self.num_steps} steps the distilled router sent {metrics['transition_agreement']:.1%} of "
-                f"the tokens where the backbone router did ({metrics['transition_agreement_by_id']:.1%} where every token "
-                f"id counts the same), and the backbone's expert load was max/mean {metrics['transition_load_max_over_mean']:.2f}."
-            )
-        if "transition_mean_gate" in metrics:
-            said.append(
-                f"The mean gate was {metrics['transition_mean_gate']:.2f}, {metrics['transition_closed_gates']:.0%} of the "
-                f"gates were below {CLOSED_GATE:g}, and the mean hidden state at the experts had "
-                f"{metrics['transition_common_direction']:.0%} of the mean norm."
+                f"agreement: over the last {self.num_steps} steps the distilled router sent "
+                f"{metrics['transition_agreement']:.1%} of the tokens where the backbone router did "
+                f"({metrics['transition_agreement_by_id']:.1%} where every token id counts the same)"
             )
         if self.load is not None:
-            lightest = (self.load.amin(-1) / self.load.mean(-1)).min().item()
+            before = metrics.get("transition_load_max_over_mean")
             tokens = self.load[0].sum().item() / self.num_experts_per_tok
             said.append(
-                f"The frozen table sends the {tokens:,.0f} tokens seen in stage 1 to their experts with "
-                f"max/mean {imbalance(self.load):.2f} (lightest expert {lightest:.2f} of the mean)."
+                "load of the heaviest expert over the mean: "
+                + (f"{before:.2f} before, " if before is not None else "")
+                + f"{imbalance(self.load):.2f} by the frozen table for the {tokens:,.0f} tokens seen in stage 1 "
+                f"(lightest: {self._lightest():.2f})"
             )
             if self.token_counts is not None:
                 said.append(self._bound_of_the_corpus())
         if self.balanced:
             said.append(
-                f"Balanced from max/mean {metrics['transition_unbalanced_load_max_over_mean']:.2f} to at most "
+                f"balanced from max/mean {metrics['transition_unbalanced_load_max_over_mean']:.2f} to at most "
                 f"{metrics['transition_largest_shared_load']:.2f} at the price of "
                 f"{metrics['transition_agreement_given_up']:.1%} of expected agreement, which is now "
-                f"{metrics['transition_expected_agreement']:.1%}, at most {metrics['transition_agreement_gap']:.2%} below the "
-                "best possible."
+                f"{metrics['transition_expected_agreement']:.1%}"
             )
         heavy = sorted({token_id for layer in self.balanced for token_id in layer.alone.tolist()})
         if heavy:
             named = ", ".join(map(str, heavy[:5])) + (f" and {len(heavy) - 5} more" if len(heavy) > 5 else "")
             own = "an expert" if self.num_experts_per_tok == 1 else f"{self.num_experts_per_tok} experts"
             said.append(
-                f"Token id(s) {named} alone outweigh the limit: each has {own} of its own, and the others keep to it."
+                f"Token id(s) {named} alone outweigh the limit: each has {own} of its own, and the others keep to it"
             )
         return said
 
@@ -280,6 +275,9 @@ class FrozenReport:
 
         with_one = "" if k == 1 else f"; with one per token, {allowed(1)}"
         return (
-            f"The most frequent token id is {share:.1%} of them: with {num_experts} experts, {k} per token, that allows "
-            f"{allowed(k)}{with_one}."
+            f"The most frequent token id is {share:.1%} of all: with {num_experts} experts, {k} per token, that allows "
+            f"{allowed(k)}{with_one}"
         )
+
+    def _lightest(self) -> float:
+        return (self.load.amin(-1) / self.load.mean(-1)).min().item()

@@ -2,7 +2,16 @@
 """Runs of the scripts: recipes, folders, and what goes into a routed text."""
 
 from .card_arguments import CardArguments
-from .command_line import help_of, log_progress, one_line_errors, parse_options, parse_overrides, quiet_libraries
+from .command_line import (
+    COMMANDS,
+    describe_next,
+    help_of,
+    log_progress,
+    one_line_errors,
+    parse_options,
+    parse_overrides,
+    quiet_libraries,
+)
 from .recipes import ModelArguments, RoutingArguments, check_fit, load_preset, parse_recipe, read_preset
 from .routed_input import load_tokenizer, parse_checkpoint_command, route_through_checkpoint
 from .run import (
@@ -21,6 +30,7 @@ from .vocabularies import TextVocabulary, VocabularyArguments, read_vocabularies
 
 
 __all__ = [
+    "COMMANDS",
     "CardArguments",
     "FolderArguments",
     "ModelArguments",
@@ -31,6 +41,7 @@ __all__ = [
     "build_callbacks",
     "build_model",
     "check_fit",
+    "describe_next",
     "evaluate_saved_model",
     "help_of",
     "load_preset",

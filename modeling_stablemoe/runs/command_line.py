@@ -3,11 +3,15 @@
 
 import json
 import logging
+import shlex
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import datasets
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
@@ -59,9 +63,41 @@ def quiet_libraries():
 
 
 def log_progress(training_args: TrainingArguments):
-    """Show the progress of a run, from one of its processes, and warnings of all libraries."""
-    logging.basicConfig(level=logging.INFO if training_args.should_log else logging.WARNING)
+    """Show what this package says of a run, from one of its processes, warnings of all libraries, and bars on a terminal."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("modeling_stablemoe").setLevel(logging.INFO if training_args.should_log else logging.WARNING)
     transformers_logging.set_verbosity_warning()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+# The commands of `stablemoe`, and the scripts that they start.
+COMMANDS = {
+    "train": "run_clm",
+    "train-translation": "run_translation",
+    "generate": "generate",
+    "translate": "translate",
+    "inspect": "inspect_routing",
+    "plot": "plot_run",
+    "convert": "convert_dense",
+    "freeze": "balance_routing",
+    "prune": "prune_experts",
+    "compare": "compare_routers",
+    "push": "push_to_hub",
+}
+
+
+def describe_next(folder: str, *commands: str) -> str:
+    """Say where the files of a finished run are, and how to go on: each command of `stablemoe` with its options."""
+    lines = [f"Model, card and results are in {folder}, all logs in its trainer_state.json. Next:"]
+    for command in commands:
+        name, _, options = command.partition(" ")
+        program = f"stablemoe {name}"
+        if not sys.argv[0].startswith("stablemoe"):
+            program = f"python {Path(sys.argv[0]).with_name(COMMANDS[name])}.py"
+        lines.append(f"  {program} {shlex.quote(folder)} {options}".rstrip())
+    return "\n".join(lines)
 
 
 @contextmanager
@@ -76,4 +112,13 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise SystemExit(f"error: {reason}") from error
 
 
-__all__ = ["help_of", "log_progress", "one_line_errors", "parse_options", "parse_overrides", "quiet_libraries"]
+__all__ = [
+    "COMMANDS",
+    "describe_next",
+    "help_of",
+    "log_progress",
+    "one_line_errors",
+    "parse_options",
+    "parse_overrides",
+    "quiet_libraries",
+]

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
+from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
@@ -285,12 +286,12 @@ def train(trainer: Trainer, checkpoint: str | None):
     """
     step = -1
     if checkpoint is not None:
-        logger.info("Resuming from %s.", checkpoint)
         step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+        logger.info("Resuming from %s: the run goes on from step %d.", checkpoint, step)
     with trainer.args.main_process_first(desc="cut-off checkpoints"):
         if trainer.is_world_process_zero():
             remove_incomplete_checkpoints(trainer.args.output_dir, step)
-    with _explained(trainer):
+    with _explained(trainer), logging_redirect_tqdm():
         if checkpoint is None:
             trainer.train()
         elif not restore_finished_run(trainer, checkpoint):

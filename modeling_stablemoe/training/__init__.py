@@ -7,6 +7,7 @@ from .fluctuation_callback import RoutingFluctuationCallback
 from .logging_callback import TrainingClockCallback, refuse_label_smoother
 from .loops import drop_idle_gradients, freeze_router
 from .processes import check_same_routing
+from .progress_callback import show_progress
 from .routing_trainer import RoutingTrainer, RoutingTrainerMixin
 from .statistics_callback import RoutingStatisticsCallback
 from .transition import StageTransitionCallback
@@ -28,5 +29,6 @@ __all__ = [
     "freeze_router",
     "parameter_groups",
     "refuse_label_smoother",
+    "show_progress",
     "takes_weight_decay",
 ]

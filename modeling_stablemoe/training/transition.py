@@ -259,14 +259,13 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         )
         report = {"routing_stage": 2, "transition_step": state.global_step, **frozen.metrics()}
         self._log(state, control, report)
-        opening = f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins."
-        closing = f"Fingerprint {model.config.router_fingerprint}."
-        if sees_context(model.config):
-            closing = (
-                f"The distilled router looks back at earlier tokens ({model.config.distilled_router}), so its weights are "
-                f"frozen, not a table. {closing}"
-            )
-        self._say(state, " ".join([opening, *frozen.sentences(), closing]), verdict)
+        lines = [
+            f"StableMoE: routing frozen after step {state.global_step} of {state.max_steps}; stage 2 begins.",
+            f"frozen: {_describe_frozen(model)}",
+            *frozen.lines(),
+            "From here on a token always goes to the same expert, in training and in the saved model.",
+        ]
+        self._say(state, "\n  ".join(lines), verdict)
 
     def _say(self, state: TrainerState, message: str, verdict: Verdict):
         if not state.is_world_process_zero:
@@ -274,7 +273,16 @@ class StageTransitionCallback(RoutingStatisticsCallback):
         tqdm.write(message)
         problems = verdict.problems()
         if problems:
-            logger.warning("This routing is not worth freezing: %s.", "; ".join(problems))
+            logger.warning("%s. Without that this routing is not worth freezing.", ". ".join(problems))
+
+
+def _describe_frozen(model: TwoStageRoutingMixin) -> str:
+    config = model.config
+    layers = f"{config.num_moe_layers} MoE layer{'s' * (config.num_moe_layers > 1)}"
+    what = f"the expert of each of {config.vocab_size:,} token ids in {layers}"
+    if sees_context(config):
+        what = f"the weights of the distilled router ({config.distilled_router}) of {layers}, which looks back at earlier tokens"
+    return f"{what} (fingerprint {config.router_fingerprint})"
 
 
 def _require_resumed_routing(model: nn.Module, state: TrainerState):
