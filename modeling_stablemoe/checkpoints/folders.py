@@ -146,11 +146,17 @@ def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
         )
     if occupied and not (resume or overwrite):
         raise ValueError(
-            f"The output folder {str(folder)!r} holds a run already. Continue it with `--resume_from_checkpoint "
+            f"The output folder {str(folder)!r} holds a run already, {_saved_up_to(folder)}. Continue it with `--resume_from_checkpoint "
             "latest`, replace it with `--overwrite_output_dir`, or choose another `--output_dir`."
         )
     if occupied and resume:
         _check_identity(run_file, identity)
+
+
+def _saved_up_to(folder: Path) -> str:
+    whole = (path for path in checkpoints_in(folder) if what_is_missing(path, checksums=False) is None)
+    last = next(whole, None)
+    return "without a whole checkpoint yet" if last is None else f"saved up to step {step_of(last)}"
 
 
 def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool) -> Path | None:

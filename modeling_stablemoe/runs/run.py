@@ -109,6 +109,8 @@ class RunFolder:
             checkpoint = requested
         if checkpoint is not None:
             require_optimizer(checkpoint)
+        elif requested is not None:
+            logger.info("There is no whole checkpoint in %s yet: the run begins at step 0.", self.args.output_dir)
         return None if checkpoint is None else str(checkpoint)
 
     def _claim(self) -> Path | None:

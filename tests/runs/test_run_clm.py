@@ -88,10 +88,19 @@ def test_resuming_a_finished_run_changes_no_weight(workplace, trained_clm, train
         assert (trained_clm_copy / name).read_text() == (trained_clm.folder / name).read_text()
 
 
+def test_a_resumed_run_says_from_which_step_it_goes_on(workplace, trained_clm_copy):
+    shutil.rmtree(trained_clm_copy / "checkpoint-16")
+    options = [str(trained_clm_copy), *LATEST]
+    assert "checkpoint-14: the run goes on from step 14." in workplace.train_here(*options)
+    for checkpoint in trained_clm_copy.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert "There is no whole checkpoint in" in workplace.train_here(*options)
+
+
 def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, trained_clm_copy, script):
     before = content(trained_clm_copy)
     message = refuse(script, workplace.arguments(str(trained_clm_copy)))
-    assert "holds a run already" in message
+    assert "holds a run already, saved up to step 16. Continue it with `--resume_from_checkpoint latest`" in message
     # Nor is it resumed with other settings.
     message = refuse(script, workplace.arguments(str(trained_clm_copy), *LATEST, "--learning_rate", "3e-3"))
     assert "learning_rate: 0.01 there, 0.003 here" in message
