@@ -9,7 +9,7 @@ python scripts/convert_dense.py runs/my-gpt2 runs/moe --model_preset configurati
 
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.checkpoints import require_new_folder
@@ -21,7 +21,7 @@ from modeling_stablemoe.convert import (
     routing_of_preset,
     save_converted,
 )
-from modeling_stablemoe.runs import help_of, one_line_errors, parse_overrides, quiet_libraries
+from modeling_stablemoe.runs import OptionParser, help_of, one_line_errors, parse_overrides, quiet_libraries
 
 
 @dataclass
@@ -74,7 +74,7 @@ class ConvertArguments:
 
 def parse_arguments(argv=None):
     """Parse the command line: `(arguments, source, output folder)`."""
-    parser = HfArgumentParser(ConvertArguments, **help_of(__doc__))
+    parser = OptionParser(ConvertArguments, **help_of(__doc__))
     # Before the options, as those with several values would take them, too.
     parser.usage = "%(prog)s source output_dir [--option value ...]"
     parser.add_argument("source", help="Hub name or folder of a decoder-only language model")

@@ -12,12 +12,12 @@ from transformers import AutoTokenizer, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.checkpoints import load_saved
-from modeling_stablemoe.runs import help_of
+from modeling_stablemoe.runs import OptionParser, help_of
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = OptionParser(**help_of(__doc__))
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
     parser.add_argument("--prompt", default="", help="text to continue; none: start of a document")
     parser.add_argument("--max_new_tokens", type=int, default=80, help="tokens to generate at most")

@@ -10,12 +10,12 @@ import argparse
 from pathlib import Path
 
 from modeling_stablemoe.measure import read_run, write_run_figures
-from modeling_stablemoe.runs import help_of, one_line_errors
+from modeling_stablemoe.runs import OptionParser, help_of, one_line_errors
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = OptionParser(**help_of(__doc__))
     parser.add_argument("runs", nargs="+", help="Output folders of runs, finished or not, or checkpoints.")
     parser.add_argument("--labels", nargs="+", help="Names of the runs in the figures. Default: those of the folders.")
     parser.add_argument("--output_dir", help="Where to put the figures. Default: `figures` in the first folder.")

@@ -14,12 +14,12 @@ other than that of chat templates. The folder is not changed.
 import argparse
 
 from modeling_stablemoe.hub import NETWORK_ERROR, check_name, explain, format_shipment, prepare, require_login, send
-from modeling_stablemoe.runs import help_of, quiet_libraries
+from modeling_stablemoe.runs import OptionParser, help_of, quiet_libraries
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = OptionParser(**help_of(__doc__))
     parser.add_argument("folder", help="a checkpoint, or the output folder of a run")
     parser.add_argument("name", help="repository on the Hub, as in user/name; made if there is none")
     parser.add_argument(

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_stablemoe import StableMoEForConditionalGeneration
 from modeling_stablemoe.checkpoints import load_saved, replace_file
 from modeling_stablemoe.data import STANDARD_INPUT, check_encoding, encode_sources, read_lines
-from modeling_stablemoe.runs import help_of, one_line_errors
+from modeling_stablemoe.runs import OptionParser, help_of, one_line_errors
 
 
 logger = logging.getLogger("translate")
@@ -30,7 +30,7 @@ BATCHES_PER_CHUNK = 16
 
 def parse_arguments(argv=None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(**help_of(__doc__))
+    parser = OptionParser(**help_of(__doc__))
     parser.add_argument("model", help="Hub name or folder of a checkpoint")
     parser.add_argument(
         "--input", nargs="+", metavar="FILE", help="text, also compressed, a sentence per line (default: stdin)"

@@ -4,6 +4,7 @@
 from .card_arguments import CardArguments
 from .command_line import (
     COMMANDS,
+    OptionParser,
     describe_next,
     help_of,
     log_progress,
@@ -11,6 +12,7 @@ from .command_line import (
     parse_options,
     parse_overrides,
     quiet_libraries,
+    shipped,
 )
 from .recipes import ModelArguments, RoutingArguments, check_fit, load_preset, parse_recipe, read_preset
 from .routed_input import load_tokenizer, parse_checkpoint_command, route_through_checkpoint
@@ -34,6 +36,7 @@ __all__ = [
     "CardArguments",
     "FolderArguments",
     "ModelArguments",
+    "OptionParser",
     "RoutingArguments",
     "RunFolder",
     "TextVocabulary",
@@ -58,6 +61,7 @@ __all__ = [
     "read_vocabularies",
     "route_through_checkpoint",
     "set_hash_tables",
+    "shipped",
     "summarize_run",
     "train",
     "write_results",

@@ -3,11 +3,14 @@
 
 import json
 import logging
+import re
 import shlex
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import Field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,84 @@ from transformers.utils import logging as transformers_logging
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Shows defaults, and examples as they are written."""
+
+
+# What `--help` shows of Trainer's options.
+_TRAINING = (
+    "output_dir max_steps per_device_train_batch_size learning_rate resume_from_checkpoint report_to seed".split()
+)
+_HELP_WIDTH = 119
+
+
+class OptionParser(HfArgumentParser):
+    """Has a help of one line per option, grouped by class, and errors that name the option that was meant.
+
+    `--help_all` is the whole help of argparse.
+    """
+
+    def format_help(self) -> str:
+        """Return the short help; without classes, that of argparse."""
+        types = list(self.dataclass_types)
+        if not types:
+            return super().format_help()
+        lines = [self.format_usage().strip(), "", self.description]
+        for each in types:
+            is_training = issubclass(each, TrainingArguments)
+            title = "Of transformers' Trainer" if is_training else each.__doc__.partition("\n")[0].partition(";")[0]
+            lines.append(f"{title.rstrip('.')}:")
+            lines += [_help_line(field) for field in fields(each) if not is_training or field.name in _TRAINING]
+        return "\n".join([*lines, "", self.epilog or "", "--help_all explains all options."]) + "\n"
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse; an unknown option ends the process with the one that was meant."""
+        if "--help_all" in (sys.argv[1:] if args is None else args):
+            print(super().format_help())  # noqa: T201
+            self.exit()
+        namespace, rest = super().parse_known_args(args, namespace)
+        unknown = next((each.partition("=")[0] for each in rest if each.startswith("--")), None)
+        if unknown is not None:
+            self.error(_describe_unknown(unknown, vars(namespace)))
+        return namespace, rest
+
+
+def _help_line(field: Field) -> str:
+    text = " ".join(str(field.metadata.get("help", "")).split())
+    line = f"  --{field.name:<30} {text}"
+    return line if len(line) <= _HELP_WIDTH else f"{line[: _HELP_WIDTH - 3].rpartition(' ')[0]}..."
+
+
+def _describe_unknown(option: str, known: Iterable[str]) -> str:
+    name = option.lstrip("-").replace("-", "_")
+    pattern = re.compile(rf'^    {name}: |"--{name}"', re.MULTILINE)
+    owners = [
+        script
+        for script in dict.fromkeys(COMMANDS.values())
+        if any(pattern.search(file.read_text(encoding="utf-8")) for file in _sources_of(script))
+    ]
+    if owners:
+        return f"there is no option {option} here; it is one of {', '.join(owners)}"
+    near = get_close_matches(option, [f"--{each}" for each in known], n=1, cutoff=0.75)
+    return f"there is no option {option}; " + (f"did you mean {near[0]}?" if near else "see --help")
+
+
+def _sources_of(script: str) -> list[Path]:
+    """List the script and the module of its corpus."""
+    package = Path(__file__).parents[1]
+    corpora = {"run_clm": "data/text.py", "run_translation": "data/translation.py"}
+    files = [shipped("scripts") / f"{script}.py", *([package / corpora[script]] if script in corpora else [])]
+    return [file for file in files if file.is_file()]
+
+
+def shipped(folder: str) -> Path:
+    """Return a folder of the project: inside an installed package, beside the package in a clone."""
+    inside = Path(__file__).parents[1] / folder
+    return inside if inside.is_dir() else Path(__file__).parents[2] / folder
+
+
+def find_shipped(path: str | Path) -> Path:
+    """Return a path under `configuration/` also where that is not in the working directory."""
+    path, project = Path(path), shipped("configuration").parent
+    return project / path if not path.exists() and (project / path).is_file() else path
 
 
 def help_of(doc: str) -> dict[str, Any]:
@@ -37,7 +118,7 @@ def parse_options(arguments_class: type, doc: str, argv: Sequence[str] | None = 
     Raises:
         ValueError: what the class raises for an invalid value.
     """
-    (arguments,) = HfArgumentParser(arguments_class, **help_of(doc)).parse_args_into_dataclasses(argv)
+    (arguments,) = OptionParser(arguments_class, **help_of(doc)).parse_args_into_dataclasses(argv)
     return arguments
 
 
@@ -105,6 +186,8 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
     """End the process with one line for errors that the user can fix. Default: `OSError` and `ValueError`."""
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
     except Exception as error:
         if not isinstance(error, kinds or (OSError, ValueError)):
             raise

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
 from modeling_stablemoe.model.configuration_stablemoe import BACKBONE_FIELDS, StableMoEBaseConfig, StableMoEConfig
 
-from .command_line import help_of, parse_overrides
+from .command_line import OptionParser, find_shipped, help_of, parse_overrides
 
 
 HASH_TABLES = ("random", "balanced")
@@ -191,7 +192,7 @@ def read_preset(path: str | Path) -> tuple[type[StableMoEBaseConfig], dict[str, 
         FileNotFoundError: if there is no such file.
         ValueError: for a file that is not a JSON object, or an unknown kind of model.
     """
-    path = Path(path)
+    path = find_shipped(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no model preset {str(path)!r}; presets are under configuration/models/.")
     try:
@@ -325,7 +326,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-class _Parser(HfArgumentParser):
+class _Parser(OptionParser):
     """Refuses numbers outside the range of their option before they are used."""
 
     def parse_known_args(self, *args, **kwargs):
@@ -362,9 +363,10 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):
-            argv = _recipe_to_argv(Path(argv[0])) + argv[1:]
+            argv = _recipe_to_argv(find_shipped(argv[0])) + argv[1:]
         arguments = parser.parse_args_into_dataclasses(args=argv)
         _require_half_precision(arguments)
+        _require_reporters(arguments)
         return arguments
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -375,6 +377,15 @@ def _require_half_precision(arguments: tuple):
     for part in arguments:
         if isinstance(part, TrainingArguments) and part.fp16 and part.device.type == "cpu":
             raise ValueError("--fp16 does nothing on a CPU; train with --bf16 true, or in float32")
+
+
+def _require_reporters(arguments: tuple):
+    """Refuse a reporter whose package is not installed, which Trainer reports after all the text is read."""
+    installed = get_available_reporting_integrations()
+    for part in arguments:
+        for name in part.report_to if isinstance(part, TrainingArguments) else []:
+            if name not in installed and name in INTEGRATION_TO_CALLBACK:
+                raise ValueError(f"--report_to {name} needs its package: `pip install {name}`, or --report_to none")
 
 
 class YamlLoader(yaml.SafeLoader):

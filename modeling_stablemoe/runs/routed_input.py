@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stablemoe.checkpoints.architectures import load_saved, read_saved_class
 from modeling_stablemoe.data.files import READABLE, STANDARD_INPUT, find_files, open_text, read_files, read_lines
@@ -15,7 +15,7 @@ from modeling_stablemoe.data.translation import read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import encode_sources, encode_texts
 from modeling_stablemoe.measure.inspection import RoutedText, route_texts
 
-from .command_line import help_of
+from .command_line import OptionParser, help_of
 
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def parse_checkpoint_command(
         `tuple`: the options of the text, those of the script, and the checkpoint. A bad command line ends the process
         with status 2.
     """
-    parser = HfArgumentParser((text_class, arguments_class), **help_of(doc))
+    parser = OptionParser((text_class, arguments_class), **help_of(doc))
     # Before the options, as those with several values would take it, too.
     parser.usage = usage
     parser.add_argument("model", help="Hub name or folder of a checkpoint")

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
+from modeling_stablemoe.checkpoints.architectures import CONFIGS
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
 from modeling_stablemoe.checkpoints.engines import translated
 from modeling_stablemoe.checkpoints.folders import (
@@ -155,6 +157,11 @@ def build_model(
     """
     if model_args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        if config.model_type not in CONFIGS:
+            raise ValueError(
+                f"{model_args.model_name_or_path!r} is a {config.model_type!r} model, not one of this package: "
+                f"{', '.join(CONFIGS)}. Give it experts first, with scripts/convert_dense.py."
+            )
         _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
         config = change_checkpoint(config, model_args.overrides)
         return auto_class.from_pretrained(model_args.model_name_or_path, config=config, **model_args.implementations)
@@ -293,7 +300,7 @@ def train(trainer: Trainer, checkpoint: str | None):
     with trainer.args.main_process_first(desc="cut-off checkpoints"):
         if trainer.is_world_process_zero():
             remove_incomplete_checkpoints(trainer.args.output_dir, step)
-    with _explained(trainer), logging_redirect_tqdm():
+    with _interruptible(trainer), _explained(trainer), logging_redirect_tqdm():
         if checkpoint is None:
             trainer.train()
         elif not restore_finished_run(trainer, checkpoint):
@@ -319,6 +326,28 @@ def evaluate_saved_model(trainer: Trainer) -> float:
     if step_of_model(trainer) != trainer.state.global_step:
         trainer.state.log_history.pop()
     return report.perplexity_of(loss)
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the process with one line: the step, the last whole checkpoint, how to go on."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not trainer.is_world_process_zero():
+            raise SystemExit(1) from None
+        whole = last_complete_checkpoint(trainer.args.output_dir)
+        remedy = (
+            "There is no whole checkpoint yet: begin again with `--overwrite_output_dir`."
+            if whole is None
+            else f"{whole.name} is whole: go on with `--resume_from_checkpoint latest`."
+        )
+        raise SystemExit(
+            f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}. {remedy}"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

@@ -183,6 +183,8 @@ transformers.dynamic_module_utils
 transformers.distributed
     DistributedConfig(0, enable_expert_parallel): whether experts are dealt out
     consolidate_distributed_checkpoint [5.20]: whether shards are joined later
+transformers.integrations
+    INTEGRATION_TO_CALLBACK, get_available_reporting_integrations(0): which reporters there are, and which are installed
 transformers.trainer_callback
     DefaultFlowCallback: decides what is logged before others see the step
     ExportableState, ExportableState.state(1): what `trainer_state.json` keeps of a callback

@@ -2,10 +2,13 @@
 
 import ast
 import runpy
+import sys
 
 import pytest
 
 from helpers import ROOT
+from helpers.workplaces import load_script
+from modeling_stablemoe.runs import read_preset
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
@@ -15,4 +18,55 @@ def test_every_script_starts_and_says_what_it_is_for(path, monkeypatch, capsys):
         runpy.run_path(str(path), run_name="__main__")
     assert stop.value.code == 0
     purpose = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
-    assert purpose in " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert purpose in " ".join(shown.split())
+    assert len(shown.splitlines()) < 60
+
+
+def test_the_whole_help_has_all_options_of_trainer(capsys):
+    with pytest.raises(SystemExit):
+        load_script("run_clm").main(["--help_all"])
+    assert "--adam_beta1" in capsys.readouterr().out
+
+
+RECIPE = str(ROOT / "configuration" / "recipes" / "embedded-cpu.yaml")
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("run_clm", [RECIPE, "--learning_rat", "1"], "no option --learning_rat; did you mean --learning_rate?"),
+        (
+            "run_clm",
+            [RECIPE, "--language_pairs", "de-en"],
+            "no option --language_pairs here; it is one of run_translation",
+        ),
+        ("run_translation", ["--document_separator", ""], "no option --document_separator here; it is one of run_clm"),
+        ("run_clm", ["bad.yaml"], "no option --learning_rat; did you mean --learning_rate?"),
+        ("generate", ["model", "--max_tokens", "3"], "no option --max_tokens; did you mean --max_new_tokens?"),
+        ("inspect_routing", ["model", "--prompt", "x"], "no option --prompt here; it is one of generate"),
+        ("generate", ["model", "--qqq"], "no option --qqq; see --help"),
+    ],
+)
+def test_a_wrong_option_is_answered_by_the_one_that_was_meant(
+    script, arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1e-3\n")
+    with pytest.raises(SystemExit, match="2"):
+        load_script(script).main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_reporter_that_is_not_installed_is_named_at_once(monkeypatch, capsys):
+    # `comet_ml` is in none of the environments.
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
+    with pytest.raises(SystemExit, match="2"):
+        load_script("run_clm").main([RECIPE, "--report_to", "comet_ml"])
+    assert "--report_to comet_ml needs its package" in capsys.readouterr().err
+
+
+def test_recipes_and_presets_of_the_project_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_args, *_ = load_script("run_clm").parse_arguments(["configuration/recipes/embedded-cpu.yaml"])
+    assert read_preset(model_args.model_preset)[1]["num_experts"] > 1

@@ -1,14 +1,17 @@
 """Tests of the training script, run as users run it."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from helpers import ROOT
 from helpers.forks import LATEST
@@ -97,6 +100,28 @@ def test_a_resumed_run_says_from_which_step_it_goes_on(workplace, trained_clm_co
     assert "There is no whole checkpoint in" in workplace.train_here(*options)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_with_one_line_and_goes_on_from_its_checkpoint(workplace, tmp_path, number):
+    module = load_script("run_clm")
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    build = module.build_callbacks
+    module.build_callbacks = lambda *args, **options: [*build(*args, **options), Interrupt()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace.folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace.folder / "cache")
+        message = refuse(module.main, workplace.arguments(str(tmp_path / "stopped")))
+    assert message == (
+        "interrupted at step 5 of 16. checkpoint-4 is whole: go on with `--resume_from_checkpoint latest`."
+    )
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, trained_clm_copy, script):
     before = content(trained_clm_copy)
     message = refuse(script, workplace.arguments(str(trained_clm_copy)))
@@ -142,6 +167,24 @@ def test_bad_input_is_one_line_and_claims_or_deletes_nothing(workplace, trained_
     before = content(trained_clm_copy)
     refuse(script, workplace.arguments(str(trained_clm_copy), "--overwrite_output_dir", "True", *options))
     assert content(trained_clm_copy) == before
+
+
+def test_a_dense_model_is_refused_with_the_way_to_experts(workplace, script, tmp_path, trained_clm):
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=280)).save_pretrained(tmp_path)
+    start = [
+        "--model_name_or_path",
+        str(tmp_path),
+        "--model_preset",
+        "",
+        "--config_overrides",
+        "",
+        "--stage1_steps",
+        "",
+    ]
+    tokenizer = ["--tokenizer_name", str(trained_clm.folder)]
+    message = refuse(script, workplace.arguments("new", *start, *tokenizer))
+    assert "is a 'gpt2' model, not one of this package" in message
+    assert "scripts/convert_dense.py" in message
 
 
 def test_bad_input_ends_the_process_with_an_error_and_no_traceback(workplace):
