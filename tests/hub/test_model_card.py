@@ -606,16 +606,13 @@ def test_code_without_the_package_trusts_what_it_loads_or_a_terminal_is_asked(pa
 
 
 @pytest.mark.slow
-def test_an_installed_package_has_the_template(tmp_path):
+def test_an_installed_package_has_the_template_the_scripts_and_what_they_read(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "hub_card.md"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(
-        ROOT / "modeling_stablemoe",
-        source / "modeling_stablemoe",
-        ignore=shutil.ignore_patterns("__pycache__"),
-    )
+    for name in ("modeling_stablemoe", "configuration", "scripts"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, timeout=300)
     [wheel] = tmp_path.glob("*.whl")
@@ -632,3 +629,7 @@ def test_an_installed_package_has_the_template(tmp_path):
     ).stdout.splitlines()[-1]
     assert Path(found) == tmp_path / "installed" / "modeling_stablemoe" / "card" / "hub_card.md"
     assert Path(found).read_text() == (ROOT / "hub_card.md").read_text()
+    for name in ("configuration", "scripts"):
+        installed = tmp_path / "installed" / "modeling_stablemoe" / name
+        files = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+        assert {path.relative_to(source / name) for path in (source / name).rglob("*") if path.is_file()} == files

@@ -4,11 +4,13 @@ import ast
 import runpy
 import sys
 
+import datasets
 import pytest
 
 from helpers import ROOT
 from helpers.workplaces import load_script
-from modeling_stablemoe.runs import read_preset
+from modeling_stablemoe import cli
+from modeling_stablemoe.runs import COMMANDS, read_preset
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
@@ -70,3 +72,36 @@ def test_recipes_and_presets_of_the_project_are_found_from_any_folder(tmp_path, 
     monkeypatch.chdir(tmp_path)
     model_args, *_ = load_script("run_clm").parse_arguments(["configuration/recipes/embedded-cpu.yaml"])
     assert read_preset(model_args.model_preset)[1]["num_experts"] > 1
+
+
+def stablemoe(monkeypatch, capsys, *arguments) -> str:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/stablemoe", *arguments])
+    cli.main()
+    return capsys.readouterr().out
+
+
+def test_the_console_command_starts_the_scripts_under_its_own_name(monkeypatch, capsys):
+    shown = stablemoe(monkeypatch, capsys, "--help")
+    assert all(
+        (ROOT / "scripts" / f"{script}.py").is_file() and f"  {name} " in shown for name, script in COMMANDS.items()
+    )
+    with pytest.raises(SystemExit) as stop:
+        stablemoe(monkeypatch, capsys, "generate", "--help")
+    assert stop.value.code == 0
+    assert "usage: stablemoe generate" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no command 'tran'"):
+        stablemoe(monkeypatch, capsys, "tran")
+
+
+def test_the_console_command_trains_on_a_text_in_an_empty_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "my.txt").write_text(
+        " ".join(f"{number} is a number and {number + 1} the next." for number in range(900))
+    )
+    options = """--train_files my.txt --model_preset configuration/models/tiny.json --block_size 32 --max_steps 4
+        --stage1_steps 2 --warmup_steps 1 --eval_steps 2 --save_steps 2 --use_cpu True --fluctuation_check_steps 0"""
+    shown = stablemoe(monkeypatch, capsys, "train", *options.split())
+    assert (tmp_path / "runs" / "stablemoe" / "model.safetensors").is_file()
+    assert "  stablemoe generate runs/stablemoe --prompt" in shown
+    assert "  stablemoe inspect runs/stablemoe --text" in shown
