@@ -279,7 +279,8 @@ class StageTransitionCallback(RoutingStatisticsCallback):
 def _describe_frozen(model: TwoStageRoutingMixin) -> str:
     config = model.config
     layers = f"{config.num_moe_layers} MoE layer{'s' * (config.num_moe_layers > 1)}"
-    what = f"the expert of each of {config.vocab_size:,} token ids in {layers}"
+    experts = "expert" if config.num_experts_per_tok == 1 else f"{config.num_experts_per_tok} experts"
+    what = f"the {experts} of each of {config.vocab_size:,} token ids in {layers}"
     if sees_context(config):
         what = f"the weights of the distilled router ({config.distilled_router}) of {layers}, which looks back at earlier tokens"
     return f"{what} (fingerprint {config.router_fingerprint})"
