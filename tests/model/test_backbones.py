@@ -265,6 +265,7 @@ def test_offloaded_experts_change_nothing(family, tmp_path):
         assert torch.equal(offloaded(IDS).logits, model(IDS).logits)
 
 
+@pytest.mark.slow
 def test_a_batch_in_flight_is_generated_as_each_alone(tmp_path):
     model = backed_model("llama")
     model.freeze_router()

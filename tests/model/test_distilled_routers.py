@@ -634,7 +634,8 @@ def test_trainer_freezes_and_resumes_across_the_transition(kind, tmp_path, capsy
     assert "transition_agreement" in entry
     assert "transition_table_load_max_over_mean" not in entry
     printed = capsys.readouterr().out
-    assert f"looks back at earlier tokens ({kind}), so its weights are frozen, not a table." in printed
+    assert f"the weights of the distilled router ({kind}) of" in printed
+    assert "looks back at earlier tokens" in printed
     assert whole.model.config.router_fingerprint in printed
     for step in (3, 6):
         resumed = trainer(tmp_path / "resumed")
