@@ -13,11 +13,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from helpers import ROOT
+from helpers.backbones import dense_model
 from helpers.models import tiny_model, tiny_seq2seq_model
 from helpers.trainers import BLOCKS, make_trainer, training_logs
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
 from modeling_stablemoe.compare.comparison import measure_routing, read_systems
 from modeling_stablemoe.compare.comparison_report import format_comparison, summarize_systems, write_figures
+from modeling_stablemoe.compare.upcycling import mixtral_config, mixtral_of
 from modeling_stablemoe.measure.flops import count_parameters, forward_flops
 from modeling_stablemoe.runs.recipes import RoutingArguments, load_preset
 from modeling_stablemoe.runs.run import set_hash_tables
@@ -397,3 +399,15 @@ def test_figures_are_drawn_for_what_there_is(tmp_path):
     names = ["perplexity.png", "experts.png", "fluctuation.png", "load.png"]
     assert [path.name for path in write_figures(sized, tmp_path)] == names
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_mixtral_made_of_a_llama_begins_as_the_llama(k):
+    dense = dense_model("llama")
+    options = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": k}
+    model = mixtral_of(dense, mixtral_config(dense.config, **options)).eval()
+    ids = torch.randint(3, 64, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="a Mixtral is made of a llama, not of a 'qwen2' model"):
+        mixtral_config(dense_model("qwen2").config, **options)
