@@ -18,7 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from modeling_stablemoe.checkpoints import replace_file
 from modeling_stablemoe.measure.figures import require_matplotlib, save_figure
-from modeling_stablemoe.runs import load_tokenizer, one_line_errors, parse_checkpoint_command, quiet_libraries
+from modeling_stablemoe.runs import (
+    check_output_files,
+    load_tokenizer,
+    one_line_errors,
+    parse_checkpoint_command,
+    quiet_libraries,
+)
 from modeling_stablemoe.runs.routed_input import TextArguments, encode_one_by_one, read_documents
 from modeling_stablemoe.tables import (
     format_freezing,
@@ -62,9 +68,7 @@ class FreezeArguments:
             FileNotFoundError: if a file is to go where there is no folder.
             ValueError: for a figure without matplotlib.
         """
-        for option, file in (("--json", self.json), ("--figure", self.figure), ("--card", self.card)):
-            if file and not Path(file).absolute().parent.is_dir():
-                raise FileNotFoundError(f"{option}: there is no folder {Path(file).parent}; create it first")
+        check_output_files(json=self.json, figure=self.figure, card=self.card)
         if self.figure:
             require_matplotlib()
         for folder in (self.work_dir, self.tables_dir):

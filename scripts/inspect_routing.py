@@ -15,6 +15,7 @@ from pathlib import Path
 from modeling_stablemoe.checkpoints import replace_file
 from modeling_stablemoe.measure import build_page, format_report, inspect_routing
 from modeling_stablemoe.runs import (
+    check_output_files,
     one_line_errors,
     parse_checkpoint_command,
     quiet_libraries,
@@ -37,16 +38,6 @@ class OutputArguments:
         if self.top_k < 1:
             raise ValueError("--top_k must be >= 1")
 
-    def check_folders(self):
-        """Check before the work that its results can be written.
-
-        Raises:
-            FileNotFoundError: if a file is to go where there is no folder.
-        """
-        for option, file in (("--json", self.json), ("--html", self.html)):
-            if file and not Path(file).absolute().parent.is_dir():
-                raise FileNotFoundError(f"{option}: there is no folder {Path(file).parent}; create it first")
-
 
 def main(argv=None):
     """Run the script."""
@@ -54,7 +45,7 @@ def main(argv=None):
     text_args, output_args, name = parse_checkpoint_command(OutputArguments, __doc__, usage, argv)
     quiet_libraries()
     with one_line_errors():
-        output_args.check_folders()
+        check_output_files(json=output_args.json, html=output_args.html)
         model, tokenizer, texts = route_through_checkpoint(name, text_args)
         # Only the folder's name, as the page may be shared.
         report = inspect_routing(model, tokenizer, texts, Path(os.path.abspath(name)).name, output_args.top_k)

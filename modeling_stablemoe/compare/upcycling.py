@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -25,7 +24,7 @@ from transformers import (
 from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
 from modeling_stablemoe.convert.dense import config_of_dense
 from modeling_stablemoe.measure.report import perplexity_of
-from modeling_stablemoe.model.decoder_stablemoe import joined_ffn
+from modeling_stablemoe.model.decoder_stablemoe import copy_ffn
 from modeling_stablemoe.model.modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.runs.recipes import model_fields
 from modeling_stablemoe.runs.run import RunFolder
@@ -166,13 +165,9 @@ def mixtral_of(dense: PreTrainedModel, config: MixtralConfig) -> PreTrainedModel
     """Make a Mixtral of a Llama: each expert a copy of the FFN that stood there, routers random."""
     model = AutoModelForCausalLM.from_config(config)
     tensors = dense.state_dict()
-    with torch.no_grad():
-        for index, block in enumerate(model.model.layers):
-            matrices = joined_ffn(dense.model.layers[index].mlp)
-            for name, matrix in zip(("gate_up_proj", "down_proj"), matrices, strict=True):
-                parameter = block.mlp.experts.get_parameter(name)
-                parameter.copy_(matrix.expand_as(parameter))
-            tensors = {name: values for name, values in tensors.items() if f"layers.{index}.mlp." not in name}
+    for index, block in enumerate(model.model.layers):
+        copy_ffn(dense.model.layers[index].mlp, block.mlp.experts)
+        tensors = {name: values for name, values in tensors.items() if f"layers.{index}.mlp." not in name}
     loaded = model.load_state_dict(tensors, strict=False)
     if loaded.unexpected_keys or any(".mlp." not in name for name in loaded.missing_keys):
         raise ValueError(f"A Llama and a Mixtral differ in {', '.join(loaded.unexpected_keys + loaded.missing_keys)}.")

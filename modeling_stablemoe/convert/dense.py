@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig
-from modeling_stablemoe.model.decoder_stablemoe import causal_class, joined_ffn
+from modeling_stablemoe.model.decoder_stablemoe import causal_class, copy_ffn
 from modeling_stablemoe.model.layer_stablemoe import StableMoEFeedForward, moe_layers_of
 
 
@@ -235,7 +235,9 @@ class DecoderSource(DenseSource):
     def config_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         """Give the decoder's config, and its FFN's width to the experts."""
         fields = {"backbone_config": copy.deepcopy(config)}
-        return fields | {name: getattr(config, name) for name in ("intermediate_size",) if hasattr(config, name)}
+        if hasattr(config, "intermediate_size"):
+            fields["intermediate_size"] = config.intermediate_size
+        return fields
 
     @torch.no_grad()
     def load(self, model: PreTrainedModel, dense: PreTrainedModel):
@@ -244,9 +246,7 @@ class DecoderSource(DenseSource):
         own = moe_layers_of(decoder)
         for name, layer in own.items():
             if isinstance(layer, StableMoEFeedForward):
-                gate_up_proj, down_proj = joined_ffn(dense.base_model.get_submodule(name))
-                layer.experts.gate_up_proj.copy_(gate_up_proj.expand_as(layer.experts.gate_up_proj))
-                layer.experts.down_proj.copy_(down_proj.expand_as(layer.experts.down_proj))
+                copy_ffn(dense.base_model.get_submodule(name), layer.experts)
                 tensors = {key: values for key, values in tensors.items() if not key.startswith(f"{name}.")}
         loaded = decoder.load_state_dict(tensors, strict=False)
         missing = [key for key in loaded.missing_keys if not key.startswith(tuple(f"{name}." for name in own))]

@@ -161,11 +161,12 @@ def gated_ffn(block: nn.Module, hidden_act: str) -> tuple[str, nn.Module]:
     )
 
 
-def joined_ffn(ffn: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the matrices of a gated FFN as experts hold them: gate and up, `(2 F, D)`, and down, `(D, F)`."""
-    if hasattr(ffn, "gate_up_proj"):
-        return ffn.gate_up_proj.weight, ffn.down_proj.weight
-    return torch.cat([ffn.gate_proj.weight, ffn.up_proj.weight]), ffn.down_proj.weight
+@torch.no_grad()
+def copy_ffn(ffn: nn.Module, experts: nn.Module):
+    """Make all of some gated experts, of this package or of transformers, copies of a gated FFN."""
+    gate_up = [ffn.gate_up_proj] if hasattr(ffn, "gate_up_proj") else [ffn.gate_proj, ffn.up_proj]
+    experts.gate_up_proj.copy_(torch.cat([matrix.weight for matrix in gate_up]).expand_as(experts.gate_up_proj))
+    experts.down_proj.copy_(ffn.down_proj.weight.expand_as(experts.down_proj))
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -255,9 +256,9 @@ __all__ = [
     "blocks_of",
     "build_decoder",
     "causal_class",
+    "copy_ffn",
     "decoder_with_experts",
     "gated_ffn",
-    "joined_ffn",
     "moe_layer_at",
     "name_of",
 ]

@@ -5,6 +5,7 @@ from .card_arguments import CardArguments
 from .command_line import (
     COMMANDS,
     OptionParser,
+    check_output_files,
     describe_next,
     help_of,
     log_progress,
@@ -44,6 +45,7 @@ __all__ = [
     "build_callbacks",
     "build_model",
     "check_fit",
+    "check_output_files",
     "describe_next",
     "evaluate_saved_model",
     "help_of",

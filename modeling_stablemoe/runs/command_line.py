@@ -169,6 +169,17 @@ COMMANDS = {
 }
 
 
+def check_output_files(**files: str | None):
+    """Check before the work that files can be written, by option; None is not asked for.
+
+    Raises:
+        FileNotFoundError: if a file is to go where there is no folder.
+    """
+    for option, file in files.items():
+        if file and not Path(file).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--{option}: there is no folder {Path(file).parent}; create it first")
+
+
 def describe_next(folder: str, *commands: str) -> str:
     """Say where the files of a finished run are, and how to go on: each command of `stablemoe` with its options."""
     lines = [f"Model, card and results are in {folder}, all logs in its trainer_state.json. Next:"]
@@ -197,6 +208,7 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 __all__ = [
     "COMMANDS",
+    "check_output_files",
     "describe_next",
     "help_of",
     "log_progress",

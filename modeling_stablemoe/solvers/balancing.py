@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from modeling_stablemoe.model.frozen_stablemoe import BalancedTable
+from modeling_stablemoe.model.tensors_stablemoe import best_experts
 
 from .prices import newton_prices, soft_top_k, table_load
 
@@ -119,11 +120,6 @@ def best_agreement(agreement_VE: Tensor, k: int) -> float:
     """Sum of the k best of each row."""
     best_V = agreement_VE.amax(-1) if k == 1 else agreement_VE.topk(k).values.sum(-1)
     return best_V.sum().item()
-
-
-def best_experts(agreement_VE: Tensor, k: int) -> Tensor:
-    """The k best of each row, `(V, K)`, the first among equals first."""
-    return agreement_VE.argsort(dim=-1, descending=True, stable=True)[:, :k]
 
 
 def place_ahead(problem: Problem, price_E: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -260,7 +256,7 @@ def place(problem: Problem, packed_VK: Tensor | None) -> tuple[Tensor, float] | 
     Returns:
         The table, `(V, K)`, and how much more another one may keep at most; None where no table is found.
     """
-    table_VK = best_experts(problem.agreement_VE, problem.k)
+    table_VK = best_experts(problem.agreement_VE, problem.k).view(-1, problem.k)
     if (table_load(table_VK, problem.weight_V, len(problem.capacity_E)) <= problem.capacity_E).all():
         return table_VK, 0.0
     price_E = min(problem.prices(torch.zeros_like(problem.capacity_E), 1.0, BOUND_BLUR), key=problem.dual)
@@ -359,7 +355,7 @@ def balanced_table(
     # The weight of lighter ids is lost in the rounding of the loads.
     heavy_V = order_V[: int((count_V > 1e-16 * total / max(1, num_ids)).sum()) if num_experts > k else 0]
     band_V = (count_V[heavy_V].cumsum(0) / total * num_bands).ceil().clamp(1, num_bands)
-    table_VK, load_E = best_experts(agreement_VE, k), torch.zeros(num_experts, dtype=torch.float64)
+    table_VK, load_E = best_experts(agreement_VE, k).view(-1, k), torch.zeros(num_experts, dtype=torch.float64)
     placed, gap, limit = 0.0, 0.0, max_load * k * total / num_experts
     above_V = order_V[: int((count_V > limit * (1 + ROUNDING)).sum()) if num_experts > k else 0]
     for band in band_V.unique().tolist():
@@ -379,7 +375,7 @@ def balanced_table(
     if k == 1:
         table = table_VK.squeeze(-1)
     else:
-        table = table_VK.gather(1, best_experts(agreement_VE.gather(1, table_VK), k))
+        table = table_VK.gather(1, best_experts(agreement_VE.gather(1, table_VK), k).view(-1, k))
     return BalancedTable(table, kept, best, max(kept, min(kept + gap, best)), limit, load_E, alone_V)
 
 
