@@ -1,11 +1,11 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
-"""Names of tensors in earlier checkpoints, which `from_pretrained` maps to the current ones."""
+"""Names of tensors in earlier checkpoints, and in those of programs that name each expert, which `from_pretrained` reads."""
 
 import copy
 import re
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEConfig, StableMoESeq2SeqConfig
 
@@ -24,11 +24,31 @@ class RenamedSince(WeightRenaming):
         return copy.deepcopy(self)
 
 
+class MergedOnLoad(WeightConverter):
+    """A stack of what a checkpoint has for each expert; saved, it stays a stack."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        """Return a renaming that changes no name."""
+        (target,) = self._original_target_patterns
+        return RenamedSince(f"{target}$", target)
+
+
 def register_earlier_names():
-    """Register the earlier names of tensors with transformers."""
+    """Register the earlier names of tensors, and those of single gated experts, with transformers."""
+    # llm-compressor and others write `experts.0.gate_proj.weight`, as checkpoints of most MoE models have it.
+    merged = [
+        MergedOnLoad(
+            ["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
+            "experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        MergedOnLoad("experts.*.down_proj.weight", "experts.down_proj", operations=[MergeModulelist(dim=0)]),
+    ]
     for config_class in (StableMoEConfig, StableMoESeq2SeqConfig):
         register_checkpoint_conversion_mapping(
-            config_class.model_type, [RenamedSince(*names) for names in _RENAMED.items()], overwrite=True
+            config_class.model_type, [*(RenamedSince(*names) for names in _RENAMED.items()), *merged], overwrite=True
         )
 
 

@@ -49,7 +49,7 @@ class RoutingHeadMixin:
         cost what the number of experts is.
         """
         recorded = {f"output_{name}": self.training or output_router_logits for name in RECORDED}
-        if not output_router_logits and self.routing_stage == 2:
+        if self.training and not output_router_logits and self.routing_stage == 2:
             recorded["output_router_logits"] = False
         return recorded
 

@@ -159,10 +159,10 @@ class StableMoELayer(GradientCheckpointingLayer):
         DistributedDataParallel stops at a parameter without gradient unless it looks for unused ones, which activation
         checkpointing forbids, and ZeRO-3 would take the last one again.
         """
+        if not (self.training and self.frozen_router.is_frozen and is_distributed()):
+            return hidden_states
         idle = self.bare_router.stage1_parameters()
-        if idle and self.frozen_router.is_frozen and self.training and is_distributed():
-            return hidden_states + zero_through(idle, self).to(hidden_states.dtype)
-        return hidden_states
+        return hidden_states + zero_through(idle, self).to(hidden_states.dtype) if idle else hidden_states
 
     def _run_experts(self, tokens: Tensor, selected_experts: Tensor, routing_weights: Tensor, *how: Any) -> Tensor:
         """Compute the weighted sum of the experts of each token, `(T, hidden_size)`."""

@@ -24,7 +24,7 @@ from .head_stablemoe import RoutingHeadMixin
 from .losses_stablemoe import causal_targets, count_causal_targets
 from .outputs_stablemoe import StableMoECausalLMOutputWithPast, StableMoEModelOutputWithPast
 from .pretrained_stablemoe import StableMoEPreTrainedModel
-from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, takes_cache_by_either_name
+from .versions_stablemoe import CACHE_NAME, StableMoEGenerationMixin, cache_argument, takes_cache_by_either_name
 
 
 logger = logging.get_logger(__name__)
@@ -184,7 +184,7 @@ class StableMoEModel(StableMoEBackbone):
             input_ids=input_ids if inputs_embeds is None else None,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE_NAME: cache},
+            **cache_argument(cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             moe_inputs=self.moe_inputs(tokens, **kwargs),

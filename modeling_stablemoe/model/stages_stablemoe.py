@@ -370,6 +370,9 @@ class TwoStageRoutingMixin:
             _is_loading.reset(was_loading)
         _refuse_other_experts(pretrained_model_name_or_path, model.moe_layers_by_name, info)
         _refuse_quantized_routers(model.moe_layers_by_name)
+        if "experts_implementation" not in kwargs and _has_quantized_gates(model.moe_layers_by_name):
+            # transformers' other backends multiply whole stacks, which torchao's tensors cannot.
+            model.set_experts_implementation("eager")
         if is_fsdp_enabled() and not is_local_dist_rank_0():
             model._expect_routing()  # what stands in its frozen routers now, zeros in transformers 5.15, is no routing
         else:
@@ -402,6 +405,11 @@ def _refuse_other_experts(checkpoint: str, layers: dict[str, StableMoELayer], lo
     surplus = [
         key for key in sorted(loading_info["unexpected_keys"]) if _PARTS_OF_LAYERS.intersection(key.split(".")[:-1])
     ]
+    if any(key.endswith("_scale_inv") for key in surplus):
+        raise ValueError(
+            f"The experts of {str(checkpoint)!r} are quantised to FP8, which transformers runs on a GPU of compute capability "
+            "8.9 or later only, and cannot turn back: load them there, or the checkpoint that they were quantised from."
+        )
     if missing and surplus:
         raise ValueError(
             f"The weights of {str(checkpoint)!r} have other MoE layers than its config: `{surplus[0]}` has no place, and "
@@ -422,9 +430,18 @@ def _refuse_quantized_routers(layers: dict[str, StableMoELayer]):
     if quantized:
         raise ValueError(
             f"The `quantization_config` quantises {', '.join(quantized)}, but routing is exact only where routers are left as "
-            "they are. Narrow its patterns, `re:.*expert_stack.sublayers.*_proj` for the experts say, or add "
+            "they are. Narrow its patterns, `re:.*\\.(expert_stack|experts)\\..*_proj` for the experts say, or add "
             r"`modules_to_not_convert=[r'.*router']`."
         )
+
+
+def _has_quantized_gates(layers: dict[str, StableMoELayer]) -> bool:
+    return any(
+        is_quantized(parameter)
+        for layer in layers.values()
+        if layer.expert_name == "experts"
+        for parameter in layer.expert_module.parameters()
+    )
 
 
 def fingerprint_of(routers: Iterable[bytes]) -> str:

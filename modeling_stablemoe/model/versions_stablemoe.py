@@ -51,6 +51,14 @@ def takes_cache_by_either_name(forward: Callable) -> Callable:
     return renamed
 
 
+def cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """Return the argument by which a decoder of transformers takes a cache.
+
+    Before 5.24 the paged cache of continuous batching passes through its blocks to the attention functions, as `cache`.
+    """
+    return {CACHE_NAME if cache is None or isinstance(cache, Cache) else "cache": cache}
+
+
 def update_cache(
     cache: Cache, key: Tensor, value: Tensor, layer_idx: int, attention_kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
@@ -129,6 +137,7 @@ __all__ = [
     "CACHE_NAME",
     "CacheByEitherName",
     "StableMoEGenerationMixin",
+    "cache_argument",
     "name_cache",
     "takes_cache_by_either_name",
     "update_cache",

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.backbones import backed_model
 from helpers.models import random_ids, tiny_model
 from helpers.trainers import tiny_tokenizer
 from modeling_stablemoe import StableMoEForCausalLM
@@ -23,6 +24,16 @@ def save_frozen(folder: Path, seed: int = 0, **overrides) -> StableMoEForCausalL
     model = tiny_model(seed, **{"moe_layer_positions": [0, 2], "pad_token_id": 2, "dropout": 0.0} | overrides)
     model.freeze_router()
     model.eval().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    model.folder = folder
+    return model
+
+
+def save_frozen_llama(folder: Path, **overrides) -> StableMoEForCausalLM:
+    """A Llama with gated experts in place of FFNs, two per token."""
+    model = backed_model("llama/ffn", vocab_size=99, pad_token_id=2, **overrides)
+    model.freeze_router()
+    model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     model.folder = folder
     return model

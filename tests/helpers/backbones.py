@@ -103,8 +103,8 @@ def backed_config(family: str, vocab_size: int = VOCAB, **overrides) -> StableMo
     where = (
         {"moe_layer_positions": [1, 3]} if kind == "ffn" else {"moe_layer_positions": [0, 2], "intermediate_size": 16}
     )
-    fields = {"num_experts": 4, **where, **_KINDS[kind], **overrides}
-    return StableMoEConfig(backbone_config=backbone_config(family, vocab_size=vocab_size), **fields)
+    backbone = overrides.pop("backbone_config", None) or backbone_config(family, vocab_size=vocab_size)
+    return StableMoEConfig(backbone_config=backbone, **{"num_experts": 4, **where, **_KINDS[kind], **overrides})
 
 
 def backed_model(family: str, **overrides) -> StableMoEForCausalLM:

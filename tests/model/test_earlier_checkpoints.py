@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import modeling_stablemoe
+from helpers.backbones import backed_model
+from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.checkpoints.earlier_checkpoints import current_name
 from modeling_stablemoe.convert.pruning import load_pruned
 
@@ -82,3 +84,28 @@ def test_an_earlier_checkpoint_of_stage_1_freezes_what_it_evaluates(kind):
     if model.config.max_frozen_load is None:  # a limit sends some tokens elsewhere
         assert torch.equal(model.route(ids), before)
     assert model.routing_stage == 2
+
+
+@pytest.mark.parametrize("family", ["llama/ffn", "gemma2", "olmoe"])
+def test_experts_that_are_named_one_by_one_are_read_and_saved_as_stacks(family, tmp_path):
+    model = backed_model(family)
+    model.freeze_router()
+    model.save_pretrained(tmp_path)
+    stacked = load_file(tmp_path / "model.safetensors")
+    single = {}
+    for name, values in stacked.items():
+        layer, is_ours, parameter = name.rpartition(".experts.")
+        if not is_ours or not any(layer == ours for ours in model.moe_layers_by_name):
+            single[name] = values
+        elif parameter == "down_proj":
+            single |= {f"{layer}.experts.{i}.down_proj.weight": rows.clone() for i, rows in enumerate(values)}
+        else:
+            for i, rows in enumerate(values):
+                for part, half in zip(("gate_proj", "up_proj"), rows.chunk(2), strict=True):
+                    single[f"{layer}.experts.{i}.{part}.weight"] = half.clone()
+    assert len(single) > len(stacked)
+    save_file(single, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = StableMoEForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(values, model.state_dict()[name]) for name, values in again.state_dict().items())
+    again.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == stacked.keys()
