@@ -314,6 +314,8 @@ def test_outputs_are_recorded_as_the_decoder_records_them(family):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_pass_compiles_to_one_graph(family, stage):
     model = backed_model(family)
+    if CACHE_NAME != "cache":  # before 5.24 the backward pass of transformers' grouped_mm breaks the graph on a CPU
+        model.set_experts_implementation("batched_mm")
     if stage == 2:
         model.freeze_router()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
