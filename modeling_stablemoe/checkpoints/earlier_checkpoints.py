@@ -30,9 +30,8 @@ class MergedOnLoad(WeightConverter):
     __slots__ = ()
 
     def reverse_transform(self) -> WeightRenaming:
-        """Return a renaming that changes no name."""
-        (target,) = self._original_target_patterns
-        return RenamedSince(f"{target}$", target)
+        """Return a renaming that changes no current name."""
+        return RenamedSince(*next(iter(_RENAMED.items())))
 
 
 def register_earlier_names():

@@ -99,6 +99,8 @@ transformers.conversion_mapping
         their earlier names
 transformers.core_model_loading
     WeightRenaming.reverse_transform(1): the same, the other way: saves keep the names of now
+    WeightConverter(2, operations): experts that a checkpoint names one by one become a stack
+    MergeModulelist(0, dim), Concatenate(0, dim): the same
 transformers.convert_slow_tokenizer
     bytes_to_unicode(0): tokens of a byte-level BPE are spelt
 transformers.utils
