@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 def routed_experts(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Return the experts of a sequence as pipelines of reinforcement learning record them, read off the tables of the model.
 
-    It is what SGLang's `return_routed_experts` and vLLM's `enable_return_routed_experts` return of a rollout, and what slime, miles
-    and verl replay in training: a row for each token but the last, which no pass reads; of a model of transformers a column for
-    each block, those without experts filled with zeros; integers of 32 bits.
+    It is the array that SGLang's `return_routed_experts` and vLLM's `enable_return_routed_experts` return of a rollout, and that
+    slime and miles replay in training: a row for each token but the last, which no pass reads; of a model of transformers a column
+    for each block, those without experts filled with zeros; integers of 32 bits.
 
     Args:
         model (`PreTrainedModel`): a StableMoE without encoder whose routing is frozen, or a model of transformers whose layers with
