@@ -23,7 +23,7 @@ from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 
 from .installing import facts_of, install_tables, learned_layers, load_tables, remove_tables
 from .making import count_routes, make_tables
-from .recording import RoutedPass, RouteRecorder
+from .recording import RoutedPass, RouteRecorder, choosers_of
 
 
 # Tokens whose distributions over the vocabulary are compared at a time.
@@ -137,6 +137,15 @@ def _generated(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[tu
         yield first, again._replace(logits_PV=logits_BSV[:, num_given - 1 :].flatten(0, 1))
 
 
+class _Chunk(NamedTuple):
+    """Tokens of one sequence in a pass."""
+
+    position: int  # of the first
+    ids: list[int]
+    routes_LTK: Tensor
+    logits_V: Tensor | None  # of the last, where a token is sampled from them
+
+
 class _InFlight:
     """The passes of continuous batching: chunks of several sequences in one row.
 
@@ -145,9 +154,7 @@ class _InFlight:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.chunks: list[
-            tuple[int, list[int], Tensor, Tensor]
-        ] = []  # position, ids, routes, logits of the last token
+        self.chunks: list[_Chunk] = []
         self._passes: list[RoutedPass] = []
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
@@ -189,27 +196,29 @@ class _InFlight:
                 ids = routed.input_ids[0, start:end].tolist()
                 logits = logits_PV[last.index(end - 1)] if end - 1 in last else None
                 position = int(kwargs["position_ids"][0, start])
-                self.chunks.append((position, ids, routed.routes[:, 0, start:end], logits))
+                self.chunks.append(_Chunk(position, ids, routed.routes[:, 0, start:end], logits))
 
     def assemble(self, sequences: list[list[int]]) -> list[_Seen]:
         """Return what was seen of each sequence, without its last token, which no pass has read."""
         done = [0] * len(sequences)
-        seen: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in sequences]
-        for position, ids, routes, logits in self.chunks:
-            fitting = [
-                row
-                for row, sequence in enumerate(sequences)
-                if done[row] == position and sequence[position : position + len(ids)] == ids
-            ]
+        routes: list[list[Tensor]] = [[] for _ in sequences]
+        logits: list[list[Tensor]] = [[] for _ in sequences]
+        for chunk in self.chunks:
+            start, end = chunk.position, chunk.position + len(chunk.ids)
+            fitting = [row for row, ids in enumerate(sequences) if done[row] == start and ids[start:end] == chunk.ids]
             if len(fitting) != 1:
                 raise ValueError(
-                    f"Tokens at position {position} belong to {len(fitting)} sequences: they cannot be told apart."
+                    f"Tokens at position {start} fit {len(fitting)} sequences: they cannot be told apart."
                 )
-            done[fitting[0]] += len(ids)
-            seen[fitting[0]][0].append(routes)
-            if logits is not None:
-                seen[fitting[0]][1].append(logits)
-        return [_Seen(torch.cat(routes, 1), torch.stack(logits)) for routes, logits in seen]
+            (row,) = fitting
+            done[row] = end
+            routes[row].append(chunk.routes_LTK)
+            if chunk.logits_V is not None:
+                logits[row].append(chunk.logits_V)
+        return [
+            _Seen(torch.cat(of_routes, 1), torch.stack(of_logits))
+            for of_routes, of_logits in zip(routes, logits, strict=True)
+        ]
 
 
 def _continuous(model: PreTrainedModel, batches: Sequence[Tensor]) -> Iterator[tuple[_Seen, _Seen]]:
@@ -279,11 +288,12 @@ def measure_mismatch(
         raise ValueError(
             f"`sequences` is of shape {tuple(sequences.shape)}; pass (sequences, tokens), 4 tokens or more."
         )
-    RouteRecorder(model, print)  # refuses what it cannot record
+    choosers_of(model)  # refuses what cannot be recorded
     batches = sequences.to(model.device).split(batch_size)
     was_training, asked_for_balance = model.training, getattr(model.config, "output_router_logits", False)
     model.eval()
-    model.config.output_router_logits = False  # no losses are looked at, and not every way of running computes them
+    if asked_for_balance:  # no loss is looked at, and continuous batching cannot compute this one
+        model.config.output_router_logits = False
     measured = []
     with tqdm(pairs, desc="Running", unit=" pairs", disable=not show_progress) as progress, torch.random.fork_rng():
         for pair in progress:
@@ -295,7 +305,8 @@ def measure_mismatch(
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 measured.append(PairMismatch(pair, PAIRS[pair].ways, reason=reason))
     model.train(was_training)
-    model.config.output_router_logits = asked_for_balance
+    if asked_for_balance:
+        model.config.output_router_logits = True
     return measured
 
 

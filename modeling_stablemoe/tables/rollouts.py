@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from modeling_stablemoe.model.context_stablemoe import final_token_mask
 from modeling_stablemoe.model.losses_stablemoe import is_distributed, sum_across_processes
 from modeling_stablemoe.model.stages_stablemoe import TwoStageRoutingMixin
 from modeling_stablemoe.model.versions_stablemoe import name_cache
@@ -90,7 +91,7 @@ class RoutingMismatchCallback(LoggingCallback):
 
     def __init__(self):
         self._recorder: RouteRecorder | None = None
-        self._passes: list[RoutedPass] = []
+        self._passes: list[tuple[Tensor, Tensor, Tensor | None]] = []  # ids, routes, mask
         self._rollouts: list[_Rollout] = []
         self._is_trained_on = False
         self._has_compared = False
@@ -136,17 +137,16 @@ class RoutingMismatchCallback(LoggingCallback):
             self._rollouts, self._is_trained_on = [], False
         if cache.get_seq_length() == routed.input_ids.shape[1]:  # the first pass of a generation
             self._close()
-        self._passes.append(routed)
+        self._passes.append((routed.input_ids, routed.routes, _mask_of(routed)))
 
     def _close(self):
         """Take the passes of a generation apart into its sequences."""
         if not self._passes:
             return
-        ids_BS = torch.cat([each.input_ids for each in self._passes], 1).cpu()
-        routes_LBSK = torch.cat([each.routes for each in self._passes], 2).cpu()
-        mask_BS = self._passes[0].arguments.get("attention_mask")
+        ids, routes, masks = zip(*self._passes, strict=True)
+        ids_BS, routes_LBSK = torch.cat(ids, 1).cpu(), torch.cat(routes, 2).cpu()
         for row, ids_S in enumerate(ids_BS):
-            num_padded = 0 if mask_BS is None else int((mask_BS[row] == 0).sum())
+            num_padded = 0 if masks[0] is None else int((~masks[0][row]).sum())
             self._rollouts.append(_Rollout(ids_S[num_padded:], routes_LBSK[:, row, num_padded:]))
         self._passes = []
 
@@ -154,9 +154,9 @@ class RoutingMismatchCallback(LoggingCallback):
         """Compare sequences that are trained on with the rollouts that they are."""
         self._close()
         self._is_trained_on = True
-        mask_BS = routed.arguments.get("attention_mask")
+        mask_BS = _mask_of(routed)
         ids_BS, routes_LBSK = routed.input_ids.cpu(), routed.routes.cpu()
-        is_real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool().cpu()
+        is_real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.cpu()
         for row, is_real_S in enumerate(is_real_BS):
             ids_S = ids_BS[row, is_real_S][:-1]
             rollout = next((each for each in self._rollouts if torch.equal(each.ids_S[: len(ids_S)], ids_S)), None)
@@ -164,6 +164,11 @@ class RoutingMismatchCallback(LoggingCallback):
                 routes_LSK = routes_LBSK[:, row, is_real_S][:, :-1]
                 differs_S = (rollout.routes_LSK[:, : len(ids_S)] != routes_LSK).any(-1).any(0)
                 self._counts += torch.tensor([int(differs_S.sum()), len(ids_S)])
+
+
+def _mask_of(routed: RoutedPass) -> Tensor | None:
+    """Return True for the real tokens of a pass, `(B, S)`; None where all are."""
+    return final_token_mask(routed.arguments.get("attention_mask"), routed.input_ids.shape[1])
 
 
 __all__ = ["RoutingMismatchCallback", "routed_experts"]
