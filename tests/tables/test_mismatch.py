@@ -238,7 +238,7 @@ def test_script_writes_table_and_json(tmp_path, capsys):
         (["--pairs", "dtype", "speed"], "2"),  # with the usage, before the work
         (["--block_size", "5000"], "shorter than a sequence of 5000 tokens"),
         (["--json", f"{folder}/nowhere/mismatch.json"], "--json: there is no folder"),
-        (["--tables", f"{folder}/text.txt"], "error: "),
+        (["--tables", f"{folder}/text.txt"], "error: .*text.txt is no file of routing tables"),
     ):
         with pytest.raises(SystemExit, match=message):
             script.main([*options, "--pairs", "dtype", *wrong])

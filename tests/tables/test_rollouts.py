@@ -144,6 +144,8 @@ def test_rollouts_that_the_model_did_not_make_are_said_to_be_missing(caplog):
     logs = {"loss": 1.0}
     callback.on_log(None, state, None, logs=logs, model=model)
     assert logs == {"loss": 1.0}
+    callback.on_train_begin(SimpleNamespace(), state, None, model=model)  # once more: what was interrupted is over
+    assert len(model.base_model._forward_hooks) == 1
     callback.on_train_end(None, state, None)
     assert "there is no `routing_mismatch`" in caplog.text
     with pytest.raises(ValueError, match="`use_transformers_continuous_batching` mixes rollouts"):
