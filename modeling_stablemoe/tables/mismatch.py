@@ -432,12 +432,12 @@ def format_mismatch(measured: dict[str, list[PairMismatch]]) -> str:
         "choices": "in a layer",
         "kl": "KL of predictions, nats",
     }
-    missing: dict[str, list[str]] = {}
+    lines = []
     for routing, pairs in measured.items():
-        for each in pairs:
-            if each.reason:
-                missing.setdefault(each.reason, []).append(f"{routing}, {each.ways}")
-    lines = [f"\nNot measured ({'; '.join(names)}): {reason}" for reason, names in missing.items()]
+        for reason in dict.fromkeys(each.reason for each in pairs if each.reason):
+            ways = [each.ways for each in pairs if each.reason == reason]
+            which = routing if len(ways) == len(pairs) else f"{routing}, {'; '.join(ways)}"
+            lines.append(f"\nNot measured ({which}): {reason}")
     return "\n".join([format_table(rows, headings), *lines])
 
 
