@@ -7,14 +7,13 @@ python scripts/freeze_moe.py runs/qwen3-moe --text_files README.md docs --json r
 """
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from modeling_stablemoe.checkpoints import replace_file
 from modeling_stablemoe.measure.figures import require_matplotlib, save_figure
@@ -25,7 +24,7 @@ from modeling_stablemoe.runs import (
     parse_checkpoint_command,
     quiet_libraries,
 )
-from modeling_stablemoe.runs.routed_input import TextArguments, encode_one_by_one, read_documents
+from modeling_stablemoe.runs.routed_input import read_blocks
 from modeling_stablemoe.tables import (
     format_freezing,
     freezing_card,
@@ -74,17 +73,6 @@ class FreezeArguments:
         for folder in (self.work_dir, self.tables_dir):
             if folder:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-
-
-def read_blocks(args: TextArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[list[int]]:
-    """Yield the documents, one after the other, cut into blocks."""
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    block: list[int] = []
-    for ids in encode_one_by_one(read_documents(args), tokenizer, args.max_tokens):
-        block += ids + ends
-        while len(block) >= block_size:
-            yield block[:block_size]
-            block = block[block_size:]
 
 
 def split_batches(blocks: list[list[int]], args: FreezeArguments) -> tuple[list[dict[str, Tensor]], ...]:

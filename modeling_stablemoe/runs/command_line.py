@@ -165,6 +165,7 @@ COMMANDS = {
     "freeze": "balance_routing",
     "prune": "prune_experts",
     "compare": "compare_routers",
+    "mismatch": "measure_routing_mismatch",
     "push": "push_to_hub",
 }
 

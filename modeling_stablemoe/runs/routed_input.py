@@ -155,6 +155,17 @@ def encode_one_by_one(
         room -= len(ids)
 
 
+def read_blocks(args: TextArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Iterator[list[int]]:
+    """Yield the documents, one after the other, cut into blocks."""
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    block: list[int] = []
+    for ids in encode_one_by_one(read_documents(args), tokenizer, args.max_tokens):
+        block += ids + ends
+        while len(block) >= block_size:
+            yield block[:block_size]
+            block = block[block_size:]
+
+
 def read_pairs(args: TextArguments) -> Iterator[tuple[str, str]]:
     """Yield pairs of source and target, "" without targets; blank sources are left out."""
     if not args.text_files:
@@ -232,6 +243,7 @@ __all__ = [
     "load_checkpoint",
     "load_tokenizer",
     "parse_checkpoint_command",
+    "read_blocks",
     "read_documents",
     "route_through_checkpoint",
 ]

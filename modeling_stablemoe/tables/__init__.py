@@ -33,21 +33,35 @@ from .making import (
     make_tables,
     remap_tables,
 )
+from .mismatch import (
+    PAIRS,
+    PairMismatch,
+    compare_routings,
+    format_mismatch,
+    measure_mismatch,
+    mismatch_json,
+)
+from .rollouts import RoutingMismatchCallback, routed_experts
 from .transition import TableTransitionCallback
 
 
 __all__ = [
+    "PAIRS",
     "FreezingReport",
     "LayerFreezing",
     "MadeTables",
+    "PairMismatch",
     "RouteCounter",
     "RouteCounts",
+    "RoutingMismatchCallback",
     "TableTransitionCallback",
     "check_tables",
+    "compare_routings",
     "count_routes",
     "counts_of_tables",
     "fingerprint",
     "format_freezing",
+    "format_mismatch",
     "freezing_card",
     "freezing_json",
     "hash_tables",
@@ -59,9 +73,12 @@ __all__ = [
     "make_tables",
     "mean_loss",
     "measure_freezing",
+    "measure_mismatch",
+    "mismatch_json",
     "moe_layers",
     "plot_freezing",
     "remap_tables",
     "remove_tables",
+    "routed_experts",
     "save_tables",
 ]

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -72,7 +72,8 @@ class DecoderWithTables(_Extended):
             )
         if kwargs.get("output_router_logits") and not any(map(is_learned, routers_of(self).values())):
             raise ValueError(
-                "`output_router_logits` is True, but all MoE layers route by tables, so there are no logits to balance. Leave it out."
+                "`output_router_logits` is True, but all MoE layers route by tables, so there are no logits to balance. Leave it out; "
+                "TRL's trainers ask for them unless they are given `router_aux_loss_coef=0.0`."
             )
         return super().forward(input_ids, *args, token_ids=input_ids, **kwargs)
 
@@ -421,11 +422,14 @@ def load_tables(model: PreTrainedModel, path: str | Path):
     path = path / TABLES_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"There are no routing tables {path}.")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if "fingerprint" not in metadata or "tables" not in file.keys():
-            raise ValueError(f"{path} holds no routing tables: it was not written by `save_tables`.")
-        tables = file.get_tensor("tables")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "fingerprint" not in metadata or "tables" not in file.keys():
+                raise ValueError(f"{path} holds no routing tables: it was not written by `save_tables`.")
+            tables = file.get_tensor("tables")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no file of routing tables, or a damaged one ({error}).") from error
     layers, num_experts = json.loads(metadata["layers"]), int(metadata["num_experts"])
     if fingerprint(tables, layers, num_experts) != metadata["fingerprint"]:
         raise ValueError(f"The routing tables {path} are damaged: restore the file from its source.")

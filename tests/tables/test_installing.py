@@ -201,6 +201,9 @@ def test_damaged_foreign_and_missing_files_are_refused(tmp_path):
     save_file({"tables": tables}, file)
     with pytest.raises(ValueError, match="was not written by `save_tables`"):
         load_tables(model, file)
+    file.write_text("text")
+    with pytest.raises(ValueError, match="is no file of routing tables, or a damaged one"):
+        load_tables(model, file)
     save_tables(model, tmp_path)
     with pytest.raises(ValueError, match="are of 8 experts, layer 0 has 4"):
         load_tables(tiny_moe("olmoe", num_experts=4), file)
