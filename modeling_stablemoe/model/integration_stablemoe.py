@@ -36,6 +36,9 @@ class IntegrationMixin:
             self._refuse_joining_shards(kwargs.get("push_to_hub", False))
         if self._auto_class is not None:
             self.config.auto_map = dict(self._auto_map)
+            if type(self).is_remote_code() and self._written_class() is not type(self):
+                # The class that was registered is a user's own: nobody may be served the one above it.
+                self.config.auto_map.pop("AutoModelForDecision", None)
         if len(args) < 2 and kwargs.get("state_dict") is None and (fetched := self._fetch_offloaded()):
             kwargs["state_dict"] = {name: fetched.get(name, value) for name, value in self.state_dict().items()}
         super().save_pretrained(save_directory, *args, **kwargs)

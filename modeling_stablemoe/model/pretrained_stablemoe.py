@@ -52,6 +52,8 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         "AutoModel": "modeling_stablemoe.StableMoEModel",
         "AutoModelForCausalLM": "modeling_stablemoe.StableMoEForCausalLM",
         "AutoModelForSequenceClassification": "modeling_stablemoe.StableMoEForSequenceClassification",
+        # What `transformers serve --trust-remote-code` asks for; a decision is read from next-token logits.
+        "AutoModelForDecision": "modeling_stablemoe.StableMoEForCausalLM",
     }
     _can_record_outputs = {
         "hidden_states": StableMoEBlock,

@@ -18,7 +18,10 @@ from helpers.trainers import tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return save_frozen(tmp_path_factory.mktemp("frozen"))
+    model, tokenizer = save_frozen(tmp_path_factory.mktemp("frozen")), tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(model.folder)
+    return model
 
 
 TASK = """
@@ -56,21 +59,26 @@ def test_lm_eval(source, tmp_path, where):
     assert_close(bits_per_byte, bits / sum(len(row["text"]) for row in TEXTS), rtol=1e-4, atol=0)
 
 
+SERVE = "from transformers.cli.transformers import main; main()"
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-@pytest.fixture
-def server(source, tmp_path):
-    """The address of `transformers serve` on the model, in a process that imports the package."""
+@pytest.fixture(params=["with the package", "without it"])
+def server(request, source, tmp_path):
+    """The address of `transformers serve` on the model."""
     for name in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(name)
     port = free_port()
-    code = "import modeling_stablemoe; from transformers.cli.transformers import main; main()"
+    is_package = request.param == "with the package"
+    code = ("import modeling_stablemoe; " if is_package else WITHOUT_PACKAGE) + SERVE
     command = [sys.executable, "-c", code, "serve", str(source.folder), "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command += [] if is_package else ["--trust-remote-code"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
     url = f"http://127.0.0.1:{port}"
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -93,16 +101,22 @@ def wait_until_healthy(url: str, process: subprocess.Popen, log, seconds: int = 
     pytest.fail(log.read_text())
 
 
+def ask(server, kind: str, **body):
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server}/v1/{kind}", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=240) as answer:
+        return json.load(answer)["choices"][0]
+
+
 def test_transformers_serve(server, source):
     tokenizer, prompt = tiny_tokenizer(), words(3)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     generated = source.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
-    body = {"model": str(source.folder), "prompt": prompt, "max_tokens": 6, "temperature": 0}
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{server}/v1/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=240) as answer:
-        completion = json.load(answer)["choices"][0]["text"]
-    assert completion == tokenizer.decode(generated, skip_special_tokens=True) != ""
+    expected = tokenizer.decode(generated, skip_special_tokens=True)
+    options = {"model": str(source.folder), "max_tokens": 6, "temperature": 0}
+    assert ask(server, "completions", prompt=prompt, **options)["text"] == expected != ""
+    messages = [{"role": "user", "content": prompt}]
+    assert ask(server, "chat/completions", messages=messages, **options)["message"]["content"] == expected
 
 
 class Experts(torch.nn.Module):

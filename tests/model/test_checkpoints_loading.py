@@ -50,6 +50,7 @@ AUTO_MAPS = {
         "AutoModel": "modeling_stablemoe.StableMoEModel",
         "AutoModelForCausalLM": "modeling_stablemoe.StableMoEForCausalLM",
         "AutoModelForSequenceClassification": "modeling_stablemoe.StableMoEForSequenceClassification",
+        "AutoModelForDecision": "modeling_stablemoe.StableMoEForCausalLM",
     },
     "seq2seq": {
         "AutoConfig": "configuration_stablemoe.StableMoESeq2SeqConfig",
@@ -188,6 +189,7 @@ def test_a_subclass_that_registers_itself_is_saved_with_its_file_beside_ours(tmp
     auto_map = auto_map_of(tmp_path / "mine")
     assert auto_map["AutoModelForCausalLM"] == "modeling_mine.Mine"
     assert auto_map["AutoModel"] == "modeling_stablemoe.StableMoEModel"
+    assert "AutoModelForDecision" not in auto_map
 
 
 # Loading with the package
