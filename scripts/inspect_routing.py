@@ -2,12 +2,14 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Show what each expert of a checkpoint holds: its most frequent tokens, load, and agreement with the backbone router.
 
-python scripts/inspect_routing.py runs/embedded-cpu --text_files README.md --html runs/experts.html
+python scripts/inspect_routing.py runs/embedded-cpu --text_files README.md --html runs/experts.html --open
 python scripts/inspect_routing.py runs/multi30k --text_files test.de --target_files test.en --json runs/experts.json
 """
 
 import json
 import os
+import sys
+import webbrowser
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,11 +34,14 @@ class OutputArguments:
     html: str | None = field(
         default=None, metadata={"help": "File to write a page to, to read the text in with a colour for each expert."}
     )
+    open: bool = field(default=False, metadata={"help": "Show the page of --html in the browser."})
 
     def __post_init__(self):
-        """Check the number."""
+        """Check the number, and that there is a page to open."""
         if self.top_k < 1:
             raise ValueError("--top_k must be >= 1")
+        if self.open and not self.html:
+            raise ValueError("--open shows the page of --html: name its file, as in --html experts.html --open")
 
 
 def main(argv=None):
@@ -57,6 +62,8 @@ def main(argv=None):
         for file, content in contents.items():
             replace_file(file, partial(Path.write_text, data=content, encoding="utf-8"))
     print(format_report(report))
+    if output_args.open and not webbrowser.open(Path(output_args.html).absolute().as_uri()):
+        print(f"No browser was found here: open {output_args.html} in one yourself.", file=sys.stderr)
 
 
 if __name__ == "__main__":

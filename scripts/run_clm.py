@@ -71,6 +71,8 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
     results = {"perplexity": evaluate_saved_model(trainer), **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
         return
+    block = next(iter(blocks["train"]))
+    results["tokens"] = results["step"] * trainer.get_total_train_batch_size(trainer.args) * len(block["input_ids"])
     if ngram_baselines:
         vocab_size = trainer.model.config.vocab_size
         results["baselines"] = ngram_perplexities(blocks["train"], blocks["validation"], vocab_size)

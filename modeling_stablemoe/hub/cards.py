@@ -23,6 +23,8 @@ CARD_FILE = "README.md"
 TEMPLATE_FILE = "hub_card.md"
 # The oldest version that the tests pass with.
 OLDEST_TRANSFORMERS = "5.15"
+# Parameters below which a model knows the form of its text rather than the content.
+_SMALL = 1_000_000_000
 # The Hub's name for unknown data.
 UNKNOWN = "unknown"
 
@@ -196,8 +198,8 @@ def build_model_card(
         template (`str` or `Path`, *optional*): a card with the fields of `hub_card.md`. Default: that.
         model_name (`str`): Hub name or folder name of the model.
         config (`StableMoEBaseConfig`): of the trained model.
-        results (`dict`): `parameters`, `stages` and `distillation_agreement_at_transition` of the run. What was
-            evaluated: `perplexity` or, without a language head, `loss` and `metrics`, a `dict` of numbers by name; for
+        results (`dict`): `parameters`, `stages` and `distillation_agreement_at_transition` of the run; `tokens` that
+            it has read, where that is known. What was evaluated: `perplexity` or, without a language head, `loss` and `metrics`, a `dict` of numbers by name; for
             a translation model also `scores` (of `score_translations`), or `bleu` and `chrf`. `split` (default:
             validation) and `evaluated_step` (default: the last) say on what and when; `step` and `routing_stage`
             (default: the last) say which model of the run this is.
@@ -235,6 +237,10 @@ def build_model_card(
         load=_describe_load(results),
         parameters=f"{results['parameters']:,}",
         step=results.get("step"),
+        tokens=f"about {results['tokens']:,}" if results.get("tokens") else None,
+        is_small=results["parameters"] < _SMALL,
+        languages=facts.language,
+        length=f"{config.max_position_embeddings:,}",
         measured=_describe_measured(results),
         agreement=_describe_agreement(results, fingerprint is not None),
         stages_table=format_stages(results["stages"]),

@@ -101,7 +101,8 @@ def rename(card: ModelCard, name: str) -> ModelCard:
     renamed = ModelCard(str(card))
     former = re.search(r'from_pretrained\("([^"]+)"', renamed.text)
     if former is not None:
-        renamed.text = renamed.text.replace(f'from_pretrained("{former[1]}"', f'from_pretrained("{name}"')
+        for call in ('from_pretrained("{}"', "`transformers serve {} "):
+            renamed.text = renamed.text.replace(call.format(former[1]), call.format(name))
         renamed.text = re.sub(rf"^# {re.escape(former[1])}$", f"# {name}", renamed.text, count=1, flags=re.MULTILINE)
     if renamed.data.eval_results:
         renamed.data.model_name = name

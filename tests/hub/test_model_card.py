@@ -182,6 +182,23 @@ def test_a_card_tells_versions_limits_and_load():
     assert f'"transformers>={OLDEST_TRANSFORMERS}"' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_a_card_says_what_the_model_is_not_for():
+    facts = CardFacts(language=["de", "en"])
+    text = card_of(facts, {**RESULTS, "tokens": 614400}, tiny_config(max_position_embeddings=2048)).text
+    assert "| tokens read in this training | about 614,400 |" in text
+    for claim in (
+        "With 1,234,567\n  parameters and about 614,400 tokens of training it knows the form of its text",
+        "Text in other languages than de, en, and sequences of more than 2,048 tokens.",
+        "A conversation, unless",
+        "as long as it is not frozen",
+    ):
+        assert claim in text
+    text = card_of(results={**RESULTS, "parameters": 2 * 10**9}, config=tiny_config(router_fingerprint="ab" * 32)).text
+    assert "languages that its training text does not have" in text
+    for word in ("tokens read", "knows the form", "as long as it is not frozen"):
+        assert word not in text
+
+
 def test_a_dense_model_has_no_experts_to_speak_of():
     text = card_of(config=tiny_config(moe_layer_positions=[])).text
     assert "none: a dense model" in text

@@ -140,6 +140,7 @@ def test_a_card_of_the_run_names_the_repository_when_it_is_sent(run_folder):
     card = rename(card_of(run_folder), "user/name")
     assert "\n# user/name\n" in card.text
     assert card.text.count('from_pretrained("user/name"') == 2
+    assert "`transformers serve user/name --trust-remote-code`" in card.text
     assert '"run"' not in card.text
     assert str(card).count("name: user/name") == 1
 

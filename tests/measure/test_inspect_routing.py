@@ -77,6 +77,18 @@ def test_script_prints_tables_and_writes_numbers_and_page(script, tmp_path, caps
     assert sorted(file.name for file in tmp_path.iterdir()) == ["numbers.json", "page.html"]
 
 
+@pytest.mark.parametrize("has_browser", [True, False])
+def test_the_page_opens_in_a_browser_where_there_is_one(script, tmp_path, monkeypatch, capsys, has_browser):
+    shown = []
+    monkeypatch.setattr("webbrowser.open", lambda address: shown.append(address) or has_browser)
+    page = tmp_path / "a page.html"
+    script(["frozen", "--text", TEXT, "--html", str(page), "--open"])
+    assert shown == [f"file://{tmp_path}/a%20page.html"]
+    assert page.is_file()
+    told = f"No browser was found here: open {page} in one yourself." in capsys.readouterr().err
+    assert told is not has_browser
+
+
 def test_text_and_standard_input_are_read_alike(script, monkeypatch, capsys):
     script(["frozen", "--text", TEXT])
     expected = capsys.readouterr().out
@@ -161,6 +173,7 @@ def test_user_mistakes_end_with_one_line_that_names_the_remedy(script, arguments
         (["frozen", "--text", "a", "--target_files", "text.txt"], "one file for each"),
         (["frozen", "--text", "a", "--max_tokens", "0"], "--max_tokens must be >= 1"),
         (["frozen", "--text", "a", "--top_k", "0"], "--top_k must be >= 1"),
+        (["frozen", "--text", "a", "--open"], "name its file, as in --html experts.html --open"),
     ],
 )
 def test_contradictory_options_are_refused(script, arguments, message, capsys):

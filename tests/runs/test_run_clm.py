@@ -40,6 +40,7 @@ def test_script_trains_through_both_stages_and_writes_its_results(trained_clm):
     assert 1 < results["perplexity"] < 280
     assert results["stages"][1]["fluctuation"] == 0
     assert results["stages"][0]["fluctuation"] > 0
+    assert results["tokens"] == 16 * 4 * 16  # steps, rows, tokens of a row
     config = json.loads((folder / "config.json").read_text())
     assert results["router_fingerprint"] == config["router_fingerprint"]
     assert len(config["router_fingerprint"]) == 64
