@@ -82,7 +82,7 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
 
 
 def prepare(model_args, data_args, routing_args, folder_args, facts, training_args) -> tuple:
-    """Prepare everything that training needs: `(trainer, blocks, checkpoint to resume from)`."""
+    """Prepare everything that training needs: `(trainer, blocks, run folder, checkpoint to resume from)`."""
     # A checkpoint needs its own tokenizer.
     data_args.tokenizer_name = data_args.tokenizer_name or model_args.model_name_or_path
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, model_args, data_args, routing_args)
@@ -109,7 +109,7 @@ def prepare(model_args, data_args, routing_args, folder_args, facts, training_ar
     show_progress(trainer)
     if checkpoint is not None:
         check_engine(trainer, checkpoint)
-    return trainer, blocks, checkpoint
+    return trainer, blocks, folder, checkpoint
 
 
 def main(argv=None):
@@ -120,8 +120,9 @@ def main(argv=None):
 
     with one_line_errors():
         facts = card_facts(model_args, data_args, card_args)
-        trainer, blocks, checkpoint = prepare(model_args, data_args, routing_args, folder_args, facts, training_args)
-    with one_line_errors(OSError):  # a full disk, no network
+        arguments = (model_args, data_args, routing_args, folder_args, facts, training_args)
+        trainer, blocks, folder, checkpoint = prepare(*arguments)
+    with folder, one_line_errors(OSError):  # a full disk, no network
         if training_args.do_train:
             train(trainer, checkpoint)
         report(trainer, blocks, facts, report_args.ngram_baselines)

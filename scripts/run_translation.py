@@ -121,7 +121,7 @@ def card_facts(model_args: ModelArguments, data_args: TranslationDataArguments, 
 
 
 def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts, training_args) -> tuple:
-    """Prepare everything that training needs: `(trainer, encoded splits, checkpoint to resume from)`."""
+    """Prepare everything that training needs: `(trainer, encoded splits, run folder, checkpoint to resume from)`."""
     check_training_arguments(training_args)
     settings = (model_args, data_args, batch_args, routing_args)
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, *settings)
@@ -168,7 +168,7 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts,
     show_progress(trainer)
     if checkpoint is not None:
         check_engine(trainer, checkpoint)
-    return trainer, encoded, checkpoint
+    return trainer, encoded, folder, checkpoint
 
 
 def translate(trainer: TranslationTrainer, split: Dataset) -> tuple[dict, float]:
@@ -210,8 +210,8 @@ def main(argv=None):
 
     with one_line_errors(ImportError, OSError, ValueError):
         facts = card_facts(arguments[0], arguments[1], card_args)
-        trainer, encoded, checkpoint = prepare(*arguments, facts, training_args)
-    with one_line_errors(OSError):  # a full disk, no network
+        trainer, encoded, folder, checkpoint = prepare(*arguments, facts, training_args)
+    with folder, one_line_errors(OSError):  # a full disk, no network
         if training_args.do_train:
             train(trainer, checkpoint)
         report(trainer, encoded, facts)

@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerState
 
 from .atomic_files import replace_file
 from .engines import DEEPSPEED, SHARDED_FSDP, TRANSLATION, engine_of, load_weights, wrap_for_evaluation
+from .folder_lock import LOCK_FILE
 from .manifests import MANIFEST_FILE, compare_with_manifest, expects_manifest
 
 
@@ -137,8 +138,10 @@ def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"The output folder {str(folder)!r} is a file.")
     run_file = folder / RUN_FILE
-    # Files that a crash left half-written are no run.
-    occupied = folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir())
+    # Files that a crash left half-written are no run, nor is a lock.
+    occupied = folder.is_dir() and any(
+        path.suffix != ".partial" and path.name != LOCK_FILE for path in folder.iterdir()
+    )
     if occupied and not run_file.is_file():
         raise ValueError(
             f"The output folder {str(folder)!r} is not empty and holds no run of this script. Choose another "
@@ -174,7 +177,11 @@ def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
     folder = Path(folder)
     run_file = folder / RUN_FILE
     if overwrite and folder.is_dir():
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
     elif run_file.is_file():
         division = _check_identity(run_file, identity)
         if division:

@@ -247,9 +247,10 @@ class Comparison:
                 routing_args = RoutingArguments()
             callbacks = build_callbacks(routing_args, model.config, args.max_steps, self.blocks["validation"])
         clock = TrainingClockCallback()
-        trainer = self.train_model(model, args, folder, [*callbacks, clock])
-        results = {"system": system.name, "family": system.family, "seed": seed, **self._measure(trainer, clock)}
-        finish(trainer, results, path)
+        with folder:
+            trainer = self.train_model(model, args, folder, [*callbacks, clock])
+            results = {"system": system.name, "family": system.family, "seed": seed, **self._measure(trainer, clock)}
+            finish(trainer, results, path)
         return results
 
     def train_model(

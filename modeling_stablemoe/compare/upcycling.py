@@ -144,10 +144,11 @@ class UpcyclingComparison(Comparison):
         set_seed(args.seed)
         model = AutoModelForCausalLM.from_config(self.dense_config, **self.model_args.attention)
         clock = TrainingClockCallback()
-        trainer = self.train_model(model, args, folder, [CheckpointManifestCallback(), clock])
-        perplexity = perplexity_of(trainer.evaluate()["eval_loss"])
-        results = {"seed": seed, "perplexity": perplexity, "steps": args.max_steps, "seconds": clock.seconds}
-        finish(trainer, results, path)
+        with folder:
+            trainer = self.train_model(model, args, folder, [CheckpointManifestCallback(), clock])
+            perplexity = perplexity_of(trainer.evaluate()["eval_loss"])
+            results = {"seed": seed, "perplexity": perplexity, "steps": args.max_steps, "seconds": clock.seconds}
+            finish(trainer, results, path)
         return results
 
 

@@ -24,6 +24,7 @@ from transformers.trainer_callback import TrainerState
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
 from modeling_stablemoe.checkpoints.atomic_files import replace_file
 from modeling_stablemoe.checkpoints.engines import translated
+from modeling_stablemoe.checkpoints.folder_lock import LOCK_FILE, FolderLock
 from modeling_stablemoe.checkpoints.folders import (
     check_run_folder,
     claim_run_folder,
@@ -62,8 +63,8 @@ logger = logging.getLogger(__name__)
 
 # Values of `--resume_from_checkpoint` that mean the last whole checkpoint of the run.
 LATEST = ("latest", "true", "True")
-# Files of the output folder that are never uploaded: a pickle, and the settings of this machine.
-NOT_SHARED = ("training_args.bin", "run.json")
+# Files of the output folder that are never uploaded: a pickle, and what is of this machine.
+NOT_SHARED = ("training_args.bin", "run.json", LOCK_FILE)
 
 
 @dataclass
@@ -78,13 +79,16 @@ class FolderArguments:
 class RunFolder:
     """The output folder of one run: checked when this is made, changed only by `claim`.
 
+    Used as a context, it is free for other processes at the end.
+
     Args:
         training_args (`TrainingArguments`): name the folder and the checkpoint, and identify the run.
         overwrite (`bool`): delete what the folder holds.
         *settings (dataclass instances): everything else that the run depends on.
 
     Raises:
-        ValueError: if this run may not write to the folder, or the checkpoint to resume from is not whole.
+        ValueError: if this run may not write to the folder, another one does, or the checkpoint to resume from is not
+            whole.
     """
 
     def __init__(self, training_args: TrainingArguments, overwrite: bool, *settings: Any):
@@ -98,10 +102,19 @@ class RunFolder:
             "resume": named is not None,
             "overwrite": overwrite,
         }
+        self._lock = FolderLock(training_args.output_dir)
+        if training_args.process_index == 0:
+            self._lock.check()
         check_run_folder(**self._run)
         problem = None if named in (None, *LATEST) else _ask_first(self.args, lambda: what_is_missing(named))
         if problem is not None:
             raise ValueError(f"The checkpoint {named!r} cannot be resumed: {problem}.")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._lock.release()
 
     def claim(self) -> str | None:
         """Claim the folder for this run; return the checkpoint to resume from, if any."""
@@ -116,6 +129,8 @@ class RunFolder:
         return None if checkpoint is None else str(checkpoint)
 
     def _claim(self) -> Path | None:
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
         checkpoint = claim_run_folder(**self._run)
         if self.args.push_to_hub:
             # During training `Trainer` uploads the whole folder, except what this file names.

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from helpers import ROOT
 from helpers.forks import LATEST
 from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, content, load_script, refuse
+from modeling_stablemoe.checkpoints.folder_lock import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +91,17 @@ def test_resuming_a_finished_run_changes_no_weight(workplace, trained_clm, train
     # One step more than `max_steps`, as `Trainer` does it, would show here.
     for name in ("results.json", "routing_fluctuation.json"):
         assert (trained_clm_copy / name).read_text() == (trained_clm.folder / name).read_text()
+
+
+@pytest.mark.parametrize("how", [(), ("--overwrite_output_dir",), ("--resume_from_checkpoint", "latest")])
+def test_a_second_start_is_told_of_the_first_and_changes_nothing(workplace, trained_clm_copy, script, how):
+    lock = FolderLock(trained_clm_copy)
+    lock.acquire()
+    before = content(trained_clm_copy)
+    line = refuse(script, workplace.arguments(str(trained_clm_copy), *how))
+    assert f"is being written by process {os.getpid()} on" in line
+    assert content(trained_clm_copy) == before
+    lock.release()
 
 
 def test_a_resumed_run_says_from_which_step_it_goes_on(workplace, trained_clm_copy):
