@@ -4,6 +4,9 @@
 Importing this package registers the models with transformers' Auto classes.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 import transformers
 from transformers import (
     AutoConfig,
@@ -13,9 +16,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from .checkpoints.earlier_checkpoints import register_earlier_names
-from .hub.bundle import write_code
-from .hub.cards import CardFacts
+from .earlier_checkpoints import register_earlier_names
 from .model.configuration_stablemoe import PACKAGE_FUNCTIONS, StableMoEConfig, StableMoESeq2SeqConfig
 from .model.modeling_stablemoe import StableMoEForCausalLM, StableMoEForSequenceClassification, StableMoEModel
 from .model.modeling_stablemoe_seq2seq import (
@@ -25,16 +26,38 @@ from .model.modeling_stablemoe_seq2seq import (
 )
 from .model.pretrained_stablemoe import StableMoEPreTrainedModel
 from .model.routing_stablemoe import register_router
-from .offload.offloading import experts_on_disk, offload_experts
 from .solvers.assignment import balanced_assignment
 from .solvers.balancing import balanced_table
-from .training import (
-    ModelCardCallback,
-    RoutingFluctuationCallback,
-    RoutingStatisticsCallback,
-    StageTransitionCallback,
-)
 from .version import __version__
+
+
+if TYPE_CHECKING:
+    from .hub.cards import CardFacts
+    from .offload.offloading import experts_on_disk, offload_experts
+    from .training import (
+        ModelCardCallback,
+        RoutingFluctuationCallback,
+        RoutingStatisticsCallback,
+        StageTransitionCallback,
+    )
+
+# Rooms that are imported when one of these names is asked for: with them come transformers' Trainer, datasets and pandas, which
+# loading and generating do without.
+_LATER = {
+    "CardFacts": "hub.cards",
+    "ModelCardCallback": "training",
+    "RoutingFluctuationCallback": "training",
+    "RoutingStatisticsCallback": "training",
+    "StageTransitionCallback": "training",
+    "experts_on_disk": "offload.offloading",
+    "offload_experts": "offload.offloading",
+}
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
 
 
 AutoConfig.register(StableMoEConfig.model_type, StableMoEConfig, exist_ok=True)
@@ -52,18 +75,23 @@ AutoModelForSeq2SeqLM.register(StableMoESeq2SeqConfig, StableMoEForConditionalGe
 
 
 def _convert_dense(*args):
-    # Not before it is needed: with that room come those of the scripts, a quarter of the time that the import would take.
     from .convert.dense import convert_dense
 
     return convert_dense(*args)
 
 
-register_earlier_names()
+def _write_code(*args):
+    from .hub.bundle import write_code
+
+    return write_code(*args)
+
+
 PACKAGE_FUNCTIONS.update(
     balanced_assignment=balanced_assignment,
     balanced_table=balanced_table,
     convert_dense=_convert_dense,
-    write_code=write_code,
+    register_earlier_names=register_earlier_names,
+    write_code=_write_code,
 )
 
 __all__ = [

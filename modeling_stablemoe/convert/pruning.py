@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from modeling_stablemoe.checkpoints.architectures import HUB_OPTIONS, MODELS, read_saved_class
-from modeling_stablemoe.checkpoints.earlier_checkpoints import current_name
+from modeling_stablemoe.earlier_checkpoints import current_name
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.distillation_stablemoe import sees_context
 from modeling_stablemoe.model.layer_stablemoe import StableMoELayer

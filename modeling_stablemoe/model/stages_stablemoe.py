@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 from transformers.utils import logging
 
+from .configuration_stablemoe import PACKAGE_FUNCTIONS
 from .context_stablemoe import token_mask, whole_sequences
 from .distillation_stablemoe import sees_context
 from .frozen_stablemoe import BalancedTable, contents_to_load, repeated_experts
@@ -41,6 +42,8 @@ class TwoStageRoutingMixin:
 
     def __init__(self, config, *args, **kwargs):
         self.check_config(config)
+        if "register_earlier_names" in PACKAGE_FUNCTIONS:
+            PACKAGE_FUNCTIONS["register_earlier_names"]()
         super().__init__(config, *args, **kwargs)
         self.register_load_state_dict_pre_hook(_check_routing_to_load)
         self.register_load_state_dict_post_hook(_follow_loaded_routing)

@@ -4,14 +4,18 @@
 import heapq
 import random
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 
-def count_tokens(rows: Dataset, vocab_size: int, column: str = "input_ids") -> Tensor:
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def count_tokens(rows: "Dataset", vocab_size: int, column: str = "input_ids") -> Tensor:
     """Count how often each token id occurs.
 
     Args:
@@ -25,6 +29,8 @@ def count_tokens(rows: Dataset, vocab_size: int, column: str = "input_ids") -> T
     Raises:
         ValueError: for a stream, which may have no end.
     """
+    from datasets import IterableDataset  # not with the package, whose users may have models alone
+
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed corpus cannot be counted: leave --streaming out, or take --hash_table random.")
     counts = torch.zeros(vocab_size, dtype=torch.long)

@@ -15,9 +15,8 @@ from torch.testing import assert_close
 
 import modeling_stablemoe
 from helpers.backbones import backed_model
-from modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.checkpoints.earlier_checkpoints import current_name
 from modeling_stablemoe.convert.pruning import load_pruned
+from modeling_stablemoe.earlier_checkpoints import current_name
 
 
 EARLIER = sorted(path.parent for path in Path(__file__).parent.glob("earlier/*/config.json"))

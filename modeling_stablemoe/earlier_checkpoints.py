@@ -3,6 +3,7 @@
 
 import copy
 import re
+from functools import cache
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
@@ -34,8 +35,9 @@ class MergedOnLoad(WeightConverter):
         return RenamedSince(*next(iter(_RENAMED.items())))
 
 
+@cache
 def register_earlier_names():
-    """Register the earlier names of tensors, and those of single gated experts, with transformers."""
+    """Register the earlier names of tensors, and those of single gated experts, with transformers, which takes a while once."""
     # llm-compressor and others write `experts.0.gate_proj.weight`, as checkpoints of most MoE models have it.
     merged = [
         MergedOnLoad(
