@@ -163,6 +163,7 @@ COMMANDS = {
     "plot": "plot_run",
     "convert": "convert_dense",
     "freeze": "balance_routing",
+    "freeze-moe": "freeze_moe",
     "prune": "prune_experts",
     "compare": "compare_routers",
     "mismatch": "measure_routing_mismatch",

@@ -90,6 +90,11 @@ class ProgressBarCallback(ProgressLinesCallback, ProgressCallback):
         if self.training_bar is not None:
             self.training_bar.bar_format = _BAR
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        """Open no second bar in training, where an evaluation ends with a line; one that stands alone has its own."""
+        if self.training_bar is None:
+            super().on_prediction_step(args, state, control, **kwargs)
+
     def _show(self, state: TrainerState, logs: dict):
         if self.training_bar is None:
             return

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import modeling_stablemoe
 from helpers.backbones import backed_model
+from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.convert.pruning import load_pruned
 from modeling_stablemoe.earlier_checkpoints import current_name
 

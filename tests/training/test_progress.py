@@ -62,6 +62,8 @@ def test_a_terminal_has_one_bar_with_the_numbers(tmp_path, capsys):
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     bar = printed.err.split("\r")[-1]
     assert bar.startswith("stage 2 100%")
+    # The only one: evaluations, of 2 batches each, end with a line.
+    assert [each for each in printed.err.split("\r") if "/12 [" not in each and "%|" in each] == []
     assert f"loss {last['task_loss']:.3f}, load {last['load_max_over_mean']:.2f}, " in bar
     assert "00:00 left" in bar
     assert "step 6/12: validation loss" in printed.out
