@@ -380,11 +380,23 @@ class TwoStageRoutingMixin:
             model._expect_routing()  # what stands in its frozen routers now, zeros in transformers 5.15, is no routing
         else:
             model.check_routing()
+        is_learned = model.moe_layers_by_name and model.config.distilled_router and not model.config.router_fingerprint
+        if is_learned and not PACKAGE_FUNCTIONS:
+            logger.warning_once(_describe_package(model.config))
         return (model, info) if returns_info else model
 
 
 _PARTS_OF_LAYERS = {"router", "frozen_router", "expert_stack", "experts"}
 _RESTORE = "The checkpoint is damaged or mixed from two runs; restore it from its source."
+
+
+def _describe_package(config) -> str:
+    """Say what the code of a checkpoint cannot do with a routing that is still learned."""
+    limited = "" if config.max_frozen_load is None else ", and freezing it under `max_frozen_load`,"
+    return (
+        "The routing of this checkpoint is still learned (stage 1). Its own code generates and trains; the callbacks of "
+        f"Trainer{limited} need the package `modeling_stablemoe`, imported before the checkpoint is loaded."
+    )
 
 
 def _describe_mismatch(checkpoint: str, loading_info: dict) -> str:

@@ -82,7 +82,7 @@ def test_what_a_checkpoint_s_code_alone_does_and_what_it_does_not(tmp_path):
     tiny_seq2seq_model().save_pretrained(tmp_path / "translation")
     StableMoEForSequenceClassification(tiny_config()).save_pretrained(tmp_path / "classifier")
     code = """
-        import os, sys
+        import logging, os, sys
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
@@ -97,6 +97,9 @@ def test_what_a_checkpoint_s_code_alone_does_and_what_it_does_not(tmp_path):
             else:
                 raise AssertionError(purpose)
 
+        said = []
+        logging.getLogger().addHandler(handler := logging.Handler())
+        handler.emit = lambda record: said.append(record.getMessage())
         ids = torch.arange(2, 16).view(2, 7)
         for kind, auto in (("stable", AutoModelForCausalLM), ("translation", AutoModelForSeq2SeqLM)):
             model = load(kind, auto)
@@ -106,7 +109,13 @@ def test_what_a_checkpoint_s_code_alone_does_and_what_it_does_not(tmp_path):
             assert model.routing_stage == 2
         classifier = load("classifier", AutoModelForSequenceClassification)
         classifier(input_ids=ids, labels=torch.tensor([0, 1])).loss.backward()
+        assert [each for each in said if "(stage 1)" in each and "the callbacks of Trainer need the package" in each]
         limited, base = load("limit"), load("base")
+        assert [each for each in said if "Trainer, and freezing it under `max_frozen_load`, need the package" in each]
+        said.clear()
+        model.save_pretrained("frozen")
+        AutoModelForSeq2SeqLM.from_pretrained("frozen", trust_remote_code=True)
+        assert not [each for each in said if "(stage 1)" in each]
         limited(input_ids=ids, labels=ids).loss.backward()
         refuse(limited.freeze_router, "Freezing under a load limit (`max_frozen_load`)")
         assert limited.routing_stage == 1
