@@ -21,7 +21,14 @@ from modeling_stablemoe.convert import (
     routing_of_preset,
     save_converted,
 )
-from modeling_stablemoe.runs import OptionParser, help_of, one_line_errors, parse_overrides, quiet_libraries
+from modeling_stablemoe.runs import (
+    OptionParser,
+    cannot_load,
+    help_of,
+    one_line_errors,
+    parse_overrides,
+    quiet_libraries,
+)
 
 
 @dataclass
@@ -45,7 +52,7 @@ class ConvertArguments:
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": """Further fields of StableMoEConfig, as JSON: '{"num_expert_sublayers": 2, "dropout": 0.1}'. They win """
+            "help": """Further fields of StableMoEConfig, as JSON: '{"moe_placement": "ffn"}' puts experts in place of FFNs. They win """
             "over a preset. What the dense model determines cannot be changed."
         },
     )
@@ -123,7 +130,7 @@ def convert(args: ConvertArguments, source: str, output_dir: str) -> str:
     try:
         dense = load_dense(source, **loading)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {source!r}: {error}") from error
+        raise ValueError(cannot_load(source, error)) from error
     tokenizer = load_tokenizer(args, source)
     model = StableMoEForCausalLM.from_dense(dense, **options)
     comparison = compare_logits(dense, model, ids_to_compare(model.config, tokenizer, args.text))

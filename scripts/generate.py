@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, set_seed
 
 from modeling_stablemoe import StableMoEForCausalLM
 from modeling_stablemoe.checkpoints import load_saved
-from modeling_stablemoe.runs import OptionParser, help_of
+from modeling_stablemoe.runs import OptionParser, cannot_load, help_of
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -38,8 +38,7 @@ def main(argv=None):
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         model = load_saved(arguments.model, StableMoEForCausalLM, device_map="auto")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers explains some errors in several lines
-        raise SystemExit(f"error: cannot load {arguments.model!r}: {reason}") from error
+        raise SystemExit(f"error: {cannot_load(arguments.model, error)}") from error
     prompt = arguments.prompt or tokenizer.bos_token
     if prompt is None:
         raise SystemExit("error: the tokenizer has no token for the start of a document: name a --prompt")

@@ -4,6 +4,7 @@
 
 python scripts/run_clm.py configuration/recipes/embedded-cpu.yaml
 accelerate launch scripts/run_clm.py recipe.yaml --learning_rate 3e-4
+python scripts/run_clm.py recipe.yaml --do_train false --model_name_or_path runs/mine   # evaluate only
 """
 
 from dataclasses import dataclass, field
@@ -66,8 +67,8 @@ def card_facts(model_args: ModelArguments, data_args: DataArguments, card_args: 
     return card_args.facts(corpora[:1], model_args.model_name_or_path, dataset_config=data_args.dataset_config_name)
 
 
-def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: bool):
-    """Evaluate, write `results.json` and the model card, and print them."""
+def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: bool, evaluated: str | None):
+    """Evaluate, write `results.json` and the model card, and print them; `evaluated` is a model that was not trained."""
     results = {"perplexity": evaluate_saved_model(trainer), **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
         return
@@ -78,7 +79,7 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
         results["baselines"] = ngram_perplexities(blocks["train"], blocks["validation"], vocab_size)
     write_results(trainer, results, facts=facts)
     commands = ['generate --prompt "The"', 'inspect --text "The"'][: 1 if results["routing_stage"] is None else 2]
-    print(f"\n{format_results(results)}\n\n{describe_next(trainer.args.output_dir, *commands)}")
+    print(f"\n{format_results(results)}\n\n{describe_next(trainer.args.output_dir, *commands, model=evaluated)}")
 
 
 def prepare(model_args, data_args, routing_args, folder_args, facts, training_args) -> tuple:
@@ -125,7 +126,8 @@ def main(argv=None):
     with folder, one_line_errors(OSError):  # a full disk, no network
         if training_args.do_train:
             train(trainer, checkpoint)
-        report(trainer, blocks, facts, report_args.ngram_baselines)
+        evaluated = None if training_args.do_train else model_args.model_name_or_path
+        report(trainer, blocks, facts, report_args.ngram_baselines, evaluated)
         push(trainer)
 
 

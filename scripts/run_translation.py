@@ -4,6 +4,7 @@
 
 python scripts/run_translation.py configuration/recipes/code-summary-cpu.yaml
 accelerate launch scripts/run_translation.py recipe.yaml --learning_rate 3e-4
+python scripts/run_translation.py recipe.yaml --do_train false --model_name_or_path runs/mine   # evaluate only
 """
 
 import json
@@ -185,8 +186,11 @@ def translate(trainer: TranslationTrainer, split: Dataset) -> tuple[dict, float]
     return metrics.last_scores, perplexity_of(loss)
 
 
-def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
-    """Score the test split (without one, the validation split), write the results and print them."""
+def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts, evaluated: str | None):
+    """Score the test split (without one, the validation split), write the results and print them.
+
+    `evaluated` is a model that was not trained.
+    """
     name = "test" if "test" in encoded else "validation"
     scores, perplexity = translate(trainer, encoded[name])
     results = {"split": name, "scores": scores, "perplexity": perplexity, **summarize_run(trainer)}
@@ -199,7 +203,7 @@ def report(trainer: TranslationTrainer, encoded: DatasetDict, facts: CardFacts):
     if saved is not None:
         print(saved)
     commands = ["translate --input FILE", "inspect --text_files FILE"][: 1 if results["routing_stage"] is None else 2]
-    print(f"\n{describe_next(trainer.args.output_dir, *commands)}")
+    print(f"\n{describe_next(trainer.args.output_dir, *commands, model=evaluated)}")
 
 
 def main(argv=None):
@@ -214,7 +218,7 @@ def main(argv=None):
     with folder, one_line_errors(OSError):  # a full disk, no network
         if training_args.do_train:
             train(trainer, checkpoint)
-        report(trainer, encoded, facts)
+        report(trainer, encoded, facts, None if training_args.do_train else arguments[0].model_name_or_path)
         push(trainer)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_stablemoe import StableMoEForConditionalGeneration
 from modeling_stablemoe.checkpoints import load_saved, replace_file
 from modeling_stablemoe.data import STANDARD_INPUT, check_encoding, encode_sources, read_lines
-from modeling_stablemoe.runs import OptionParser, help_of, one_line_errors
+from modeling_stablemoe.runs import OptionParser, cannot_load, help_of, one_line_errors
 
 
 logger = logging.getLogger("translate")
@@ -63,8 +63,7 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(name)
         return load_saved(name, StableMoEForConditionalGeneration, device_map="auto"), tokenizer
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())  # transformers explains some errors in several lines
-        raise SystemExit(f"error: cannot load {name!r}: {reason}") from error
+        raise SystemExit(f"error: {cannot_load(name, error)}") from error
 
 
 def encode(lines: dict[int, str], model, tokenizer, target_language: str | None) -> list[list[int]]:

@@ -116,19 +116,22 @@ class Verdict:
         table_load (`float`, *optional*): max/mean load of stage 1's tokens under the table that would be frozen;
             `None` if there is no table.
         is_balanced_later (`bool`): whether freezing limits that load.
+        is_counted (`bool`): whether the distilled router goes by counts already.
     """
 
     metrics: dict[str, float]
     table_load: float | None
     is_balanced_later: bool
+    is_counted: bool = False
 
     def problems(self) -> list[str]:
         """Return what speaks against freezing, each behind its remedy; nothing for a routing that is worth it."""
         problems = []
         agreement = self.metrics.get("distillation_agreement", 1.0)
         if agreement < LEAST_AGREEMENT:
+            other = "" if self.is_counted else ', or take `distilled_router="counts"`'
             problems.append(
-                'Lengthen stage 1, or take `distilled_router="counts"`: the distilled router agrees with the backbone on '
+                f"Lengthen stage 1{other}: the distilled router agrees with the backbone on "
                 f"{agreement:.1%} of the tokens only (wanted: {LEAST_AGREEMENT:.0%}), and what it freezes is hardly more than a hash"
             )
         if self.table_load is not None and not self.is_balanced_later and self.table_load > LARGEST_TABLE_LOAD:
@@ -153,7 +156,8 @@ def judge(meter: RoutingMeter) -> Verdict:
     if tables is not None and counts is not None:
         load = imbalance(load_of(tables, counts, meter.model.config.num_experts))
     metrics = {} if recent is None else recent.metrics(stage=1)
-    return Verdict(metrics, load, meter.model.config.max_frozen_load is not None)
+    config = meter.model.config
+    return Verdict(metrics, load, config.max_frozen_load is not None, config.distilled_router == "counts")
 
 
 def load_of_frozen(model: TwoStageRoutingMixin, token_counts: Tensor | None) -> Tensor | None:

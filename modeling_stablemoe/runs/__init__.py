@@ -5,6 +5,7 @@ from .card_arguments import CardArguments
 from .command_line import (
     COMMANDS,
     OptionParser,
+    cannot_load,
     check_output_files,
     describe_next,
     help_of,
@@ -44,6 +45,7 @@ __all__ = [
     "VocabularyArguments",
     "build_callbacks",
     "build_model",
+    "cannot_load",
     "check_fit",
     "check_output_files",
     "describe_next",

@@ -24,9 +24,10 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
 
 
 # What `--help` shows of Trainer's options.
-_TRAINING = (
-    "output_dir max_steps per_device_train_batch_size learning_rate resume_from_checkpoint report_to seed".split()
-)
+_TRAINING = """
+output_dir max_steps per_device_train_batch_size learning_rate save_steps
+resume_from_checkpoint report_to seed
+""".split()
 _HELP_WIDTH = 119
 
 
@@ -182,9 +183,21 @@ def check_output_files(**files: str | None):
             raise FileNotFoundError(f"--{option}: there is no folder {Path(file).parent}; create it first")
 
 
-def describe_next(folder: str, *commands: str) -> str:
-    """Say where the files of a finished run are, and how to go on: each command of `stablemoe` with its options."""
-    lines = [f"Model, card and results are in {folder}, all logs in its trainer_state.json. Next:"]
+def describe_next(folder: str, *commands: str, model: str | None = None) -> str:
+    """Say where the files of a finished run are, and how to go on: each command of `stablemoe` with its options.
+
+    Args:
+        folder (`str`): of the run.
+        *commands (`str`): what can be done with the model.
+        model (`str`, *optional*): the model that was only evaluated; by default it was trained, and is in `folder`.
+    """
+    if model is None:
+        lines = [f"Model, card and results are in {folder}, all logs in its trainer_state.json. Next:"]
+    else:
+        lines = [
+            f"Nothing was trained (--do_train false): card and results are in {folder}, the model is {model}. Next:"
+        ]
+        folder = model
     for command in commands:
         name, _, options = command.partition(" ")
         program = f"stablemoe {name}"
@@ -192,6 +205,16 @@ def describe_next(folder: str, *commands: str) -> str:
             program = f"python {Path(sys.argv[0]).with_name(COMMANDS[name])}.py"
         lines.append(f"  {program} {shlex.quote(folder)} {options}".rstrip())
     return "\n".join(lines)
+
+
+def cannot_load(name: str, error: Exception) -> str:
+    """Say why a checkpoint does not load, on one line, and first what is wrong with a folder of that name."""
+    reason = " ".join(str(error).split())  # transformers explains some errors in several lines
+    if not Path(name).exists():
+        reason = f"there is no folder of that name, so it was looked for on the Hub. {reason}"
+    elif not (Path(name) / "config.json").is_file():
+        reason = "that folder holds no model: there is no config.json"
+    return f"cannot load {name!r}: {reason}"
 
 
 @contextmanager
@@ -210,6 +233,7 @@ def one_line_errors(*kinds: type[Exception]) -> Iterator[None]:
 
 __all__ = [
     "COMMANDS",
+    "cannot_load",
     "check_output_files",
     "describe_next",
     "help_of",

@@ -61,7 +61,12 @@ class ModelArguments:
         self.model_name_or_path = self.model_name_or_path or None
         self.config_overrides = self.config_overrides or None
         if (self.model_preset is None) == (self.model_name_or_path is None):
-            raise ValueError("Name one model to train: `--model_preset` or `--model_name_or_path`.")
+            raise ValueError(
+                "Name one model to train: `--model_preset` or `--model_name_or_path`."
+                if self.model_preset is None
+                else f"There are two models, {self.model_preset} and {self.model_name_or_path}: to train the second, unset what a "
+                "recipe says about a new one, `--model_preset ''`, and for a frozen model `--config_overrides '' --stage1_steps ''`."
+            )
         parse_overrides(self.config_overrides)
 
     @property
@@ -361,6 +366,7 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, **help_of(doc))
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
+    parser.set_defaults(do_train=True)  # `--do_train false` evaluates only
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):
             argv = _recipe_to_argv(find_shipped(argv[0])) + argv[1:]

@@ -15,7 +15,7 @@ from modeling_stablemoe.data.translation import read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import encode_sources, encode_texts
 from modeling_stablemoe.measure.inspection import RoutedText, route_texts
 
-from .command_line import OptionParser, help_of
+from .command_line import OptionParser, cannot_load, help_of
 
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def route_through_checkpoint(
     try:
         model, tokenizer = load_checkpoint(name, args.tokenizer_name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {name!r}: {error}") from error
+        raise ValueError(cannot_load(name, error)) from error
     targets = None
     if model.config.is_encoder_decoder:
         documents, targets = encode_pairs(args, tokenizer, model.config.max_position_embeddings)

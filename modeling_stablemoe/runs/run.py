@@ -312,6 +312,16 @@ def train(trainer: Trainer, checkpoint: str | None):
     if checkpoint is not None:
         step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
         logger.info("Resuming from %s: the run goes on from step %d.", checkpoint, step)
+    if (
+        trainer.args.max_steps > 0
+        and (warmup := trainer.args.get_warmup_steps(trainer.args.max_steps)) >= trainer.args.max_steps
+    ):
+        logger.warning(
+            "Lower `--warmup_steps` or train longer: %d steps of warm-up are all of this run, %d steps, which never reaches its "
+            "learning rate.",
+            warmup,
+            trainer.args.max_steps,
+        )
     with trainer.args.main_process_first(desc="cut-off checkpoints"):
         if trainer.is_world_process_zero():
             remove_incomplete_checkpoints(trainer.args.output_dir, step)
@@ -354,7 +364,8 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
             raise SystemExit(1) from None
         whole = last_complete_checkpoint(trainer.args.output_dir)
         remedy = (
-            "There is no whole checkpoint yet: begin again with `--overwrite_output_dir`."
+            "There is no whole checkpoint yet: begin again with `--overwrite_output_dir`, and with smaller `--save_steps` than "
+            f"{trainer.args.save_steps:g} to have one earlier."
             if whole is None
             else f"{whole.name} is whole: go on with `--resume_from_checkpoint latest`."
         )

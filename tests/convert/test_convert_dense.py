@@ -149,7 +149,7 @@ def test_failure_while_saving_leaves_nothing_behind(folder, script, monkeypatch)
     ("options", "message"),
     [
         (["gpt2", "gpt2"], "'gpt2' is there already and not empty"),
-        (["nothing", "new"], "cannot load 'nothing'"),
+        (["nothing", "new"], "cannot load 'nothing': there is no folder of that name"),
         (["gpt2", "new", "--config_overrides", '{"hidden_size": 3}'], "hidden_size: no options of a conversion"),
         (["gpt2", "new", "--model_preset", "nothing.json"], "There is no model preset"),
         (

@@ -6,11 +6,12 @@ import sys
 
 import datasets
 import pytest
+from transformers import TrainingArguments
 
 from helpers import ROOT
 from helpers.workplaces import load_script
 from modeling_stablemoe import cli
-from modeling_stablemoe.runs import COMMANDS, read_preset
+from modeling_stablemoe.runs import COMMANDS, ModelArguments, cannot_load, describe_next, parse_recipe, read_preset
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
@@ -29,6 +30,26 @@ def test_the_whole_help_has_all_options_of_trainer(capsys):
     with pytest.raises(SystemExit):
         load_script("run_clm").main(["--help_all"])
     assert "--adam_beta1" in capsys.readouterr().out
+
+
+def test_a_model_that_was_only_evaluated_stays_where_it_is():
+    assert describe_next("runs/b", "generate", model="runs/a").splitlines()[0].endswith("the model is runs/a. Next:")
+    assert "generate.py runs/a" in describe_next("runs/b", "generate", model="runs/a")
+    assert "Model, card and results are in runs/b" in describe_next("runs/b", "generate")
+
+
+def test_a_checkpoint_that_does_not_load_is_told_apart_from_none(tmp_path):
+    error = OSError("no network")
+    assert "there is no folder of that name, so it was looked for on the Hub. no network" in cannot_load("mine", error)
+    assert cannot_load(str(tmp_path), error).endswith("that folder holds no model: there is no config.json")
+    (tmp_path / "config.json").write_text("{}")
+    assert cannot_load(str(tmp_path), error).endswith("no network")
+
+
+def test_scripts_train_unless_they_are_told_not_to():
+    model = ["--model_preset", "a.json"]
+    assert parse_recipe((ModelArguments, TrainingArguments), "a", model)[1].do_train
+    assert not parse_recipe((ModelArguments, TrainingArguments), "a", [*model, "--do_train", "false"])[1].do_train
 
 
 RECIPE = str(ROOT / "configuration" / "recipes" / "embedded-cpu.yaml")

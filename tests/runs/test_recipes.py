@@ -220,7 +220,7 @@ def test_a_recipe_with_such_a_number_is_refused_in_the_same_way(option, value, t
     ("argv", "message"),
     [
         ([], "Name one model to train"),
-        (["--model_preset", "a.json", "--model_name_or_path", "b"], "Name one model to train"),
+        (["--model_preset", "a.json", "--model_name_or_path", "b"], "There are two models, a.json and b"),
         (["--model_preset", "a.json", "--config_overrides", "{num: 3}"], "is not valid JSON"),
         (["--model_preset", "a.json", "--config_overrides", "[3]"], "must be a JSON object"),
         (["--model_preset", "a.json", "--max_step", "3"], "--max_step"),
