@@ -27,8 +27,9 @@ from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_to
 from modeling_stablemoe.training import TrainingClockCallback
 
 
-# Those of a conversion are tried with its recipe.
-SYSTEMS = sorted(set(ROOT.glob("configuration/systems/*.yaml")) - set(ROOT.glob("configuration/systems/upcycling*")))
+# Those of a conversion, and of models of transformers, are tried with their recipes.
+OTHERS = {*ROOT.glob("configuration/systems/upcycling*"), ROOT / "configuration/systems/tables-cpu.yaml"}
+SYSTEMS = sorted(set(ROOT.glob("configuration/systems/*.yaml")) - OTHERS)
 
 
 # Systems
