@@ -413,13 +413,14 @@ def test_models_have_the_tables_that_their_systems_name(tables, tabulated, seen)
     assert same["learned"] > 1.3 * max(same["random"], same["balanced"])
 
 
-def test_a_killed_run_resumes_with_its_tables_and_experts(tables, tabulated):
-    folder = tables.folder / "cut"
-    run = fork_script(tables, "cut", "--only", "middle", before=fault("rotation", 8, die))
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_killed_run_resumes_with_its_tables_and_experts(tables, tabulated, step):
+    folder = tables.folder / f"cut-{step}"
+    run = fork_script(tables, folder.name, "--only", "middle", before=fault("rotation", step, die))
     assert run.wait() == [-signal.SIGKILL], run.output[-3000:]
     assert not (folder / "middle" / "seed-0" / "results.json").exists()
-    tables.train_here("cut", "--only", "middle")
-    whole, cut = (tables.folder / parent / "middle" / "seed-0" for parent in ("all", "cut"))
+    tables.train_here(folder.name, "--only", "middle")
+    whole, cut = (tables.folder / parent / "middle" / "seed-0" for parent in ("all", folder.name))
     assert results_of(cut)["perplexity"] == results_of(whole)["perplexity"]
     assert torch.equal(tables_of(cut), tables_of(whole))
     assert_same_saved_weights(cut, whole)
