@@ -279,17 +279,12 @@ def write_table_report(comparison: TableComparison, runs: Sequence[dict]) -> str
 
 def mean_report(reports: Sequence[dict]) -> FreezingReport:
     """Average freezing reports of models of one shape, as mappings."""
-    first, layers = reports[0], zip(*(report["layers"] for report in reports), strict=True)
-    rows = [{name: mean(row[name] for row in same) for name in same[0]} for same in layers]
-    averaged = first | {name: mean(report[name] for report in reports) for name in ("perplexity",)}
-    return FreezingReport(
-        **averaged
-        | {
-            "layers": [
-                LayerFreezing(**row | {"layer": int(row["layer"]), "alone": round(row["alone"])}) for row in rows
-            ]
-        }
-    )
+    layers = []
+    for rows in zip(*(report["layers"] for report in reports), strict=True):
+        means = {name: mean(row[name] for row in rows) for name in rows[0]}
+        layers.append(LayerFreezing(**means | {"layer": rows[0]["layer"], "alone": round(means["alone"])}))
+    perplexity = mean(report["perplexity"] for report in reports)
+    return FreezingReport(**reports[0] | {"perplexity": perplexity, "layers": layers})
 
 
 __all__ = ["TableArguments", "TableComparison", "TableSystem", "mean_report", "write_table_report"]
