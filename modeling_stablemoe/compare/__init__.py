@@ -4,6 +4,7 @@
 from .comparison import Comparison, System, check_comparable, read_systems
 from .comparison_report import write_report
 from .speed import measure_speed, speed_table
+from .tables import TableArguments, TableComparison, TableSystem, write_table_report
 from .upcycling import DenseArguments, UpcyclingComparison, check_names
 
 
@@ -11,6 +12,9 @@ __all__ = [
     "Comparison",
     "DenseArguments",
     "System",
+    "TableArguments",
+    "TableComparison",
+    "TableSystem",
     "UpcyclingComparison",
     "check_comparable",
     "check_names",
@@ -18,4 +22,5 @@ __all__ = [
     "read_systems",
     "speed_table",
     "write_report",
+    "write_table_report",
 ]

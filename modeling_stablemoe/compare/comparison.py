@@ -10,8 +10,8 @@ import gc
 import json
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 import yaml
 from datasets import DatasetDict
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -115,12 +116,13 @@ class System:
         return arguments
 
 
-def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
+def read_systems(path: str | Path, only: Sequence[str] = (), kind: type[System] = System) -> list[System]:
     """Read the systems to compare.
 
     Args:
-        path (`str` or `Path`): YAML file: a mapping of names to the fields of `System`.
+        path (`str` or `Path`): YAML file: a mapping of names to the fields of `kind`.
         only (sequence of `str`): names of the systems to keep. Default: all.
+        kind (`type`): `System`, or a class built upon it.
 
     Returns:
         `list[System]`: in the order of the file.
@@ -144,7 +146,7 @@ def read_systems(path: str | Path, only: Sequence[str] = ()) -> list[System]:
     systems = []
     for name, settings in content.items():
         try:
-            systems.append(System(str(name), **(settings or {})))
+            systems.append(kind(str(name), **(settings or {})))
         except TypeError as error:
             raise ValueError(f"The system {name!r} in {str(path)!r} has unknown settings: {error}.") from error
     return [system for system in systems if not only or system.name in only]
@@ -158,6 +160,16 @@ def check_comparable(data_args: DataArguments, training_args: TrainingArguments)
         raise ValueError("A comparison needs blocks that can be read again for every run: leave `--streaming` out.")
     if training_args.resume_from_checkpoint is not None:
         raise ValueError("A comparison always resumes what its output folder holds: leave the option out.")
+
+
+def check_config(model_type: str | None, values: Mapping[str, Any]):
+    """Refuse a model that transformers does not know, or fields that its config does not have."""
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no `model_type` {model_type!r}.")
+    config_class = CONFIG_MAPPING[model_type]
+    unknown = sorted(set(values) - {entry.name for entry in fields(config_class)})
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no fields of {config_class.__name__}.")
 
 
 @dataclass
@@ -240,23 +252,35 @@ class Comparison:
         logger.info("%s, seed %d: training %d steps.", system.name, seed, args.max_steps)
         set_seed(seed)
         model = self.build(system, seed)
-        callbacks = [CheckpointManifestCallback()]
-        if isinstance(model.config, StableMoEConfig):
-            set_hash_tables(model, routing_args, self.blocks["train"])
-            if not is_moe(model):
-                routing_args = RoutingArguments()
-            callbacks = build_callbacks(routing_args, model.config, args.max_steps, self.blocks["validation"])
         clock = TrainingClockCallback()
         with folder:
-            trainer = self.train_model(model, args, folder, [*callbacks, clock])
+            trainer = self.train_model(model, args, folder, [*self.prepare(model, system, seed), clock])
             results = {"system": system.name, "family": system.family, "seed": seed, **self._measure(trainer, clock)}
             finish(trainer, results, path)
         return results
+
+    def prepare(self, model: PreTrainedModel, system: System, seed: int) -> list:
+        """Route a new model by the table that its system names, if any, and build the callbacks of the run."""
+        if not isinstance(model.config, StableMoEConfig):
+            return [CheckpointManifestCallback()]
+        routing_args = system.routing(self.fluctuation_check_steps, self.fluctuation_tokens)
+        set_hash_tables(model, routing_args, self.blocks["train"])
+        if not is_moe(model):
+            routing_args = RoutingArguments()
+        return build_callbacks(routing_args, model.config, self.training_args.max_steps, self.blocks["validation"])
 
     def train_model(
         self, model: PreTrainedModel, args: TrainingArguments, folder: RunFolder, callbacks: list
     ) -> BlockTrainer:
         """Train a model on the shared blocks, from the last checkpoint of its folder, and return its Trainer."""
+        checkpoint = folder.claim()
+        if checkpoint is not None and not isinstance(model.config, StableMoEConfig):
+            # Checkpoints of some families name each expert by itself, which Trainer does not find in the model.
+            implementations = {
+                "attn_implementation": model.config._attn_implementation,
+                "experts_implementation": model.config._experts_implementation,
+            }
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, **implementations)
         trainer = BlockTrainer(
             model=model,
             args=args,
@@ -267,17 +291,20 @@ class Comparison:
             callbacks=callbacks,
         )
         show_progress(trainer)
-        checkpoint = folder.claim()
         if checkpoint is not None:
             check_engine(trainer, checkpoint)
         train(trainer, checkpoint)
         return trainer
 
+    def measure_routing(self, trainer: BlockTrainer) -> dict | None:
+        """Measure the routing of inference on the validation text; every process must call this."""
+        return measure_routing(trainer, self.blocks["validation"])
+
     def _measure(self, trainer: BlockTrainer, clock: TrainingClockCallback) -> dict:
         """Evaluate a trained model, and gather the results of its run."""
         args, history = trainer.args, list(trainer.state.log_history)  # evaluation adds to it
         evaluated = {name: trainer.evaluate(rows) for name, rows in self.blocks.items() if name != "train"}
-        routing = measure_routing(trainer, self.blocks["validation"])
+        routing = self.measure_routing(trainer)
         load = None if routing is None else routing["load"]
         tokens = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         tokens *= len(self.blocks["train"][0]["input_ids"])
@@ -300,7 +327,10 @@ class Comparison:
             "tokens_per_second": tokens / clock.seconds,
             "parameters": count_parameters(trainer.model),
             "forward_flops": forward_flops(trainer.model, len(self.blocks["validation"][0]["input_ids"])),
-            "config": {**trainer.model.config.to_diff_dict(), "num_experts": trainer.model.config.num_experts},
+            "config": {
+                **trainer.model.config.to_diff_dict(),
+                "num_experts": trainer.model.config.num_experts if load is None else load.shape[-1],
+            },
             "router_fingerprint": getattr(trainer.model.config, "router_fingerprint", None),
             "load": None if load is None else (load / load.sum(-1, keepdim=True)).tolist(),
             "load_max_over_mean": None if load is None else imbalance(load),

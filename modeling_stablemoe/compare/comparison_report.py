@@ -37,8 +37,8 @@ def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> lis
             `above_reference_std`, of the ratio of validation perplexities minus 1, over the seeds of both systems;
             `load_max_over_mean`, `mean_gate` and `closed_gates` of inference on the validation text; `stage2_load`,
             max/mean in the training logs of stage 2; and at the transition `agreement` of the distilled router,
-            `kept_agreement`, the share of tokens that a balanced table keeps at the backbone's expert, and
-            `transition_closed_gates`.
+            `kept_agreement`, the share of tokens that a balanced table keeps at the backbone's expert (of choices, with several
+            per token), and `transition_closed_gates`.
     """
     groups = group_by_system(runs)
     rows = []
@@ -54,12 +54,12 @@ def summarize_systems(runs: Sequence[dict], reference: str | None = None) -> lis
             "closed_gates": _mean_of(run.get("closed_gates") for run in group),
             "stage2_load": _mean_of(_stage2_load(run) for run in group),
         }
-        for column, logged in (
+        for column, *logged in (
             ("agreement", "transition_agreement"),
-            ("kept_agreement", "transition_expected_agreement"),
+            ("kept_agreement", "transition_expected_agreement", "table_agreement"),
             ("transition_closed_gates", "transition_closed_gates"),
         ):
-            row[column] = _mean_of((run["transition"] or {}).get(logged) for run in group)
+            row[column] = _mean_of((run["transition"] or {}).get(name) for run in group for name in logged)
         for split in group[0]["perplexity"]:
             row[f"{split}_mean"], row[f"{split}_std"] = _spread([run["perplexity"][split] for run in group])
         if reference in groups:
@@ -277,8 +277,16 @@ def write_report(comparison: Comparison, runs: Sequence[dict], reference: str, *
     Returns:
         `str`: the results as a Markdown table, without a newline at the end.
     """
-    folder = Path(comparison.training_args.output_dir)
     rows = summarize_systems(runs, reference)
+    table = format_comparison(rows, reference)
+    write_results(comparison, runs, rows, table, **more)
+    write_figures(runs, comparison.training_args.output_dir)
+    return table
+
+
+def write_results(comparison: Comparison, runs: Sequence[dict], rows: Sequence[dict], page: str, **more):
+    """Write `results.json`, and the page as `results.md`."""
+    folder = Path(comparison.training_args.output_dir)
     results = {
         "environment": environment(comparison.training_args.device),
         "settings": settings_of(comparison),
@@ -286,8 +294,5 @@ def write_report(comparison: Comparison, runs: Sequence[dict], reference: str, *
         "systems": rows,
         "runs": runs,
     }
-    table = format_comparison(rows, reference)
     replace_file(folder / RESULTS_FILE, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
-    replace_file(folder / "results.md", lambda partial: partial.write_text(table + "\n"))
-    write_figures(runs, folder)
-    return table
+    replace_file(folder / "results.md", lambda partial: partial.write_text(page + "\n"))

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     MixtralConfig,
@@ -30,7 +29,7 @@ from modeling_stablemoe.runs.recipes import model_fields
 from modeling_stablemoe.runs.run import RunFolder
 from modeling_stablemoe.training import TrainingClockCallback
 
-from .comparison import Comparison, System, finish
+from .comparison import Comparison, System, check_config, finish
 
 
 logger = logging.getLogger(__name__)
@@ -66,12 +65,10 @@ class DenseArguments:
         if not isinstance(self.fields, dict):
             raise ValueError(f"`--dense_config` must be a JSON object of fields, got {self.dense_config}.")
         self.model_type = self.fields.pop("model_type", "gpt2")
-        if self.model_type not in CONFIG_MAPPING:
-            raise ValueError(f"`--dense_config`: transformers knows no `model_type` {self.model_type!r}.")
-        config_class = CONFIG_MAPPING[self.model_type]
-        unknown = sorted(set(self.fields) - {entry.name for entry in fields(config_class)})
-        if unknown:
-            raise ValueError(f"`--dense_config`: {', '.join(unknown)}: no fields of {config_class.__name__}.")
+        try:
+            check_config(self.model_type, self.fields)
+        except ValueError as error:
+            raise ValueError(f"`--dense_config`: {error}") from error
         if self.dense_steps < 1:
             raise ValueError(f"`--dense_steps` must be at least 1, got {self.dense_steps}.")
 

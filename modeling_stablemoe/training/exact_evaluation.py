@@ -13,7 +13,8 @@ class ExactEvaluationMixin:
     """What a `Trainer` gains that evaluates exactly; it trains like its parent.
 
     - `eval_loss` is the mean over target tokens, so that exp(eval_loss) is the perplexity: `Trainer` averages the means of
-      batches, which depends on how rows were put into batches.
+      batches, which depends on how rows were put into batches. A balance loss, which models of transformers add to theirs in
+      evaluation, too, is left out.
     - Every row counts once: `Trainer` counts those again that fill up the last batch of several processes.
     """
 
@@ -35,8 +36,13 @@ class ExactEvaluationMixin:
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the loss, in evaluation over the targets of this process."""
-        items = num_items_in_batch if model.training else None
-        return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+        if not model.training:
+            num_items_in_batch = None
+            if getattr(self.model.config, "output_router_logits", False):
+                inputs = {**inputs, "output_router_logits": False}
+        return super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **kwargs):
         """Run one batch."""

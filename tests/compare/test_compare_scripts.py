@@ -16,6 +16,7 @@ from helpers.forks import die, fault, fork_script
 from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, load_script, refuse
 from modeling_stablemoe.compare import comparison, comparison_report
 from modeling_stablemoe.data.text import collate_blocks
+from modeling_stablemoe.tables import check_tables, count_routes, installed_tables, load_tables
 
 
 DENSE = '{"n_embd":16,"n_layer":2,"n_head":2,"n_positions":16,"resid_pdrop":0,"embd_pdrop":0,"attn_pdrop":0}'
@@ -56,6 +57,25 @@ class UpcyclingWorkplace(CompareWorkplace):
 dense: {config: {moe_layer_positions: []}}
 one-expert: {config: {num_experts: 1, num_expert_sublayers: 1}, stage1_steps: 0.5}
 stablemoe: {config: {num_experts: 3, num_expert_sublayers: 1, moe_layer_positions: [2]}, stage1_steps: 0.5}
+"""
+
+
+class TablesWorkplace(CompareWorkplace):
+    script = "compare_tables.py"
+    options = "--block_size 16 --count_steps 3 --max_load 1.5"
+    systems = """
+never: {config: &olmoe {model_type: olmoe, hidden_size: 16, intermediate_size: 8, num_hidden_layers: 2, num_attention_heads: 2,
+  num_experts: 6, num_experts_per_tok: 2, max_position_embeddings: 16, output_router_logits: true, router_aux_loss_coef: 0.5}}
+after: {config: *olmoe, model_of: never}
+middle: {config: *olmoe, stage1_steps: 0.5}
+zeros: {config: &v4 {model_type: deepseek_v4, hidden_size: 16, moe_intermediate_size: 8, num_hidden_layers: 2,
+  num_attention_heads: 2, num_key_value_heads: 1, head_dim: 8, q_lora_rank: 8, o_lora_rank: 4, o_groups: 2, hc_mult: 2,
+  layer_types: [sliding_attention, sliding_attention], mlp_layer_types: [hash_moe, moe], n_routed_experts: 6,
+  num_experts_per_tok: 2, max_position_embeddings: 16}}
+random: {config: *v4, hash_table: random}
+balanced: {config: *v4, hash_table: balanced}
+topk: {config: {<<: *v4, mlp_layer_types: [moe, moe]}}
+learned: {config: *v4, tables_of: topk}
 """
 
 
@@ -109,6 +129,22 @@ def upcycling(tmp_path_factory):
 @pytest.fixture(scope="module")
 def upcycled(upcycling):
     return upcycling.train_here("all", "--speed", "True")
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    return TablesWorkplace(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="module")
+def tabulated(tables):
+    return tables.train_here("all")
+
+
+@pytest.fixture(scope="module")
+def seen(tabulated, batches):
+    """Batches of the run whose output is `tabulated`: training and evaluation of its last system."""
+    return batches[-1]
 
 
 @pytest.fixture
@@ -303,3 +339,108 @@ def test_bad_command_line_ends_with_status_2(request, capsys, name, options, mes
         load_script(workplace.script.removesuffix(".py")).main(workplace.arguments("new", *options))
     assert stop.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# Tables in models of transformers
+
+
+def tables_of(folder: Path) -> torch.Tensor:
+    """The tables of a run: beside its model, or of DeepSeek-V4 a part of it."""
+    beside = folder / "routing_tables.safetensors"
+    if beside.is_file():
+        return load_file(beside)["tables"]
+    return AutoModelForCausalLM.from_pretrained(folder).model.layers[0].mlp.gate.tid2eid.unsqueeze(0)
+
+
+def test_models_are_compared_within_their_family(tables, tabulated):
+    results = results_of(tables.folder / "all")
+    families = {
+        "olmoe": ["never", "after", "middle"],
+        "deepseek_v4": ["zeros", "random", "balanced", "topk", "learned"],
+    }
+    assert [row["system"] for row in results["systems"]] == sum(families.values(), [])
+    page = (tables.folder / "all" / "results.md").read_text()
+    for family, names in families.items():
+        assert f"## {family}\n" in page
+        rows = [row for row in results["systems"] if row["system"] in names]
+        assert [row["above_reference"] for row in rows][0] == 0
+        first = rows[0]["validation_mean"]
+        assert [row["above_reference"] for row in rows] == pytest.approx(
+            [row["validation_mean"] / first - 1 for row in rows]
+        )
+    for run in results["runs"]:
+        assert 1 < run["perplexity"]["validation"] < 280
+        assert run["validation_curve"][-1]["perplexity"] == pytest.approx(run["perplexity"]["validation"])
+
+
+def test_perplexity_leaves_the_balance_loss_out(tables, tabulated):
+    never, after = (results_of(tables.folder / "all" / name / "seed-0") for name in ("never", "after"))
+    # Measured from logits, by another function.
+    assert after["freezing"]["perplexity"] == pytest.approx(never["perplexity"]["validation"], rel=1e-5)
+
+
+def test_a_finished_model_is_frozen_without_training(tables, tabulated):
+    folder = tables.folder / "all" / "after" / "seed-0"
+    assert not (folder / "model.safetensors").exists()
+    result, never = results_of(folder), results_of(tables.folder / "all/never/seed-0")
+    assert result["seconds"] == never["seconds"]
+    assert [row["layer"] for row in result["freezing"]["layers"]] == [0, 1]
+    model = AutoModelForCausalLM.from_pretrained(tables.folder / "all/never/seed-0")
+    load_tables(model, folder)
+    assert torch.equal(installed_tables(model), tables_of(folder).int())
+    assert "### after, by layer" in tabulated
+
+
+def test_models_have_the_tables_that_their_systems_name(tables, tabulated, seen):
+    folder = tables.folder / "all"
+    found = {
+        name: tables_of(folder / name / "seed-0") for name in ("middle", "zeros", "random", "balanced", "learned")
+    }
+    assert found["middle"].shape == (2, 280, 2)
+    assert not found["zeros"].any()
+    for name in ("random", "balanced", "learned", "middle"):
+        check_tables(found[name], 280, 6, 2)
+    runs = {run["system"]: run for run in results_of(folder)["runs"]}
+    loads = {name: max(run["load"][0]) * 6 for name, run in runs.items()}
+    assert loads["zeros"] == 6
+    assert loads["balanced"] < min(loads["random"], 1.5)
+    assert loads["learned"] < 2
+    assert runs["middle"]["transition"]["transition_step"] == 4
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "topk" / "seed-0")
+    text = [{"input_ids": torch.tensor(batch)} for batch in seen]
+    kept = count_routes(teacher, text, [0]).chosen[0]
+    same = {name: kept.gather(1, found[name][0].long()).sum() for name in ("random", "balanced", "learned")}
+    assert same["learned"] > 1.3 * max(same["random"], same["balanced"])
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_killed_run_resumes_with_its_tables_and_experts(tables, tabulated, step):
+    folder = tables.folder / f"cut-{step}"
+    run = fork_script(tables, folder.name, "--only", "middle", before=fault("rotation", step, die))
+    assert run.wait() == [-signal.SIGKILL], run.output[-3000:]
+    assert not (folder / "middle" / "seed-0" / "results.json").exists()
+    tables.train_here(folder.name, "--only", "middle")
+    whole, cut = (tables.folder / parent / "middle" / "seed-0" for parent in ("all", folder.name))
+    assert results_of(cut)["perplexity"] == results_of(whole)["perplexity"]
+    assert torch.equal(tables_of(cut), tables_of(whole))
+    assert_same_saved_weights(cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("systems", "message"),
+    [
+        ("a: {config: {hidden_size: 16}}", "System 'a': transformers knows no `model_type` None"),
+        ("a: {config: {model_type: olmoe, nope: 3}}", "System 'a': nope: no fields of OlmoeConfig"),
+        (
+            "a: {config: {model_type: olmoe}, hash_table: balanced, stage1_steps: 0.5}",
+            "'a' has stage1_steps and hash_table",
+        ),
+        ("a: {config: {model_type: olmoe}, stage1_steps: 0.5, settled_change: 0.1}", "'a' has `settled_change` or"),
+        ("a: {config: {model_type: olmoe}, hash_table: .}", "`hash_table` of the system 'a' must be one of"),
+        ("a: {config: {model_type: olmoe}, model_of: b}", "System 'a' needs 'b' trained"),
+    ],
+)
+def test_tables_that_cannot_be_compared_are_one_line_and_train_nothing(tables, said, systems, message):
+    (tables.folder / "bad.yaml").write_text(systems)
+    assert re.search(message, said(tables, "--systems", "bad.yaml"))
+    assert not (tables.folder / "new").exists()

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,19 @@ from helpers.trainers import BLOCKS, make_trainer, training_logs
 from modeling_stablemoe import RoutingStatisticsCallback, StableMoEForCausalLM
 from modeling_stablemoe.compare.comparison import measure_routing, read_systems
 from modeling_stablemoe.compare.comparison_report import format_comparison, summarize_systems, write_figures
+from modeling_stablemoe.compare.tables import mean_report
 from modeling_stablemoe.compare.upcycling import mixtral_config, mixtral_of
 from modeling_stablemoe.measure.flops import count_parameters, forward_flops
 from modeling_stablemoe.runs.recipes import RoutingArguments, load_preset
 from modeling_stablemoe.runs.run import set_hash_tables
 from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
+from modeling_stablemoe.tables import FreezingReport, LayerFreezing
 from modeling_stablemoe.training import TrainingClockCallback
 
 
-# Those of a conversion are tried with its recipe.
-SYSTEMS = sorted(set(ROOT.glob("configuration/systems/*.yaml")) - set(ROOT.glob("configuration/systems/upcycling*")))
+# Those of a conversion, and of models of transformers, are tried with their recipes.
+OTHERS = {*ROOT.glob("configuration/systems/upcycling*"), ROOT / "configuration/systems/tables-cpu.yaml"}
+SYSTEMS = sorted(set(ROOT.glob("configuration/systems/*.yaml")) - OTHERS)
 
 
 # Systems
@@ -99,6 +103,21 @@ def test_deeper_and_wider_models_have_as_many_parameters_as_the_experts_bring(pa
     for name in ("deeper", "wider"):
         assert size[name]["experts"] == 0
         assert abs(size[name]["shared"] / whole - 1) < 0.03
+
+
+# Tables in models of transformers
+
+
+def test_freezing_is_averaged_over_seeds_layer_by_layer():
+    def report(perplexity: float) -> dict:
+        shares = [perplexity / 100] * 7
+        layers = [LayerFreezing(layer, *shares, 3 * layer, perplexity, 2 * perplexity) for layer in (0, 2)]
+        return asdict(FreezingReport(8, 2, 1.2, 100, 50, perplexity, layers))
+
+    averaged, expected = asdict(mean_report([report(10.0), report(14.0)])), report(12.0)
+    for row, rows in zip(averaged.pop("layers"), expected.pop("layers"), strict=True):
+        assert row == pytest.approx(rows)
+    assert averaged == expected
 
 
 # Hash tables

@@ -10,7 +10,8 @@ from transformers import AutoConfig, TrainingArguments
 from helpers import ROOT
 from helpers.workplaces import load_script
 from modeling_stablemoe import StableMoEConfig
-from modeling_stablemoe.compare.comparison import read_systems
+from modeling_stablemoe.compare.comparison import check_config, read_systems
+from modeling_stablemoe.compare.tables import TableSystem
 from modeling_stablemoe.compare.upcycling import mixtral_config
 from modeling_stablemoe.convert.dense import config_of_dense
 from modeling_stablemoe.data.text import DataArguments
@@ -247,6 +248,8 @@ def script_of(path):
     text = path.read_text()
     if "\ndense_config: " in text:
         return "compare_upcycling"
+    if "\ncount_steps: " in text:
+        return "compare_tables"
     if "\nsystems: " in text:
         return "compare_routers"
     return "run_translation" if "predict_with_generate" in text else "run_clm"
@@ -264,6 +267,13 @@ def test_recipe_of_the_repository_parses(path, tmp_path, monkeypatch):
         for system in read_systems(arguments["UpcyclingArguments"].systems):
             make = mixtral_config if "model_type" in system.config else config_of_dense
             assert make(dense, **system.config).hidden_size == dense.hidden_size
+        return
+    if "TableArguments" in arguments:
+        blocks = arguments["DataArguments"].block_size
+        for system in read_systems(arguments["CompareArguments"].systems, kind=TableSystem):
+            values = {name: value for name, value in system.config.items() if name != "model_type"}
+            check_config(system.config["model_type"], values)
+            assert AutoConfig.for_model(**system.config).max_position_embeddings == blocks
         return
     model = arguments["ModelArguments"]
     if model.model_preset is not None:
