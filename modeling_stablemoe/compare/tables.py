@@ -163,27 +163,28 @@ class TableComparison(Comparison):
             logger.info("%s, seed %d: finished before, %s.", system.name, seed, path)
             return json.loads(path.read_text())
         logger.info("%s, seed %d: freezing %s.", system.name, seed, system.model_of)
-        folder.claim()
-        results = json.loads(self.results_of(system.model_of, seed).read_text())
-        model = self._trained(system.model_of, seed)
-        counted, held_out = self._counted(seed), self._batches(self.blocks["validation"])
-        report, made = measure_freezing(model, counted, held_out, self.model_args.max_load, path.parent)
-        install_tables(model, made.tables, [row.layer for row in report.layers])
-        save_tables(model, path.parent)
-        load = self._load(model)
-        perplexity = report.layers[-1].perplexity_up_to
-        end = {"step": args.max_steps, "perplexity": perplexity, "seconds": results["seconds"]}
-        results |= {
-            "system": system.name,
-            "family": system.family,
-            "perplexity": {"validation": perplexity},
-            "validation_curve": [end],
-            "transition": {"table_agreement": mean(row.kept for row in report.layers)},
-            "load": (load / load.sum(-1, keepdim=True)).tolist(),
-            "load_max_over_mean": imbalance(load),
-            "freezing": asdict(report),
-        }
-        replace_file(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
+        with folder:
+            folder.claim()
+            results = json.loads(self.results_of(system.model_of, seed).read_text())
+            model = self._trained(system.model_of, seed)
+            counted, held_out = self._counted(seed), self._batches(self.blocks["validation"])
+            report, made = measure_freezing(model, counted, held_out, self.model_args.max_load, path.parent)
+            install_tables(model, made.tables, [row.layer for row in report.layers])
+            save_tables(model, path.parent)
+            load = self._load(model)
+            perplexity = report.layers[-1].perplexity_up_to
+            end = {"step": args.max_steps, "perplexity": perplexity, "seconds": results["seconds"]}
+            results |= {
+                "system": system.name,
+                "family": system.family,
+                "perplexity": {"validation": perplexity},
+                "validation_curve": [end],
+                "transition": {"table_agreement": mean(row.kept for row in report.layers)},
+                "load": (load / load.sum(-1, keepdim=True)).tolist(),
+                "load_max_over_mean": imbalance(load),
+                "freezing": asdict(report),
+            }
+            replace_file(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
         return results
 
     def prepare(self, model: PreTrainedModel, system: TableSystem, seed: int) -> list:
