@@ -366,7 +366,8 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, **help_of(doc))
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
-    parser.set_defaults(do_train=True)  # `--do_train false` evaluates only
+    if any(issubclass(each, TrainingArguments) for each in dataclass_types):
+        parser.set_defaults(do_train=True)  # `--do_train false` evaluates only
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):
             argv = _recipe_to_argv(find_shipped(argv[0])) + argv[1:]
