@@ -19,7 +19,7 @@ from modeling_stablemoe.checkpoints.manifests import CheckpointManifestCallback
 from modeling_stablemoe.measure.figures import save_figure
 from modeling_stablemoe.measure.meter import imbalance
 from modeling_stablemoe.model.frozen_stablemoe import random_table
-from modeling_stablemoe.runs.recipes import HASH_TABLES, model_fields
+from modeling_stablemoe.runs.recipes import HASH_TABLES, NamesImplementations, model_fields
 from modeling_stablemoe.runs.run import RunFolder
 from modeling_stablemoe.solvers.hash_tables import count_tokens
 from modeling_stablemoe.tables import (
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class TableArguments:
+class TableArguments(NamesImplementations):
     """The tables, and implementations."""
 
     max_load: float = field(default=1.2, metadata={"help": "Tokens allowed on one expert by a table, in mean loads."})
@@ -67,15 +67,6 @@ class TableArguments:
             raise ValueError(f"`--max_load` must be at least 1, the mean load, got {self.max_load}.")
         if self.count_steps < 1:
             raise ValueError(f"`--count_steps` must be at least 1, got {self.count_steps}.")
-
-    @property
-    def implementations(self) -> dict[str, str]:
-        """`dict`: those that were named, as arguments of `from_config` and `from_pretrained`."""
-        named = {
-            "attn_implementation": self.attn_implementation,
-            "experts_implementation": self.experts_implementation,
-        }
-        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass

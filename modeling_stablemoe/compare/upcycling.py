@@ -25,7 +25,7 @@ from modeling_stablemoe.convert.dense import config_of_dense
 from modeling_stablemoe.measure.report import perplexity_of
 from modeling_stablemoe.model.decoder_stablemoe import copy_ffn
 from modeling_stablemoe.model.modeling_stablemoe import StableMoEForCausalLM
-from modeling_stablemoe.runs.recipes import model_fields
+from modeling_stablemoe.runs.recipes import NamesImplementations, model_fields
 from modeling_stablemoe.runs.run import RunFolder
 from modeling_stablemoe.training import TrainingClockCallback
 
@@ -39,7 +39,7 @@ _DENSE_SEED = 1000
 
 
 @dataclass
-class DenseArguments:
+class DenseArguments(NamesImplementations):
     """The dense model that is trained first."""
 
     dense_config: str = field(
@@ -71,17 +71,6 @@ class DenseArguments:
             raise ValueError(f"`--dense_config`: {error}") from error
         if self.dense_steps < 1:
             raise ValueError(f"`--dense_steps` must be at least 1, got {self.dense_steps}.")
-
-    @property
-    def attention(self) -> dict[str, str]:
-        """`dict`: the attention implementation, if it is named, as `from_config` takes it."""
-        return {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
-
-    @property
-    def implementations(self) -> dict[str, str]:
-        """`dict`: those of attention and experts that are named, as `from_dense` takes them."""
-        experts = self.experts_implementation
-        return self.attention | ({} if experts is None else {"experts_implementation": experts})
 
 
 class UpcyclingComparison(Comparison):

@@ -23,8 +23,23 @@ from .command_line import OptionParser, find_shipped, help_of, parse_overrides
 HASH_TABLES = ("random", "balanced")
 
 
+class NamesImplementations:
+    """What options have that name implementations: `attn_implementation` and `experts_implementation`, each may be None."""
+
+    @property
+    def attention(self) -> dict[str, str]:
+        """`dict`: the attention implementation, if it is named, as an argument of `from_config`."""
+        return {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """`dict`: the implementations that were named, as arguments of `from_pretrained` and `from_config`."""
+        experts = self.experts_implementation
+        return self.attention | ({} if experts is None else {"experts_implementation": experts})
+
+
 @dataclass
-class ModelArguments:
+class ModelArguments(NamesImplementations):
     """The model to train."""
 
     model_preset: str | None = field(
@@ -73,15 +88,6 @@ class ModelArguments:
     def overrides(self) -> dict[str, Any]:
         """`dict`: `config_overrides`, parsed."""
         return parse_overrides(self.config_overrides)
-
-    @property
-    def implementations(self) -> dict[str, str]:
-        """`dict`: the implementations that were named, as arguments of `from_pretrained` and `from_config`."""
-        named = {
-            "attn_implementation": self.attn_implementation,
-            "experts_implementation": self.experts_implementation,
-        }
-        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass
@@ -434,6 +440,7 @@ def _as_written(loader: YamlLoader, node: yaml.Node) -> str:
 
 __all__ = [
     "ModelArguments",
+    "NamesImplementations",
     "RoutingArguments",
     "YamlLoader",
     "change_checkpoint",
