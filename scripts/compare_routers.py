@@ -8,6 +8,7 @@ python scripts/compare_routers.py configuration/recipes/compare-cpu.yaml --only 
 
 import copy
 from dataclasses import dataclass, field
+from itertools import product
 
 from datasets import DatasetDict
 from transformers import TrainingArguments
@@ -61,6 +62,8 @@ def prepare(model_args, data_args, compare_args, training_args) -> tuple:
         raise ValueError("Systems are trained from the beginning: name a `--model_preset`, no `--model_name_or_path`.")
     check_comparable(data_args, training_args)
     systems = read_systems(compare_args.systems, compare_args.only)
+    for system, seed in product(systems, compare_args.seeds):
+        system.of_seed(seed)
     _, preset = read_preset(model_args.model_preset)
     with training_args.main_process_first(desc="data"):
         corpus = load_corpus(data_args)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class System:
         name (`str`): in tables and figures, and of its folder.
         config (`dict`): fields of the config to change.
         stage1_steps (`str`, *optional*): length of stage 1, in steps or as a share of all steps; none by default.
-        hash_table (`str`, *optional*): table to route by from the start: random, balanced, or a frozen checkpoint.
+        hash_table (`str`, *optional*): table to route by from the start: random, balanced, or a frozen checkpoint, in whose
+            name `{seed}` stands for the seed of the run.
         settled_change (`float`, *optional*): end stage 1 early once at most this share of tokens changes experts.
         hold_until_ready (`str`, *optional*): step, or share of all, up to which stage 1 is prolonged if necessary.
         learning_rate (`float`, *optional*): tuned for this system. Default: that of all systems.
@@ -99,14 +100,21 @@ class System:
             self.learning_rate = rate
         self.routing(0, 0)
 
+    def of_seed(self, seed: int) -> "System":
+        """Put a seed into the name of its tables; a ValueError names the system, if they are not there."""
+        if self.hash_table is None:
+            return self
+        return replace(self, hash_table=self.hash_table.replace("{seed}", str(seed)))
+
     def routing(self, fluctuation_check_steps: int, fluctuation_tokens: int) -> RoutingArguments:
         """Make the routing arguments of a run; a ValueError names the system."""
+        depends_on_seed = "{seed}" in (self.hash_table or "")  # then `of_seed` looks for it
         try:
             arguments = RoutingArguments(
                 stage1_steps=self.stage1_steps,
                 settled_change=self.settled_change,
                 hold_until_ready=self.hold_until_ready,
-                hash_table=self.hash_table,
+                hash_table=None if depends_on_seed else self.hash_table,
                 fluctuation_check_steps=fluctuation_check_steps,
                 fluctuation_tokens=fluctuation_tokens,
             )
@@ -240,6 +248,7 @@ class Comparison:
         Raises:
             ValueError: if the folder of the run holds one with other settings.
         """
+        system = system.of_seed(seed)
         path = self.results_of(system.name, seed)
         args = self.arguments_of(system.name, seed)
         if system.learning_rate is not None:

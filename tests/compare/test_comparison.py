@@ -79,13 +79,22 @@ def test_bad_systems_are_refused_by_name(tmp_path, text, message):
         read_systems(tmp_path / "nothing.yaml")
 
 
+def test_a_system_takes_the_tables_of_its_seed(tmp_path):
+    (tmp_path / "teacher-1").mkdir()
+    (system,) = read_systems(systems_file(tmp_path, f'a: {{hash_table: "{tmp_path}/teacher-{{seed}}"}}'))
+    assert system.of_seed(1).routing(0, 0).hash_table == f"{tmp_path}/teacher-1"
+    with pytest.raises(ValueError, match="System 'a': `--hash_table` must be one of .*teacher-2"):
+        system.of_seed(2)
+
+
 @pytest.mark.parametrize("path", SYSTEMS, ids=lambda path: path.stem)
 def test_every_system_that_is_shipped_fits_its_preset(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in re.findall(r"hash_table: (runs/[^}]*)", path.read_text()):  # of another run
-        Path(folder).mkdir(parents=True)
+    for folder in re.findall(r'hash_table: "(runs/[^"]*)"', path.read_text()):  # of another run
+        Path(folder.format(seed=3)).mkdir(parents=True)
     preset = "compare-cpu" if "cpu" in path.stem else "paper-base"
     for system in read_systems(path):
+        system.of_seed(3)
         config = load_preset(ROOT / "configuration" / "models" / f"{preset}.json", **system.config)
         assert (system.stage1_steps is None) or config.distilled_router is not None
         assert config.balance_loss_coef == (0.01 if config.router_type == "switch" else config.balance_loss_coef)
