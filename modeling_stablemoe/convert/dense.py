@@ -303,6 +303,10 @@ def config_of_dense(dense_config: PreTrainedConfig, **overrides: Any) -> StableM
             "has one `dropout` for residuals and embeddings. Choose one, as `dropout=0.1`; it changes no logit in "
             "evaluation."
         )
+    has_stage1 = values.get("router_type", "stable") == "stable" or values.get("distilled_router") is not None
+    if values.get("moe_placement") == "ffn" and has_stage1:
+        # Experts that run as one sum in the order of the FFN that they are copies of: the same logits to the bit.
+        values.setdefault("share_experts_in_stage1", True)
     return StableMoEConfig(**values)
 
 

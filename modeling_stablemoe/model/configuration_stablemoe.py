@@ -258,7 +258,8 @@ class StableMoEBaseConfig(PreTrainedConfig):
             `None`: all tokens of stage 1 count the same.
         share_experts_in_stage1 (`bool`, *optional*, defaults to `False`): while the routing is learned all experts of a
             layer are equal and learn from all of its tokens; they part when it is frozen, each to learn from its own
-            tokens. So no update is lost on an expert that will not serve the token. `False` is the paper's.
+            tokens. So no update is lost on an expert that will not serve the token. `False` is the paper's;
+            `from_dense` with `moe_placement="ffn"` sets it, for the dense model's logits to the bit.
         reset_gates_at_freeze (`bool`, *optional*, defaults to `False`): set the centroids to zero when the routing is
             frozen, so that every sigmoid gate begins stage 2 at 1/2. Where the frozen expert of a token is not the
             backbone's choice its score is low, so its gate is shut, and a shut gate learns next to nothing. `False`, the
@@ -603,6 +604,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
         if idle:
             raise ValueError(
                 f"{', '.join(idle)}: a hash is fixed from the start and has no stage 1; leave them unset."
+            )
+        if self.share_experts_in_stage1 and self.distilled_router is None:
+            raise ValueError(
+                f"`share_experts_in_stage1` keeps experts equal until the routing is frozen, and that of {self.router_type!r} "
+                "never is without a `distilled_router`: name one, or leave it at False."
             )
 
     def _validate_positions(self, name: str, num_blocks_name: str):

@@ -127,9 +127,12 @@ def build_decoder(config: StableMoEConfig) -> PreTrainedModel:
             continue
         block.moe_name, block.moe_position = "moe_layer", position
         if config.moe_placement == "ffn":
-            block.moe_name, _ = gated_ffn(block, config.hidden_act)
-        layer_class = StableMoEFeedForward if config.moe_placement == "ffn" else StableMoELayer
-        setattr(block, block.moe_name, layer_class(config))
+            block.moe_name, ffn = gated_ffn(block, config.hidden_act)
+            layer = StableMoEFeedForward(config)
+            layer.experts.has_fused_gate = hasattr(ffn, "gate_up_proj")
+        else:
+            layer = StableMoELayer(config)
+        setattr(block, block.moe_name, layer)
     return decoder
 
 

@@ -20,6 +20,10 @@ from .configuration_stablemoe import StableMoEBaseConfig
 class StableMoEGatedExperts(nn.Module):
     """The gated experts of one MoE layer: FFN_i(x) = W_i (act(G_i x) * U_i x)."""
 
+    # Whether the FFN that they are copies of, if any, computes G x and U x as one product: what is apart in memory may be
+    # rounded otherwise, and copies that run as one compute what that FFN did, to the bit.
+    has_fused_gate = False
+
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
@@ -51,8 +55,11 @@ class StableMoEGatedExperts(nn.Module):
 
     def forward_shared(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute what `forward` does where all experts are equal, and keep them equal while they learn."""
-        # One product each, as dense FFNs have them: so that copies of one of those compute what it did, to the bit.
-        gate_TF, up_TF = (F.linear(hidden_states, matrix) for matrix in _any_of(self.gate_up_proj).chunk(2))
+        gate_up_proj = _any_of(self.gate_up_proj)
+        if self.has_fused_gate:
+            gate_TF, up_TF = F.linear(hidden_states, gate_up_proj).chunk(2, dim=-1)
+        else:
+            gate_TF, up_TF = (F.linear(hidden_states, matrix) for matrix in gate_up_proj.chunk(2))
         out_TD = F.linear(self.act_fn(gate_TF) * up_TF, _any_of(self.down_proj))
         return (out_TD * top_k_weights.sum(-1, keepdim=True)).to(hidden_states.dtype)
 

@@ -261,7 +261,8 @@ class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoE
         """Convert a dense language model to a StableMoE with the same logits, ready for both stages of training.
 
         MoE layers are put between its blocks, and their new experts add nothing until they are trained; or, with
-        `moe_placement="ffn"`, experts in place of the FFNs of blocks, each a copy of the one that stood there. GPT-2 and OPT become the
+        `moe_placement="ffn"`, experts in place of the FFNs of blocks, each a copy of the one that stood there (with
+        `share_experts_in_stage1`, unless it is given: apart from each other they give the same logits up to rounding). GPT-2 and OPT become the
         paper's blocks; any other decoder of transformers stays what it is (`config.backbone_config`). Weights, dtype, device,
         generation settings, attention implementation and rates of dropout are those of the dense model (`resid_pdrop` and
         `embd_pdrop` of GPT-2; that of OPT is applied to the embeddings here, too).

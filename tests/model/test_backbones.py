@@ -59,15 +59,23 @@ def test_a_converted_decoder_has_the_same_logits_to_the_bit(family, dtype):
     dense = dense_model(family, dtype)
     options = {"moe_layer_positions": [0, 1, 3]}
     if family.endswith("/ffn"):
-        # Run as one while they are equal; products of fewer tokens at once are rounded in another way.
-        options = {"moe_layer_positions": [1, 3], "moe_placement": "ffn", "share_experts_in_stage1": True}
-        options["num_experts_per_tok"] = 2
+        options = {"moe_layer_positions": [1, 3], "moe_placement": "ffn", "num_experts_per_tok": 2}
     model = StableMoEForCausalLM.from_dense(dense, num_experts=4, **options)
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, dense(IDS).logits)
         model.freeze_router()
         assert_close(model(IDS).logits, dense(IDS).logits, rtol=1e-5, atol=1e-6)
     assert len(model(IDS, output_router_logits=True).expert_indices) == len(options["moe_layer_positions"])
+
+
+@one_family
+def test_experts_in_place_of_ffns_run_as_one_where_a_stage_1_ends(family):
+    options = {"moe_layer_positions": [1], "moe_placement": "ffn", "num_experts": 4}
+    shares = {
+        router: StableMoEForCausalLM.from_dense(dense_model(family), router_type=router, **options).config
+        for router in ("stable", "switch", "hash")
+    }
+    assert [config.share_experts_in_stage1 for config in shares.values()] == [True, False, False]
 
 
 @families

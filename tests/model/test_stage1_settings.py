@@ -371,6 +371,7 @@ def test_a_run_with_every_setting_resumes_to_the_same_bits(tmp_path):
         ({"frozen_load_bands": 0}, "`frozen_load_bands` must be a positive integer"),
         ({"router_type": "hash", "router_normalization": "center"}, "a hash is fixed from the start"),
         ({"router_type": "hash", "share_experts_in_stage1": True}, "a hash is fixed from the start"),
+        ({"router_type": "switch", "share_experts_in_stage1": True}, "'switch' never is without a `distilled_router`"),
         ({"router_type": "hash", "reset_gates_at_freeze": True}, "a hash is fixed from the start"),
         ({"reset_gates_at_freeze": "yes"}, "`reset_gates_at_freeze` must be True or False"),
     ],
