@@ -410,6 +410,10 @@ def test_weights_with_experts_elsewhere_are_refused(saved, loaded, tmp_path):
         (transformers.LlavaConfig(), "A 'llava' model is no decoder-only language model"),
         (
             transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=3),
+            "The head of a MambaForCausalLM does more with its matrix than multiply by it",
+        ),
+        (
+            transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=3, n_head=4),
             "does not hand keyword arguments down",
         ),
         (
