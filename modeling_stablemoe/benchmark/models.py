@@ -89,17 +89,18 @@ class Preset:
         if name in (DENSE, EQUAL_DENSE):
             return self.config(moe_layer_positions=[])
         # FFNs of a model of the same active parameters without MoE layers, and of one of the same size.
-        ffns = config.num_hidden_layers + config.num_moe_layers * config.num_expert_sublayers
+        width_of_experts = config.num_moe_layers * config.num_expert_sublayers * config.expert_size
+        width_of_blocks = config.num_hidden_layers * config.intermediate_size
         if name == EQUAL_SIZE:
-            ffns += config.num_moe_layers * config.num_expert_sublayers * (config.num_experts - 1)
-            width = config.intermediate_size * ffns // config.num_hidden_layers
+            width = (width_of_blocks + width_of_experts * config.num_experts) // config.num_hidden_layers
             return self.config(moe_layer_positions=[], intermediate_size=width)
         if name not in ("olmoe", "mixtral"):
             return config
+        active_width = width_of_blocks + width_of_experts * config.num_experts_per_tok
         shared = {
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
-            "intermediate_size": equal_gated_size(config.intermediate_size * ffns / config.num_hidden_layers),
+            "intermediate_size": equal_gated_size(active_width / config.num_hidden_layers),
             "num_hidden_layers": config.num_hidden_layers,
             "num_attention_heads": config.num_attention_heads,
             "num_key_value_heads": config.num_attention_heads,
@@ -120,7 +121,8 @@ def _construct(preset: Preset, name: str) -> PreTrainedModel:
     model = MODEL_CLASSES.get(name, StableMoEForCausalLM)(preset.config_of(name))
     if name == EQUAL_DENSE:
         config, layers = preset.config(), model.model.layers
-        sizes = config.hidden_size, config.intermediate_size, config.num_expert_sublayers, config.hidden_act
+        width = config.expert_size * config.num_experts_per_tok
+        sizes = config.hidden_size, width, config.num_expert_sublayers, config.hidden_act
         for position in config.moe_layer_positions:
             index = max(0, position - 1)
             layers[index] = BlockWithStack(layers[index], DenseStack(*sizes), is_before=position == 0)

@@ -21,7 +21,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
     Args:
         config (`StableMoEBaseConfig`).
         blocks (`list[StableMoEBlock]`, *optional*): in order; `None` where `config.backbone_config` has blocks of its own.
-        moe_layer_positions (`list[int]`): where MoE layers stand: k = after block k, 0 = before the first block.
+        moe_layer_positions (`list[int]`): where MoE layers stand, ascending: k = after block k, 0 = before the first block.
     """
 
     # Which of the sides of `config.pruned_tokens` it is: 1 is the decoder of an encoder-decoder.
@@ -159,36 +159,37 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
     def transform(self, hidden_states: Tensor, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> Tensor:
         """Run `num_blocks` blocks, the MoE layers between them and the final norm; `**kwargs` are for the blocks."""
         moe_inputs = self.moe_inputs(tokens, route_by_backbone, **kwargs)
-        moe_layers = dict(zip(self.moe_layer_positions, self.moe_layers, strict=True))
         for position in range(self.num_blocks + 1):
             if position > 0:
                 hidden_states = self.layers[position - 1](hidden_states, **kwargs)
-            if position in moe_layers:
-                hidden_states = moe_layers[position](hidden_states, *moe_inputs[position])
+            for index, place in enumerate(self.moe_layer_positions):
+                if place == position:
+                    hidden_states = self.moe_layers[index](hidden_states, *moe_inputs[index])
         return self.norm(hidden_states)
 
-    def moe_inputs(self, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> dict[int, tuple]:
-        """Return the arguments of each MoE layer of a pass but the hidden states, by position; `**kwargs` of the pass."""
+    def moe_inputs(self, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> list[tuple]:
+        """Return the arguments of each MoE layer of a pass but the hidden states; `**kwargs` of the pass."""
         moe_layers = self.moe_layers_in_order
         for layer in moe_layers:
             layer.frozen_router.follow()
             if self.training:
                 layer.frozen_router.is_initial = False
-        places, num_blocks = zip(self.moe_layer_positions, moe_layers, strict=True), self.num_blocks
-        moe_layers = {position: layer for position, layer in places if position <= num_blocks}
+        # Positions ascend: those past the blocks of a shortened pass are the last.
+        num_blocks = self.num_blocks
+        moe_layers = moe_layers[: sum(position <= num_blocks for position in self.moe_layer_positions)]
         sorts = self.config._experts_implementation == "grouped_mm" and self.config.expert_type == "stack"
-        known = look_up_ahead(list(moe_layers.values()), tokens, sorts)
+        known = look_up_ahead(moe_layers, tokens, sorts)
         output_router_logits = kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False))
-        return {
-            position: (
+        return [
+            (
                 tokens,
                 *of_layer,
                 None if layer.frozen_router.is_frozen else layer.bare_router.recall(),
                 output_router_logits,
                 route_by_backbone,
             )
-            for (position, layer), of_layer in zip(moe_layers.items(), known, strict=True)
-        }
+            for layer, of_layer in zip(moe_layers, known, strict=True)
+        ]
 
     @torch.no_grad()
     def nearest_token_ids(self, inputs_embeds: Tensor, chunk_size: int = 1024, num_candidates: int = 16) -> Tensor:

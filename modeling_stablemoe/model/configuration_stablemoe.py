@@ -182,6 +182,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         vocab_size (`int`, *optional*, defaults to 50257): size V of the vocabulary; the routing tables have as many rows.
         hidden_size (`int`, *optional*, defaults to 768): width d of the hidden states.
         intermediate_size (`int`, *optional*, defaults to 3072): inner width of the FFNs, of blocks and experts alike.
+        moe_intermediate_size (`int`, *optional*): inner width of the FFNs of experts, where it is another one: k experts per
+            token of an equal share of the width cost what one of the whole width does. With a `backbone_config`
+            `intermediate_size` is that of the experts already. Default: `intermediate_size`.
         num_attention_heads (`int`, *optional*, defaults to 12): attention heads; divides `hidden_size`.
         hidden_act (`str`, *optional*): activation of blocks and experts. Default: `"relu"`, the paper's; that of the
             backbone for gated experts in a `backbone_config`.
@@ -210,6 +213,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         num_experts_per_tok (`int`, *optional*, defaults to 1): experts k of each token, all different, at most
             `num_experts`: h' = h + sum_a g_a (S_a(h) - h) over them, each with the gate of its own score (of a hash 1 / k).
             1 is the paper's. With more, loads are of pairs of token and expert; `"base"`, which assigns one, is refused.
+        norm_topk_prob (`bool`, *optional*, defaults to `False`): divide the gates of a token by their sum, so that its experts
+            share 1 between them, as in Mixtral or DeepSeek-V4: with a table from the start (`set_routing_tables`,
+            `--hash_table`) the scores weigh candidates that are fixed. For `num_experts_per_tok` > 1; a hash has no scores.
         expert_type (`str`, *optional*): `"stack"`, the paper's: each expert is a stack of FFN sublayers, each with a LayerNorm
             and a residual of its own; or `"gated"`, as in the MoE models of today: one gated FFN (SwiGLU with
             `hidden_act="silu"`) of `intermediate_size`, after an RMSNorm of the layer, in the layout that transformers' experts
@@ -295,6 +301,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     vocab_size: int = 50257
     hidden_size: int = 768
     intermediate_size: int = 3072
+    moe_intermediate_size: int | None = None
     num_attention_heads: int = 12
     hidden_act: str | None = None
     max_position_embeddings: int = 1024
@@ -313,6 +320,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     num_experts: int = 32
     num_experts_per_tok: int = 1
+    norm_topk_prob: bool = False
     expert_type: str | None = None
     num_expert_sublayers: int = 3
     num_shared_experts: int = 0
@@ -347,6 +355,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     _rules = {
         "hidden_act": _optional(_choice(ACT2FN)),
         "expert_type": _optional(_choice(EXPERT_TYPES)),
+        "moe_intermediate_size": _optional(_COUNT),
         "num_shared_experts": Rule(lambda value: _is_integer(value, 0), "must be an integer >= 0"),
         "position_embedding_type": _choice(POSITION_EMBEDDING_TYPES),
         "initialization": _choice(INITIALIZATIONS),
@@ -400,7 +409,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         **dict.fromkeys(("return_dict", "output_attentions", "output_hidden_states"), _optional(_SWITCH)),
         **dict.fromkeys(("scale_embedding", "do_layer_norm_before", "use_cache", "tie_word_embeddings"), _SWITCH),
         **dict.fromkeys(("share_experts_in_stage1", "reset_gates_at_freeze", "output_router_logits"), _SWITCH),
-        "center_balance_loss": _SWITCH,
+        **dict.fromkeys(("center_balance_loss", "norm_topk_prob"), _SWITCH),
         "is_encoder_decoder": _SWITCH,
         **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), _COUNT),
         **dict.fromkeys(("max_position_embeddings", "distilled_router_dim", "frozen_load_bands"), _COUNT),
@@ -452,6 +461,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
     def base_model_ep_plan(self) -> dict[str, str]:
         """`dict[str, str]`: what expert parallelism shards. Routers stay whole: each decides over all experts."""
         return _expert_parallel_plan(self.expert_type)
+
+    @property
+    def expert_size(self) -> int:
+        """`int`: inner width of the FFNs of experts."""
+        return self.intermediate_size if self.moe_intermediate_size is None else self.moe_intermediate_size
 
     @property
     def num_moe_layers(self) -> int:
@@ -511,7 +525,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
         for names in (
             *[("vocab_size", width) for width in widths],
             ("max_position_embeddings", "hidden_size"),
-            ("num_experts", "hidden_size", "intermediate_size"),
+            ("num_experts", "hidden_size", "expert_size"),
         ):
             if math.prod(getattr(self, name) for name in names) > LARGEST_INTEGER // 8:
                 sizes = " x ".join(f"`{name}` ({getattr(self, name)})" for name in names)
@@ -562,6 +576,11 @@ class StableMoEBaseConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_experts_per_tok` ({self.num_experts_per_tok}) is more than there are experts: lower it to "
                 f"`num_experts` ({self.num_experts}) at most, or raise that."
+            )
+        if self.norm_topk_prob and (self.num_experts_per_tok == 1 or self.router_type == "hash"):
+            raise ValueError(
+                "`norm_topk_prob` divides the gates of a token by their sum: it takes `num_experts_per_tok` > 1 and a router with "
+                "scores, which a hash has not; leave it at False."
             )
         if self.num_experts_per_tok > 1 and self.router_type == "base":
             raise ValueError(
@@ -621,9 +640,10 @@ class StableMoEBaseConfig(PreTrainedConfig):
                 f"`{name}` {outside} lie outside 0..{num_blocks_name} ({num_blocks}): k places a MoE layer after "
                 "block k, 0 before the first block."
             )
-        if len(set(positions)) != len(positions):
+        if len(set(positions)) != len(positions) and self.get_text_config() is not self:
             raise ValueError(
-                f"`{name}` {positions} names a position twice; for a larger MoE layer raise `num_expert_sublayers`."
+                f"`{name}` {positions} names a position twice, but a block of a backbone carries one MoE layer: place each at "
+                "another block."
             )
 
 
@@ -658,6 +678,7 @@ _PAPER_BLOCK_FIELDS = (
     "initialization",
     "dropout",
     "attention_dropout",
+    "moe_intermediate_size",
 )
 
 
@@ -669,7 +690,9 @@ class StableMoEConfig(StableMoEBaseConfig):
     Args:
         num_hidden_layers (`int`, *optional*, defaults to 12): Transformer blocks L; MoE layers are not counted.
         moe_layer_positions (`list[int]`, *optional*): where MoE layers stand: k = after block k, 0 = before the first
-            block. `None` is one layer in the middle, `[num_hidden_layers // 2]`; `[]` is the dense Transformer.
+            block. `None` is one layer in the middle, `[num_hidden_layers // 2]`; `[]` is the dense Transformer. Layers at one
+            position run one after the other: three with `num_expert_sublayers=1` are one of three sublayers, each routed by
+            itself.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): config of a decoder-only language model of transformers
             (`LlamaConfig`, `Qwen3Config`, ...): MoE layers then stand between the blocks of that decoder, whose positions,
             attention, cache and head stay its own. It determines `vocab_size`, `hidden_size`, `num_hidden_layers`,

@@ -31,7 +31,7 @@ class ExpertSublayer(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
-        num_experts, hidden_size, intermediate_size = config.num_experts, config.hidden_size, config.intermediate_size
+        num_experts, hidden_size, intermediate_size = config.num_experts, config.hidden_size, config.expert_size
         self.num_experts = num_experts
         self.layernorm_weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.layernorm_bias = nn.Parameter(torch.empty(num_experts, hidden_size))

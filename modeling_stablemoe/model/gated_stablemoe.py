@@ -27,7 +27,7 @@ class StableMoEGatedExperts(nn.Module):
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
-        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.intermediate_size
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.expert_size
         # G and U, one above the other.
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
@@ -75,7 +75,7 @@ class StableMoESharedExperts(nn.Module):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
-        width = config.num_shared_experts * config.intermediate_size
+        width = config.num_shared_experts * config.expert_size
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=False)

@@ -173,7 +173,7 @@ class IntegrationMixin:
             ValueError: naming the backends there are.
         """
         if self.config.expert_type == "gated":  # with all backends of transformers
-            widths = (self.config.hidden_size, self.config.intermediate_size)
+            widths = (self.config.hidden_size, self.config.expert_size)
             is_odd = any(
                 width % 8 for width in widths
             )  # `torch.nn.functional.grouped_mm` takes rows of whole 16 bytes

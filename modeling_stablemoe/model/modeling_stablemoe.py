@@ -187,7 +187,7 @@ class StableMoEModel(StableMoEBackbone):
             **cache_argument(cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            moe_inputs=self.moe_inputs(tokens, **kwargs),
+            moe_inputs=dict(zip(self.moe_layer_positions, self.moe_inputs(tokens, **kwargs), strict=False)),
             **kwargs,
         )
         return StableMoEModelOutputWithPast(**outputs)

@@ -276,7 +276,7 @@ class LearnedRouter(Router):
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.centroids = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))  # E
-        self.is_normalized = config.router_normalization is not None
+        self.is_normalized, self.shares_weight = config.router_normalization is not None, config.norm_topk_prob
         self.balances_hidden_states = config.balance_gradient == "all"
 
     def learn(
@@ -336,7 +336,11 @@ class LearnedRouter(Router):
             scores = score_chosen(hidden_states, self.centroids, selected_experts)
             places = torch.arange(selected_experts.shape[-1], device=selected_experts.device)
             selected_experts = places.expand_as(selected_experts)
-        return self.gate(scores, selected_experts)
+        weights_TK = self.gate(scores, selected_experts)
+        if not self.shares_weight:
+            return weights_TK
+        # Gates that are shut may all be 0.
+        return weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(weights_TK.dtype).tiny)
 
     @torch.no_grad()
     def reset_gates(self):

@@ -114,12 +114,23 @@ def experts_of(assigned):
 
 
 def moe_layer(
-    params, prefix, hidden, token_ids, *, routing, table=None, mask=None, router="stable", activation=silu, k=1
+    params,
+    prefix,
+    hidden,
+    token_ids,
+    *,
+    routing,
+    table=None,
+    mask=None,
+    router="stable",
+    activation=silu,
+    k=1,
+    normalized=False,
 ):
     """One MoE layer on T tokens.
 
     `routing` is "greedy" (eq. 6), "balanced" (BASE while it trains), "distilled" (evaluation of what is distilled) or
-    "frozen" (eq. 13, by `table`). Returns h' (T, d), the scores s (T, N), the distilled scores (T, N) and the experts a
+    "frozen" (eq. 13, by `table`). The gates of a token are divided by their sum where they are `normalized`. Returns h' (T, d), the scores s (T, N), the distilled scores (T, N) and the experts a
     (T,), or (T, k) where k > 1; without such scores, zeros. Where experts stand in place of an FFN their output is h' - h.
     """
     nothing = np.zeros((1, hidden.shape[1]))
@@ -138,9 +149,10 @@ def moe_layer(
         assigned[real] = balanced(scores[real])
     outputs = []
     for h, s, experts, is_real in zip(hidden, scores, experts_of(assigned), real, strict=True):
-        output = h
-        for a in experts if is_real else []:
-            output = output + expert_change(params, prefix, h, a, GATES[router](s, a, k), activation, k)
+        output, gates = h, [GATES[router](s, a, k) for a in experts]
+        share = sum(gates) if normalized else 1.0
+        for a, g in zip(experts, gates, strict=True) if is_real else []:
+            output = output + expert_change(params, prefix, h, a, g / share, activation, k)
         if is_real:
             output = output + shared_change(params, prefix, h, activation)
         outputs.append(output)  # eqs. 7 and 14

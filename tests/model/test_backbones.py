@@ -366,7 +366,9 @@ def test_what_a_backbone_determines_is_the_same_in_both_configs():
     [
         ({"hidden_size": 33}, r"`hidden_size` \(33\) is not that of the backbone, a 'llama' with 32"),
         ({"moe_layer_positions": [4]}, r"`moe_layer_positions` \[4\] lie outside 0..num_hidden_layers \(3\)"),
+        ({"moe_layer_positions": [1, 1]}, r"`moe_layer_positions` \[1, 1\] names a position twice"),
         ({"scale_embedding": True, "dropout": 0.1}, "`scale_embedding`, `dropout`: of the paper's blocks"),
+        ({"moe_intermediate_size": 8}, "`moe_intermediate_size`: of the paper's blocks"),
         ({"backbone_config": {"hidden_size": 3}}, "`backbone_config` has no `model_type`"),
         ({"backbone_config": "llama"}, "`backbone_config` must be a config of transformers"),
         ({"moe_placement": "ffn", "intermediate_size": 16}, r"`intermediate_size` \(16\) is not that of the backbone"),

@@ -111,7 +111,6 @@ MISREAD = [
     ({"is_encoder_decoder": True}, "must be False: for a model with an encoder"),
     ({"hidden_size": 33}, "(33) must be divisible by `num_attention_heads` (4)"),
     ({"moe_layer_positions": [0, 1, 7, 9]}, "[7, 9] lie outside 0..num_hidden_layers (2)"),
-    ({"moe_layer_positions": [1, 2, 1]}, "[1, 2, 1] names a position twice"),
     ({"pad_token_id": -1}, "-1 lies outside the vocabulary"),
     ({"hidden_act": "rlu"}, "'rlu' is unknown"),
     ({"hidden_act": ["gelu"]}, "['gelu'] is unknown; choose one of ["),

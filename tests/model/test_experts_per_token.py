@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from helpers.backbones import backed_model
 from helpers.models import padded, random_ids, switch_checkpointing, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import StableMoEForCausalLM, register_router
+from modeling_stablemoe.measure.flops import forward_flops
 from modeling_stablemoe.model.configuration_stablemoe import ROUTER_TYPES
 from modeling_stablemoe.model.distillation_stablemoe import CountRouter, WordEmbeddingRouter
 from modeling_stablemoe.model.experts_stablemoe import drop_overflow
@@ -23,7 +24,7 @@ from modeling_stablemoe.model.losses_stablemoe import (
     distillation_loss,
     switch_balance_loss,
 )
-from modeling_stablemoe.model.routing_stablemoe import ROUTERS, LearnedRouter
+from modeling_stablemoe.model.routing_stablemoe import ROUTERS, LearnedRouter, Routing
 from modeling_stablemoe.model.tensors_stablemoe import best_experts
 
 
@@ -145,6 +146,26 @@ def test_a_token_gets_the_sum_of_what_each_of_its_experts_alone_would_add(k):
 
 
 # Losses and health
+
+
+def test_gates_that_are_all_shut_stay_numbers_where_they_are_divided_by_their_sum():
+    model = tiny_model(num_experts_per_tok=2, norm_topk_prob=True)
+    layer = model.model.moe_layers[0]
+    hidden = torch.ones(1, 4, 32)
+    with torch.no_grad():
+        layer.router.centroids.fill_(-100.0)
+    weights = Routing(*layer.router(hidden, torch.tensor([[3, 4, 5, 6]]))[-1]).routing_weights
+    assert torch.equal(weights, torch.zeros(4, 2))
+
+
+def test_experts_of_half_the_width_cost_half_and_two_of_them_what_one_does():
+    one, two = (
+        tiny_model(intermediate_size=32),
+        tiny_model(num_experts_per_tok=2, intermediate_size=32, moe_intermediate_size=16),
+    )
+    assert forward_flops(one, 8) == forward_flops(two, 8)
+    assert two.model.moe_layers[0].expert_stack.sublayers[0].up_proj.shape == (5, 16, 32)
+    assert two.model.layers[0].mlp.up_proj.weight.shape == (32, 32)
 
 
 def test_as_many_experts_as_there_are_make_every_load_even_and_the_balance_loss_zero():
@@ -553,6 +574,11 @@ def test_a_router_of_one_s_own_gives_as_many_experts_as_the_config_says(lists):
         (
             {"num_experts_per_tok": 2, "router_type": "base"},
             r"`num_experts_per_tok` \(2\) must be 1 with `router_type` 'base'",
+        ),
+        ({"norm_topk_prob": True}, "it takes `num_experts_per_tok` > 1 and a router with scores"),
+        (
+            {"norm_topk_prob": True, "num_experts_per_tok": 2, "router_type": "hash"},
+            "it takes `num_experts_per_tok` > 1 and a router with scores",
         ),
     ],
 )

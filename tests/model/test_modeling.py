@@ -357,6 +357,28 @@ def test_every_preset_builds_on_the_meta_device(path):
     assert len(model.moe_layers_by_name) == config.num_moe_layers > 0
 
 
+def test_layers_at_one_position_are_the_sublayers_of_one_each_with_its_own_table():
+    hash_layer = {"router_type": "hash", "num_expert_sublayers": 3, "moe_layer_positions": [1]}
+    whole, apart = (
+        tiny_model(**{**hash_layer, **how})
+        for how in ({}, {"moe_layer_positions": [1, 1, 1], "num_expert_sublayers": 1})
+    )
+    weights = whole.state_dict()
+    for index in range(3):
+        for name in apart.model.moe_layers[index].expert_stack.sublayers[0].state_dict():
+            ours = weights.pop(f"model.moe_layers.0.expert_stack.sublayers.{index}.{name}")
+            weights[f"model.moe_layers.{index}.expert_stack.sublayers.0.{name}"] = ours
+        weights[f"model.moe_layers.{index}.frozen_router.routing_table"] = (
+            whole.model.moe_layers[0].frozen_router.values().int()
+        )
+    apart.load_state_dict(weights)
+    assert_close(apart(IDS).logits, whole(IDS).logits)
+    routes = torch.stack([torch.randperm(99) % 5 for _ in range(3)])
+    apart.set_routing_tables(routes)
+    assert all(map(torch.equal, apart.route(IDS), routes[:, IDS]))
+    assert torch.equal(apart.generate(IDS, max_new_tokens=5)[:, :-5], IDS)
+
+
 @every_family
 def test_new_experts_change_nothing(family):
     # W2 starts at zero in every expert, so all experts are the identity until they learn.

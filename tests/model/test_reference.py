@@ -18,7 +18,7 @@ pytestmark = pytest.mark.pairs
 ROUTINGS = ["greedy", "distilled", "frozen"]
 
 
-def reference_layer(params, hidden, token_ids, mask, routing, table, k):
+def reference_layer(params, hidden, token_ids, mask, routing, table, k, normalized):
     return reference.moe_layer(
         params,
         "",
@@ -28,18 +28,22 @@ def reference_layer(params, hidden, token_ids, mask, routing, table, k):
         table=table,
         mask=mask.flatten().tolist(),
         k=k,
+        normalized=normalized,
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize(("width", "k"), [(37, 1), (40, 1), (37, 2), (40, 3)])
-def test_layer_output_equals_the_reference(routing, backend, width, k):
-    layer = double_model(routing, backend, intermediate_size=width, num_experts_per_tok=k).model.moe_layers[0]
+@pytest.mark.parametrize(
+    ("width", "k", "normalized"), [(37, 1, False), (40, 1, False), (37, 2, False), (40, 3, False), (37, 3, True)]
+)
+def test_layer_output_equals_the_reference(routing, backend, width, k, normalized):
+    fields = {"moe_intermediate_size": width, "num_experts_per_tok": k, "norm_topk_prob": normalized}
+    layer = double_model(routing, backend, **fields).model.moe_layers[0]
     hidden, token_ids, mask, _ = layer_input()
     table = layer.frozen_router.values().tolist() if routing == "frozen" else None
     expected, *_, assigned = reference_layer(
-        arrays(layer), hidden.detach().numpy(), token_ids, mask, routing, table, k
+        arrays(layer), hidden.detach().numpy(), token_ids, mask, routing, table, k, normalized
     )
     actual = layer(hidden, (token_ids, mask))
     torch.testing.assert_close(actual.detach().view(-1, 32), torch.from_numpy(expected), **EXACT)
@@ -49,15 +53,16 @@ def test_layer_output_equals_the_reference(routing, backend, width, k):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("k", [1, 2])
-def test_layer_gradients_equal_finite_differences_of_the_reference(routing, backend, k):
-    layer = double_model(routing, backend, num_experts_per_tok=k).model.moe_layers[0]
+@pytest.mark.parametrize(("k", "normalized"), [(1, False), (2, False), (2, True)])
+def test_layer_gradients_equal_finite_differences_of_the_reference(routing, backend, k, normalized):
+    fields = {"num_experts_per_tok": k, "norm_topk_prob": normalized}
+    layer = double_model(routing, backend, **fields).model.moe_layers[0]
     hidden, token_ids, mask, weights = layer_input()
     table = layer.frozen_router.values().tolist() if routing == "frozen" else None
     (layer(hidden, (token_ids, mask)) * weights).sum().backward()
 
     def objective(params):
-        output, *_ = reference_layer(params, params["hidden"], token_ids, mask, routing, table, k)
+        output, *_ = reference_layer(params, params["hidden"], token_ids, mask, routing, table, k, normalized)
         return (output * weights.view(-1, 32).numpy()).sum()
 
     params = {**arrays(layer), "hidden": hidden.detach().numpy()}
