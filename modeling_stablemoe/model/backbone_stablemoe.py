@@ -9,7 +9,7 @@ from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens, cached_sequences, new_columns, packed_sequences, token_mask, whole_sequences
 from .decoder_stablemoe import blocks_of, build_decoder, moe_layer_at
-from .distillation_stablemoe import sees_context
+from .distillation_stablemoe import needs_context
 from .experts_stablemoe import Parts
 from .layer_stablemoe import StableMoELayer, look_up_ahead
 from .pretrained_stablemoe import StableMoEPreTrainedModel, check_range
@@ -32,7 +32,7 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
     ):
         super().__init__(config)
         self.moe_layer_positions = moe_layer_positions
-        self.sees_context = bool(moe_layer_positions) and sees_context(config)
+        self.needs_context = bool(moe_layer_positions) and needs_context(config)
         self.gradient_checkpointing = False
         if blocks is None:
             self.decoder = build_decoder(config)
@@ -125,13 +125,12 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
     ) -> tuple:
         """Gather what routers see of the tokens, in the order of `Tokens`.
 
-        Without `input_ids` each vector is routed as the token whose embedding is nearest. Where routers look back, new
+        Without `input_ids` each vector is routed as the token whose embedding is nearest. Where layers look back, new
         ids are noted in the cache. `position_ids` are given where rows may hold several sequences, as attention tells
         them apart: without a mask or earlier tokens in the cache.
 
         Raises:
-            ValueError: for an `attention_mask` that ends before the tokens do. Where a router looks back at earlier
-                tokens,
+            ValueError: for an `attention_mask` that ends before the tokens do. Where a layer looks back at earlier tokens,
                 also for a cache that is offloaded or that another model has filled, and for packed sequences without
                 `position_ids`.
         """
@@ -141,14 +140,14 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             self.warn_of_pruned_tokens(token_ids, self.side)
         given = input_ids if inputs_embeds is None else inputs_embeds
         mask = token_mask(attention_mask, given.shape[1], cache)
-        if not self.sees_context:
+        if not self.needs_context:
             return tuple(Tokens(token_ids, mask))
         if cu_seq_lens is not None and position_ids is None:
             raise ValueError(
-                f"A {self.config.distilled_router!r} router looks back at earlier tokens, and tells apart sequences that are "
-                "packed into one row (`cu_seq_lens_q`) in a language model alone, without `attention_mask` and cache. Pad "
-                "them instead, one per row; for continuous batching train a model with "
-                '`distilled_router="word_embedding"`.'
+                "This model looks back at earlier tokens (`distilled_router`, `num_bigram_embeddings`), and tells apart sequences "
+                "that are packed into one row (`cu_seq_lens_q`) in a language model alone, without `attention_mask` and cache. "
+                'Pad them instead, one per row; for continuous batching train a model with `distilled_router="word_embedding"` '
+                "and without `num_bigram_embeddings`."
             )
         sequences = packed_sequences(token_ids.shape, position_ids, cu_seq_lens)
         if cache is None:

@@ -223,6 +223,9 @@ class StableMoEBaseConfig(PreTrainedConfig):
         num_expert_sublayers (`int`, *optional*, defaults to 3): FFN sublayers stacked in one expert; 1 in gated ones.
         num_shared_experts (`int`, *optional*, defaults to 0): gated experts of each MoE layer that every token takes beside its
             own, without a gate.
+        num_bigram_embeddings (`int`, *optional*, defaults to 0): rows of an embedding of pairs of tokens that each MoE layer
+            adds beside its experts: of each token and the one before it, hashed, times a matrix and a sigmoid gate of the
+            hidden state. It tells what parameters are worth that are looked up and no experts.
         router_type (`str`, *optional*, defaults to `"stable"`): the routing strategy, a row of table 1: `"stable"`,
             `"switch"`, `"base"`, `"hash"` or the name of a router of your own, registered by `register_router`.
         distilled_router (`str`, *optional*): what the routing is distilled into while it is learned, so that it can be
@@ -324,6 +327,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
     expert_type: str | None = None
     num_expert_sublayers: int = 3
     num_shared_experts: int = 0
+    num_bigram_embeddings: int = 0
     router_type: str = "stable"
     distilled_router: str | None = None
     distilled_router_dim: int = 50
@@ -356,7 +360,10 @@ class StableMoEBaseConfig(PreTrainedConfig):
         "hidden_act": _optional(_choice(ACT2FN)),
         "expert_type": _optional(_choice(EXPERT_TYPES)),
         "moe_intermediate_size": _optional(_COUNT),
-        "num_shared_experts": Rule(lambda value: _is_integer(value, 0), "must be an integer >= 0"),
+        **dict.fromkeys(
+            ("num_shared_experts", "num_bigram_embeddings"),
+            Rule(lambda value: _is_integer(value, 0), "must be an integer >= 0"),
+        ),
         "position_embedding_type": _choice(POSITION_EMBEDDING_TYPES),
         "initialization": _choice(INITIALIZATIONS),
         "router_type": _choice(ROUTER_TYPES, ", or import the file that registers it first (`register_router`)"),
@@ -526,6 +533,7 @@ class StableMoEBaseConfig(PreTrainedConfig):
             *[("vocab_size", width) for width in widths],
             ("max_position_embeddings", "hidden_size"),
             ("num_experts", "hidden_size", "expert_size"),
+            ("num_bigram_embeddings", "hidden_size"),
         ):
             if math.prod(getattr(self, name) for name in names) > LARGEST_INTEGER // 8:
                 sizes = " x ".join(f"`{name}` ({getattr(self, name)})" for name in names)

@@ -48,6 +48,42 @@ def whole_sequences(token_ids: Tensor, mask: Tensor | None = None, sequences: Te
     return token_ids, mask, token_ids, mask, positions, sequences
 
 
+def real_first(tokens: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Put the padding of a context behind its real tokens, so that none of them sees it, wherever it stood.
+
+    Returns:
+        `tuple`: ids and numbers of sequences in that order, `(B, C)` each; and where each of the context stands there, `(B, C)`,
+            `None` where nothing has moved.
+    """
+    _, _, ids, mask, _, sequences = Tokens.of(tokens)
+    if sequences is None:
+        sequences = torch.zeros_like(ids)
+    if mask is None:
+        return ids, sequences, None
+    places = torch.where(mask, mask.cumsum(-1), mask.sum(-1, keepdim=True) + (~mask).cumsum(-1)) - 1
+    ids, sequences = (torch.empty_like(values).scatter(-1, places, values) for values in (ids, sequences))
+    return ids, sequences, places
+
+
+def of_routed_tokens(values: Tensor, tokens: tuple, places: Tensor | None) -> Tensor:
+    """Pick the tokens to be routed out of values in the order of `real_first`, `(B, C) -> (B, S)` or `(B, C, F) -> (B, S, F)`."""
+    positions = Tokens.of(tokens).positions
+    if places is None:
+        return values[:, positions]
+    # `take_along_dim` would fix batch and length in an exported program.
+    places = places[:, positions]
+    return values.gather(1, places if values.dim() == 2 else places.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def previous_ids(tokens: tuple) -> Tensor:
+    """Return the id before each token to be routed in its sequence, `(B, S)`; -1 where there is none, or none is known."""
+    if Tokens.of(tokens).context_ids is None:
+        return torch.full_like(Tokens.of(tokens).token_ids, -1)
+    ids, sequences, places = real_first(tokens)
+    before, of = (F.pad(values, (1, 0), value=-1)[:, :-1] for values in (ids, sequences))
+    return of_routed_tokens(before.masked_fill(of != sequences, -1), tokens, places)
+
+
 def packed_sequences(
     shape: tuple[int, int], position_ids: Tensor | None, cu_seq_lens: Tensor | None = None
 ) -> Tensor | None:
@@ -156,7 +192,7 @@ def _id_layer(cache: Cache, num_blocks: int) -> CacheLayerMixin:
     """Find the layer of a cache that holds token ids, appending it where there is none yet."""
     if cache.offloading:
         raise ValueError(
-            "This router looks back at token ids, which live in the cache, and an offloaded cache cannot hold them. "
+            "This model looks back at token ids, which live in the cache, and an offloaded cache cannot hold them. "
             'Generate without `cache_implementation="offloaded"` or "offloaded_static".'
         )
     while len(cache.layers) < num_blocks:  # a cache without a config makes its layers as they are needed
@@ -165,7 +201,7 @@ def _id_layer(cache: Cache, num_blocks: int) -> CacheLayerMixin:
         static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
         if static and all(layer.is_sliding for layer in static):
             raise ValueError(
-                "This router looks back at token ids, and a static cache whose blocks all have sliding windows does not say how "
+                "This model looks back at token ids, and a static cache whose blocks all have sliding windows does not say how "
                 "many to keep. Generate without `cache_implementation`."
             )
         longest = max((layer.max_cache_len for layer in static), default=0)
@@ -183,7 +219,7 @@ def _check_lengths(block: CacheLayerMixin, layer: CacheLayerMixin):
         known = 0
     if int(cached) != int(known):
         raise ValueError(
-            f"The cache holds keys of {int(cached)} tokens but the ids of {int(known)}, and this router looks back at ids. "
+            f"The cache holds keys of {int(cached)} tokens but the ids of {int(known)}, and this model looks back at ids. "
             "Pass a cache that this model has filled from the start, or none."
         )
 
@@ -195,7 +231,10 @@ __all__ = [
     "final_token_mask",
     "mask_of_pass",
     "new_columns",
+    "of_routed_tokens",
     "packed_sequences",
+    "previous_ids",
+    "real_first",
     "token_mask",
     "whole_sequences",
 ]

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import Tokens
+from .context_stablemoe import Tokens, of_routed_tokens, real_first
 from .losses_stablemoe import histogram, sum_across_processes
 from .tensors_stablemoe import best_experts, copy_into, from_bits, full_tensor, resize_rows, score, sinusoids, to_bits
 
@@ -221,20 +221,10 @@ class ContextRouter(DistilledRouter):
             return values.float().double() if exact else values.to(torch.promote_types(values.dtype, torch.float32))
 
         others = {name: cast(weight) for name, weight in weights.items() if name != "embedding"}
-        _, _, ids, mask, positions, sequences = Tokens.of(tokens)
-        if sequences is None:
-            sequences = torch.zeros_like(ids)
-        if mask is not None:
-            # Padding goes behind the real tokens, so that none of them sees it, wherever it stood.
-            places = torch.where(mask, mask.cumsum(-1), mask.sum(-1, keepdim=True) + (~mask).cumsum(-1)) - 1
-            ids, sequences = (torch.empty_like(values).scatter(-1, places, values) for values in (ids, sequences))
+        ids, sequences, places = real_first(tokens)
         with maybe_autocast(device_type=ids.device.type, enabled=False):
             features = cls.features(cast(F.embedding(ids, weights["embedding"])), sequences, others)
-        if mask is None:
-            features = features[:, positions]
-        else:
-            # `take_along_dim` would fix batch and length in an exported program.
-            features = features.gather(1, places[:, positions].unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        features = of_routed_tokens(features, tokens, places)
         return score(features, others["centroids"])
 
     @staticmethod
@@ -382,6 +372,11 @@ def sees_context(config: StableMoEBaseConfig) -> bool:
     return kind is not None and kind.sees_context
 
 
+def needs_context(config: StableMoEBaseConfig) -> bool:
+    """Return True if an MoE layer looks back at earlier tokens, for its routing or for an embedding of pairs."""
+    return sees_context(config) or config.num_bigram_embeddings > 0
+
+
 __all__ = [
     "BigramRouter",
     "ContextRouter",
@@ -391,5 +386,6 @@ __all__ = [
     "TransformerRouter",
     "WordEmbeddingRouter",
     "distilled_router_class",
+    "needs_context",
     "sees_context",
 ]

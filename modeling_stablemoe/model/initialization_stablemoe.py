@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .bigram_stablemoe import BigramEmbedding
 from .configuration_stablemoe import EXPERT_PARAMETERS, GATED_EXPERT_PARAMETERS, StableMoEBaseConfig
 from .distillation_stablemoe import CountRouter, DistilledRouter
 from .experts_stablemoe import ExpertSublayer
@@ -79,6 +80,10 @@ def _init_feed_forward(module: StableMoEFeedForward, config: StableMoEBaseConfig
         init.zeros_(module.gate_scale)
 
 
+def _init_bigram_embedding(module: BigramEmbedding, config: StableMoEBaseConfig):
+    init.zeros_(module.gate)
+
+
 def _init_learned_router(module: LearnedRouter, config: StableMoEBaseConfig):
     init.orthogonal_(module.centroids, gain=0.1)
 
@@ -115,6 +120,7 @@ _PARTS = {
     ExpertSublayer: _init_experts,
     StableMoEGatedExperts: _init_gated_experts,
     StableMoEFeedForward: _init_feed_forward,
+    BigramEmbedding: _init_bigram_embedding,
     LearnedRouter: _init_learned_router,
     RouterMemory: _init_memory,
     DistilledRouter: _init_distilled_router,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .bigram_stablemoe import BigramEmbedding
 from .blocks_stablemoe import StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens
@@ -59,8 +60,8 @@ class StableMoELayer(GradientCheckpointingLayer):
     """A layer of experts between two Transformer blocks: h' = h + sum_a g_a (S_a(h) - h) (StableMoE, eqs. 7 and 14).
 
     The sum is over the token's experts a, `num_experts_per_tok` many, one in the paper. S_a is the stack of expert a, its
-    residuals inside; a and g_a are the router's. Of gated experts S_a(h) - h is the FFN of expert a of the normalised h, and
-    that of shared experts, which are not weighed, is added. The layer is in stage 1 until
+    residuals inside; a and g_a are the router's. Of gated experts S_a(h) - h is the FFN of expert a of the normalised h. What
+    every token takes is added: that of shared experts, and of a bigram embedding. The layer is in stage 1 until
     `frozen_router` is filled, in stage 2 from then on (with a hash, from the start).
     """
 
@@ -86,6 +87,7 @@ class StableMoELayer(GradientCheckpointingLayer):
                 self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
             if config.num_shared_experts:
                 self.shared_experts = StableMoESharedExperts(config)
+        self.bigram_embedding = BigramEmbedding(config) if config.num_bigram_embeddings else None
         self.shares_experts = config.share_experts_in_stage1
         self.register_state_dict_post_hook(_replicate_buffers)
 
@@ -142,11 +144,13 @@ class StableMoELayer(GradientCheckpointingLayer):
             hidden_TD = self.norm(hidden_TD)
         may_drop = self.dispatch.may_drop(tokens.token_mask)
         change_TD = self._run_experts(hidden_TD, sent_TK, self._weigh(weights_TK), expert_order, may_drop)
-        if self.shared_experts is not None:
-            shared_TD = self.shared_experts(hidden_TD)
+        for_all = [] if self.shared_experts is None else [self.shared_experts(hidden_TD)]
+        if self.bigram_embedding is not None:
+            for_all.append(self.bigram_embedding(hidden_TD, tuple(tokens)))
+        for added_TD in for_all:
             if tokens.token_mask is not None:
-                shared_TD = shared_TD.masked_fill(~tokens.token_mask.reshape(-1, 1), 0.0)
-            change_TD = change_TD + shared_TD
+                added_TD = added_TD.masked_fill(~tokens.token_mask.reshape(-1, 1), 0.0)
+            change_TD = change_TD + added_TD
         return change_TD.view_as(hidden_states)
 
     def _weigh(self, routing_weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .blocks_stablemoe import StableMoEAttention, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig, StableMoEConfig
 from .decoder_stablemoe import causal_class
-from .distillation_stablemoe import sees_context
+from .distillation_stablemoe import needs_context
 from .initialization_stablemoe import init_as_linear, init_routing_weights
 from .integration_stablemoe import IntegrationMixin
 from .routing_stablemoe import RECORDED, Router
@@ -99,10 +99,10 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
     def create_masks_for_generate(self, *, attention_mask: Tensor | None, **kwargs) -> Tensor | dict | None:
         """Make the mask that `generate` passes with a static cache, as `transformers.masking_utils` does.
 
-        A router that looks back at earlier tokens must know which of them are padding, which the ready mask of four
-        dimensions hides: there the mask stays as it is.
+        What looks back at earlier tokens must know which of them are padding, which the ready mask of four dimensions hides:
+        there the mask stays as it is.
         """
-        if sees_context(self.config):
+        if needs_context(self.config):
             return attention_mask
         return create_masks_for_generate(attention_mask=attention_mask, **kwargs)
 

@@ -285,7 +285,7 @@ def test_an_offloaded_cache_is_refused():
 def test_packed_sequences_that_nothing_tells_apart_are_refused(family):
     packed = {"cu_seq_lens_q": torch.tensor([0, 3, 7], dtype=torch.int32), "position_ids": torch.arange(7)[None]}
     ids = random_ids(1)
-    with pytest.raises(ValueError, match=r"^A 'cnn' router looks back .* in a language model alone.* Pad them"):
+    with pytest.raises(ValueError, match=r"^This model looks back .* in a language model alone.* Pad them"):
         run(build("cnn", family=family), ids, torch.ones_like(ids), **packed)
 
 
