@@ -80,6 +80,12 @@ def find_files(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def describe_files(paths: list[str]) -> str:
+    """Return how many files there are and the names of the first three."""
+    names = ", ".join(Path(path).name for path in paths[:3]) + ", ..." * (len(paths) > 3)
+    return f"{len(paths):,} file{'s' * (len(paths) > 1)} ({names})"
+
+
 def is_saved_dataset(folder: str | Path) -> bool:
     """Return True for a folder that `save_to_disk` of datasets has written."""
     marks = (("dataset_dict.json",), ("dataset_info.json", "state.json"))
@@ -321,6 +327,7 @@ __all__ = [
     "READABLE",
     "STANDARD_INPUT",
     "checked_text",
+    "describe_files",
     "file_on_disk",
     "find_files",
     "format_of",

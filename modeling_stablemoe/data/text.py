@@ -35,7 +35,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .embedded_corpus import EMBEDDED_KINDS, embedded_documents, hashed_place
-from .files import READABLE, file_on_disk, find_files, is_saved_dataset, read_files
+from .files import READABLE, describe_files, file_on_disk, find_files, format_of, is_saved_dataset, read_files
 
 
 logger = logging.getLogger(__name__)
@@ -220,11 +220,42 @@ def load_corpus(args: DataArguments) -> Corpus:
     else:
         options = {"kind": args.embedded_corpus}
         splits = load_embedded(_read_embedded, options, ("text",), ("train", "validation"))
-    if "validation" not in splits:
+    is_held_out = "validation" not in splits
+    if is_held_out:
         splits = _hold_out(splits["train"], args.validation_share, args.preprocessing_num_workers)
     limits = {"train": args.max_train_documents, "validation": args.max_validation_documents}
     splits = {name: first_rows(split, limits[name]) for name, split in splits.items()}
+    logger.info("%s", _describe_documents(args, splits, is_held_out))
     return IterableDatasetDict(splits) if args.streaming else DatasetDict(splits)
+
+
+def _describe_documents(args: DataArguments, splits: dict[str, Any], is_held_out: bool) -> str:
+    """Say what is read for training and what for evaluation, and how many documents that is, but of a stream."""
+    number = {
+        name: f"{len(split):,} document{'s' * (len(split) != 1)}" if isinstance(split, Dataset) else "documents"
+        for name, split in splits.items()
+    }
+    if args.train_files:
+        train, validation = (
+            f"{describe_files(files)}, {_unit_of(files, args)}" if files else ""
+            for files in (find_files(args.train_files), find_files(args.validation_files))
+        )
+    elif args.dataset_name:
+        train, validation = (
+            f"{args.dataset_name}, split {name!r}" for name in (args.train_split, args.validation_split)
+        )
+    else:
+        train = f"the text that Python carries ({args.embedded_corpus}), as no data set or file is named"
+        validation = "the same, a part of its own"
+    if is_held_out:
+        validation = f"the same, {args.validation_share:.3g} of it held out (--validation_share)"
+    return f"Training text: {number['train']} of {train}. Evaluated on: {number['validation']} of {validation}."
+
+
+def _unit_of(paths: list[str], args: DataArguments) -> str:
+    text = "one per file" if args.document_separator is None else "cut at --document_separator"
+    rows = f"one per row, column {args.text_column!r}"
+    return " or ".join(dict.fromkeys(text if format_of(path) == "text" else rows for path in paths))
 
 
 def _load_hub_dataset(args: DataArguments) -> dict[str, Dataset] | dict[str, IterableDataset]:
@@ -557,6 +588,10 @@ def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, nu
                 f"The {name} split has only {num_tokens} tokens, too few for one block of {block_size} tokens (blocks "
                 f"do not cross batches of 1000 documents). Use a smaller --block_size or more text{remedy}."
             )
+    sizes = {name: len(blocks) for name, blocks in packed.items() if isinstance(blocks, Dataset)}
+    if sizes:
+        described = (f"{name} {number * block_size:,} in {number:,}" for name, number in sizes.items())
+        logger.info("Tokens: %s blocks of %d.", ", ".join(described), block_size)
     return type(corpus)(packed)
 
 

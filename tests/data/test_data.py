@@ -349,11 +349,37 @@ def test_limits_keep_the_first_documents(tmp_path):
     assert len(cut["validation"]) == len(full["validation"]) == 30
 
 
+def test_what_is_read_and_what_is_held_out_is_said_once(tmp_path, caplog, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"body": text} for text in DOCUMENTS])
+    caplog.set_level(logging.INFO, logger=data.__name__)
+    corpus = files_corpus(path, text_column="body", validation_share=0.2)
+    blocks = pack(corpus, tokenizer, 8)
+    sizes = [f"{name} {8 * len(blocks[name]):,} in {len(blocks[name]):,}" for name in ("train", "validation")]
+    assert caplog.messages == [
+        "Training text: 48 documents of 1 file (a.jsonl), one per row, column 'body'. Evaluated on: 12 documents of the same, "
+        "0.2 of it held out (--validation_share).",
+        f"Tokens: {', '.join(sizes)} blocks of 8.",
+    ]
+    for name in "bcd":
+        (tmp_path / f"{name}.txt").write_text(DOCUMENTS[0])
+    caplog.clear()
+    files_corpus(
+        tmp_path,
+        text_column="body",
+        validation_files=[str(write_jsonl(tmp_path.parent / "v.jsonl", [{"body": "a b"}]))],
+    )
+    assert caplog.messages == [
+        "Training text: 63 documents of 4 files (a.jsonl, b.txt, c.txt, ...), one per row, column 'body' or one per file. "
+        "Evaluated on: 1 document of 1 file (v.jsonl), one per row, column 'body'."
+    ]
+
+
 # --- Hub data sets ---
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_hub_splits_are_reduced_to_the_text_column_and_to_the_first_documents(hub_folder, streaming):
+def test_hub_splits_are_reduced_to_the_text_column_and_to_the_first_documents(hub_folder, streaming, caplog):
+    caplog.set_level(logging.INFO, logger=data.__name__)
     named = {"dataset_name": str(hub_folder), "text_column": "content", "streaming": streaming}
     corpus = load_corpus(DataArguments(**named))
     assert isinstance(corpus, IterableDatasetDict if streaming else DatasetDict)
@@ -361,6 +387,11 @@ def test_hub_splits_are_reduced_to_the_text_column_and_to_the_first_documents(hu
     assert list(corpus["validation"]) == [{"text": text} for text in DOCUMENTS[50:]]
     cut = load_corpus(DataArguments(**named, max_train_documents=2))
     assert [row["text"] for row in cut["train"]] == DOCUMENTS[:2]
+    numbers = ["documents"] * 2 if streaming else ["2 documents", "10 documents"]
+    assert caplog.messages[-1] == (
+        f"Training text: {numbers[0]} of {hub_folder}, split 'train'. Evaluated on: {numbers[1]} of {hub_folder}, split "
+        "'validation'."
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])
