@@ -51,6 +51,7 @@ from modeling_stablemoe.runs import (
     set_hash_tables,
     summarize_run,
     train,
+    warn_of_wrong_direction,
     write_results,
 )
 from modeling_stablemoe.training import TranslationTrainer, refuse_label_smoother, show_progress
@@ -138,6 +139,8 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts,
         "max_target_length": data_args.max_target_length or positions,
     }
     check_fit(model.config, len(tokenizer), **lengths)
+    if model_args.model_name_or_path is not None:
+        warn_of_wrong_direction(model, tokenizer, corpus["validation"])
     with training_args.main_process_first(desc="tokenization"):
         encoded = encode_pairs(corpus, tokenizer, **lengths, num_proc=data_args.preprocessing_num_workers)
     encoded = DatasetDict(
@@ -145,7 +148,7 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts,
     )
     batches = TokenBatches(encoded["train"], batch_args.batch_tokens, seed=training_args.seed)
     logger.info(
-        "%d training pairs, %d tokens, in %d batches; %.1f%% padding.",
+        "Of these %d are trained on: %d tokens in %d batches, %.1f%% padding.",
         batches.num_pairs,
         batches.num_tokens,
         len(batches),

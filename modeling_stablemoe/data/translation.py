@@ -7,13 +7,16 @@ neither is named, `embedded_pairs`. One model may learn several language pairs; 
 """
 
 import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress, zip_longest
 from operator import not_
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -53,6 +56,12 @@ logger = logging.getLogger(__name__)
 TOKENIZER_PAIRS = 500_000
 # Stands for the language in the path of paired text files, one file per language.
 LANGUAGE_PLACEHOLDER = "{lang}"
+
+_USE_OF_SPLIT = {"train": "train on", "validation": "evaluate on", "test": "score at the end"}
+# Pairs of a split that tell its languages apart; a few could be alike by accident.
+_FEWEST_TO_COMPARE, _MOST_TO_COMPARE = 10, 500
+# Two languages of one alphabet have a cosine of trigrams about half that of two texts of one language.
+_CLEARLY_MORE = 1.2
 
 _LANGUAGE_PAIR = re.compile(r"(\w+)-(\w+)")
 _PAIR_FEATURES = Features({name: Value("large_string") for name in ("pair", "source", "target")})
@@ -259,9 +268,10 @@ def load_parallel_corpus(args: TranslationDataArguments) -> DatasetDict:
     else:
         parts = _load_embedded_parts()
     splits = {name: _rows_by_pair(parts[name], name, args) for name in ("train", "validation", "test")}
+    _warn_of_swapped(splits)
     _hold_out_pairs(splits["train"], splits["validation"], args)
     limits = {"train": args.max_train_pairs, "validation": args.max_validation_pairs, "test": args.max_test_pairs}
-    return DatasetDict(
+    corpus = DatasetDict(
         {
             name: concatenate_datasets(
                 [first_rows(by_pair[pair], limits[name]) for pair in args.pairs if pair in by_pair]
@@ -270,6 +280,60 @@ def load_parallel_corpus(args: TranslationDataArguments) -> DatasetDict:
             if by_pair
         }
     )
+    _say_what_was_read(args, parts, splits, corpus)
+    return corpus
+
+
+def _say_what_was_read(
+    args: TranslationDataArguments,
+    parts: dict[str, list[_Part]],
+    splits: dict[str, dict[LanguagePair, Dataset]],
+    corpus: DatasetDict,
+) -> None:
+    """Log how many pairs each split has, from where, and the first pair of each direction, to see its languages by."""
+    said = []
+    for name, split in corpus.items():
+        origins = [Path(part.origin).name if args.train_files else part.origin for part in parts[name]]
+        origin = ", ".join(origins[:3]) + ", ..." * (len(origins) > 3)
+        if not origins:
+            origin = f"the training pairs, {args.validation_share:.3g} of them held out (--validation_share)"
+        said.append(f"{len(split):,} to {_USE_OF_SPLIT[name]}, of {origin}")
+    logger.info("Sentence pairs: %s.", "; ".join(said))
+    for pair, rows in splits["train"].items():
+        source, target = (shorten(rows[0][side], 50, placeholder="...") for side in ("source", "target"))
+        logger.info("%s, the first pair: %r -> %r", pair, source, target)
+
+
+def _warn_of_swapped(splits: dict[str, dict[LanguagePair, Dataset]]) -> None:
+    """Warn where the sources of a split read like the training targets, and its targets like the training sources."""
+    for pair, rows in splits["train"].items():
+        known = _trigrams(rows)
+        for name in ("validation", "test"):
+            if len(splits[name].get(pair, ())) < _FEWEST_TO_COMPARE:
+                continue
+            source, target = _trigrams(splits[name][pair])
+            straight = _cosine(known[0], source) + _cosine(known[1], target)
+            if _cosine(known[0], target) + _cosine(known[1], source) > _CLEARLY_MORE * straight:
+                logger.warning(
+                    "Exchange source and target of the %s pairs of %s: their sources read like the training targets, and "
+                    "their targets like the training sources.",
+                    name,
+                    pair,
+                )
+
+
+def _trigrams(rows: Dataset) -> tuple[Counter, Counter]:
+    """Count the trigrams of characters of the first sources and targets."""
+    rows = rows[:_MOST_TO_COMPARE]
+    return tuple(
+        Counter(text[i : i + 3] for text in rows[side] for i in range(len(text) - 2)) for side in ("source", "target")
+    )
+
+
+def _cosine(one: Counter, other: Counter) -> float:
+    product = sum(number * other[trigram] for trigram, number in one.items())
+    squares = (sum(number**2 for number in counts.values()) for counts in (one, other))
+    return product / max(1.0, math.prod(squares) ** 0.5)
 
 
 def _load_hub_parts(args: TranslationDataArguments) -> dict[str, list[_Part]]:
@@ -532,6 +596,16 @@ def load_translation_tokenizer(args: TranslationDataArguments, corpus: DatasetDi
     tokenizer = load_named_tokenizer(args.tokenizer_name)
     _require_end_and_padding(tokenizer)
     # A tokenizer that names target languages at all must be able to name each.
+    known = target_languages(tokenizer)
+    missing = [str(pair) for pair in args.pairs if known and pair.target not in known]
+    if missing:
+        logger.warning(
+            "Check the order of --language_pairs, source-target: the tokenizer %r names the languages to translate into, %s, "
+            "and that of %s is not among them; a token is added for it.",
+            args.tokenizer_name,
+            ", ".join(known),
+            " ".join(missing),
+        )
     add_target_language_tokens(
         tokenizer, [pair.target for pair in args.pairs] if target_languages(tokenizer) else languages
     )

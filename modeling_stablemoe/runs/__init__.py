@@ -16,6 +16,7 @@ from .command_line import (
     quiet_libraries,
     shipped,
 )
+from .directions import warn_of_wrong_direction
 from .recipes import ModelArguments, RoutingArguments, check_fit, load_preset, parse_recipe, read_preset
 from .routed_input import load_tokenizer, parse_checkpoint_command, route_through_checkpoint
 from .run import (
@@ -68,5 +69,6 @@ __all__ = [
     "shipped",
     "summarize_run",
     "train",
+    "warn_of_wrong_direction",
     "write_results",
 ]

@@ -68,8 +68,16 @@ def _help_line(field: Field) -> str:
     return line if len(line) <= _HELP_WIDTH else f"{line[: _HELP_WIDTH - 3].rpartition(' ')[0]}..."
 
 
+# Options of transformers' own example scripts, and what stands for them here.
+_OF_OTHERS = dict.fromkeys(
+    ("source_lang", "target_lang"), "--language_pairs source-target, such as --language_pairs de-en"
+)
+
+
 def _describe_unknown(option: str, known: Iterable[str]) -> str:
     name = option.lstrip("-").replace("-", "_")
+    if name in _OF_OTHERS and "language_pairs" in known:
+        return f"there is no option {option}; here it is {_OF_OTHERS[name]}"
     pattern = re.compile(rf'^    {name}: |"--{name}"', re.MULTILINE)
     owners = [
         script

@@ -447,6 +447,30 @@ def test_a_failed_hub_load_names_the_data_set():
         load("ro-en", parallel_datasets=["org/none:ro-en"])
 
 
+def test_what_is_read_and_held_out_is_said_with_the_first_pair(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger=translation_data.__name__)
+    path, test = (write_jsonl(tmp_path / f"{name}.jsonl", SENTENCES) for name in ("all", "test"))
+    load("fr-en", train=[path], test_files=[str(test)], validation_share=0.2)
+    assert caplog.messages == [
+        "Sentence pairs: 48 to train on, of all.jsonl; 12 to evaluate on, of the training pairs, 0.2 of them held out "
+        "(--validation_share); 60 to score at the end, of test.jsonl.",
+        "fr-en, the first pair: 'Les 0 hommes traversent lentement la rue n° 0!' -> 'The 0 men, plump and short, walk slowly across...'",
+    ]
+
+
+@pytest.mark.parametrize("swapped", ["train", "test", None])
+def test_a_split_with_source_and_target_exchanged_is_noticed(tmp_path, caplog, swapped):
+    turned = [{"de": row["en"], "en": row["de"]} for row in SENTENCES]
+    rows = {name: turned if name == swapped else SENTENCES for name in ("train", "validation", "test")}
+    files = {f"{name}_files": [str(write_jsonl(tmp_path / f"{name}.jsonl", rows[name]))] for name in rows}
+    load_parallel_corpus(TranslationDataArguments(language_pairs=["de-en"], **files))
+    said = [message for message in caplog.messages if message.startswith("Exchange source and target")]
+    wanted = {"train": ["validation", "test"], "test": ["test"], None: []}[swapped]
+    assert [f" of the {name} pairs of de-en:" in message for name, message in zip(wanted, said, strict=True)] == (
+        [True] * len(wanted)
+    )
+
+
 # --- embedded corpus ---
 
 

@@ -66,6 +66,7 @@ RECIPE = str(ROOT / "configuration" / "recipes" / "embedded-cpu.yaml")
         ),
         ("run_translation", ["--document_separator", ""], "no option --document_separator here; it is one of run_clm"),
         ("run_clm", ["bad.yaml"], "no option --learning_rat; did you mean --learning_rate?"),
+        ("run_translation", ["--source_lang", "de"], "here it is --language_pairs source-target, such as"),
         ("generate", ["model", "--max_tokens", "3"], "no option --max_tokens; did you mean --max_new_tokens?"),
         ("inspect_routing", ["model", "--prompt", "x"], "no option --prompt here; it is one of generate"),
         ("generate", ["model", "--qqq"], "no option --qqq; see --help"),
