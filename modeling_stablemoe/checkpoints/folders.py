@@ -42,6 +42,18 @@ def run_identity(training_args: TrainingArguments, settings: dict) -> dict:
     return {**settings, **json.loads(json.dumps(arguments, default=str))}
 
 
+def read_run(model: str | Path) -> dict:
+    """Read the settings of the run that made a model or checkpoint; {} where there is no record, as on the Hub."""
+    folder = Path(model)
+    for record in (folder / RUN_FILE, *([folder.parent / RUN_FILE] if folder.name.startswith("checkpoint-") else [])):
+        try:
+            settings = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return settings if isinstance(settings, dict) else {}
+    return {}
+
+
 def checkpoints_in(folder: str | Path) -> list[Path]:
     """List the `checkpoint-<step>` folders of a run, complete or not, newest step first."""
     found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -264,6 +276,7 @@ __all__ = [
     "claim_run_folder",
     "copy_code_files",
     "last_complete_checkpoint",
+    "read_run",
     "remove_incomplete_checkpoints",
     "require_optimizer",
     "restore_finished_run",

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
+from modeling_stablemoe.checkpoints.folders import read_run
 from modeling_stablemoe.model.configuration_stablemoe import BACKBONE_FIELDS, StableMoEBaseConfig, StableMoEConfig
 
 from .command_line import OptionParser, find_shipped, help_of, parse_overrides
@@ -374,15 +375,40 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
     if any(issubclass(each, TrainingArguments) for each in dataclass_types):
         parser.set_defaults(do_train=True)  # `--do_train false` evaluates only
+    if any(issubclass(each, Seq2SeqTrainingArguments) for each in dataclass_types):
+        # Translations are what is scored, and an example is a batch of `--batch_tokens`.
+        parser.set_defaults(predict_with_generate=True, per_device_train_batch_size=1)
     try:
         if argv and argv[0].endswith((".yaml", ".yml")):
             argv = _recipe_to_argv(find_shipped(argv[0])) + argv[1:]
+        _remember_data(parser, argv)
         arguments = parser.parse_args_into_dataclasses(args=argv)
         _require_half_precision(arguments)
         _require_reporters(arguments)
         return arguments
     except (OSError, ValueError) as error:
         parser.error(str(error))
+
+
+# Options that name data, and those that say how to read any.
+_SOURCES = set("dataset_name parallel_datasets train_files validation_files test_files embedded_corpus".split())
+_READING = {"text_column", "language_pairs"}
+# Of the data options, those that are not about the text.
+_NOT_REMEMBERED = {"tokenizer_name", "vocab_size", "preprocessing_num_workers"}
+
+
+def _remember_data(parser: _Parser, argv: list[str]):
+    """Let a model that is only evaluated read the text that its training held out, unless other text is named."""
+    known, _ = parser.parse_known_args(argv)
+    model = getattr(known, "model_name_or_path", None)
+    if not model or getattr(known, "do_train", True):
+        return
+    run = read_run(model)
+    given = {each.partition("=")[0].lstrip("-").replace("-", "_") for each in argv if each.startswith("--")}
+    classes = ({entry.name for entry in fields(each)} for each in parser.dataclass_types)
+    names = set().union(*(each for each in classes if "train_files" in each))
+    names = (names & _READING if given & _SOURCES else names - _NOT_REMEMBERED) - given
+    parser.set_defaults(**{name: run[name] for name in names & set(run)})
 
 
 def _require_half_precision(arguments: tuple):

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_stablemoe.checkpoints.architectures import load_saved, read_saved_class
+from modeling_stablemoe.checkpoints.folders import read_run
 from modeling_stablemoe.data.files import READABLE, STANDARD_INPUT, find_files, open_text, read_files, read_lines
 from modeling_stablemoe.data.text import check_encoding
 from modeling_stablemoe.data.translation import read_paired_text
@@ -46,7 +47,10 @@ class TextArguments:
         default=None, metadata={"help": "Language to translate into, for models that know several, such as 'de'."}
     )
     encoding: str = field(default="utf-8", metadata={"help": "Encoding of the files and of the standard input."})
-    text_column: str = field(default="text", metadata={"help": "Key that holds the document in JSON lines."})
+    text_column: str | None = field(
+        default=None,
+        metadata={"help": "Column or key that holds the document. Default: that of the model's training, or 'text'."},
+    )
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer, for a checkpoint that was saved without one."}
     )
@@ -94,6 +98,7 @@ def parse_checkpoint_command(
         text_args, own_args, rest = parser.parse_args_into_dataclasses(args=argv)
     except ValueError as error:
         parser.error(str(error))
+    text_args.text_column = text_args.text_column or read_run(rest.model).get("text_column")
     return text_args, own_args, rest.model
 
 
@@ -126,7 +131,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def read_documents(args: TextArguments) -> Iterator[str]:
     """Yield the documents of a language model."""
     if args.text_files:
-        options = {"encoding": args.encoding, "separator": None, "text_column": args.text_column}
+        options = {"encoding": args.encoding, "separator": None, "text_column": args.text_column or "text"}
         for row in read_files({"paths": find_files(args.text_files), **options}):
             yield row["text"]
     elif args.text is None:

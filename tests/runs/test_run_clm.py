@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from helpers import ROOT
 from helpers.forks import LATEST
-from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, content, load_script, refuse
+from helpers.workplaces import CausalWorkplace, assert_same_saved_weights, content, load_script, refuse, run_here
 from modeling_stablemoe.checkpoints.folder_lock import FolderLock
 
 
@@ -62,6 +62,34 @@ def test_trained_model_continues_a_text_in_a_new_interpreter(workplace, trained_
     output = workplace.run(ROOT / "scripts" / "generate.py", trained_clm.folder, *options)
     assert "frozen routing]" in output
     assert re.search(r"^the quick.", output, re.MULTILINE)
+
+
+def test_a_model_is_evaluated_on_what_its_training_held_out_without_being_told_again(workplace, trained_clm, script):
+    batches = ["--per_device_eval_batch_size", "4", "--use_cpu", "True", "--report_to", "none"]
+    evaluate = ["--do_train", "false", "--model_name_or_path", str(trained_clm.folder), *batches]
+    script([*evaluate, "--output_dir", "again"])
+    again, trained = (
+        json.loads((folder / "results.json").read_text())
+        for folder in (workplace.folder / "again", trained_clm.folder)
+    )
+    assert again["perplexity"] == pytest.approx(trained["perplexity"], rel=1e-5)
+
+
+def test_text_is_read_by_the_column_of_the_training(workplace, trained_clm_copy, script):
+    run = json.loads((trained_clm_copy / "run.json").read_text())
+    (trained_clm_copy / "run.json").write_text(json.dumps({**run, "text_column": "body"}))
+    (workplace.folder / "body.csv").write_text(
+        "id,body\n" + "".join(f"{i},the quick brown fox jumps {i} times\n" for i in range(40))
+    )
+    shown = run_here("inspect_routing", trained_clm_copy, "--text_files", "body.csv", folder=workplace.folder)
+    assert "expert" in shown
+    evaluate = ["--do_train", "false", "--model_name_or_path", str(trained_clm_copy), "--train_files", "body.csv"]
+    batches = ["--validation_share", "0.9", "--block_size", "4", "--use_cpu", "True", "--report_to", "none"]
+    script([*evaluate, *batches, "--output_dir", "by-body"])
+    assert "perplexity" in json.loads((workplace.folder / "by-body/results.json").read_text())
+    shutil.copytree(trained_clm_copy / "checkpoint-16", trained_clm_copy / "alone")  # no record is here, nor one above
+    line = refuse(load_script("inspect_routing").main, [str(trained_clm_copy / "alone"), "--text_files", "body.csv"])
+    assert "set --text_column to one of: id, body" in line
 
 
 def test_training_a_frozen_checkpoint_further_leaves_its_routing(workplace, trained_clm, script):
