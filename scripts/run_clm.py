@@ -24,6 +24,7 @@ from modeling_stablemoe.runs import (
     build_callbacks,
     build_model,
     check_fit,
+    check_model,
     describe_next,
     evaluate_saved_model,
     log_progress,
@@ -72,8 +73,11 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
     results = {"perplexity": evaluate_saved_model(trainer), **summarize_run(trainer)}
     if not trainer.is_world_process_zero():
         return
-    block = next(iter(blocks["train"]))
-    results["tokens"] = results["step"] * trainer.get_total_train_batch_size(trainer.args) * len(block["input_ids"])
+    if trainer.args.do_train:
+        block = next(iter(blocks["train"]))
+        results["tokens"] = (
+            results["step"] * trainer.get_total_train_batch_size(trainer.args) * len(block["input_ids"])
+        )
     if ngram_baselines:
         vocab_size = trainer.model.config.vocab_size
         results["baselines"] = ngram_perplexities(blocks["train"], blocks["validation"], vocab_size)
@@ -82,26 +86,30 @@ def report(trainer: BlockTrainer, blocks, facts: CardFacts, ngram_baselines: boo
     print(f"\n{format_results(results)}\n\n{describe_next(trainer.args.output_dir, *commands, model=evaluated)}")
 
 
-def prepare(model_args, data_args, routing_args, folder_args, facts, training_args) -> tuple:
+def prepare(model_args, data_args, routing_args, folder_args, facts, training_args, needs_train: bool) -> tuple:
     """Prepare everything that training needs: `(trainer, blocks, run folder, checkpoint to resume from)`."""
+    check_model(model_args, AutoModelForCausalLM)  # before the data are read
     # A checkpoint needs its own tokenizer.
     data_args.tokenizer_name = data_args.tokenizer_name or model_args.model_name_or_path
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, model_args, data_args, routing_args)
     with training_args.main_process_first(desc="data"):
-        corpus = load_corpus(data_args)
+        corpus = load_corpus(data_args, needs_train)
+        if not needs_train:
+            corpus.pop("train", None)
         tokenizer = load_tokenizer(data_args, corpus)
     model = build_model(model_args, AutoModelForCausalLM, tokenizer)
     block_size = data_args.block_size or model.config.max_position_embeddings
     check_fit(model.config, len(tokenizer), block_size=block_size)
     with training_args.main_process_first(desc="packing"):
         blocks = pack(corpus, tokenizer, block_size, data_args.preprocessing_num_workers)
-    set_hash_tables(model, routing_args, blocks["train"])
+    if training_args.do_train:
+        set_hash_tables(model, routing_args, blocks["train"])
     callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, blocks["validation"], facts=facts)
     checkpoint = folder.claim()
     trainer = BlockTrainer(
         model=model,
         args=training_args,
-        train_dataset=without_end(blocks["train"]),
+        train_dataset=without_end(blocks["train"]) if needs_train else None,
         eval_dataset=blocks["validation"],
         data_collator=collate_blocks,
         processing_class=tokenizer,
@@ -122,7 +130,8 @@ def main(argv=None):
     with one_line_errors():
         facts = card_facts(model_args, data_args, card_args)
         arguments = (model_args, data_args, routing_args, folder_args, facts, training_args)
-        trainer, blocks, folder, checkpoint = prepare(*arguments)
+        needs_train = training_args.do_train or report_args.ngram_baselines
+        trainer, blocks, folder, checkpoint = prepare(*arguments, needs_train)
     with folder, one_line_errors(OSError):  # a full disk, no network
         if training_args.do_train:
             train(trainer, checkpoint)

@@ -43,6 +43,7 @@ from modeling_stablemoe.runs import (
     build_callbacks,
     build_model,
     check_fit,
+    check_model,
     describe_next,
     log_progress,
     one_line_errors,
@@ -100,10 +101,15 @@ def check_training_arguments(training_args: Seq2SeqTrainingArguments):
 
 
 def prepare_generation(model: PreTrainedModel, training_args: Seq2SeqTrainingArguments):
-    """Make the settings that the run is scored with the defaults of `generate`, also for users of the saved model."""
+    """Make the settings that the run is scored with the defaults of `generate`, also for users of the saved model.
+
+    What is not named stays as it was saved with a checkpoint; a new model has nothing.
+    """
     config = model.generation_config
-    config.max_length = training_args.generation_max_length or model.config.max_position_embeddings
-    config.num_beams = training_args.generation_num_beams or 1
+    config.max_length = (
+        training_args.generation_max_length or config.max_length or model.config.max_position_embeddings
+    )
+    config.num_beams = training_args.generation_num_beams or config.num_beams or 1
     if config.max_length > model.config.max_position_embeddings:
         raise ValueError(
             f"`--generation_max_length {config.max_length}` exceeds the model's "
@@ -122,13 +128,31 @@ def card_facts(model_args: ModelArguments, data_args: TranslationDataArguments, 
     )
 
 
+def make_batches(encoded: DatasetDict, batch_args: BatchArguments, training_args) -> TokenBatches:
+    """Make the batches to train on, and say how many there are."""
+    batches = TokenBatches(encoded["train"], batch_args.batch_tokens, seed=training_args.seed)
+    logger.info(
+        "Of these %d are trained on: %d tokens in %d batches, %.1f%% padding.",
+        batches.num_pairs,
+        batches.num_tokens,
+        len(batches),
+        100 * batches.padding_share,
+    )
+    return batches
+
+
 def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts, training_args) -> tuple:
     """Prepare everything that training needs: `(trainer, encoded splits, run folder, checkpoint to resume from)`."""
     check_training_arguments(training_args)
+    check_model(model_args, AutoModelForSeq2SeqLM)  # before the data are read
+    # A checkpoint needs its own tokenizer.
+    data_args.tokenizer_name = data_args.tokenizer_name or model_args.model_name_or_path
     settings = (model_args, data_args, batch_args, routing_args)
     folder = RunFolder(training_args, folder_args.overwrite_output_dir, *settings)
     with training_args.main_process_first(desc="data"):
-        corpus = load_parallel_corpus(data_args)
+        corpus = load_parallel_corpus(data_args, training_args.do_train)
+        if not training_args.do_train:
+            corpus.pop("train", None)
         tokenizer = load_translation_tokenizer(data_args, corpus)
     special = {"decoder_start_token_id": tokenizer.eos_token_id}
     model = build_model(model_args, AutoModelForSeq2SeqLM, tokenizer, **special)
@@ -140,23 +164,17 @@ def prepare(model_args, data_args, batch_args, routing_args, folder_args, facts,
     }
     check_fit(model.config, len(tokenizer), **lengths)
     if model_args.model_name_or_path is not None:
-        warn_of_wrong_direction(model, tokenizer, corpus["validation"])
+        warn_of_wrong_direction(model, tokenizer, corpus.get("validation", corpus.get("test")))
     with training_args.main_process_first(desc="tokenization"):
         encoded = encode_pairs(corpus, tokenizer, **lengths, num_proc=data_args.preprocessing_num_workers)
     encoded = DatasetDict(
         {**encoded, **{name: sort_by_length(encoded[name])[0] for name in encoded if name != "train"}}
     )
-    batches = TokenBatches(encoded["train"], batch_args.batch_tokens, seed=training_args.seed)
-    logger.info(
-        "Of these %d are trained on: %d tokens in %d batches, %.1f%% padding.",
-        batches.num_pairs,
-        batches.num_tokens,
-        len(batches),
-        100 * batches.padding_share,
-    )
-    set_hash_tables(model, routing_args, encoded["train"])
+    batches = make_batches(encoded, batch_args, training_args) if training_args.do_train else None
+    if batches is not None:
+        set_hash_tables(model, routing_args, encoded["train"])
     collator = TokenBatchCollator(tokenizer)
-    validation = encoded["validation"]
+    validation = encoded.get("validation", encoded.get("test"))
     callbacks = build_callbacks(routing_args, model.config, training_args.max_steps, validation, collator, facts)
     checkpoint = folder.claim()
     trainer = TranslationTrainer(

@@ -166,9 +166,7 @@ class DataArguments:
     def _check_combinations(self) -> None:
         if self.dataset_name and (self.train_files or self.validation_files):
             raise ValueError("Name either dataset_name or train_files/validation_files, not both.")
-        if self.validation_files and not self.train_files:
-            raise ValueError("validation_files needs train_files.")
-        if self.document_separator is not None and not self.train_files:
+        if self.document_separator is not None and not (self.train_files or self.validation_files):
             raise ValueError("document_separator applies to text files; it needs train_files.")
         if self.dataset_config_name and not self.dataset_name:
             raise ValueError("dataset_config_name needs dataset_name.")
@@ -182,6 +180,13 @@ def check_share(validation_share: float) -> None:
     """Refuse a share that holds out nothing or everything."""
     if not 0 < validation_share < 1:
         raise ValueError(f"validation_share must lie between 0 and 1 (exclusive); got {validation_share}.")
+
+
+def check_train_files(args: Any, needs_train: bool) -> None:
+    """Refuse files for evaluation alone where there is to be training."""
+    for name in ("validation_files", "test_files"):
+        if needs_train and getattr(args, name, None) and not args.train_files:
+            raise ValueError(f"{name} needs train_files; to evaluate a model on them alone, add --do_train false.")
 
 
 def check_counts(counts: dict[str, int | None], at_least: int = 1) -> None:
@@ -199,11 +204,12 @@ def check_encoding(encoding: str) -> None:
         raise ValueError(f"encoding {encoding!r} is not a text encoding known to Python.") from error
 
 
-def load_corpus(args: DataArguments) -> Corpus:
+def load_corpus(args: DataArguments, needs_train: bool = True) -> Corpus:
     """Load the documents of the data set, the files or the embedded corpus.
 
     Args:
         args (`DataArguments`): names the source; at most one of `dataset_name` and `train_files` is set.
+        needs_train (`bool`): refuse `validation_files` alone, which give no split "train".
 
     Returns:
         `DatasetDict`, or `IterableDatasetDict` when streaming: splits "train" and "validation", each not empty and
@@ -215,7 +221,8 @@ def load_corpus(args: DataArguments) -> Corpus:
     """
     if args.dataset_name:
         splits = _load_hub_dataset(args)
-    elif args.train_files:
+    elif args.train_files or args.validation_files:
+        check_train_files(args, needs_train)
         splits = _load_local_files(args)
     else:
         options = {"kind": args.embedded_corpus}
@@ -235,7 +242,7 @@ def _describe_documents(args: DataArguments, splits: dict[str, Any], is_held_out
         name: f"{len(split):,} document{'s' * (len(split) != 1)}" if isinstance(split, Dataset) else "documents"
         for name, split in splits.items()
     }
-    if args.train_files:
+    if args.train_files or args.validation_files:
         train, validation = (
             f"{describe_files(files)}, {_unit_of(files, args)}" if files else ""
             for files in (find_files(args.train_files), find_files(args.validation_files))
@@ -249,7 +256,8 @@ def _describe_documents(args: DataArguments, splits: dict[str, Any], is_held_out
         validation = "the same, a part of its own"
     if is_held_out:
         validation = f"the same, {args.validation_share:.3g} of it held out (--validation_share)"
-    return f"Training text: {number['train']} of {train}. Evaluated on: {number['validation']} of {validation}."
+    evaluated = f"Evaluated on: {number['validation']} of {validation}."
+    return f"Training text: {number['train']} of {train}. {evaluated}" if "train" in splits else evaluated
 
 
 def _unit_of(paths: list[str], args: DataArguments) -> str:
@@ -336,12 +344,11 @@ def _are_not_blank(texts: list[str | None]) -> list[bool]:
 
 
 def _load_local_files(args: DataArguments) -> dict[str, Dataset]:
-    files = {"train": find_files(args.train_files)}
-    if args.validation_files:
-        files["validation"] = find_files(args.validation_files)
-        shared = sorted(set(files["train"]) & set(files["validation"]))
-        if shared:
-            raise ValueError(f"{shared[0]} is both a training and a validation file; name it only once.")
+    named = {"train": args.train_files, "validation": args.validation_files}
+    files = {name: find_files(paths) for name, paths in named.items() if paths}
+    shared = sorted(set(files.get("train", ())) & set(files.get("validation", ())))
+    if shared:
+        raise ValueError(f"{shared[0]} is both a training and a validation file; name it only once.")
     splits = {}
     for name, paths in files.items():
         reader = {"text_column": args.text_column, "encoding": args.encoding, "separator": args.document_separator}

@@ -30,6 +30,7 @@ from .text import (
     check_counts,
     check_encoding,
     check_share,
+    check_train_files,
     choose_held_out,
     file_stamps,
     first_rows,
@@ -220,9 +221,6 @@ class TranslationDataArguments:
         files = self.train_files or self.validation_files or self.test_files
         if self.parallel_datasets and files:
             raise ValueError("Name either parallel_datasets or train_files/validation_files/test_files, not both.")
-        for name in ("validation_files", "test_files"):
-            if getattr(self, name) and not self.train_files:
-                raise ValueError(f"{name} needs train_files.")
         has_source = bool(self.parallel_datasets or files)
         if has_source and not self.language_pairs:
             raise ValueError("parallel_datasets and train_files need language_pairs, e.g. --language_pairs de-en.")
@@ -244,13 +242,14 @@ class _Part(NamedTuple):
     rows: Dataset  # strings or nulls, at least in the languages that are read
 
 
-def load_parallel_corpus(args: TranslationDataArguments) -> DatasetDict:
+def load_parallel_corpus(args: TranslationDataArguments, needs_train: bool = True) -> DatasetDict:
     """Load the sentence pairs of the data sets, the files or the embedded corpus.
 
     Pairs with an empty or blank side are left out; their number is logged.
 
     Args:
         args (`TranslationDataArguments`): names the sources; at most one of `parallel_datasets` and `train_files`.
+        needs_train (`bool`): refuse `validation_files` and `test_files` alone, which give those splits alone.
 
     Returns:
         `DatasetDict`: splits "train", "validation" and, where there is one, "test", with the string columns "pair"
@@ -263,7 +262,8 @@ def load_parallel_corpus(args: TranslationDataArguments) -> DatasetDict:
     """
     if args.parallel_datasets:
         parts = _load_hub_parts(args)
-    elif args.train_files:
+    elif args.train_files or args.validation_files or args.test_files:
+        check_train_files(args, needs_train)
         parts = _load_file_parts(args)
     else:
         parts = _load_embedded_parts()
@@ -293,13 +293,13 @@ def _say_what_was_read(
     """Log how many pairs each split has, from where, and the first pair of each direction, to see its languages by."""
     said = []
     for name, split in corpus.items():
-        origins = [Path(part.origin).name if args.train_files else part.origin for part in parts[name]]
+        origins = [part.origin if args.parallel_datasets else Path(part.origin).name for part in parts[name]]
         origin = ", ".join(origins[:3]) + ", ..." * (len(origins) > 3)
         if not origins:
             origin = f"the training pairs, {args.validation_share:.3g} of them held out (--validation_share)"
         said.append(f"{len(split):,} to {_USE_OF_SPLIT[name]}, of {origin}")
     logger.info("Sentence pairs: %s.", "; ".join(said))
-    for pair, rows in splits["train"].items():
+    for pair, rows in (splits["train"] or splits["validation"] or splits["test"]).items():
         source, target = (shorten(rows[0][side], 50, placeholder="...") for side in ("source", "target"))
         logger.info("%s, the first pair: %r -> %r", pair, source, target)
 

@@ -383,6 +383,7 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
             argv = _recipe_to_argv(find_shipped(argv[0])) + argv[1:]
         _remember_data(parser, argv)
         arguments = parser.parse_args_into_dataclasses(args=argv)
+        _require_trained_model(arguments)
         _require_half_precision(arguments)
         _require_reporters(arguments)
         return arguments
@@ -409,6 +410,15 @@ def _remember_data(parser: _Parser, argv: list[str]):
     names = set().union(*(each for each in classes if "train_files" in each))
     names = (names & _READING if given & _SOURCES else names - _NOT_REMEMBERED) - given
     parser.set_defaults(**{name: run[name] for name in names & set(run)})
+
+
+def _require_trained_model(arguments: tuple):
+    """Refuse to evaluate a new model, with random weights."""
+    is_new = any(isinstance(part, ModelArguments) and part.model_name_or_path is None for part in arguments)
+    if is_new and any(isinstance(part, TrainingArguments) and not part.do_train for part in arguments):
+        raise ValueError(
+            "--do_train false evaluates a trained model: name it with --model_name_or_path, in place of --model_preset"
+        )
 
 
 def _require_half_precision(arguments: tuple):

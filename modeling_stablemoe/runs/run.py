@@ -170,19 +170,27 @@ def build_model(
         OSError: if there is no such preset or checkpoint.
         ValueError: if it is damaged or of another kind, or for an invalid override.
     """
-    if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-        if config.model_type not in CONFIGS:
-            raise ValueError(
-                f"{model_args.model_name_or_path!r} is a {config.model_type!r} model, not one of this package: "
-                f"{', '.join(CONFIGS)}. Give it experts first, with scripts/convert_dense.py."
-            )
-        _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
+    config = check_model(model_args, auto_class)
+    if config is not None:
         config = change_checkpoint(config, model_args.overrides)
         return auto_class.from_pretrained(model_args.model_name_or_path, config=config, **model_args.implementations)
-    _require_kind(read_preset(model_args.model_preset)[0], auto_class, f"The preset {model_args.model_preset!r}")
     fields = {**model_fields(tokenizer), **fields, **model_args.overrides}
     return auto_class.from_config(load_preset(model_args.model_preset, **fields), **model_args.implementations)
+
+
+def check_model(model_args: ModelArguments, auto_class: type) -> StableMoEBaseConfig | None:
+    """Return the config of the checkpoint that is named, if one is; arguments and errors are those of `build_model`."""
+    if model_args.model_name_or_path is None:
+        _require_kind(read_preset(model_args.model_preset)[0], auto_class, f"The preset {model_args.model_preset!r}")
+        return None
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    if config.model_type not in CONFIGS:
+        raise ValueError(
+            f"{model_args.model_name_or_path!r} is a {config.model_type!r} model, not one of this package: "
+            f"{', '.join(CONFIGS)}. Give it experts first, with scripts/convert_dense.py."
+        )
+    _require_kind(type(config), auto_class, f"The checkpoint {model_args.model_name_or_path!r}")
+    return config
 
 
 def _require_kind(config_class: type, auto_class: type, what: str):
@@ -461,6 +469,7 @@ __all__ = [
     "SaveError",
     "build_callbacks",
     "build_model",
+    "check_model",
     "evaluate_saved_model",
     "push",
     "set_hash_tables",

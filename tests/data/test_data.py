@@ -88,7 +88,6 @@ def test_arguments_parse_from_the_command_line_and_have_help():
         ({"encoding": "utf-9"}, "encoding 'utf-9' is not a text encoding"),
         ({"encoding": "hex"}, "encoding 'hex' is not a text encoding"),
         ({"dataset_name": "x", "train_files": ["a.txt"]}, "either dataset_name or train_files"),
-        ({"validation_files": ["a.txt"]}, "validation_files needs train_files"),
         ({"document_separator": "---"}, "document_separator .* needs train_files"),
         ({"dataset_config_name": "raw"}, "dataset_config_name needs dataset_name"),
         ({"streaming": True}, "streaming needs dataset_name"),
@@ -339,6 +338,15 @@ def test_a_document_too_short_to_cut_cannot_be_held_out(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(ValueError, match="5% of the 1 training document.* --validation_files.*--document_separator"):
         files_corpus(tmp_path)
+
+
+def test_files_for_evaluation_alone_serve_where_nothing_is_trained(tmp_path):
+    args = DataArguments(validation_files=[str(write_jsonl(tmp_path / "a.jsonl", [{"text": "a b"}]))])
+    assert {name: split["text"][:] for name, split in load_corpus(args, needs_train=False).items()} == {
+        "validation": ["a b"]
+    }
+    with pytest.raises(ValueError, match="validation_files needs train_files.*--do_train false"):
+        load_corpus(args)
 
 
 def test_limits_keep_the_first_documents(tmp_path):

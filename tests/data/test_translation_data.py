@@ -149,7 +149,6 @@ FILES = {"language_pairs": ["de-en"], "train_files": ["a.jsonl"]}
         ),
         ({**FILES, "parallel_datasets": ["x"]}, "either parallel_datasets or train_files"),
         ({"parallel_datasets": ["x"], "test_files": ["x"]}, "either parallel_datasets or train_files"),
-        ({"language_pairs": ["de-en"], "validation_files": ["a.jsonl"]}, "validation_files needs train_files"),
         ({"train_files": ["a.jsonl"]}, "need language_pairs, e.g. --language_pairs de-en"),
         ({"language_pairs": ["de-en"]}, "language_pairs de-en needs parallel_datasets or train_files"),
         ({"language_pairs": ["de-en"], "parallel_datasets": ["x", "y", "x"]}, "'x' is named twice"),
@@ -456,6 +455,14 @@ def test_what_is_read_and_held_out_is_said_with_the_first_pair(tmp_path, caplog)
         "(--validation_share); 60 to score at the end, of test.jsonl.",
         "fr-en, the first pair: 'Les 0 hommes traversent lentement la rue n° 0!' -> 'The 0 men, plump and short, walk slowly across...'",
     ]
+
+
+def test_files_for_evaluation_alone_serve_where_nothing_is_trained(tmp_path):
+    test = write_jsonl(tmp_path / "test.jsonl", SENTENCES)
+    args = TranslationDataArguments(language_pairs=["de-en"], test_files=[str(test)])
+    assert {name: len(split) for name, split in load_parallel_corpus(args, needs_train=False).items()} == {"test": 60}
+    with pytest.raises(ValueError, match="test_files needs train_files.*--do_train false"):
+        load_parallel_corpus(args)
 
 
 @pytest.mark.parametrize("swapped", ["train", "test", None])

@@ -47,9 +47,15 @@ def test_a_checkpoint_that_does_not_load_is_told_apart_from_none(tmp_path):
 
 
 def test_scripts_train_unless_they_are_told_not_to():
-    model = ["--model_preset", "a.json"]
+    model = ["--model_name_or_path", "runs/a"]
     assert parse_recipe((ModelArguments, TrainingArguments), "a", model)[1].do_train
     assert not parse_recipe((ModelArguments, TrainingArguments), "a", [*model, "--do_train", "false"])[1].do_train
+
+
+def test_a_new_model_is_not_evaluated(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_recipe((ModelArguments, TrainingArguments), "a", ["--model_preset", "a.json", "--do_train", "false"])
+    assert "name it with --model_name_or_path" in capsys.readouterr().err
 
 
 RECIPE = str(ROOT / "configuration" / "recipes" / "embedded-cpu.yaml")

@@ -118,6 +118,16 @@ def test_two_processes_score_every_sentence_once(workplace, trained_translation)
     assert actual["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
 
+def test_test_files_alone_are_scored_by_a_trained_model(workplace, trained_translation, script):
+    model, test = str(trained_translation.folder), str(trained_translation.workplace.folder / "test.jsonl")
+    options = ["--use_cpu", "True", "--report_to", "none"]
+    evaluate = ["--do_train", "false", "--model_name_or_path", model, "--test_files", test, *options]
+    script([*evaluate, "--per_device_eval_batch_size", "4", "--output_dir", "tested"])
+    actual, expected = results_of(workplace.folder / "tested"), results_of(trained_translation.folder)
+    assert actual["scores"] == expected["scores"]
+    assert "Evaluated here, not trained further: it is" in (workplace.folder / "tested/README.md").read_text()
+
+
 def test_translate_gives_a_line_for_a_line(workplace, trained_translation):
     lines = ["eht xof spmuj", "", "a yzal god", "eht eht"]
     (workplace.folder / "source.txt").write_text("\n".join(lines) + "\n")
