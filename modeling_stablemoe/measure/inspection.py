@@ -458,7 +458,10 @@ def _format_agreement(agreement: dict | None) -> str:
         }
         for row in agreement["by_frequency"]
     ]
-    head = f"On {agreement['overall']:.1%} of the tokens inference routes as the backbone router would:"
+    head = (
+        f"Agreement on this text: on {agreement['overall']:.1%} of its tokens inference routes as the backbone router would "
+        "now. From the transition on nothing holds the two together, so it is not the agreement when frozen."
+    )
     return f"{head}\n\n{format_table(rows, _AGREEMENT_HEADINGS)}"
 
 

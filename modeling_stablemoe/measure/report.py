@@ -196,7 +196,9 @@ def format_results(results: dict) -> str:
     lines = [format_stages(results["stages"])]
     agreement = results["distillation_agreement_at_transition"]
     if agreement is not None:
-        lines.append(f"distilled and backbone router agreed on {agreement:.1%} of tokens when frozen")
+        lines.append(
+            f"agreement when frozen: distilled and backbone router chose alike on {agreement:.1%} of the tokens"
+        )
     for name, perplexity in results.get("baselines", {}).items():
         lines.append(f"validation perplexity, {name}: {perplexity:.2f}")
     saved = describe_saved_model(results)

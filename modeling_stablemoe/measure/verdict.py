@@ -20,8 +20,10 @@ from modeling_stablemoe.solvers.prices import table_load
 from .meter import RoutingMeter, imbalance, is_first_process
 
 
-# With a lower agreement the distilled router follows the backbone hardly more often than chance would.
-LEAST_AGREEMENT = 0.25
+# How far the agreement must be on the way from chance, which is K of E experts, to 1. A fixed share would say nothing
+# with 4 experts, where chance alone gives a quarter, and much with 64. This wants 36 % with 4 experts, 25 % with 8 (twice
+# chance) and 17 % with 32.
+LEAST_AGREEMENT_OVER_CHANCE = 1 / 7
 # A random hash has 1.5 to 1.9 on natural text; with a larger load stage 2 would stay unbalanced to its end.
 LARGEST_TABLE_LOAD = 2.0
 # With a larger share of closed gates an expert learns next to nothing.
@@ -117,22 +119,25 @@ class Verdict:
             `None` if there is no table.
         is_balanced_later (`bool`): whether freezing limits that load.
         is_counted (`bool`): whether the distilled router goes by counts already.
+        chance (`float`): the agreement of a random table, K of E experts.
     """
 
     metrics: dict[str, float]
     table_load: float | None
     is_balanced_later: bool
     is_counted: bool = False
+    chance: float = 0.0
 
     def problems(self) -> list[str]:
         """Return what speaks against freezing, each behind its remedy; nothing for a routing that is worth it."""
         problems = []
         agreement = self.metrics.get("distillation_agreement", 1.0)
-        if agreement < LEAST_AGREEMENT:
+        wanted = self.chance + LEAST_AGREEMENT_OVER_CHANCE * (1 - self.chance)
+        if agreement < wanted:
             other = "" if self.is_counted else ', or take `distilled_router="counts"`'
             problems.append(
                 f"Lengthen stage 1{other}: the distilled router agrees with the backbone on "
-                f"{agreement:.1%} of the tokens only (wanted: {LEAST_AGREEMENT:.0%}), and what it freezes is hardly more than a hash"
+                f"{agreement:.1%} of the tokens only (wanted: {wanted:.0%}, chance: {self.chance:.0%}), and what it freezes is hardly more than a hash"
             )
         if self.table_load is not None and not self.is_balanced_later and self.table_load > LARGEST_TABLE_LOAD:
             problems.append(
@@ -157,7 +162,8 @@ def judge(meter: RoutingMeter) -> Verdict:
         load = imbalance(load_of(tables, counts, meter.model.config.num_experts))
     metrics = {} if recent is None else recent.metrics(stage=1)
     config = meter.model.config
-    return Verdict(metrics, load, config.max_frozen_load is not None, config.distilled_router == "counts")
+    chance = config.num_experts_per_tok / config.num_experts
+    return Verdict(metrics, load, config.max_frozen_load is not None, config.distilled_router == "counts", chance)
 
 
 def load_of_frozen(model: TwoStageRoutingMixin, token_counts: Tensor | None) -> Tensor | None:
@@ -237,9 +243,10 @@ class FrozenReport:
         metrics, said = self.metrics(), []
         if "transition_agreement" in metrics:
             said.append(
-                f"agreement: over the last {self.num_steps} steps the distilled router sent "
+                f"agreement when frozen: over the last {self.num_steps} steps the distilled router sent "
                 f"{metrics['transition_agreement']:.1%} of the tokens where the backbone router did "
-                f"({metrics['transition_agreement_by_id']:.1%} where every token id counts the same)"
+                f"({metrics['transition_agreement_by_id']:.1%} where every token id counts the same; chance: "
+                f"{self.verdict.chance:.1%})"
             )
         if self.load is not None:
             before = metrics.get("transition_load_max_over_mean")

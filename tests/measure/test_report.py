@@ -125,7 +125,7 @@ def test_results_print_the_table_the_agreement_and_the_baselines_above_the_model
     lines = format_results(results).splitlines()
     assert lines[2].startswith("| 1     | 5     | 2.718")
     assert lines[-4:] == [
-        "distilled and backbone router agreed on 25.0% of tokens when frozen",
+        "agreement when frozen: distilled and backbone router chose alike on 25.0% of the tokens",
         "validation perplexity, unigram: 9.00",
         "validation perplexity, bigram: 5.00",
         "validation perplexity, this model: 3.00",

@@ -137,7 +137,7 @@ def test_a_sick_routing_is_frozen_with_a_warning_that_names_the_remedies(tmp_pat
         (HEALTHY, 2.5, True, []),
         (HEALTHY, None, False, []),
         (HEALTHY, 2.5, False, ["max_frozen_load"]),
-        (HEALTHY | {"distillation_agreement": 0.2}, 1.0, False, ["hardly more than a hash"]),
+        (HEALTHY | {"distillation_agreement": 0.1}, 1.0, False, ["hardly more than a hash"]),
         ({"closed_gates": 0.6}, 3.0, False, ["max_frozen_load", "balance_gradient"]),
     ],
 )
@@ -145,6 +145,15 @@ def test_what_speaks_against_freezing(metrics, load, balanced_later, complaints)
     problems = Verdict(metrics, load, balanced_later).problems()
     assert len(problems) == len(complaints)
     assert all(complaint in problem for complaint, problem in zip(complaints, problems, strict=True))
+
+
+@pytest.mark.parametrize(("num_experts", "wanted"), [(2, 0.57), (4, 0.36), (8, 0.25), (32, 0.17)])
+def test_the_agreement_that_is_wanted_is_further_from_chance_than_a_hash(num_experts, wanted):
+    for agreement in (wanted - 0.01, wanted + 0.01):
+        metrics = HEALTHY | {"distillation_agreement": agreement}
+        problems = Verdict(metrics, None, False, chance=1 / num_experts).problems()
+        assert len(problems) == (agreement < wanted)
+        assert all(f"(wanted: {wanted:.0%}, chance: {1 / num_experts:.0%})" in problem for problem in problems)
 
 
 def test_the_transition_says_what_balance_has_cost(tmp_path, capsys):

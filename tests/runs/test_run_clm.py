@@ -82,7 +82,7 @@ def test_text_is_read_by_the_column_of_the_training(workplace, trained_clm_copy,
         "id,body\n" + "".join(f"{i},the quick brown fox jumps {i} times\n" for i in range(40))
     )
     shown = run_here("inspect_routing", trained_clm_copy, "--text_files", "body.csv", folder=workplace.folder)
-    assert "expert" in shown
+    assert "Agreement on this text: on" in shown
     evaluate = ["--do_train", "false", "--model_name_or_path", str(trained_clm_copy), "--train_files", "body.csv"]
     batches = ["--validation_share", "0.9", "--block_size", "4", "--use_cpu", "True", "--report_to", "none"]
     script([*evaluate, *batches, "--output_dir", "by-body"])

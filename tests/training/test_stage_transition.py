@@ -92,6 +92,8 @@ def test_message_at_the_transition_says_steps_load_and_agreement(tmp_path, capsy
     entry = next(entry for entry in trainer.state.log_history if "transition_step" in entry)
     assert "routing frozen after step 5 of 12" in output
     assert f"{entry['transition_agreement']:.1%} of the tokens" in output
+    assert "agreement when frozen: " in output
+    assert "chance: 20.0%)" in output
     before, after = entry["transition_load_max_over_mean"], entry["transition_table_load_max_over_mean"]
     assert f"over the mean: {before:.2f} before, {after:.2f} by the frozen table" in output
     assert "the expert of each of 99 token ids in 1 MoE layer " in output

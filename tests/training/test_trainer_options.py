@@ -138,7 +138,7 @@ def test_a_run_resumed_with_best_of_stage2_keeps_the_best_of_stage_2(tmp_path):
 
 
 def test_the_message_names_the_real_transition_where_the_routing_settled_early(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("modeling_stablemoe.measure.verdict.LEAST_AGREEMENT", 0.0)
+    monkeypatch.setattr("modeling_stablemoe.measure.verdict.LEAST_AGREEMENT_OVER_CHANCE", -1.0)
     monkeypatch.setattr("modeling_stablemoe.measure.verdict.LARGEST_TABLE_LOAD", 99.0)
     monkeypatch.setattr("modeling_stablemoe.measure.verdict.MOST_CLOSED_GATES", 1.0)
     transition = StageTransitionCallback(8, settled_change=0.99, check_steps=1)
@@ -162,7 +162,7 @@ def test_early_stopping_in_stage_1_leaves_a_model_that_is_not_frozen_and_says_so
 
 
 def test_early_stopping_while_the_transition_is_held_says_that(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("modeling_stablemoe.measure.verdict.LEAST_AGREEMENT", 1.1)  # never worth it
+    monkeypatch.setattr("modeling_stablemoe.measure.verdict.LEAST_AGREEMENT_OVER_CHANCE", 1.1)  # never worth it
     transition = StageTransitionCallback(3, hold_until_ready=8, check_steps=1)
     trainer = train(tmp_path, EarlyStoppingCallback(4), losses={1: 1.0}, transition=transition)
     assert trainer.state.global_step == 5
