@@ -64,9 +64,21 @@ class RoutingHistory:
 
     def last_fluctuation_steps(self) -> Tensor:
         """Return for each token the last step at which its experts were not its final ones; 0 if there was none."""
-        differs = torch.stack([_share_kept(experts, self.experts[-1]) < 1 for experts in self.experts])
         steps = torch.tensor(self.steps).unsqueeze(-1)
-        return torch.where(differs, steps, 0).amax(0)
+        return torch.where(self._differs(), steps, 0).amax(0)
+
+    def settled_shares(self) -> list[float]:
+        """Return for each check the share of tokens that have their final experts there and at all later checks.
+
+        A token whose experts changed between two checks has settled by the second, not by the first: few checks make the
+        curve late, never early.
+        """
+        differs_from_here = self._differs().flip(0).cummax(0).values.flip(0)
+        return (~differs_from_here).double().mean(-1).tolist()
+
+    def _differs(self) -> Tensor:
+        """Return for each check which tokens do not have their final experts yet, `(checks, tokens)`."""
+        return torch.stack([_share_kept(experts, self.experts[-1]) < 1 for experts in self.experts])
 
     def summary(self) -> dict:
         """Compute what figures 2 and 7 show.
@@ -74,7 +86,7 @@ class RoutingHistory:
         Returns:
             `dict`, JSON-ready: `tokens`, their number; `steps`, `stages` and `change_since_last_check`, lists with an
                 entry per check; `largest_change_in_stage2`; `last_fluctuation` with `steps` and `cumulative_share`,
-                the share of tokens that have settled for good by each step; and `share_still_changing_after`, the
+                that of `settled_shares`; and `share_still_changing_after`, the
                 share of tokens not settled by 20, 50 and 80 % of the last step.
         """
         last = self.last_fluctuation_steps()
@@ -87,7 +99,7 @@ class RoutingHistory:
             "largest_change_in_stage2": self.stage2_change(),
             "last_fluctuation": {
                 "steps": self.steps,
-                "cumulative_share": [(last <= step).float().mean().item() for step in self.steps],
+                "cumulative_share": self.settled_shares(),
             },
             "share_still_changing_after": {
                 str(share): (last > share * total).float().mean().item() for share in (0.2, 0.5, 0.8)
@@ -130,7 +142,9 @@ def _share_kept(before: Tensor, after: Tensor) -> Tensor:
 
 
 def plot_fluctuation(summary: dict):
-    """Draw figures 2 and 7 for the summary of one run; `None` where matplotlib is not installed."""
+    """Draw figures 2 and 7 for the summary of one run; `None` after a single check, or where matplotlib is not installed."""
+    if len(summary["steps"]) < 2:
+        return None
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -153,12 +167,15 @@ def plot_fluctuation(summary: dict):
 def draw_changes(axes, steps: Sequence[int], changes: Sequence[float | None], **style):
     """Draw the share of tokens, in [0, 1], whose expert changed between checks (figure 2)."""
     points = [(step, 100 * change) for step, change in zip(steps, changes, strict=True) if change is not None]
-    axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", **style)
+    # A share is that of the time since the last check: a slope from the last one of stage 1 to zero would be nobody's.
+    axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", drawstyle="steps-pre", **style)
     axes.set(xlabel="step", ylabel="tokens (%)", title="Expert changed since the last check", ylim=(-2, 102))
 
 
 def draw_settled(axes, summary: dict, **style):
     """Draw the share of tokens whose expert has settled for good, by step (figure 7)."""
     curve = summary["last_fluctuation"]
-    axes.plot(curve["steps"], [100 * share for share in curve["cumulative_share"]], **style)
-    axes.set(xlabel="last fluctuation step", ylabel="tokens (%), cumulative", ylim=(-2, 102))
+    # Between two checks it is not known when a token settled.
+    shares = [100 * share for share in curve["cumulative_share"]]
+    axes.plot(curve["steps"], shares, drawstyle="steps-post", **style)
+    axes.set(xlabel="step", ylabel="tokens (%), cumulative", ylim=(-2, 102))

@@ -190,18 +190,34 @@ def write_run_figures(runs: Sequence[RunHistory], folder: str | Path, formats: I
 
 def _plot(axes, run: RunHistory, name: str, scale: float = 1.0, **style):
     steps, values = run.curve(name)
-    if values:
-        axes.plot(steps, [scale * value for value in values], **style)
+    _plot_line(axes, steps, [scale * value for value in values], **style)
+
+
+def _plot_line(axes, steps: Sequence[int], values: Sequence[float], **style):
+    """Draw a line; a single value, as of a short stage 1, as a point, since a line of it would not show."""
+    if any(map(math.isfinite, values)):
+        axes.plot(steps, values, **({"marker": "."} if len(values) == 1 else {}) | style)
 
 
 def _finish(figure, panels: Sequence, runs: Sequence[RunHistory]):
-    """Hide the panels without a line, and complete the others."""
+    """Remove the panels in which nothing is drawn, close the gaps, and complete the others."""
+    drawn = [axes for axes in panels if any(len(line.get_xdata()) for line in axes.lines)]
     for axes in panels:
-        axes.set_visible(bool(axes.lines))
-    panels = [axes for axes in panels if axes.get_visible()]
+        if axes not in drawn:
+            axes.remove()
+    if 0 < len(drawn) < len(panels):
+        rows, columns = panels[0].get_gridspec().get_geometry()
+        new_columns = min(len(drawn), columns)
+        new_rows = math.ceil(len(drawn) / new_columns)
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width * new_columns / columns, height * new_rows / rows)
+        grid = figure.add_gridspec(new_rows, new_columns)
+        for index, axes in enumerate(drawn):
+            axes.set_subplotspec(grid[index])
+    panels = drawn
     for axes in panels:
         axes.set_xlabel(axes.get_xlabel() or "step")
-        axes.tick_params(labelbottom=True)  # also above a hidden panel
+        axes.tick_params(labelbottom=True)  # also above a gap
         axes.grid(alpha=0.3)
         mark_transitions(axes, {run.label: run.transition_step for run in runs})
     add_legend(figure, panels)
@@ -221,7 +237,7 @@ def _draw_loss(figure, runs: Sequence[RunHistory]):
         steps, losses = run.curve("eval_loss")
         if losses:
             values = [math.exp(min(loss, 700.0)) for loss in losses] if has_perplexity else losses
-            panels[1].plot(steps, values, marker=".", **style)
+            _plot_line(panels[1], steps, values, marker=".", **style)
     panels[0].set(ylabel="task loss (nats per token)" if has_perplexity else "task loss", title="Training")
     panels[1].set(ylabel="perplexity" if has_perplexity else "loss", title="Validation")
     if has_perplexity:
@@ -258,8 +274,7 @@ def _draw_load(figure, runs: Sequence[RunHistory]):
         else:
             curves = {run.label: run.curve(name) for run in runs}
         for index, (label, (steps, values)) in enumerate(curves.items()):
-            if values:
-                axes.plot(steps, values, label=label, **line_style(index))
+            _plot_line(axes, steps, values, label=label, **line_style(index))
         axes.set(title=title, ylabel=unit)
     panels[1].set_ylim(-0.02, 1.02)
     panels[2].set_ylim(top=1.02)
@@ -348,7 +363,7 @@ def _draw_gates(figure, runs: Sequence[RunHistory]):
     _finish(figure, panels, runs)
 
 
-# Each function draws on an empty figure, and leaves no visible panel if there is nothing to draw.
+# Each function draws on an empty figure, and leaves no panel if there is nothing to draw.
 FIGURES: dict[str, Callable] = {
     "loss": _draw_loss,
     "fluctuation": _draw_fluctuation,

@@ -56,9 +56,22 @@ def test_summary_holds_the_cumulative_curve_and_the_shares_still_changing():
     assert summary["tokens"] == 4
     assert summary["steps"] == summary["last_fluctuation"]["steps"] == [0, 10, 20, 30, 40]
     assert summary["stages"] == [1, 1, 1, 2, 2]
-    assert summary["last_fluctuation"]["cumulative_share"] == [0.5, 0.75, 1.0, 1.0, 1.0]
+    assert summary["last_fluctuation"]["cumulative_share"] == [0.25, 0.5, 0.75, 1.0, 1.0]
     # After 8 steps two tokens had not settled, after 20 and 32 none.
     assert summary["share_still_changing_after"] == {"0.2": 0.5, "0.5": 0.0, "0.8": 0.0}
+
+
+def test_a_token_that_changes_between_two_checks_has_not_settled_by_the_first():
+    few = history_of((0, 1, [0, 1, 2, 3]), (40, 2, [1, 2, 3, 3])).summary()
+    assert few["last_fluctuation"]["cumulative_share"] == [0.25, 1.0]
+
+
+def test_a_share_since_the_last_check_is_no_slope_across_the_transition():
+    pytest.importorskip("matplotlib")
+    figure = plot_fluctuation(history_of(*KNOWN).summary())
+    changed, settled = (axes.lines[0] for axes in figure.axes)
+    assert (changed.get_drawstyle(), settled.get_drawstyle()) == ("steps-pre", "steps-post")
+    assert plot_fluctuation(history_of(KNOWN[0]).summary()) is None  # there is nothing to see in a single check
 
 
 def test_of_several_experts_the_share_that_changed_counts_and_their_order_does_not():

@@ -11,7 +11,8 @@ from helpers.models import tiny_model
 from helpers.trainers import BLOCKS, make_trainer, training_logs
 from helpers.workplaces import load_script, refuse
 from modeling_stablemoe import RoutingFluctuationCallback, RoutingStatisticsCallback, StageTransitionCallback
-from modeling_stablemoe.measure.run_figures import read_run, write_run_figures
+from modeling_stablemoe.measure import run_figures
+from modeling_stablemoe.measure.run_figures import RunHistory, read_run, write_run_figures
 
 
 plot_run = load_script("plot_run").main
@@ -122,6 +123,24 @@ def test_a_history_that_cannot_be_drawn_is_one_line(tmp_path, content, message):
         (tmp_path / "trainer_state.json").write_text(content)
     assert re.search(message, refuse(plot_run, [str(tmp_path)]))
     assert refuse(plot_run, [str(tmp_path / "nowhere")]).startswith("error: There is no folder")
+
+
+def test_a_short_run_has_no_empty_panels_and_shows_single_logs(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = [
+        {"step": 2, "loss": 1.0, "load_entropy": 0.9, "distillation_agreement": 0.3, "routing_fluctuation": None},
+        {"step": 3, "transition_step": 3},
+    ]
+    figures = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_figures, "save_figure", lambda figure, path: figures.setdefault(path.stem, figure))
+        write_run_figures([RunHistory("short", history)], tmp_path)
+    assert {name: len(figure.axes) for name, figure in figures.items()} == {"loss": 1, "load": 1, "distillation": 1}
+    for name, figure in figures.items():
+        figure.canvas.draw()  # a figure of one panel has its width and height alone
+        assert figure.get_size_inches()[0] <= 5, name
+        assert figure.axes[0].get_position().width > 0.7, name
+        assert figure.axes[0].lines[0].get_marker() == ".", name
 
 
 def test_runs_of_one_name_are_refused(frozen, tmp_path):
