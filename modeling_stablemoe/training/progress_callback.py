@@ -27,16 +27,28 @@ def show_progress(trainer: Trainer):
     trainer.add_callback(ProgressBarCallback() if has_bar else ProgressLinesCallback())
 
 
+# Seconds after which a run has to say something, where the first log takes longer.
+_PATIENCE = 10.0
+
+
 class ProgressLinesCallback(TrainerCallback):
-    """Prints a short line per log and per evaluation."""
+    """Prints a short line per log and per evaluation, and one before the first log where that takes its time."""
 
     # Where the stage that goes on began, its step and time: the time left is estimated by it.
     _began: tuple[int, float] | None = None
+    _is_silent = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Begin to measure the time of a step."""
         super().on_train_begin(args, state, control, **kwargs)
         self._begin(state)
+        self._is_silent = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Give a sign of life before the first log."""
+        super().on_step_end(args, state, control, **kwargs)
+        if self._is_silent and state.is_world_process_zero:
+            self._show_pace(state)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Leave the evaluation of the saved model to the results."""
@@ -52,43 +64,71 @@ class ProgressLinesCallback(TrainerCallback):
         if "eval_loss" in logs and self._began is not None:
             tqdm.write(f"step {state.global_step}/{state.max_steps}: {_describe_evaluation(logs)}")
         elif "loss" in logs:
+            self._is_silent = False
             self._show(state, logs)
 
     def _begin(self, state: TrainerState):
         self._began = (state.global_step, time.monotonic())
 
+    def _show_pace(self, state: TrainerState):
+        if time.monotonic() - self._began[1] >= _PATIENCE:
+            self._is_silent = False
+            tqdm.write(" | ".join([f"step {state.global_step}/{state.max_steps}", *self._pace(state)]))
+
+    def _pace(self, state: TrainerState) -> list[str]:
+        """Return the time of a step so far, and the time left."""
+        step, began = self._began
+        seconds = (time.monotonic() - began) / max(1, state.global_step - step)
+        pace = f"{seconds:.1f} s/step" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.1f} steps/s"
+        return [pace, *self._time_left(state)]
+
     def _show(self, state: TrainerState, logs: dict):
-        parts = [f"step {state.global_step}/{state.max_steps}", *self._stage_of(logs), *self._parts(state, logs)]
+        parts = [f"step {state.global_step}/{state.max_steps}", *self._stage_of(logs), *self._numbers(logs)]
+        parts += self._time_left(state)
         tqdm.write(" | ".join(parts))
 
     def _stage_of(self, logs: dict) -> list[str]:
         return [f"stage {logs['routing_stage']}"] if "routing_stage" in logs else []
 
-    def _parts(self, state: TrainerState, logs: dict) -> list[str]:
+    def _numbers(self, logs: dict) -> list[str]:
         parts = [f"loss {logs.get('task_loss', logs['loss']):.3f}"]
         if "load_max_over_mean" in logs:
             parts.append(f"load {logs['load_max_over_mean']:.2f}")
         if "tokens_per_second" in logs:
             parts.append(f"{logs['tokens_per_second']:,.0f} tokens/s")
-        left = self._seconds_left(state)
-        return parts if left is None else [*parts, f"{tqdm.format_interval(left)} left"]
+        return parts
 
-    def _seconds_left(self, state: TrainerState) -> float | None:
+    def _time_left(self, state: TrainerState) -> list[str]:
         """Estimate the time to the end by that of the present stage, evaluations and saving included."""
         if self._began is None or state.global_step <= self._began[0]:
-            return None
+            return []
         step, began = self._began
-        return (time.monotonic() - began) / (state.global_step - step) * (state.max_steps - state.global_step)
+        seconds = (time.monotonic() - began) / (state.global_step - step) * (state.max_steps - state.global_step)
+        return [f"{tqdm.format_interval(seconds)} left"]
 
 
 class ProgressBarCallback(ProgressLinesCallback, ProgressCallback):
-    """Shows the numbers beside a bar, and a line per evaluation."""
+    """Shows the numbers of the last log and the time left beside a bar, before the first log the pace; a line per evaluation."""
+
+    _last_numbers: list[str] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the bar."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
             self.training_bar.bar_format = _BAR
+        self._last_numbers = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the bar, and let the time left go with it."""
+        if self.training_bar is not None and self._began is not None:
+            numbers = self._last_numbers
+            parts = self._pace(state) if numbers is None else [*numbers, *self._time_left(state)]
+            self.training_bar.set_postfix_str(", ".join(parts), refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
+
+    def _show_pace(self, state: TrainerState):
+        """Leave that to the bar."""
 
     def on_prediction_step(self, args, state, control, **kwargs):
         """Open no second bar in training, where an evaluation ends with a line; one that stands alone has its own."""
@@ -99,7 +139,8 @@ class ProgressBarCallback(ProgressLinesCallback, ProgressCallback):
         if self.training_bar is None:
             return
         self.training_bar.set_description_str("".join(f"{stage} " for stage in self._stage_of(logs)), refresh=False)
-        self.training_bar.set_postfix_str(", ".join(self._parts(state, logs)))
+        self._last_numbers = self._numbers(logs)
+        self.training_bar.set_postfix_str(", ".join([*self._last_numbers, *self._time_left(state)]))
 
 
 def _describe_evaluation(logs: dict) -> str:

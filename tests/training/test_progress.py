@@ -4,7 +4,14 @@ import re
 import time
 
 import pytest
-from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from helpers.trainers import make_trainer
 from modeling_stablemoe import StageTransitionCallback
@@ -68,6 +75,32 @@ def test_a_terminal_has_one_bar_with_the_numbers(tmp_path, capsys):
     assert "00:00 left" in bar
     assert "step 6/12: validation loss" in printed.out
     assert "{" not in printed.out
+
+
+def test_the_bar_has_pace_and_time_left_from_the_first_step(tmp_path, capsys):
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            time.sleep(0.15 * (state.global_step == 0))  # longer than between two pictures of the bar
+
+    trainer = trained(tmp_path, Slow(), logging_steps=12)
+    trainer.remove_callback(ProgressLinesCallback)
+    trainer.add_callback(ProgressBarCallback())
+    trainer.train()
+    early = [bar for bar in capsys.readouterr().err.split("\r") if " 1/12 [" in bar]
+    assert re.search(r"\d (steps/s|s/step), [\d:]+ left\]", early[-1])
+
+
+def test_a_run_whose_first_log_takes_its_time_gives_a_sign_of_life(tmp_path, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    callback, control = ProgressLinesCallback(), TrainerControl()
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    state = TrainerState(max_steps=100)
+    callback.on_train_begin(args, state, control)
+    for state.global_step in range(1, 6):
+        clock[0] += 4.0
+        callback.on_step_end(args, state, control)
+    assert capsys.readouterr().out.splitlines() == ["step 3/100 | 4.0 s/step | 06:28 left"]
 
 
 @pytest.mark.parametrize(("is_terminal", "disable_tqdm"), [(True, False), (True, True), (False, False)])
