@@ -144,6 +144,7 @@ transformers.modeling_utils
         PreTrainedModel._supports_attention_backend, PreTrainedModel._supports_flash_attn,
         PreTrainedModel._supports_flex_attn, PreTrainedModel._supports_sdpa, PreTrainedModel._tied_weights_keys,
         PreTrainedModel.supports_gradient_checkpointing: what a model can do, and how it is saved and taken apart
+    PreTrainedModel._keys_to_ignore_on_save: keys that Trainer does not miss when it resumes
     PreTrainedModel._init_weights(2): initialises what is new
     PreTrainedModel._from_config(1, dtype, attn_implementation): a model of a config, in a dtype
     PreTrainedModel._get_resized_embeddings(3, mean_resizing): resizes the decoder's own embedding
