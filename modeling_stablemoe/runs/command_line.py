@@ -34,8 +34,11 @@ _HELP_WIDTH = 119
 class OptionParser(HfArgumentParser):
     """Has a help of one line per option, grouped by class, and errors that name the option that was meant.
 
-    `--help_all` is the whole help of argparse.
+    `--help_all` is the whole help of argparse. `origins` says where options are from that do not stand on the command line,
+    by name.
     """
+
+    origins: dict[str, str] = {}
 
     def format_help(self) -> str:
         """Return the short help; without classes, that of argparse."""
@@ -58,8 +61,12 @@ class OptionParser(HfArgumentParser):
         namespace, rest = super().parse_known_args(args, namespace)
         unknown = next((each.partition("=")[0] for each in rest if each.startswith("--")), None)
         if unknown is not None:
-            self.error(_describe_unknown(unknown, vars(namespace)))
+            self.error(_describe_unknown(unknown, vars(namespace)) + self.origin_of(unknown.removeprefix("--")))
         return namespace, rest
+
+    def origin_of(self, option: str) -> str:
+        """Return what to add to a message about an option that the user has not typed."""
+        return f" ({self.origins[option]} has it)" if option in self.origins else ""
 
 
 def _help_line(field: Field) -> str:

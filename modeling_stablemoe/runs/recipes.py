@@ -1,6 +1,7 @@
 # Copyright 2026 The modeling_stablemoe authors. Licensed under the Apache License, Version 2.0.
 """Recipes and presets: YAML files that fill the command line of a script, JSON files that hold a model's shape."""
 
+import glob
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
 from modeling_stablemoe.checkpoints.folders import read_run
+from modeling_stablemoe.data.translation import LANGUAGE_PLACEHOLDER
 from modeling_stablemoe.model.configuration_stablemoe import BACKBONE_FIELDS, StableMoEBaseConfig, StableMoEConfig
 
 from .command_line import OptionParser, find_shipped, help_of, parse_overrides
@@ -339,11 +341,13 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 class _Parser(OptionParser):
-    """Refuses numbers outside the range of their option before they are used."""
+    """Refuses numbers outside the range of their option before they are used; an empty string unsets a list."""
 
     def parse_known_args(self, *args, **kwargs):
         namespace, rest = super().parse_known_args(*args, **kwargs)
         for name, value in vars(namespace).items():
+            if value == [""]:
+                setattr(namespace, name, [])
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, (int, float)) and number != self.get_default(name):
                     _check_number(name, number)
@@ -379,12 +383,17 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
         # Translations are what is scored, and an example is a batch of `--batch_tokens`.
         parser.set_defaults(predict_with_generate=True, per_device_train_batch_size=1)
     try:
+        given = argv
         if argv and argv[0].endswith((".yaml", ".yml")):
-            argv = _recipe_to_argv(find_shipped(argv[0])) + argv[1:]
+            given = argv[1:]
+            of_recipe = _recipe_to_argv(find_shipped(argv[0]))
+            parser.origins = dict.fromkeys(_options_in(of_recipe) - _options_in(given), f"the recipe {argv[0]}")
+            argv = of_recipe + given
         _remember_data(parser, argv)
         arguments = parser.parse_args_into_dataclasses(args=argv)
+        _require_files(parser, given, arguments)
         _require_trained_model(arguments)
-        _require_half_precision(arguments)
+        _adapt_to_cpu(arguments)
         _require_reporters(arguments)
         return arguments
     except (OSError, ValueError) as error:
@@ -405,11 +414,34 @@ def _remember_data(parser: _Parser, argv: list[str]):
     if not model or getattr(known, "do_train", True):
         return
     run = read_run(model)
-    given = {each.partition("=")[0].lstrip("-").replace("-", "_") for each in argv if each.startswith("--")}
+    given = _options_in(argv)
     classes = ({entry.name for entry in fields(each)} for each in parser.dataclass_types)
     names = set().union(*(each for each in classes if "train_files" in each))
     names = (names & _READING if given & _SOURCES else names - _NOT_REMEMBERED) - given
     parser.set_defaults(**{name: run[name] for name in names & set(run)})
+    parser.origins |= dict.fromkeys(names & set(run), f"the run that made {model}")
+
+
+def _options_in(argv: Sequence[str]) -> set[str]:
+    return {each.partition("=")[0].lstrip("-").replace("-", "_") for each in argv if each.startswith("--")}
+
+
+def _require_files(parser: _Parser, argv: Sequence[str], arguments: tuple):
+    """Refuse files that do not exist and that the user has not named, who has named others: say who has.
+
+    The rest is refused where it is read.
+    """
+    if not _options_in(argv) & _SOURCES:
+        return
+    for part in arguments:
+        for option in sorted(_SOURCES & set(parser.origins) & set(vars(part))):
+            names = getattr(part, option) if option.endswith("_files") else []
+            for name in names:
+                if not (glob.glob(name.replace(LANGUAGE_PLACEHOLDER, "*")) or Path(name).expanduser().exists()):
+                    raise FileNotFoundError(
+                        f"there is no {name}, which --{option} names{parser.origin_of(option)}; name yours, or unset it: "
+                        f"--{option} ''"
+                    )
 
 
 def _require_trained_model(arguments: tuple):
@@ -421,11 +453,13 @@ def _require_trained_model(arguments: tuple):
         )
 
 
-def _require_half_precision(arguments: tuple):
-    """Refuse `--fp16` on a CPU, where accelerate silently trains in float32."""
+def _adapt_to_cpu(arguments: tuple):
+    """On a CPU refuse `--fp16`, for which accelerate silently trains in float32, and pin no memory, of which torch warns."""
     for part in arguments:
-        if isinstance(part, TrainingArguments) and part.fp16 and part.device.type == "cpu":
-            raise ValueError("--fp16 does nothing on a CPU; train with --bf16 true, or in float32")
+        if isinstance(part, TrainingArguments) and part.device.type == "cpu":
+            if part.fp16:
+                raise ValueError("--fp16 does nothing on a CPU; train with --bf16 true, or in float32")
+            part.dataloader_pin_memory = False
 
 
 def _require_reporters(arguments: tuple):

@@ -52,6 +52,11 @@ def test_scripts_train_unless_they_are_told_not_to():
     assert not parse_recipe((ModelArguments, TrainingArguments), "a", [*model, "--do_train", "false"])[1].do_train
 
 
+def test_no_memory_is_pinned_on_a_cpu_of_which_torch_would_warn():
+    model = ["--model_name_or_path", "runs/a", "--use_cpu", "true"]
+    assert not parse_recipe((ModelArguments, TrainingArguments), "a", model)[1].dataloader_pin_memory
+
+
 def test_a_new_model_is_not_evaluated(capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_recipe((ModelArguments, TrainingArguments), "a", ["--model_preset", "a.json", "--do_train", "false"])
@@ -59,6 +64,7 @@ def test_a_new_model_is_not_evaluated(capsys):
 
 
 RECIPE = str(ROOT / "configuration" / "recipes" / "embedded-cpu.yaml")
+MULTI30K = str(ROOT / "configuration" / "recipes" / "multi30k-cpu.yaml")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +77,12 @@ RECIPE = str(ROOT / "configuration" / "recipes" / "embedded-cpu.yaml")
             "no option --language_pairs here; it is one of run_translation",
         ),
         ("run_translation", ["--document_separator", ""], "no option --document_separator here; it is one of run_clm"),
-        ("run_clm", ["bad.yaml"], "no option --learning_rat; did you mean --learning_rate?"),
+        ("run_clm", ["bad.yaml"], "did you mean --learning_rate? (the recipe bad.yaml has it)"),
+        (
+            "run_translation",
+            [MULTI30K, "--train_files", "own.tsv"],
+            f"which --test_files names (the recipe {MULTI30K} has it); name yours, or unset it: --test_files ''",
+        ),
         ("run_translation", ["--source_lang", "de"], "here it is --language_pairs source-target, such as"),
         ("generate", ["model", "--max_tokens", "3"], "no option --max_tokens; did you mean --max_new_tokens?"),
         ("inspect_routing", ["model", "--prompt", "x"], "no option --prompt here; it is one of generate"),
@@ -83,9 +94,18 @@ def test_a_wrong_option_is_answered_by_the_one_that_was_meant(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("learning_rat: 1e-3\n")
+    (tmp_path / "own.tsv").write_text("de\ten\na\tb\n")
     with pytest.raises(SystemExit, match="2"):
         load_script(script).main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_an_empty_string_unsets_files_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.tsv").write_text("de\ten\na\tb\n")
+    options = ["--train_files", "own.tsv", "--validation_files", "", "--test_files", "", "--bf16", "False"]
+    _, data, *_ = load_script("run_translation").parse_arguments([MULTI30K, *options])
+    assert (data.train_files, data.validation_files, data.test_files) == (["own.tsv"], [], [])
 
 
 def test_a_reporter_that_is_not_installed_is_named_at_once(monkeypatch, capsys):

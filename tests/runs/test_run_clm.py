@@ -231,11 +231,13 @@ def test_a_dense_model_is_refused_with_the_way_to_experts(workplace, script, tmp
 
 
 def test_bad_input_ends_the_process_with_an_error_and_no_traceback(workplace):
-    arguments = workplace.arguments("new", "--train_files", "nothing.txt")
+    arguments = workplace.arguments("new", "--model_preset", "nothing.json")
     finished = workplace.attempt(ROOT / "scripts" / "run_clm.py", *arguments)
     assert finished.returncode == 1
     assert "Traceback" not in finished.stderr
-    assert re.fullmatch(r"error: There is no file or folder .*nothing.txt\.", finished.stderr.strip().splitlines()[-1])
+    assert re.fullmatch(
+        r"error: There is no model preset 'nothing.json'; .*", finished.stderr.strip().splitlines()[-1]
+    )
 
 
 def test_a_stream_resumed_in_a_later_pass_goes_on_to_the_same_bits(workplace, script):
