@@ -112,7 +112,7 @@ def translate_lines(lines: Iterable[str], arguments: argparse.Namespace, model, 
 def main(argv=None):
     """Run the script."""
     arguments = parse_arguments(argv)
-    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.basicConfig(format="warning: %(message)s")
     model, tokenizer = load(arguments.model)
     if (arguments.max_length or 0) > model.config.max_position_embeddings:
         raise SystemExit(f"error: --max_length exceeds the model's {model.config.max_position_embeddings} positions")

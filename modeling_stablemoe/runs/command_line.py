@@ -154,8 +154,8 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def quiet_libraries():
-    """Show warnings of this package, with the module's name, and only errors of transformers."""
-    logging.basicConfig(format="%(name)s: %(message)s")
+    """Show warnings of this package, as such, and only errors of transformers."""
+    logging.basicConfig(format="warning: %(message)s")
     transformers_logging.set_verbosity_error()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from helpers import ROOT
 from helpers.forks import LATEST
@@ -64,6 +64,21 @@ def test_trained_model_continues_a_text_in_a_new_interpreter(workplace, trained_
     assert re.search(r"^the quick.", output, re.MULTILINE)
 
 
+def test_a_chat_is_answered_by_the_template_of_the_tokenizer(workplace, trained_clm_copy):
+    def generate(*options):
+        options = [*options, "--max_new_tokens", "5", "--temperature", "0"]
+        return run_here("generate", trained_clm_copy, *options, folder=workplace.folder)
+
+    line = refuse(load_script("generate").main, [str(trained_clm_copy), "--prompt", "fox", "--chat"])
+    assert "no chat template: leave out --chat" in line
+    tokenizer = AutoTokenizer.from_pretrained(trained_clm_copy)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.role }} {{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(trained_clm_copy)
+    plain, answer = generate("--prompt", "user fox"), generate("--prompt", "fox", "--chat")
+    assert "has a chat template: --chat answers" in plain
+    assert plain.partition("\nuser fox")[2] == answer.partition("frozen routing]\n")[2]
+
+
 def test_a_model_is_evaluated_on_what_its_training_held_out_without_being_told_again(workplace, trained_clm, script):
     batches = ["--per_device_eval_batch_size", "4", "--use_cpu", "True", "--report_to", "none"]
     evaluate = ["--do_train", "false", "--model_name_or_path", str(trained_clm.folder), *batches]
@@ -83,6 +98,9 @@ def test_text_is_read_by_the_column_of_the_training(workplace, trained_clm_copy,
     )
     shown = run_here("inspect_routing", trained_clm_copy, "--text_files", "body.csv", folder=workplace.folder)
     assert "Agreement on this text: on" in shown
+    cut = ["--text_files", "body.csv", "--max_tokens", "9"]
+    output = workplace.run(ROOT / "scripts/inspect_routing.py", trained_clm_copy, *cut)
+    assert "warning: only the first 9 tokens are read" in output
     evaluate = ["--do_train", "false", "--model_name_or_path", str(trained_clm_copy), "--train_files", "body.csv"]
     batches = ["--validation_share", "0.9", "--block_size", "4", "--use_cpu", "True", "--report_to", "none"]
     script([*evaluate, *batches, "--output_dir", "by-body"])
