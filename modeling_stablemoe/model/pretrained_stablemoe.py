@@ -71,12 +71,6 @@ class StableMoEPreTrainedModel(TwoStageRoutingMixin, IntegrationMixin, PreTraine
         if backbone_config is not None:
             self._no_split_modules = []  # but the blocks of the decoder, which it names itself
 
-    def post_init(self):
-        """Initialise the weights, and name those that no file holds, as they are tied to others."""
-        super().post_init()
-        # Trainer warns of keys that a checkpoint lacks when it resumes, but for these.
-        self._keys_to_ignore_on_save |= set(self.all_tied_weights_keys)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)

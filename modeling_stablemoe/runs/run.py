@@ -337,7 +337,7 @@ def train(trainer: Trainer, checkpoint: str | None):
         if checkpoint is None:
             trainer.train()
         elif not restore_finished_run(trainer, checkpoint):
-            with translated(trainer, checkpoint) as folder:
+            with translated(trainer, checkpoint) as folder, _without_tied_keys(trainer.model):
                 trainer.train(resume_from_checkpoint=folder)
         # An internal call does not upload: `push` does that later, with the card.
         trainer.save_model(trainer.args.output_dir, _internal_call=True)
@@ -382,6 +382,20 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
         ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def _without_tied_keys(model: PreTrainedModel) -> Iterator[None]:
+    """Let Trainer resume without a warning of keys that no checkpoint holds, as they are tied to others.
+
+    Only here: a model that is untied later must save them.
+    """
+    given, tied = model._keys_to_ignore_on_save, set(model.all_tied_weights_keys)
+    model._keys_to_ignore_on_save = tied | set(given or ())
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_save = given
 
 
 @contextmanager
