@@ -524,3 +524,11 @@ def test_a_new_embedding_is_shared_where_embeddings_are_tied(tied):
     model.set_input_embeddings(embedding)
     assert model.get_input_embeddings() is embedding
     assert (model.model.decoder.embed_tokens is embedding) is tied
+
+
+def test_a_head_that_is_untied_later_is_saved(tmp_path):
+    model = tiny_model()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(StableMoEForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
