@@ -419,7 +419,7 @@ def _remember_data(parser: _Parser, argv: list[str]):
     names = set().union(*(each for each in classes if "train_files" in each))
     names = (names & _READING if given & _SOURCES else names - _NOT_REMEMBERED) - given
     parser.set_defaults(**{name: run[name] for name in names & set(run)})
-    parser.origins |= dict.fromkeys(names & set(run), f"the run that made {model}")
+    parser.origins = parser.origins | dict.fromkeys(names & set(run), f"the run that made {model}")
 
 
 def _options_in(argv: Sequence[str]) -> set[str]:
