@@ -30,8 +30,8 @@ class BalanceArguments:
     frequency_bands: int = field(
         default=8,
         metadata={
-            "help": "Cut the token ids into so many bands from frequent to rare, and spread each evenly; 1: balance the "
-            "whole load only, which keeps more tokens where they were."
+            "help": "Bands of token ids, from frequent to rare, each of which is spread evenly. With 1, balance the whole "
+            "load only, which keeps more tokens where they were."
         },
     )
 

@@ -24,7 +24,7 @@ class CompareArguments:
 
     systems: str = field(
         default="configuration/systems/table2.yaml",
-        metadata={"help": "YAML file with a mapping of names to settings; see those under configuration/systems/."},
+        metadata={"help": "YAML file with a mapping of names to settings. See those under configuration/systems/."},
     )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of systems to keep; default: all."})
     seeds: list[int] = field(

@@ -29,7 +29,7 @@ class CompareArguments:
     systems: str = field(
         default="configuration/systems/tables-cpu.yaml",
         metadata={
-            "help": "YAML file with a mapping of names to settings; `config` has the `model_type` and its fields."
+            "help": "YAML file with a mapping of names to settings. The `config` has the `model_type` and its fields."
         },
     )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of systems to keep; default: all."})

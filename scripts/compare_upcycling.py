@@ -32,14 +32,17 @@ class UpcyclingArguments:
     systems: str = field(
         default="configuration/systems/upcycling-cpu.yaml",
         metadata={
-            "help": "YAML file with a mapping of names to settings: `config` is what from_dense takes; no MoE layers, "
-            "`{config: {moe_layer_positions: []}}`, is the dense model; `model_type: mixtral` is transformers' own."
+            "help": "YAML file with a mapping of names to settings. The `config` is what from_dense takes; no MoE layers, "
+            "`{config: {moe_layer_positions: []}}`, is the dense model; `model_type: mixtral` is transformers' "
+            "own."
         },
     )
     only: list[str] = field(default_factory=list, metadata={"help": "Names of systems to keep; default: all."})
     seeds: list[int] = field(
         default_factory=lambda: [0],
-        metadata={"help": "Seeds: of the dense model and what follows, initial weights and order of batches alike."},
+        metadata={
+            "help": "Seeds of the dense model and what follows. Initial weights and order of batches go by them."
+        },
     )
     reference: str = field(
         default="dense", metadata={"help": "The system that the others are measured against, in the table."}
@@ -47,7 +50,9 @@ class UpcyclingArguments:
 
     speed: bool = field(
         default=False,
-        metadata={"help": "At the end, time a training step and generation of the first seed's models, by turns."},
+        metadata={
+            "help": "At the end, time a training step and generation by turns. The models are those of the first seed."
+        },
     )
 
     def __post_init__(self):

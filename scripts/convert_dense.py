@@ -45,15 +45,15 @@ class ConvertArguments:
     model_preset: str | None = field(
         default=None,
         metadata={
-            "help": "Take experts, routing and settings of stage 1 from this file, one of configuration/models/. Its "
+            "help": "Take experts, routing and settings of stage 1 from this file. Some are in configuration/models/. Its "
             "sizes are left out: they are the dense model's."
         },
     )
     config_overrides: str | None = field(
         default=None,
         metadata={
-            "help": """Further fields of StableMoEConfig, as JSON: '{"moe_placement": "ffn"}' puts experts in place of FFNs. They win """
-            "over a preset. What the dense model determines cannot be changed."
+            "help": 'Further fields of StableMoEConfig, as JSON. \'{"moe_placement": "ffn"}\' puts experts in place of '
+            "FFNs. They win over a preset. What the dense model determines cannot be changed."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub checkpoint."})

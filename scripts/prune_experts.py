@@ -53,7 +53,10 @@ class PruneArguments:
     )
     compare: bool = field(
         default=True,
-        metadata={"help": "Load the whole model, too, and compare logits on the beginning of the text before saving."},
+        metadata={
+            "help": "Load the whole model, too, and compare logits before saving. The beginning of the text is read for "
+            "it."
+        },
     )
 
     def __post_init__(self):

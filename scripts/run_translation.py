@@ -68,8 +68,8 @@ class BatchArguments:
     batch_tokens: int = field(
         default=4096,
         metadata={
-            "help": "Most tokens of a training batch: pairs times the longest source or target among them. Several "
-            "batches make a step with --gradient_accumulation_steps and several processes."
+            "help": "Most tokens of a training batch, padding included. Pairs count as the longest source or target among "
+            "them. Several batches make a step with --gradient_accumulation_steps and several processes."
         },
     )
 

@@ -33,7 +33,7 @@ class BenchmarkArguments:
     dtypes: list[str] | None = field(
         default=None,
         metadata={
-            "help": "float32 and/or bfloat16: of all weights; training steps keep theirs in float32 and run under "
+            "help": "float32 and/or bfloat16, of all weights. Training steps keep theirs in float32 and run under "
             "autocast. Default: float32 on a CPU, both on a GPU."
         },
     )

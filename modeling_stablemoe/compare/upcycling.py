@@ -44,8 +44,9 @@ class DenseArguments(NamesImplementations):
 
     dense_config: str = field(
         metadata={
-            "help": """Fields of its config, as JSON: '{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4, """
-            """"num_attention_heads": 4}'. `model_type` is that of a decoder of transformers; default: gpt2."""
+            "help": 'Fields of its config, as JSON. Such as \'{"model_type": "llama", "hidden_size": 128, '
+            '"num_hidden_layers": 4, "num_attention_heads": 4}\'. `model_type` is that of a decoder of '
+            "transformers; default: gpt2."
         }
     )
     dense_steps: int = field(metadata={"help": "Steps that it is trained for; --max_steps are those that follow."})

@@ -71,7 +71,8 @@ class DataArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Data set on the Hugging Face Hub, or a local folder that load_dataset or load_from_disk can read."
+            "help": "Data set on the Hugging Face Hub, or in a local folder. The folder is one that load_dataset or "
+            "load_from_disk can read."
         },
     )
     dataset_config_name: str | None = field(
@@ -91,7 +92,8 @@ class DataArguments:
     train_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"Files or folders (read recursively) to train on: {READABLE}. JSON: one object per line, or an array of them."
+            "help": f"Files or folders (read recursively) to train on. Readable are {READABLE}. JSON: one object per line, or an "
+            "array of them."
         },
     )
     validation_files: list[str] = field(
@@ -105,23 +107,24 @@ class DataArguments:
     document_separator: str | None = field(
         default=None,
         metadata={
-            "help": "A line holding exactly this string separates the documents of a text file (an empty string: "
-            "blank lines do). Without it every text file is one document."
+            "help": "A line of exactly this separates the documents of a text file. An empty string: blank lines do. "
+            "Without it every text file is one document."
         },
     )
     embedded_corpus: Literal["docs", "docs+source"] = field(
         default="docs",
         metadata={
-            "help": "Text used when neither data set nor files are named: the documentation that Python carries "
-            "(about 2 million characters), or this and the source code of its standard library (about 11 million)."
+            "help": "Text of Python's own, where neither data set nor files are named. It is the documentation that "
+            "Python carries (about 2 million characters), or this and the source code of its standard library "
+            "(about 11 million)."
         },
     )
     validation_share: float = field(
         default=0.05,
         metadata={
-            "help": "Share of the training documents, in (0, 1), held out for evaluation where the data set or the "
-            "files have no validation part. Chosen by a hash of the text, so equal documents stay together; of a single "
-            "document it is the end."
+            "help": "Share of the training documents, in (0, 1), to hold out for evaluation. Where the data set or the "
+            "files have a validation part, that is read. Chosen by a hash of the text, so equal documents stay "
+            "together; of a single document it is the end."
         },
     )
     block_size: int | None = field(

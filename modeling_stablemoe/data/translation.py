@@ -107,9 +107,10 @@ class TranslationDataArguments:
     parallel_datasets: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Data sets on the Hugging Face Hub, or local folders that load_dataset can read, each as name or "
-            "name:configuration, e.g. wmt/wmt16:ro-en bentrevett/multi30k. Their rows hold a column per language, or "
-            "the column translation with a text per language. Each serves every pair that it has both languages of."
+            "help": "Data sets on the Hugging Face Hub, or in local folders. Name each, or a folder that load_dataset can "
+            "read, as name or name:configuration, e.g. wmt/wmt16:ro-en bentrevett/multi30k. Their rows hold a "
+            "column per language, or the column translation with a text per language. Each serves every pair that "
+            "it has both languages of."
         },
     )
     train_split: str = field(default="train", metadata={"help": "Split of --parallel_datasets to train on."})
@@ -126,9 +127,9 @@ class TranslationDataArguments:
     train_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Files to train on: .jsonl, .json, .csv, .tsv or .parquet with a key or column per language (or an "
-            "object translation that has them), or text, one sentence per line, as a path with {lang} for the language, "
-            "e.g. data/train.{lang}. All also compressed."
+            "help": "Files to train on: tables, JSON, or text by a path with {lang} for the language. Tables (.csv, .tsv, "
+            ".parquet) and JSON (.jsonl, .json) have a key or column per language, or an object translation that has them; "
+            "text has one sentence per line, e.g. data/train.{lang}. All also compressed."
         },
     )
     validation_files: list[str] = field(
@@ -140,8 +141,8 @@ class TranslationDataArguments:
     validation_share: float = field(
         default=0.05,
         metadata={
-            "help": "Share of the training pairs, in (0, 1), held out for evaluation where there is no validation part. "
-            "Chosen by a hash of the source, so equal sources stay together."
+            "help": "Share of the training pairs, in (0, 1), to hold out for evaluation. Where there is a validation "
+            "part, that is read. Chosen by a hash of the source, so equal sources stay together."
         },
     )
     max_train_pairs: int | None = field(

@@ -23,12 +23,19 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter)
     """Shows defaults, and examples as they are written."""
 
 
-# What `--help` shows of Trainer's options.
-_TRAINING = """
-output_dir max_steps per_device_train_batch_size learning_rate save_steps
-resume_from_checkpoint report_to seed
-""".split()
+# What `--help` shows of Trainer's options, in a line each.
+_TRAINING = {
+    "output_dir": "Folder of the run: model, checkpoints, logs, card.",
+    "max_steps": "Optimizer steps of the whole training.",
+    "per_device_train_batch_size": "Rows of a batch of one device.",
+    "learning_rate": "Highest learning rate of the schedule.",
+    "save_steps": "Optimizer steps between checkpoints.",
+    "resume_from_checkpoint": "latest, or a checkpoint of the run to go on from.",
+    "report_to": "none, all, or reporters such as tensorboard and wandb.",
+    "seed": "Seed of weights, data order and dropout.",
+}
 _HELP_WIDTH = 119
+_SENTENCE_END = re.compile(r"\.(?= [A-Z'\"-]|$)")
 
 
 class OptionParser(HfArgumentParser):
@@ -50,7 +57,10 @@ class OptionParser(HfArgumentParser):
             is_training = issubclass(each, TrainingArguments)
             title = "Of transformers' Trainer" if is_training else each.__doc__.partition("\n")[0].partition(";")[0]
             lines.append(f"{title.rstrip('.')}:")
-            lines += [_help_line(field) for field in fields(each) if not is_training or field.name in _TRAINING]
+            if is_training:
+                lines += [f"  --{name:<30} {text}" for name, text in _TRAINING.items()]
+            else:
+                lines += [_help_line(field) for field in fields(each)]
         return "\n".join([*lines, "", self.epilog or "", "--help_all explains all options."]) + "\n"
 
     def parse_known_args(self, args=None, namespace=None):
@@ -70,9 +80,11 @@ class OptionParser(HfArgumentParser):
 
 
 def _help_line(field: Field) -> str:
+    """Describe an option by as many sentences of its help as fit into a line, the first at least."""
     text = " ".join(str(field.metadata.get("help", "")).split())
-    line = f"  --{field.name:<30} {text}"
-    return line if len(line) <= _HELP_WIDTH else f"{line[: _HELP_WIDTH - 3].rpartition(' ')[0]}..."
+    start = f"  --{field.name:<30} "
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)] or [len(text)]
+    return start + text[: max([ends[0], *(end for end in ends if len(start) + end <= _HELP_WIDTH)])]
 
 
 # Options of transformers' own example scripts, and what stands for them here.

@@ -48,8 +48,8 @@ class ModelArguments(NamesImplementations):
     model_preset: str | None = field(
         default=None,
         metadata={
-            "help": "JSON file with the shape of a new model, such as configuration/models/cpu-small.json. '' unsets "
-            "that of a recipe."
+            "help": "JSON file with the shape of a new model. Some are in configuration/models/, such as cpu-small.json. '' "
+            "unsets that of a recipe."
         },
     )
     model_name_or_path: str | None = field(
@@ -100,37 +100,38 @@ class RoutingArguments:
     stage1_steps: str | None = field(
         default=None,
         metadata={
-            "help": "Length of stage 1: a number of optimizer steps ('600') or a share of all steps ('0.1'). Default: "
-            "no transition, for dense models, a hash and checkpoints that are frozen already; '' unsets that of a recipe."
+            "help": "Length of stage 1: steps ('600') or a share of all steps ('0.1'). Default: no transition, for dense "
+            "models, a hash and checkpoints that are frozen already; '' unsets that of a recipe."
         },
     )
     settled_change: float | None = field(
         default=None,
         metadata={
-            "help": "End stage 1 earlier, once at most this share of the tokens changed experts between two logs, twice in "
-            "succession (0.02, say), and nothing speaks against freezing. --stage1_steps is the latest step then."
+            "help": "End stage 1 earlier, once at most this share of the tokens changes experts. That is 0.02, say, "
+            "between two logs and twice in succession, and nothing may speak against freezing. --stage1_steps is "
+            "the latest step then."
         },
     )
     hold_until_ready: str | None = field(
         default=None,
         metadata={
-            "help": "Where the routing is not worth freezing after --stage1_steps, go on with stage 1 until it is, at most "
-            "until this step ('900') or share of all steps ('0.4')."
+            "help": "Latest end of stage 1 where the routing is not worth freezing earlier. It is a step ('900') or a "
+            "share of all steps ('0.4'), after --stage1_steps."
         },
     )
     best_of_stage2: bool = field(
         default=False,
         metadata={
-            "help": "With --load_best_model_at_end, choose among checkpoints of stage 2 only, so that the model is frozen. "
+            "help": "Let --load_best_model_at_end choose among checkpoints of stage 2 only. The model is frozen then. "
             "Default: the best of both stages, which may be one that is not frozen."
         },
     )
     hash_table: str | None = field(
         default=None,
         metadata={
-            "help": "Route a new model from the start by a table: random, balanced by how often the tokens occur in the "
-            'training text, or that of a frozen checkpoint, a folder. Default: random with `router_type` "hash", none '
-            "otherwise. Tells what a table is worth, and with another router what the gate is."
+            "help": "Table to route a new model by from the start. It is random, balanced by how often the tokens occur "
+            "in the training text, or that of a frozen checkpoint, a folder. Default: random with `router_type` "
+            '"hash", none otherwise. Tells what a table is worth, and with another router what the gate is.'
         },
     )
     fluctuation_check_steps: int = field(
@@ -142,8 +143,8 @@ class RoutingArguments:
     expert_load: Literal["history", "reporters", "none"] = field(
         default="history",
         metadata={
-            "help": "Where the load of each expert goes with every log: 'history' (trainer_state.json, for plot_run.py), "
-            "'reporters' (TensorBoard and the like, and the console, too) or 'none'."
+            "help": "Where the load of each expert goes with every log. Choices: 'history' (trainer_state.json, for "
+            "plot_run.py), 'reporters' (TensorBoard and the like, and the console, too) or 'none'."
         },
     )
 

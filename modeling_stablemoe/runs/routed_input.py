@@ -32,7 +32,7 @@ class TextArguments:
     text_files: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"Files or folders to read: {READABLE}. For a translation model: files of any name with one source "
+            "help": f"Files or folders to read. Readable are {READABLE}. For a translation model: files of any name with one source "
             "per line."
         },
     )

@@ -42,7 +42,7 @@ class VocabularyArguments(TextArguments):
     all_bytes: bool = field(
         default=False,
         metadata={
-            "help": "Count the 256 tokens of single bytes, too, by which a byte-level tokenizer can spell any word, if in "
+            "help": "Keep the 256 tokens of single bytes, too. A byte-level tokenizer can spell any word by them, if in "
             "many tokens."
         },
     )

@@ -24,6 +24,9 @@ def test_every_script_starts_and_says_what_it_is_for(path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert purpose in " ".join(shown.split())
     assert len(shown.splitlines()) < 60
+    # The first sentence of each option fits into a line.
+    options = [line for line in shown.splitlines() if line.startswith("  --")]
+    assert [line for line in options if len(line) > 119 or line.endswith("...")] == []
 
 
 def test_the_whole_help_has_all_options_of_trainer(capsys):
