@@ -142,8 +142,6 @@ def _named_errors(path: str | Path, encoding: str = "utf-8") -> Iterator[None]:
 @contextmanager
 def _open_binary(path: str | Path) -> Iterator[BinaryIO]:
     compression = _COMPRESSIONS.get(Path(path).suffix.lower())
-    if compression not in compr:
-        raise ValueError(f"{path} cannot be read without another package: `pip install zstandard`.")
     archive = file_on_disk(str(path))
     with ExitStack() as stack:
         if archive == str(path):
@@ -151,7 +149,10 @@ def _open_binary(path: str | Path) -> Iterator[BinaryIO]:
         else:
             member = str(path).removeprefix(f"{archive}::")
             binary = stack.enter_context(stack.enter_context(zipfile.ZipFile(archive)).open(member))
-        yield compr[compression](binary, mode="rb")
+        if compression == "zstd":  # fsspec needs another package for it, pyarrow has it
+            yield io.BufferedReader(pyarrow.CompressedInputStream(binary, compression))
+        else:
+            yield compr[compression](binary, mode="rb")
 
 
 @contextmanager
@@ -253,7 +254,8 @@ def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     numbers = count(1)
     with _named_errors(path), _open_binary(path) as file:
         try:
-            for part in pyarrow.parquet.ParquetFile(file).iter_batches(_ROWS_AT_ONCE):
+            whole = file if file.seekable() else io.BytesIO(file.read())
+            for part in pyarrow.parquet.ParquetFile(whole).iter_batches(_ROWS_AT_ONCE):
                 yield from (
                     (f"{path}, row {number}", row) for row, number in zip(part.to_pylist(), numbers, strict=False)
                 )

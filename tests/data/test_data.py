@@ -11,6 +11,7 @@ import os
 import zipfile
 
 import fsspec
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -47,6 +48,16 @@ def hub_folder(tmp_path):
     write_jsonl(folder / "train.jsonl", [{"content": text, "year": 1999} for text in [*DOCUMENTS[:50], "  \n"]])
     write_jsonl(folder / "validation.jsonl", [{"content": text, "year": 1999} for text in DOCUMENTS[50:]])
     return folder
+
+
+READING = {"encoding": "utf-8", "separator": None, "text_column": "text"}
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
 
 
 def files_corpus(*paths, **options):
@@ -174,19 +185,24 @@ def test_tables_and_arrays_give_their_texts_as_they_are_written(tmp_path):
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zip", ".zst"])
 def test_compressed_files_give_the_texts_of_plain_ones(tmp_path, suffix):
     packed = tmp_path / f"a.csv{suffix}"
-    fsspec_name = files._COMPRESSIONS[suffix]
-    if fsspec_name not in fsspec.available_compressions():
-        packed.write_bytes(b"(\xb5/\xfd")
-        with pytest.raises(ValueError, match=r"a\.csv\.zst cannot be read .*pip install zstandard"):
-            files_corpus(packed)
-        return
-    with fsspec.open(str(packed), "wb", compression=fsspec_name) as file:
-        file.write(b"text\none\ntwo\n")
+    if suffix == ".zst":
+        packed.write_bytes(zstd(b"text\none\n") + zstd(b"two\n"))  # frames may follow one another
+    else:
+        with fsspec.open(str(packed), "wb", compression=files._COMPRESSIONS[suffix]) as file:
+            file.write(b"text\none\ntwo\n")
     if suffix == ".zip":  # what is inside has no suffix here
         packed.unlink()
         with zipfile.ZipFile(packed, "w") as archive:
             archive.writestr("a.csv", "text\none\ntwo\n")
     assert all_texts(files_corpus(packed)) == ["one", "two"]
+
+
+def test_compressed_parquet_is_read_whole(tmp_path):
+    Dataset.from_list([{"text": "one"}]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.parquet.zst").write_bytes(zstd((tmp_path / "a.parquet").read_bytes()))
+    (tmp_path / "b.parquet.gz").write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    for name in ("a.parquet.zst", "b.parquet.gz"):
+        assert [row["text"] for row in files.read_files({"paths": [str(tmp_path / name)], **READING})] == ["one"]
 
 
 def test_archives_are_read_like_folders(tmp_path):
@@ -281,6 +297,8 @@ def test_missing_paths_and_unreadable_folders_are_named(tmp_path):
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz is not a complete \.gz file"),
         ("a.txt.gz", gzip.compress(b"one" * 99, mtime=0)[:-12], r"a\.txt\.gz is not a complete \.gz file"),
         ("a.txt.xz", b"no xz", r"a\.txt\.xz is not a complete \.xz file"),
+        ("a.txt.zst", b"no zst", r"a\.txt\.zst is not a complete \.zst file"),
+        ("a.txt.zst", zstd(b"one" * 99)[:-4], r"a\.txt\.zst is not a complete \.zst file"),
         ("a.txt.bz2", b"no bz2", r"a\.txt\.bz2 is not a complete \.bz2 file"),
         ("a.csv.bz2", bz2.compress(b"text\none\n" * 99)[:-20], r"a\.csv\.bz2 is not a complete \.bz2 file"),
         ("a.zip", b"no zip", r"a\.zip is not a complete \.zip file"),
