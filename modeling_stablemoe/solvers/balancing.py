@@ -27,7 +27,7 @@ from torch import Tensor
 from modeling_stablemoe.model.frozen_stablemoe import BalancedTable
 from modeling_stablemoe.model.tensors_stablemoe import best_experts
 
-from .prices import newton_prices, soft_top_k, table_load
+from .prices import middle_threshold, newton_prices, soft_top_k, table_load
 
 
 # Ids per chunk; keeps what is computed for them in the cache.
@@ -37,14 +37,19 @@ BOUND_BLUR, BLUR = 3e-6, 1e-3
 MOST_STEPS = 80
 # Prices found again change little, so they begin at this temperature, as a share of the first one.
 WARM = 1 / 16
-# Which is best differs from problem to problem: all are tried. With several experts the last loses 0.1 % of the agreement at
-# most and takes a fourth of the time.
+# Which is best differs from problem to problem: all are tried. With several experts, or so many ids that prices are found of a
+# sample, the last loses 0.1 % of the agreement at most and takes a fourth of the time.
 GROWTHS = (1.1, 1.5)
 # Ids heavier than this share of an expert may look ahead on so many experts.
 HEAVY, CANDIDATES = 1 / 4, 3
 # All pairs of so many places of ids are looked at when places are changed, so often.
 MOST_EXCHANGING = 500
 MOST_EXCHANGES = 60
+# Prices are found for so many agreements at most: half of them the heaviest ids', and a sample of the others'. That is all up to
+# 16 384 ids of 128 experts, or 131 072 of 16; with more the many rare ids would take nearly all the time, and move prices little.
+PRICED = 2**21
+# ... or so many ids for each expert, where that is more: the demand for it is told from its share of them.
+PRICED_PER_EXPERT = 64
 # Stands in for the hesitation of an id that has none.
 TINY = 1e-30
 # Sums of the same numbers in another order differ by less, relatively.
@@ -85,12 +90,18 @@ class Problem(NamedTuple):
         num_experts, total = len(self.capacity_E), self.k * self.weight_V.sum().item()
         # Only the dual must be exact.
         parts = [((agreement / weight.unsqueeze(-1)).float(), weight.float()) for agreement, weight in self.chunks()]
+        # Sorting out the highest anew with every step would take longer than all the rest.
+        thresholds = [middle_threshold(value - start_E.float(), self.k) for value, _ in parts] if self.k > 1 else []
 
         def demand(price_E: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
             load_E, shared_EE = torch.zeros_like(price_E), torch.zeros(num_experts, num_experts, dtype=torch.float64)
-            for value, weight in parts:
+            for number, (value, weight) in enumerate(parts):
                 reduced = (value - price_E.float()) / temperature
-                chosen = reduced.softmax(-1) if self.k == 1 else soft_top_k(reduced, self.k)
+                if self.k == 1:
+                    chosen = reduced.softmax(-1)
+                else:
+                    chosen, threshold = soft_top_k(reduced, self.k, thresholds[number] / temperature)
+                    thresholds[number] = threshold * temperature
                 weighed = chosen * weight.unsqueeze(-1)
                 load_E += weighed.sum(0)
                 if self.k == 1:
@@ -108,6 +119,20 @@ class Problem(NamedTuple):
             yield price_E
             if temperature <= coldest:
                 break
+
+    def sampled(self) -> "Problem":
+        """Keep the heaviest ids, and let some of the lighter ones stand for all, each for as many tokens."""
+        num_experts = len(self.capacity_E)
+        num_kept = max(PRICED // num_experts, PRICED_PER_EXPERT * num_experts) // 2
+        if len(self.weight_V) <= 2 * num_kept:
+            return self
+        passed_V = self.weight_V[num_kept:].cumsum(0)
+        weight = passed_V[-1] / num_kept
+        ids = num_kept + torch.searchsorted(passed_V, (torch.arange(num_kept) + 0.5) * weight)
+        share_VE = self.agreement_VE[ids] * (weight / self.weight_V[ids]).unsqueeze(-1)
+        agreement_VE = torch.cat([self.agreement_VE[:num_kept], share_VE])
+        weight_V = torch.cat([self.weight_V[:num_kept], weight.expand(num_kept)])
+        return Problem(agreement_VE, weight_V, self.capacity_E, self.k)
 
     def without(self, table_VK: Tensor) -> "Problem":
         """Leave out the heaviest ids, which lie on the given experts."""
@@ -143,28 +168,36 @@ def place_ahead(problem: Problem, price_E: Tensor) -> tuple[Tensor, Tensor] | No
     return max(found, key=lambda each: each[0])[1:] if found else None
 
 
-def fill(problem: Problem, price_E: Tensor, growth: float, num_ahead: int) -> Tensor | None:
-    """Place all ids, the heaviest first, each on its best experts with room; return the table, None where one has none.
+def place_heavy(problem: Problem, price_E: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """Place the heaviest ids with `place_ahead`; return their table, `(count, K)`, and the others' prices.
+
+    None where one has no room.
+    """
+    table_VK = torch.zeros(0, problem.k, dtype=torch.long)
+    for _ in range(count):
+        ahead = place_ahead(problem.without(table_VK).sampled(), price_E)
+        if ahead is None:
+            return None
+        expert_K, price_E = ahead
+        table_VK = torch.cat([table_VK, expert_K.unsqueeze(0)])
+    return table_VK, price_E
+
+
+def fill(problem: Problem, placed_VK: Tensor, price_E: Tensor, growth: float) -> Tensor | None:
+    """Place all other ids, the heaviest first, each on its best experts with room; return the table, None where one has none.
 
     Args:
         problem (`Problem`): the ids.
+        placed_VK (`torch.LongTensor` of shape `(C, K)`): experts of the heaviest, that are placed; fewer than all.
         price_E (`torch.DoubleTensor` of shape `(E,)`): to begin with.
         growth (`float`): of the number of placed ids before prices are found again.
-        num_ahead (`int`): ids that look ahead; fewer than all.
     """
     k = problem.k
-    table, num_placed = [torch.zeros(0, k, dtype=torch.long)], 0
+    table, num_placed = [placed_VK], len(placed_VK)
     while num_placed < len(problem.weight_V):
         rest = problem.without(torch.cat(table))
-        if num_placed < num_ahead:
-            if (ahead := place_ahead(rest, price_E)) is None:
-                return None
-            expert_K, price_E = ahead
-            table.append(expert_K.unsqueeze(0))
-            num_placed += 1
-            continue
-        if num_placed > num_ahead:
-            *_, price_E = rest.prices(price_E, WARM, BLUR)
+        if len(table) > 1:
+            *_, price_E = rest.sampled().prices(price_E, WARM, BLUR)
         count = math.ceil((growth - 1) * num_placed) or 1
         value_VE = rest.agreement_VE[:count] - rest.weight_V[:count].unsqueeze(-1) * price_E
         best = value_VE.topk(k + 1, dim=-1)
@@ -259,11 +292,13 @@ def place(problem: Problem, packed_VK: Tensor | None) -> tuple[Tensor, float] | 
     table_VK = best_experts(problem.agreement_VE, problem.k).view(-1, problem.k)
     if (table_load(table_VK, problem.weight_V, len(problem.capacity_E)) <= problem.capacity_E).all():
         return table_VK, 0.0
-    price_E = min(problem.prices(torch.zeros_like(problem.capacity_E), 1.0, BOUND_BLUR), key=problem.dual)
+    priced = problem.sampled()
+    price_E = min(priced.prices(torch.zeros_like(problem.capacity_E), 1.0, BOUND_BLUR), key=priced.dual)
     num_heavy = int((problem.weight_V[:-1] > HEAVY * problem.capacity_E.max()).sum())
-    growths = GROWTHS if problem.k == 1 else GROWTHS[-1:]
-    ways = [(growth, num_ahead) for growth in growths for num_ahead in {0, num_heavy}]
-    tables = [table_VK for way in ways if (table_VK := fill(problem, price_E, *way)) is not None]
+    growths = GROWTHS if problem.k == 1 and priced is problem else GROWTHS[-1:]
+    starts = [start for count in {0, num_heavy} if (start := place_heavy(problem, price_E, count)) is not None]
+    ways = [(*start, growth) for growth in growths for start in starts]
+    tables = [table_VK for way in ways if (table_VK := fill(problem, *way)) is not None]
     tables = tables or ([] if packed_VK is None else [packed_VK])
     if not tables:
         return None

@@ -64,21 +64,32 @@ def newton_prices(
         temperature /= 2
 
 
-def soft_top_k(value_TE: Tensor, k: int) -> Tensor:
+def middle_threshold(value_TE: Tensor, k: int) -> Tensor:
+    """Return the middle between the k-th and the next value of each row, `(T, 1)`: there `soft_top_k` begins."""
+    highest = value_TE.topk(k + 1).values
+    return (highest[:, k - 1] + highest[:, k]).unsqueeze(-1) / 2
+
+
+def soft_top_k(value_TE: Tensor, k: int, threshold_T1: Tensor) -> tuple[Tensor, Tensor]:
     """Share k choices among experts: the sigmoids of a row, less a threshold of its own, sum to k.
 
     The largest sum of shares in [0, 1], each with its entropy: what a softmax is for one choice.
+
+    Args:
+        value_TE (`torch.Tensor` of shape `(T, E)`): in temperatures.
+        k (`int`): choices of a row, fewer than E.
+        threshold_T1 (`torch.Tensor` of shape `(T, 1)`): to begin with, a few temperatures off at most.
+
+    Returns:
+        The shares, `(T, E)`, and the thresholds, `(T, 1)`.
     """
-    highest = value_TE.topk(k + 1).values
-    # Few shares hesitate here, so Newton's steps are of the size of a temperature.
-    threshold_T = (highest[:, k - 1] + highest[:, k]).unsqueeze(-1) / 2
     for _ in range(THRESHOLD_STEPS):
-        share_TE = (value_TE - threshold_T).sigmoid()
+        share_TE = (value_TE - threshold_T1).sigmoid()
         sum_T = share_TE.sum(-1)
         slope_T = sum_T - torch.linalg.vecdot(share_TE, share_TE)
         step_T = (sum_T - k) / slope_T.clamp(min=torch.finfo(slope_T.dtype).tiny)
-        threshold_T = threshold_T + step_T.clamp(-LONGEST_STEP, LONGEST_STEP).unsqueeze(-1)
-    return (value_TE - threshold_T).sigmoid()
+        threshold_T1 = threshold_T1 + step_T.clamp(-LONGEST_STEP, LONGEST_STEP).unsqueeze(-1)
+    return (value_TE - threshold_T1).sigmoid(), threshold_T1
 
 
 def table_load(table_V: Tensor, weight_V: Tensor, num_experts: int) -> Tensor:
@@ -87,4 +98,4 @@ def table_load(table_V: Tensor, weight_V: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(num_experts, dtype=torch.float64).index_add(0, table_V.flatten(), weight)
 
 
-__all__ = ["newton_prices", "soft_top_k", "table_load"]
+__all__ = ["middle_threshold", "newton_prices", "soft_top_k", "table_load"]

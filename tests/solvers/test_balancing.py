@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from modeling_stablemoe.solvers import balancing
 from modeling_stablemoe.solvers.balancing import BalancedTable, balanced_table
 
 
@@ -273,6 +274,37 @@ def test_bands_of_frequency_spread_frequent_ids_more_evenly_for_some_agreement()
     assert loads[1].std() < loads[0].std()
     assert banded.agreement <= plain.agreement
     assert banded.limit == plain.limit
+
+
+# Prices of a sample
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_prices_of_a_sample_keep_nearly_what_those_of_all_ids_keep(k, monkeypatch):
+    agreement, counts = zipf_problem(3000, 16, 30_000.0, seed=k)
+    whole = balanced_table(agreement, counts, 1.2, k=k)
+    monkeypatch.setattr(balancing, "PRICED", 1000 * 16)
+    sampled, again = (balanced_table(agreement, counts, 1.2, k=k) for _ in range(2))
+    assert_consistent(sampled, agreement, counts, k)
+    assert torch.equal(sampled.table, again.table)
+    assert not torch.equal(sampled.table, whole.table)
+    assert sampled.limit == pytest.approx(whole.limit)
+    assert sampled.agreement >= (1 - 2e-3) * whole.agreement
+    assert sampled.bound == pytest.approx(whole.bound, rel=2e-3)
+
+
+def test_sample_weighs_what_all_ids_weigh_and_begins_with_the_heaviest(monkeypatch):
+    agreement, counts = zipf_problem(6000, 16, 30_000.0)
+    counts, order = counts.double().sort(descending=True)
+    problem = balancing.Problem(agreement[order], counts, torch.ones(16, dtype=torch.double), 2)
+    monkeypatch.setattr(balancing, "PRICED", 2000 * 16)
+    sampled = problem.sampled()
+    assert torch.equal(sampled.agreement_VE[:1000], problem.agreement_VE[:1000])
+    assert sampled.weight_V.sum().item() == pytest.approx(counts.sum().item())
+    total = problem.agreement_VE.sum(0)
+    torch.testing.assert_close(sampled.agreement_VE.sum(0), total, rtol=0.1, atol=0)
+    monkeypatch.setattr(balancing, "PRICED", 6000 * 16)
+    assert problem.sampled() is problem
 
 
 # Several experts per token
