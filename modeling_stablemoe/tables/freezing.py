@@ -143,7 +143,7 @@ def measure_freezing(
     facts = [facts_of(model, layer) for layer in layers]
     if not layers:
         raise ValueError(f"No layer of this {type(model).__name__} routes by a learned choice.")
-    counts = count_routes(model, counted, layers, folder, show_progress)
+    counts = count_routes(model, counted, layers, folder, show_progress, with_first=True)
     made = make_tables(counts, max_load, facts[0].k, folder, show_progress)
     seen = count_routes(model, held_out, layers, show_progress=show_progress)
     kept = _Losses(model, made.tables, layers, held_out, folder)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -28,6 +28,7 @@ from modeling_stablemoe.solvers.balancing import balanced_table
 from modeling_stablemoe.solvers.hash_tables import balanced_hash_table
 
 from .installing import check_tables, routers_of
+from .recording import RoutedPass, RouteRecorder
 
 
 COUNTS_NAME = "route_counts.safetensors"
@@ -45,14 +46,14 @@ class RouteCounts:
         layers (`list[int]`): indices of the blocks, L of them; of a StableMoE the numbers of its MoE layers.
         tokens (`torch.LongTensor` of shape `(V,)`): how often each token id occurs.
         chosen (`torch.IntTensor` of shape `(L, V, E)`): how many of its tokens had the expert among their k.
-        first (`torch.IntTensor` of shape `(L, V, E)`): how many gave it the largest weight.
+        first (`torch.IntTensor` of shape `(L, V, E)`, *optional*): how many gave it the largest weight.
         k (`int`): experts of a token.
     """
 
     layers: list[int]
     tokens: Tensor
     chosen: Tensor
-    first: Tensor
+    first: Tensor | None
     k: int
 
 
@@ -75,76 +76,66 @@ class RouteCounter:
         model (`PreTrainedModel`): a decoder of transformers with experts, with any head.
         layers (sequence of `int`, *optional*): indices of blocks. Default: all with experts.
         in_training (`bool`): count passes in training mode alone, or in eval mode alone.
+        with_first (`bool`): count the experts of the largest weight, too.
 
     Attributes:
         counts (`RouteCounts`): so far, on the CPU.
+        is_counting (`bool`): whether passes are counted now.
 
     Raises:
         ValueError: for a model without experts, or `layers` that it does not have.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[int] | None = None, in_training: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[int] | None = None,
+        in_training: bool = False,
+        with_first: bool = False,
+    ):
         routers = routers_of(model)
         layers = list(routers if layers is None else layers)
         if not set(layers) <= routers.keys():
             raise ValueError(f"`layers` is {layers}; pass some of those with experts: {list(routers)}.")
-        self._decoder, self._routers = model.base_model, [routers[index] for index in layers]
-        self.counts = _no_counts(layers, model.config.vocab_size, self._routers[0].weight.shape[0])
-        self.in_training = in_training
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self._handles: list = []
+        self._places = [list(routers).index(index) for index in layers]
+        num_experts = routers[layers[0]].weight.shape[0]
+        self.counts = _no_counts(layers, model.config.vocab_size, num_experts, with_first)
+        self.in_training, self.is_counting = in_training, False
+        self._decoder, self._recorder = model.base_model, RouteRecorder(model, self._count)
 
     def __enter__(self) -> "RouteCounter":
-        self._handles = [self._decoder.register_forward_hook(self._count, with_kwargs=True)]
-        for layer, router in enumerate(self._routers):
-            self._handles.append(router.register_forward_hook(partial(self._see, layer)))
+        self._recorder.__enter__()
+        self.is_counting = True
         return self
 
     def __exit__(self, *error):
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._recorder.__exit__()
+        self.is_counting = False
 
-    @property
-    def is_counting(self) -> bool:
-        """`bool`: whether passes are counted now."""
-        return bool(self._handles)
-
-    def _see(self, layer: int, router: nn.Module, args: tuple, output: tuple):
-        self._seen[layer] = output[1].detach(), output[2].detach()
-
-    def _count(self, decoder: nn.Module, args: tuple, kwargs: dict, output: object):
-        if decoder.training != self.in_training:
+    def _count(self, routed: RoutedPass):
+        if self._decoder.training != self.in_training:
             return
-        input_ids = args[0] if args else kwargs.get("input_ids")
-        if input_ids is None:
-            raise ValueError("Routes are counted by token id, which `inputs_embeds` do not tell: pass `input_ids`.")
-        mask = final_token_mask(kwargs.get("attention_mask"), input_ids.shape[1])
-        for layer, (weight_TK, index_TK) in self._seen.items():
-            first_T = index_TK.gather(1, weight_TK.argmax(-1, keepdim=True))
-            _add(self.counts, layer, input_ids, mask, index_TK, first_T)
-        _add_tokens(self.counts, input_ids, mask)
-        self._seen.clear()
+        mask = final_token_mask(routed.arguments.get("attention_mask"), routed.input_ids.shape[1])
+        _add(self.counts, routed.input_ids, mask, routed.routes[self._places], routed.first[self._places])
 
 
-def _no_counts(layers: list[int], vocab_size: int, num_experts: int) -> RouteCounts:
+def _no_counts(layers: list[int], vocab_size: int, num_experts: int, with_first: bool) -> RouteCounts:
     tokens = torch.zeros(vocab_size, dtype=torch.long)
-    chosen, first = (torch.zeros(len(layers), vocab_size, num_experts, dtype=torch.int32) for _ in range(2))
-    return RouteCounts(layers, tokens, chosen, first, 1)
+    chosen = torch.zeros(len(layers), vocab_size, num_experts, dtype=torch.int32)
+    return RouteCounts(layers, tokens, chosen, torch.zeros_like(chosen) if with_first else None, 1)
 
 
-def _add_tokens(counts: RouteCounts, input_ids: Tensor, mask: Tensor | None):
-    ids_T = (input_ids.flatten() if mask is None else input_ids[mask]).cpu()
-    counts.tokens += torch.bincount(ids_T, minlength=len(counts.tokens))
-
-
-def _add(counts: RouteCounts, layer: int, input_ids: Tensor, mask: Tensor | None, index_TK: Tensor, first_T: Tensor):
-    is_real_T = slice(None) if mask is None else mask.flatten().to(index_TK.device)
-    ids_T = input_ids.flatten().to(index_TK.device)[is_real_T].unsqueeze(-1)
-    counts.k = index_TK.shape[1]
-    for counts_VE, chosen_TK in ((counts.chosen[layer], index_TK), (counts.first[layer], first_T)):
-        places = (ids_T * counts_VE.shape[1] + chosen_TK[is_real_T]).flatten().cpu()
-        counts_VE.view(-1).index_add_(0, places, torch.ones(len(places), dtype=torch.int32))
+def _add(counts: RouteCounts, input_ids: Tensor, mask: Tensor | None, routes_LBSK: Tensor, first_LBS: Tensor):
+    ids_BS, counts.k = input_ids.to(routes_LBSK.device), routes_LBSK.shape[-1]
+    is_real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask is None else mask.to(ids_BS.device)
+    ids_T1 = ids_BS[is_real_BS].unsqueeze(-1)
+    counts.tokens += torch.bincount(ids_T1.flatten().cpu(), minlength=len(counts.tokens))
+    for counts_LVE, chosen_LBSK in ((counts.chosen, routes_LBSK), (counts.first, first_LBS.unsqueeze(-1))):
+        if counts_LVE is None:
+            continue
+        for counts_VE, chosen_BSK in zip(counts_LVE, chosen_LBSK, strict=True):
+            places = (ids_T1 * counts_VE.shape[1] + chosen_BSK[is_real_BS]).flatten().cpu()
+            counts_VE.view(-1).index_add_(0, places, torch.ones(len(places), dtype=torch.int32))
 
 
 @torch.no_grad()
@@ -154,11 +145,12 @@ def count_routes(
     layers: Sequence[int] | None = None,
     folder: str | Path | None = None,
     show_progress: bool = False,
+    with_first: bool = False,
 ) -> RouteCounts:
     """Count where a model in eval mode routes the tokens of a text.
 
-    This takes 8 bytes of memory per layer, token id and expert: 7.4 GB for 48 layers of 128 experts and 150 000 ids. Count
-    fewer `layers` at a time where that is too much.
+    This takes 4 bytes of memory per layer, token id and expert, twice as much `with_first`: 3.7 GB for 48 layers of 128 experts
+    and 150 000 ids. Count fewer `layers` at a time where that is too much.
 
     Args:
         model (`PreTrainedModel`): a decoder of transformers with experts, with any head, or a StableMoE without encoder.
@@ -168,6 +160,7 @@ def count_routes(
         folder (`str` or `Path`, *optional*): that exists; keeps the counts every 200 batches and at the end, so that a count
             which was interrupted goes on from there, with the same model and batches.
         show_progress (`bool`): show a progress bar.
+        with_first (`bool`): count the experts of the largest weight, too; tables are not made of them.
 
     Returns:
         `RouteCounts`, on the CPU.
@@ -181,10 +174,10 @@ def count_routes(
     with ExitStack() as stack:
         if isinstance(model, TwoStageRoutingMixin):
             layers = list(range(model.config.num_moe_layers) if layers is None else layers)
-            counts = _no_counts(layers, model.config.vocab_size, model.config.num_experts)
+            counts = _no_counts(layers, model.config.vocab_size, model.config.num_experts, with_first)
             run = partial(_count_stable, model, counts)
         else:
-            counts = stack.enter_context(RouteCounter(model, layers)).counts
+            counts = stack.enter_context(RouteCounter(model, layers, with_first=with_first)).counts
             run = partial(model.base_model, use_cache=False)
         digest = hashlib.sha256()
         done = _resume(counts, file, batches, digest)
@@ -205,11 +198,9 @@ def _count_stable(
     model: TwoStageRoutingMixin, counts: RouteCounts, input_ids: Tensor, attention_mask: Tensor | None = None
 ):
     mask = final_token_mask(attention_mask, input_ids.shape[1])
-    routes = model.route(input_ids, attention_mask)
-    for place, layer in enumerate(counts.layers):
-        expert_TK = routes[layer].reshape(input_ids.numel(), -1)
-        _add(counts, place, input_ids, mask, expert_TK, expert_TK[:, :1])
-    _add_tokens(counts, input_ids, mask)
+    routes = model.route(input_ids, attention_mask)[counts.layers]
+    routes_LBSK = routes.view(len(routes), *input_ids.shape, -1)
+    _add(counts, input_ids, mask, routes_LBSK, routes_LBSK[..., 0])
 
 
 def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -224,8 +215,13 @@ def _update(digest, inputs: dict[str, Tensor]):
 def save_counts(counts: RouteCounts, file: Path, metadata: dict[str, str]):
     """Write counts to a file, whole or not at all."""
     metadata = {"layers": json.dumps(counts.layers), "k": str(counts.k), **metadata}
-    tensors = {"tokens": counts.tokens, "chosen": counts.chosen, "first": counts.first}
+    tensors = _tensors(counts)
     replace_file(file, lambda partial_file: save_file(tensors, partial_file, metadata=metadata))
+
+
+def _tensors(counts: RouteCounts) -> dict[str, Tensor]:
+    tensors = {"tokens": counts.tokens, "chosen": counts.chosen, "first": counts.first}
+    return {name: values for name, values in tensors.items() if values is not None}
 
 
 def load_counts(counts: RouteCounts, file: Path):
@@ -235,15 +231,16 @@ def load_counts(counts: RouteCounts, file: Path):
         ValueError: if they are of other layers, or of a model of another shape.
     """
     with safe_open(file, "pt") as kept:
-        metadata = kept.metadata()
-        if json.loads(metadata["layers"]) != counts.layers or (
-            kept.get_slice("chosen").get_shape() != list(counts.chosen.shape)
+        metadata, tensors = kept.metadata(), _tensors(counts)
+        if json.loads(metadata["layers"]) != counts.layers or any(
+            name not in kept.keys() or kept.get_slice(name).get_shape() != list(values.shape)
+            for name, values in tensors.items()
         ):
             raise ValueError(
                 f"{file} holds counts of another model or other layers. Remove it, or name another folder."
             )
-        for name in ("tokens", "chosen", "first"):
-            getattr(counts, name).copy_(kept.get_tensor(name))
+        for name, values in tensors.items():
+            values.copy_(kept.get_tensor(name))
     counts.k = int(metadata["k"])
 
 
@@ -274,11 +271,10 @@ def counts_of_tables(tables: Tensor, token_counts: Tensor, num_experts: int) -> 
         `RouteCounts`: of layers 0 to L - 1.
     """
     tables = tables.long().cpu()
-    counts = _no_counts(list(range(len(tables))), tables.shape[1], num_experts)
+    counts = _no_counts(list(range(len(tables))), tables.shape[1], num_experts, False)
     count_V = token_counts.to("cpu", torch.int32).unsqueeze(-1)
-    for chosen, first, table in zip(counts.chosen, counts.first, tables, strict=True):
+    for chosen, table in zip(counts.chosen, tables, strict=True):
         chosen.scatter_(1, table, count_V.expand(table.shape))
-        first.scatter_(1, table[:, :1], count_V)
     counts.tokens.copy_(token_counts)
     counts.k = tables.shape[2]
     return counts

@@ -23,11 +23,13 @@ class RoutedPass(NamedTuple):
     Attributes:
         input_ids (`torch.LongTensor` of shape `(B, S)`): tokens.
         routes (`torch.LongTensor` of shape `(L, B, S, K)`): experts, in ascending order.
+        first (`torch.LongTensor` of shape `(L, B, S)`): the expert of the largest weight.
         arguments (`dict`): what else the decoder was given, by name.
     """
 
     input_ids: Tensor
     routes: Tensor
+    first: Tensor
     arguments: dict[str, Any]
 
 
@@ -45,7 +47,7 @@ class RouteRecorder:
     def __init__(self, model: PreTrainedModel, on_pass: Callable[[RoutedPass], object]):
         self._decoder, self._on_pass = model.base_model, on_pass
         self._choosers = choosers_of(model)
-        self._seen: dict[int, Tensor] = {}
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self._handles: list = []
 
     def __enter__(self) -> "RouteRecorder":
@@ -60,9 +62,9 @@ class RouteRecorder:
         self._handles = []
 
     def _see(self, layer: int, chooser: nn.Module, args: tuple, output: tuple):
-        # Logits, if any, weights, and the choice, which some versions of transformers return first.
+        # Logits, if any, weights, and the choice, which some versions of transformers return first, and logits last.
         index_TK = next(values for values in output if values is not None and not values.is_floating_point())
-        self._seen[layer] = index_TK.detach()
+        self._seen[layer] = index_TK, index_TK.gather(1, output[1].detach().argmax(-1, keepdim=True))
 
     def _hand_on(self, decoder: nn.Module, args: tuple, kwargs: dict, output: object):
         input_ids = args[0] if args else kwargs.get("input_ids")
@@ -70,10 +72,13 @@ class RouteRecorder:
             raise ValueError(
                 "Routes are recorded with their tokens, which `inputs_embeds` do not tell: pass `input_ids`."
             )
-        routes = torch.stack([self._seen[layer].to(input_ids.device) for layer in range(len(self._choosers))])
+        in_order = [self._seen[layer] for layer in range(len(self._choosers))]
         self._seen.clear()
-        routes_LBSK = routes.view(len(routes), *input_ids.shape, -1).sort(-1).values
-        self._on_pass(RoutedPass(input_ids, routes_LBSK, kwargs))
+        routes_LBSK, first_LBS1 = (
+            torch.stack([each.to(input_ids.device).view(*input_ids.shape, -1) for each in layers])
+            for layers in zip(*in_order, strict=True)
+        )
+        self._on_pass(RoutedPass(input_ids, routes_LBSK.sort(-1).values, first_LBS1.squeeze(-1), kwargs))
 
 
 def choosers_of(model: PreTrainedModel) -> list[nn.Module]:

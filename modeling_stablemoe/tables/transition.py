@@ -187,8 +187,8 @@ def _summed(counts: RouteCounts, model: PreTrainedModel) -> RouteCounts:
     def total(values: Tensor) -> Tensor:
         return sum_across_processes(values.to(model.device, copy=True)).cpu()
 
-    chosen, first = (torch.stack(list(map(total, layers))) for layers in (counts.chosen, counts.first))
-    return RouteCounts(counts.layers, total(counts.tokens), chosen, first, counts.k)
+    chosen = torch.stack(list(map(total, counts.chosen)))
+    return RouteCounts(counts.layers, total(counts.tokens), chosen, None, counts.k)
 
 
 __all__ = ["TableTransitionCallback"]
