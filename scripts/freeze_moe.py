@@ -40,7 +40,9 @@ from modeling_stablemoe.tables import (
 class FreezeArguments:
     """What to measure, and what to write besides the table on the standard output."""
 
-    max_load: float = field(default=1.2, metadata={"help": "Tokens allowed on one expert, in mean loads."})
+    max_load: float | None = field(
+        default=None, metadata={"help": "Tokens allowed on one expert, in mean loads. Default: any number."}
+    )
     block_size: int = field(default=512, metadata={"help": "Tokens of a sequence."})
     batch_size: int = field(default=8, metadata={"help": "Sequences of a pass."})
     held_out: float = field(default=0.2, metadata={"help": "Share of the sequences that perplexity is measured on."})

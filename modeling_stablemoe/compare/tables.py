@@ -79,10 +79,12 @@ class TableSystem(System):
     Args:
         tables_of (`str`, *optional*): an earlier system whose finished model, of the same seed, the tables are made of.
         model_of (`str`, *optional*): an earlier system whose finished model is frozen, and not trained.
+        max_load (`float`, *optional*): tokens allowed on one expert by its tables, in mean loads. Default: that of all systems.
     """
 
     tables_of: str | None = None
     model_of: str | None = None
+    max_load: float | None = None
 
     def __post_init__(self):
         """Check that the settings go together."""
@@ -96,6 +98,10 @@ class TableSystem(System):
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"The system {self.name!r} has {' and '.join(given)}: its tables come from one of them.")
+        if self.max_load is not None and self.max_load < 1:
+            raise ValueError(
+                f"`max_load` of the system {self.name!r} must be at least 1, the mean load, got {self.max_load}."
+            )
         if self.settled_change is not None or self.hold_until_ready is not None:
             raise ValueError(
                 f"The system {self.name!r} has `settled_change` or `hold_until_ready`, which are a StableMoE's: leave them out."
@@ -159,7 +165,7 @@ class TableComparison(Comparison):
             results = json.loads(self.results_of(system.model_of, seed).read_text())
             model = self._trained(system.model_of, seed)
             counted, held_out = self._counted(seed), self._batches(self.blocks["validation"])
-            report, made = measure_freezing(model, counted, held_out, self.model_args.max_load, path.parent)
+            report, made = measure_freezing(model, counted, held_out, self._max_load(system), path.parent)
             install_tables(model, made.tables, [row.layer for row in report.layers])
             save_tables(model, path.parent)
             load = self._load(model)
@@ -186,8 +192,11 @@ class TableComparison(Comparison):
         callbacks = []
         stage1 = system.routing(0, 0).stage1
         if stage1 is not None:
-            callbacks = [TableTransitionCallback(stage1, self.model_args.count_steps, self.model_args.max_load)]
+            callbacks = [TableTransitionCallback(stage1, self.model_args.count_steps, self._max_load(system))]
         return [*callbacks, CheckpointManifestCallback()]
+
+    def _max_load(self, system: TableSystem) -> float:
+        return self.model_args.max_load if system.max_load is None else system.max_load
 
     def _first_tables(self, model: PreTrainedModel, system: TableSystem, seed: int) -> Tensor | None:
         if system.hash_table is None and system.tables_of is None:
@@ -206,7 +215,7 @@ class TableComparison(Comparison):
             counts = count_tokens(self.blocks["train"], model.config.vocab_size)
             return hash_tables(counts, len(layers), num_experts, k, seed)
         counts = count_routes(self._trained(system.tables_of, seed), self._counted(seed), layers)
-        return make_tables(counts, self.model_args.max_load).tables
+        return make_tables(counts, self._max_load(system)).tables
 
     def measure_routing(self, trainer: BlockTrainer) -> dict:
         """Measure the load of the experts on the validation text; every process must call this."""

@@ -32,11 +32,11 @@ class LayerFreezing:
         first (`float`): share of the counted tokens whose best expert is the most frequent one of their id.
         chosen (`float`): share of the counted tokens' experts that are among the k most frequent ones of their id: what the
             best table keeps.
-        kept (`float`): share that the balanced table keeps.
+        kept (`float`): share that the table keeps.
         bound (`float`): share that no table within the limit of load exceeds.
-        held_out (`float`): share of the experts of the held-out tokens that are those of the balanced table.
+        held_out (`float`): share of the experts of the held-out tokens that are those of the table.
         load_before (`float`): max/mean load of the experts, as the model routes the counted text.
-        load_after (`float`): the same under the balanced table.
+        load_after (`float`): the same under the table.
         alone (`int`): ids that exceed the limit of load by themselves.
         perplexity_alone (`float`): of the held-out text, with this layer frozen.
         perplexity_up_to (`float`): with this layer and all before it frozen.
@@ -62,7 +62,7 @@ class FreezingReport:
     Attributes:
         num_experts (`int`): experts of a layer.
         k (`int`): experts of a token.
-        max_load (`float`): asked limit of load, in mean loads.
+        max_load (`float` or `None`): asked limit of load, in mean loads.
         counted_tokens (`int`): tokens that the tables were made of.
         held_out_tokens (`int`): tokens that were predicted.
         perplexity (`float`): of the held-out text, with all routers as they are.
@@ -71,7 +71,7 @@ class FreezingReport:
 
     num_experts: int
     k: int
-    max_load: float
+    max_load: float | None
     counted_tokens: int
     held_out_tokens: int
     perplexity: float
@@ -113,7 +113,7 @@ def measure_freezing(
     model: PreTrainedModel,
     counted: Sequence[Mapping[str, Tensor]],
     held_out: Sequence[Mapping[str, Tensor]],
-    max_load: float,
+    max_load: float | None,
     folder: str | Path | None = None,
     show_progress: bool = False,
 ) -> tuple[FreezingReport, MadeTables]:
@@ -126,7 +126,7 @@ def measure_freezing(
         counted (sequence of mappings): batches that the tables are made of: `input_ids` of shape `(batch, sequence)` and, with
             padding, `attention_mask`.
         held_out (sequence of mappings): batches on which perplexity is measured.
-        max_load (`float`): tokens allowed on one expert, in mean loads; >= 1.
+        max_load (`float` or `None`): tokens allowed on one expert, in mean loads; >= 1. `None`: any number.
         folder (`str` or `Path`, *optional*): that exists; keeps counts, tables and perplexities as they come, so that work which
             was interrupted goes on from there.
         show_progress (`bool`): show progress bars.
@@ -264,7 +264,7 @@ def format_freezing(report: FreezingReport) -> str:
         "layer": "layer",
         "first": "first expert by token",
         "chosen": f"{report.k} experts by token",
-        "kept": "balanced table",
+        "kept": "table",
         "bound": "at most possible",
         "held_out": "on held-out text",
         "load": "load max/mean before / after",
@@ -272,10 +272,10 @@ def format_freezing(report: FreezingReport) -> str:
         "perplexity_alone": "perplexity, this layer frozen",
         "perplexity_up_to": "up to this layer",
     }
+    limit = "without a limit of load" if report.max_load is None else f"within {report.max_load:g} mean loads"
     return (
-        f"{report.k} of {report.num_experts} experts per token; tables of {report.counted_tokens:,} tokens within "
-        f"{report.max_load:g} mean loads; perplexity {report.perplexity:.4g} on {report.held_out_tokens:,} held-out tokens, no layer "
-        f"frozen.\n\n{format_table(rows, headings)}"
+        f"{report.k} of {report.num_experts} experts per token; tables of {report.counted_tokens:,} tokens {limit}; "
+        f"perplexity {report.perplexity:.4g} on {report.held_out_tokens:,} held-out tokens, no layer frozen.\n\n{format_table(rows, headings)}"
     )
 
 
@@ -328,7 +328,7 @@ def plot_freezing(report: FreezingReport):
     shares = {
         "first": "first expert by token",
         "chosen": f"{report.k} experts by token",
-        "held_out": "balanced table, held-out text",
+        "held_out": "table, held-out text",
     }
     for index, (name, label) in enumerate(shares.items()):
         left.plot(layers, [getattr(row, name) for row in report.layers], marker="o", label=label, **line_style(index))

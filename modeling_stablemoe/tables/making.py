@@ -282,7 +282,7 @@ def counts_of_tables(tables: Tensor, token_counts: Tensor, num_experts: int) -> 
 
 def make_tables(
     counts: RouteCounts,
-    max_load: float,
+    max_load: float | None,
     k: int | None = None,
     folder: str | Path | None = None,
     show_progress: bool = False,
@@ -294,7 +294,8 @@ def make_tables(
 
     Args:
         counts (`RouteCounts`): of a teacher, or of other tables.
-        max_load (`float`): tokens allowed on one expert, in mean loads; >= 1.
+        max_load (`float` or `None`): tokens allowed on one expert, in mean loads; >= 1. `None`: any number, each id keeps the
+            experts that it had most often.
         k (`int`, *optional*): experts of a token. Default: as many as were counted.
         folder (`str` or `Path`, *optional*): that exists; keeps the table of each layer as soon as it is made, so that work
             which was interrupted goes on from there.
@@ -307,6 +308,8 @@ def make_tables(
         ValueError: for a `max_load` below 1, or more experts per token than there are.
     """
     k = counts.k if k is None else k
+    if max_load is None:
+        max_load = float(counts.chosen.shape[-1])  # all tokens on one expert
     made = []
     for layer in tqdm(range(len(counts.layers)), desc="Balancing", unit=" layers", disable=not show_progress):
         file = None if folder is None else Path(folder) / f"table-{counts.layers[layer]}.safetensors"

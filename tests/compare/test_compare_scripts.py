@@ -67,6 +67,7 @@ class TablesWorkplace(CompareWorkplace):
 never: {config: &olmoe {model_type: olmoe, hidden_size: 16, intermediate_size: 8, num_hidden_layers: 2, num_attention_heads: 2,
   num_experts: 6, num_experts_per_tok: 2, max_position_embeddings: 16, output_router_logits: true, router_aux_loss_coef: 0.5}}
 after: {config: *olmoe, model_of: never}
+any-load: {config: *olmoe, model_of: never, max_load: 6}
 middle: {config: *olmoe, stage1_steps: 0.5}
 zeros: {config: &v4 {model_type: deepseek_v4, hidden_size: 16, moe_intermediate_size: 8, num_hidden_layers: 2,
   num_attention_heads: 2, num_key_value_heads: 1, head_dim: 8, q_lora_rank: 8, o_lora_rank: 4, o_groups: 2, hc_mult: 2,
@@ -355,7 +356,7 @@ def tables_of(folder: Path) -> torch.Tensor:
 def test_models_are_compared_within_their_family(tables, tabulated):
     results = results_of(tables.folder / "all")
     families = {
-        "olmoe": ["never", "after", "middle"],
+        "olmoe": ["never", "after", "any-load", "middle"],
         "deepseek_v4": ["zeros", "random", "balanced", "topk", "learned"],
     }
     assert [row["system"] for row in results["systems"]] == sum(families.values(), [])
@@ -389,6 +390,9 @@ def test_a_finished_model_is_frozen_without_training(tables, tabulated):
     load_tables(model, folder)
     assert torch.equal(installed_tables(model), tables_of(folder).int())
     assert "### after, by layer" in tabulated
+    free = results_of(tables.folder / "all" / "any-load" / "seed-0")["freezing"]
+    assert all(row["kept"] == row["chosen"] for row in free["layers"])  # no token is sent elsewhere
+    assert any(row["kept"] < row["chosen"] for row in result["freezing"]["layers"])
 
 
 def test_models_have_the_tables_that_their_systems_name(tables, tabulated, seen):
@@ -438,6 +442,7 @@ def test_a_killed_run_resumes_with_its_tables_and_experts(tables, tabulated, ste
         ("a: {config: {model_type: olmoe}, stage1_steps: 0.5, settled_change: 0.1}", "'a' has `settled_change` or"),
         ("a: {config: {model_type: olmoe}, hash_table: .}", "`hash_table` of the system 'a' must be one of"),
         ("a: {config: {model_type: olmoe}, model_of: b}", "System 'a' needs 'b' trained"),
+        ("a: {config: {model_type: olmoe}, max_load: 0.5}", "`max_load` of the system 'a' must be at least 1"),
     ],
 )
 def test_tables_that_cannot_be_compared_are_one_line_and_train_nothing(tables, said, systems, message):

@@ -124,6 +124,11 @@ def test_script_writes_table_json_figure_card_and_tables(tmp_path, capsys):
     load_tables(model, tmp_path / "tables")
     script.main([f"{folder}/model", *options, *files])
     assert capsys.readouterr().out == printed
+    # Under no limit each id keeps the experts that it had most often.
+    script.main([f"{folder}/model", *options[:-2], "--json", f"{folder}/free.json"])
+    assert "without a limit of load" in capsys.readouterr().out
+    free = json.loads((tmp_path / "free.json").read_text())
+    assert all(row["kept"] == row["chosen"] for row in free["layers"])
     for wrong, message in (
         (["--block_size", "5000"], "too short; give more, or lower --block_size"),
         (["--json", f"{folder}/nowhere/report.json"], "--json: there is no folder"),
