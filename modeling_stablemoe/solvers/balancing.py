@@ -27,7 +27,7 @@ from torch import Tensor
 from modeling_stablemoe.model.frozen_stablemoe import BalancedTable
 from modeling_stablemoe.model.tensors_stablemoe import best_experts
 
-from .prices import middle_threshold, newton_prices, soft_top_k, table_load
+from .prices import newton_prices, soft_top_k, table_load
 
 
 # Ids per chunk; keeps what is computed for them in the cache.
@@ -38,7 +38,7 @@ MOST_STEPS = 80
 # Prices found again change little, so they begin at this temperature, as a share of the first one.
 WARM = 1 / 16
 # Which is best differs from problem to problem: all are tried. With several experts, or so many ids that prices are found of a
-# sample, the last loses 0.1 % of the agreement at most and takes a fourth of the time.
+# sample, the last loses 0.1 % of the agreement at most and takes a fourth of the time; the other is for when it finds no table.
 GROWTHS = (1.1, 1.5)
 # Ids heavier than this share of an expert may look ahead on so many experts.
 HEAVY, CANDIDATES = 1 / 4, 3
@@ -90,8 +90,8 @@ class Problem(NamedTuple):
         num_experts, total = len(self.capacity_E), self.k * self.weight_V.sum().item()
         # Only the dual must be exact.
         parts = [((agreement / weight.unsqueeze(-1)).float(), weight.float()) for agreement, weight in self.chunks()]
-        # Sorting out the highest anew with every step would take longer than all the rest.
-        thresholds = [middle_threshold(value - start_E.float(), self.k) for value, _ in parts] if self.k > 1 else []
+        # Of the last step: to begin anew with every step would take longer than all the rest.
+        thresholds: list[Tensor | None] = [None] * len(parts)
 
         def demand(price_E: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
             load_E, shared_EE = torch.zeros_like(price_E), torch.zeros(num_experts, num_experts, dtype=torch.float64)
@@ -100,8 +100,9 @@ class Problem(NamedTuple):
                 if self.k == 1:
                     chosen = reduced.softmax(-1)
                 else:
-                    chosen, threshold = soft_top_k(reduced, self.k, thresholds[number] / temperature)
-                    thresholds[number] = threshold * temperature
+                    last = thresholds[number]
+                    chosen, found = soft_top_k(reduced, self.k, None if last is None else last / temperature)
+                    thresholds[number] = found * temperature
                 weighed = chosen * weight.unsqueeze(-1)
                 load_E += weighed.sum(0)
                 if self.k == 1:
@@ -295,10 +296,12 @@ def place(problem: Problem, packed_VK: Tensor | None) -> tuple[Tensor, float] | 
     priced = problem.sampled()
     price_E = min(priced.prices(torch.zeros_like(problem.capacity_E), 1.0, BOUND_BLUR), key=priced.dual)
     num_heavy = int((problem.weight_V[:-1] > HEAVY * problem.capacity_E.max()).sum())
-    growths = GROWTHS if problem.k == 1 and priced is problem else GROWTHS[-1:]
     starts = [start for count in {0, num_heavy} if (start := place_heavy(problem, price_E, count)) is not None]
-    ways = [(*start, growth) for growth in growths for start in starts]
-    tables = [table_VK for way in ways if (table_VK := fill(problem, *way)) is not None]
+    tables = []
+    for growth in reversed(GROWTHS):
+        tables = [table_VK for start in starts if (table_VK := fill(problem, *start, growth)) is not None] + tables
+        if tables and (problem.k > 1 or priced is not problem):
+            break
     tables = tables or ([] if packed_VK is None else [packed_VK])
     if not tables:
         return None

@@ -20,6 +20,8 @@ DAMPING = 1e-3
 # In temperatures. The temperature halves with every step, so prices can still get anywhere.
 LONGEST_STEP = 4.0
 THRESHOLD_STEPS = 3
+# From between the k-th and the next value: where all shares are small, a step goes a temperature of the log(E / k) that are to go.
+FIRST_THRESHOLD_STEPS = 12
 
 
 def newton_prices(
@@ -64,13 +66,7 @@ def newton_prices(
         temperature /= 2
 
 
-def middle_threshold(value_TE: Tensor, k: int) -> Tensor:
-    """Return the middle between the k-th and the next value of each row, `(T, 1)`: there `soft_top_k` begins."""
-    highest = value_TE.topk(k + 1).values
-    return (highest[:, k - 1] + highest[:, k]).unsqueeze(-1) / 2
-
-
-def soft_top_k(value_TE: Tensor, k: int, threshold_T1: Tensor) -> tuple[Tensor, Tensor]:
+def soft_top_k(value_TE: Tensor, k: int, threshold_T1: Tensor | None) -> tuple[Tensor, Tensor]:
     """Share k choices among experts: the sigmoids of a row, less a threshold of its own, sum to k.
 
     The largest sum of shares in [0, 1], each with its entropy: what a softmax is for one choice.
@@ -78,12 +74,17 @@ def soft_top_k(value_TE: Tensor, k: int, threshold_T1: Tensor) -> tuple[Tensor, 
     Args:
         value_TE (`torch.Tensor` of shape `(T, E)`): in temperatures.
         k (`int`): choices of a row, fewer than E.
-        threshold_T1 (`torch.Tensor` of shape `(T, 1)`): to begin with, a few temperatures off at most.
+        threshold_T1 (`torch.Tensor` of shape `(T, 1)`, *optional*): to begin with, a few temperatures off at most.
 
     Returns:
         The shares, `(T, E)`, and the thresholds, `(T, 1)`.
     """
-    for _ in range(THRESHOLD_STEPS):
+    num_steps = THRESHOLD_STEPS
+    if threshold_T1 is None:
+        num_steps = FIRST_THRESHOLD_STEPS
+        highest = value_TE.topk(k + 1).values
+        threshold_T1 = (highest[:, k - 1] + highest[:, k]).unsqueeze(-1) / 2
+    for _ in range(num_steps):
         share_TE = (value_TE - threshold_T1).sigmoid()
         sum_T = share_TE.sum(-1)
         slope_T = sum_T - torch.linalg.vecdot(share_TE, share_TE)
@@ -98,4 +99,4 @@ def table_load(table_V: Tensor, weight_V: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(num_experts, dtype=torch.float64).index_add(0, table_V.flatten(), weight)
 
 
-__all__ = ["middle_threshold", "newton_prices", "soft_top_k", "table_load"]
+__all__ = ["newton_prices", "soft_top_k", "table_load"]

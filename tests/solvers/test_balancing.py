@@ -350,6 +350,21 @@ def test_many_ids_with_several_experts_come_close_to_the_bound(heaviest, max_loa
     assert result.bound < result.best_agreement
 
 
+def test_few_of_many_experts_per_token_come_close_to_the_bound():
+    agreement, counts = zipf_problem(1000, 128, 100.0)
+    result = balanced_table(agreement, counts, 1.05, k=2)
+    assert_consistent(result, agreement, counts, 2)
+    assert result.bound - result.agreement <= 5e-2 * result.bound
+    assert result.bound < result.best_agreement
+
+
+def test_where_too_few_experts_have_room_for_the_last_ids_prices_are_found_more_often():
+    agreement, counts = zipf_problem(600, 16, 1200.0, seed=4)
+    result = balanced_table(agreement, counts, 1.02, k=12)
+    assert_consistent(result, agreement, counts, 12)
+    assert result.bound - result.agreement <= 2e-2 * result.bound
+
+
 def test_heavy_ids_have_as_many_experts_of_their_own_and_do_not_move_the_limit_of_the_others():
     agreement, counts = zipf_problem(200, 8, 300.0)
     counts[:2] = torch.tensor([9000.0, 8000.0])
