@@ -379,7 +379,8 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
     parser = _Parser(dataclass_types, **help_of(doc))
     parser.usage = "%(prog)s [recipe.yaml] [--option value ...]"
     if any(issubclass(each, TrainingArguments) for each in dataclass_types):
-        parser.set_defaults(do_train=True)  # `--do_train false` evaluates only
+        # `--do_train false` evaluates only. Trainer's 500 steps between logs are longer than many a run here.
+        parser.set_defaults(do_train=True, logging_steps=25)
     if any(issubclass(each, Seq2SeqTrainingArguments) for each in dataclass_types):
         # Translations are what is scored, and an example is a batch of `--batch_tokens`.
         parser.set_defaults(predict_with_generate=True, per_device_train_batch_size=1)
