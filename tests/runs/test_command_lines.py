@@ -52,7 +52,8 @@ def test_a_checkpoint_that_does_not_load_is_told_apart_from_none(tmp_path):
 def test_scripts_train_unless_they_are_told_not_to():
     model = ["--model_name_or_path", "runs/a"]
     arguments = parse_recipe((ModelArguments, TrainingArguments), "a", model)[1]
-    assert arguments.do_train and arguments.logging_steps == 25
+    assert arguments.do_train
+    assert arguments.logging_steps == 25
     assert not parse_recipe((ModelArguments, TrainingArguments), "a", [*model, "--do_train", "false"])[1].do_train
 
 
