@@ -170,6 +170,8 @@ def test_an_interrupted_run_ends_with_one_line_and_goes_on_from_its_checkpoint(w
             if state.global_step == 5:
                 os.kill(os.getpid(), number)
 
+    # A shell starts what it runs in the background with Ctrl-C ignored.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     handler = signal.getsignal(signal.SIGTERM)
     build = module.build_callbacks
     module.build_callbacks = lambda *args, **options: [*build(*args, **options), Interrupt()]
@@ -177,6 +179,7 @@ def test_an_interrupted_run_ends_with_one_line_and_goes_on_from_its_checkpoint(w
         patch.chdir(workplace.folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", workplace.folder / "cache")
         message = refuse(module.main, workplace.arguments(str(tmp_path / "stopped")))
+    signal.signal(signal.SIGINT, interrupt)
     assert message == (
         "interrupted at step 5 of 16. checkpoint-4 is whole: go on with `--resume_from_checkpoint latest`."
     )
