@@ -1,12 +1,10 @@
 """Tests of models that accelerate has offloaded, buffers or not: they route, are saved and loaded as they were."""
 
-import accelerate
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, init_empty_weights, load_checkpoint_and_dispatch
-from packaging.version import Version
 
-from helpers.loaders import KINDS, build, experts_of
+from helpers.loaders import KINDS, build, experts_of, on_disk
 from helpers.models import tiny_model
 
 
@@ -66,13 +64,6 @@ def saved(request, tmp_path_factory):
     source, folder = build(request.param), tmp_path_factory.mktemp("saved")
     source.save_pretrained(folder)
     return source, folder
-
-
-# What `device_map` puts on the disk as a whole, "auto" too where nothing fits into memory.
-on_disk = pytest.mark.skipif(
-    Version(accelerate.__version__) < Version("1.15"),
-    reason="this accelerate refuses a model that is on the disk as a whole",
-)
 
 
 @pytest.mark.pairs

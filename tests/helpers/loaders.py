@@ -7,9 +7,12 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,6 +26,12 @@ from modeling_stablemoe import (
     StableMoESeq2SeqConfig,
 )
 
+
+# Where `device_map` puts all of a model on the disk, "auto" too if nothing fits into memory.
+on_disk = pytest.mark.skipif(
+    Version(accelerate.__version__) < Version("1.15"),
+    reason="this accelerate refuses a model that is on the disk as a whole",
+)
 
 LIMITED = {"distilled_router": "counts", "max_frozen_load": 1.5}
 

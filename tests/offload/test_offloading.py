@@ -6,11 +6,11 @@ import time
 import accelerate
 import pytest
 import torch
-from packaging.version import Version
 from torch.testing import assert_close
 from transformers import TextGenerationPipeline
 
 from helpers.dense_models import word_tokenizer
+from helpers.loaders import on_disk
 from helpers.models import random_ids, tiny_config, tiny_model, tiny_seq2seq_model
 from modeling_stablemoe import (
     StableMoEForCausalLM,
@@ -149,12 +149,6 @@ def test_every_routing_that_is_frozen_is_known_ahead(options):
     offload = offload_experts(model, device="cpu", experts_on_device=5)
     assert torch.equal(model.generate(IDS, max_new_tokens=5), expected)
     assert offload.statistics.hit_rate == 1
-
-
-on_disk = pytest.mark.skipif(
-    Version(accelerate.__version__) < Version("1.15"),
-    reason="this accelerate refuses a model that is on the disk as a whole",
-)
 
 
 @pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", pytest.param("device_map", marks=on_disk)])
