@@ -60,6 +60,7 @@ class System:
         stage1_steps (`str`, *optional*): length of stage 1, in steps or as a share of all steps; none by default.
         hash_table (`str`, *optional*): table to route by from the start: random, balanced, or a frozen checkpoint, in whose
             name `{seed}` stands for the seed of the run.
+        split_tokens (`int`): so many of the most frequent token ids are routed by the token before them, too.
         settled_change (`float`, *optional*): end stage 1 early once at most this share of tokens changes experts.
         hold_until_ready (`str`, *optional*): step, or share of all, up to which stage 1 is prolonged if necessary.
         learning_rate (`float`, *optional*): tuned for this system. Default: that of all systems.
@@ -73,6 +74,7 @@ class System:
     config: dict[str, Any] = field(default_factory=dict)
     stage1_steps: str | None = None
     hash_table: str | None = None
+    split_tokens: int = 0
     settled_change: float | None = None
     hold_until_ready: str | None = None
     learning_rate: float | None = None
@@ -115,6 +117,7 @@ class System:
                 settled_change=self.settled_change,
                 hold_until_ready=self.hold_until_ready,
                 hash_table=None if depends_on_seed else self.hash_table,
+                split_tokens=self.split_tokens,
                 fluctuation_check_steps=fluctuation_check_steps,
                 fluctuation_tokens=fluctuation_tokens,
             )

@@ -247,6 +247,11 @@ def require_prunable(config: StableMoEBaseConfig):
             'expert. Only tables can be pruned by vocabulary: those of `distilled_router` "word_embedding" and "counts", '
             'and of `router_type="hash"`.'
         )
+    if config.split_token_ids:
+        raise ValueError(
+            "Some token ids of this model are routed by the token before them, too (`split_token_ids`): a vocabulary does not tell "
+            "which experts it needs. Only tables of token ids alone can be pruned."
+        )
     router = ROUTERS.get(config.router_type)
     # The gate of `LearnedRouter` reads the score of the chosen expert alone.
     gates_alone = router is HashRouter or (

@@ -61,9 +61,14 @@ def rebalance(
 
     Raises:
         ValueError: if a layer has routed none of the texts, for a `max_load` below 1, or for a model that cannot have
-            tables.
+            tables, or whose tables have split ids.
     """
     model.require_tables()
+    if model.config.split_token_ids:
+        raise ValueError(
+            "Tables that route some token ids by the token before them, too (`split_token_ids`), are balanced when they are made "
+            "(`--hash_table balanced`) or frozen (`max_frozen_load`)."
+        )
     routed = {layer.name: (text.token_ids, layer) for text in texts for layer in text.layers}
     missing = [name for name in model.moe_layers_by_name if name not in routed]
     if missing:

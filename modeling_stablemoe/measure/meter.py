@@ -193,8 +193,8 @@ class RoutingMeter:
         recent_steps (`int`): optimizer steps that `recent` covers.
 
     Attributes:
-        token_counts (`torch.LongTensor` of shape `(moe layers, V)`, *optional*): how often each layer routed each
-            token id in stage 1, in this process: weighs the rows of the tables that are frozen.
+        token_counts (`torch.LongTensor` of shape `(moe layers, R)`, *optional*): how often each layer looked up each
+            row of its table in stage 1, in this process: weighs the rows of the tables that are frozen.
     """
 
     def __init__(self, model: TwoStageRoutingMixin, recent_steps: int = 50):
@@ -271,7 +271,9 @@ class RoutingMeter:
     def _count_tokens(self, routed: list[tuple[Tensor | None, Tensor | None]]):
         if self.token_counts is None:
             device = next((token_ids.device for token_ids, _ in routed if token_ids is not None), None)
-            self.token_counts = torch.zeros(len(routed), self.model.config.vocab_size, dtype=torch.long, device=device)
+            self.token_counts = torch.zeros(
+                len(routed), self.model.config.num_routing_rows, dtype=torch.long, device=device
+            )
         for layer, (token_ids, mask) in enumerate(routed):
             if token_ids is None:  # the model was given embeddings
                 continue

@@ -7,7 +7,15 @@ from transformers.cache_utils import Cache
 
 from .blocks_stablemoe import SinusoidalPositions, StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import Tokens, cached_sequences, new_columns, packed_sequences, token_mask, whole_sequences
+from .context_stablemoe import (
+    Tokens,
+    cached_sequences,
+    new_columns,
+    packed_sequences,
+    token_mask,
+    whole_sequences,
+    with_rows,
+)
 from .decoder_stablemoe import blocks_of, build_decoder, moe_layer_at
 from .distillation_stablemoe import needs_context
 from .experts_stablemoe import Parts
@@ -32,7 +40,6 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
     ):
         super().__init__(config)
         self.moe_layer_positions = moe_layer_positions
-        self.needs_context = bool(moe_layer_positions) and needs_context(config)
         self.gradient_checkpointing = False
         if blocks is None:
             self.decoder = build_decoder(config)
@@ -140,20 +147,29 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
             self.warn_of_pruned_tokens(token_ids, self.side)
         given = input_ids if inputs_embeds is None else inputs_embeds
         mask = token_mask(attention_mask, given.shape[1], cache)
-        if not self.needs_context:
+        if not self.moe_layer_positions or not needs_context(self.config):
             return tuple(Tokens(token_ids, mask))
         if cu_seq_lens is not None and position_ids is None:
             raise ValueError(
-                "This model looks back at earlier tokens (`distilled_router`, `num_bigram_embeddings`), and tells apart sequences "
+                "This model looks back at earlier tokens (`distilled_router`, `split_token_ids`, `num_bigram_embeddings`), and tells apart sequences "
                 "that are packed into one row (`cu_seq_lens_q`) in a language model alone, without `attention_mask` and cache. "
                 'Pad them instead, one per row; for continuous batching train a model with `distilled_router="word_embedding"` '
-                "and without `num_bigram_embeddings`."
+                "and without the others."
             )
         sequences = packed_sequences(token_ids.shape, position_ids, cu_seq_lens)
         if cache is None:
-            return whole_sequences(token_ids, mask, sequences)
-        whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        return token_ids, mask, *cached_sequences(cache, self.num_blocks, token_ids, whole_mask), sequences
+            tokens = whole_sequences(token_ids, mask, sequences)
+        else:
+            whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+            tokens = token_ids, mask, *cached_sequences(cache, self.num_blocks, token_ids, whole_mask), sequences
+        return with_rows(tokens, self.config.split_token_ids, self.config.vocab_size)
+
+    def rows_of(self, token_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
+        """Find the rows of a batch of whole sequences in tables of routing, `(B, S)`: the ids, but for `split_token_ids`."""
+        if not self.config.split_token_ids:
+            return token_ids
+        tokens = whole_sequences(token_ids, mask, packed_sequences(token_ids.shape, position_ids))
+        return Tokens.of(with_rows(tokens, self.config.split_token_ids, self.config.vocab_size)).table_rows
 
     def transform(self, hidden_states: Tensor, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> Tensor:
         """Run `num_blocks` blocks, the MoE layers between them and the final norm; `**kwargs` are for the blocks."""

@@ -27,6 +27,8 @@ class Tokens(NamedTuple):
         positions (`torch.LongTensor` of shape `(S,)`, *optional*): where in the context the tokens to be routed stand.
         sequences (`torch.LongTensor` of shape `(B, C)`, *optional*): of packed rows the number of each token's sequence in
             its row, which does not fall from one token to the next; `None` where a row is one sequence.
+        rows (`torch.LongTensor` of shape `(B, S)`, *optional*): the row of each token in tables of routing, in [0, R); `None`
+            where that is its id.
     """
 
     token_ids: Tensor
@@ -35,6 +37,12 @@ class Tokens(NamedTuple):
     context_mask: Tensor | None = None
     positions: Tensor | None = None
     sequences: Tensor | None = None
+    rows: Tensor | None = None
+
+    @property
+    def table_rows(self) -> Tensor:
+        """`torch.LongTensor` of shape `(B, S)`: the row of each token in tables of routing."""
+        return self.token_ids if self.rows is None else self.rows
 
     @classmethod
     def of(cls, tokens: tuple | Tensor) -> "Tokens":
@@ -55,7 +63,7 @@ def real_first(tokens: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
         `tuple`: ids and numbers of sequences in that order, `(B, C)` each; and where each of the context stands there, `(B, C)`,
             `None` where nothing has moved.
     """
-    _, _, ids, mask, _, sequences = Tokens.of(tokens)
+    _, _, ids, mask, _, sequences, _ = Tokens.of(tokens)
     if sequences is None:
         sequences = torch.zeros_like(ids)
     if mask is None:
@@ -82,6 +90,19 @@ def previous_ids(tokens: tuple) -> Tensor:
     ids, sequences, places = real_first(tokens)
     before, of = (F.pad(values, (1, 0), value=-1)[:, :-1] for values in (ids, sequences))
     return of_routed_tokens(before.masked_fill(of != sequences, -1), tokens, places)
+
+
+def with_rows(tokens: tuple | Tensor, split_token_ids: list[int] | None, vocab_size: int) -> tuple:
+    """Add the rows of tokens in tables of routing, unless they are there: V h + p of the h-th split id, from 1, after id p."""
+    tokens = Tokens.of(tokens)
+    if not split_token_ids or tokens.rows is not None:
+        return tuple(tokens)
+    previous, rows = previous_ids(tuple(tokens)), tokens.token_ids
+    # Numbers, not a tensor of them, which would have to be sent to the device in every pass.
+    for part, token_id in enumerate(split_token_ids, start=1):
+        is_split = (tokens.token_ids == token_id) & (previous >= 0)
+        rows = torch.where(is_split, part * vocab_size + previous, rows)
+    return tuple(tokens._replace(rows=rows))
 
 
 def packed_sequences(
@@ -237,4 +258,5 @@ __all__ = [
     "real_first",
     "token_mask",
     "whole_sequences",
+    "with_rows",
 ]

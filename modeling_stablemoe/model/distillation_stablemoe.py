@@ -17,7 +17,17 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens, of_routed_tokens, real_first
 from .losses_stablemoe import histogram, sum_across_processes
-from .tensors_stablemoe import best_experts, copy_into, from_bits, full_tensor, resize_rows, score, sinusoids, to_bits
+from .tensors_stablemoe import (
+    best_experts,
+    copy_into,
+    from_bits,
+    full_tensor,
+    resize_rows,
+    score,
+    sinusoids,
+    split_rows,
+    to_bits,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -41,6 +51,7 @@ class DistilledRouter(nn.Module):
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts_per_tok = config.num_experts_per_tok
+        self.num_parts = config.num_routing_rows // config.vocab_size
         for name, shape in self.shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
@@ -48,7 +59,7 @@ class DistilledRouter(nn.Module):
     def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:
         """Return the shape of each weight, by name; the input width of a matrix comes last."""
         return {
-            "embedding": (config.vocab_size, config.distilled_router_dim),  # D
+            "embedding": (config.num_routing_rows, config.distilled_router_dim),  # D
             "centroids": (config.num_experts, config.distilled_router_dim),  # Ê
         }
 
@@ -85,11 +96,19 @@ class DistilledRouter(nn.Module):
         )
 
     @torch.no_grad()
+    def split(self, token_ids: list[int]):
+        """Add rows for the ids that may stand before these; they begin as those of these ids."""
+        old, self.num_parts = self.embedding, 1 + len(token_ids)
+        self.embedding = nn.Parameter(split_rows(old, token_ids), requires_grad=old.requires_grad)
+
+    @torch.no_grad()
     def resize(self, vocab_size: int):
         """Keep the rows of the first `vocab_size` ids; new ids start as the initialisation starts them, at N(0, 1)."""
         old = self.embedding
-        new_rows = torch.randn(max(vocab_size - old.shape[0], 0), old.shape[1], dtype=old.dtype, device=old.device)
-        self.embedding = nn.Parameter(torch.cat([old[:vocab_size], new_rows]), requires_grad=old.requires_grad)
+        num_new = max(vocab_size - len(old) // self.num_parts, 0)
+        new_rows = torch.randn(num_new, old.shape[1], dtype=old.dtype, device=old.device)
+        resized = resize_rows(old, vocab_size, self.num_parts, new_rows)
+        self.embedding = nn.Parameter(resized, requires_grad=old.requires_grad)
 
 
 class WordEmbeddingRouter(DistilledRouter):
@@ -100,7 +119,7 @@ class WordEmbeddingRouter(DistilledRouter):
     def forward(self, tokens: tuple | Tensor | None = None) -> Tensor:
         """Score tokens, or the whole vocabulary, `(..., E)`: float32 (float64 in a float64 model)."""
         embedding, centroids = full_tensor(self.embedding), full_tensor(self.centroids)
-        features = embedding if tokens is None else F.embedding(Tokens.of(tokens).token_ids, embedding)
+        features = embedding if tokens is None else F.embedding(Tokens.of(tokens).table_rows, embedding)
         return score(features, centroids)
 
     def table(self) -> Tensor:
@@ -114,7 +133,7 @@ class WordEmbeddingRouter(DistilledRouter):
 
     def assign(self, tokens: tuple | Tensor) -> Tensor:
         """Return the experts that inference would use now, `(B, S, K)`."""
-        return self.table()[Tokens.of(tokens).token_ids]
+        return self.table()[Tokens.of(tokens).table_rows]
 
     def freeze(self) -> Tensor:
         """Return what stage 2 will route by: the table."""
@@ -144,7 +163,9 @@ class CountRouter(WordEmbeddingRouter):
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.half_life = config.counts_half_life
-        self.register_buffer("expert_counts", torch.zeros((config.vocab_size, config.num_experts), dtype=torch.int32))
+        self.register_buffer(
+            "expert_counts", torch.zeros((config.num_routing_rows, config.num_experts), dtype=torch.int32)
+        )
 
     def forward(self, tokens: tuple | Tensor | None = None, counts: bool = False) -> Tensor:
         """Score tokens, or the vocabulary; or return `counts()`, which the hooks of an offloaded model bring for `forward` only."""
@@ -189,10 +210,16 @@ class CountRouter(WordEmbeddingRouter):
         copy_into(self.expert_counts, to_bits(total.float()))
 
     @torch.no_grad()
+    def split(self, token_ids: list[int]):
+        """Add rows to embedding and counts; with an id before it, none has been seen."""
+        super().split(token_ids)
+        self.expert_counts = split_rows(self.expert_counts, token_ids, copies=False)
+
+    @torch.no_grad()
     def resize(self, vocab_size: int):
         """Resize embedding and counts; new ids have not been seen."""
         super().resize(vocab_size)
-        self.expert_counts = resize_rows(self.expert_counts, vocab_size)
+        self.expert_counts = resize_rows(self.expert_counts, vocab_size, self.num_parts)
 
 
 class ContextRouter(DistilledRouter):
@@ -373,8 +400,8 @@ def sees_context(config: StableMoEBaseConfig) -> bool:
 
 
 def needs_context(config: StableMoEBaseConfig) -> bool:
-    """Return True if an MoE layer looks back at earlier tokens, for its routing or for an embedding of pairs."""
-    return sees_context(config) or config.num_bigram_embeddings > 0
+    """Return True if an MoE layer looks back at earlier tokens, for its routing, for rows of split ids or for an embedding of pairs."""
+    return sees_context(config) or config.num_bigram_embeddings > 0 or bool(config.split_token_ids)
 
 
 __all__ = [

@@ -19,7 +19,16 @@ from .configuration_stablemoe import StableMoEBaseConfig
 from .context_stablemoe import Tokens
 from .distillation_stablemoe import distilled_router_class, sees_context
 from .losses_stablemoe import is_distributed
-from .tensors_stablemoe import copy_into, from_bits, local_tensor, restore_integers, restored_integers, to_bits
+from .tensors_stablemoe import (
+    copy_into,
+    from_bits,
+    local_tensor,
+    resize_rows,
+    restore_integers,
+    restored_integers,
+    split_rows,
+    to_bits,
+)
 
 
 class BalancedTable(NamedTuple):
@@ -170,18 +179,19 @@ class FrozenRouting(nn.Module):
 
 
 class FrozenRouter(FrozenRouting):
-    """A table from vocabulary to expert, `(V,)`, or to several different ones, `(V, K)`. A hash is frozen from the start."""
+    """A table from vocabulary to expert, `(V,)`, or to several different ones, `(V, K)`. A hash is frozen from the start.
+
+    With `split_token_ids` it has R rows in place of V: those of all ids, then for each split id those of the ids before it.
+    """
 
     noun = "routing table"
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__(config)
         self.is_hash = config.router_type == "hash"
-        shape = (
-            (config.vocab_size,)
-            if config.num_experts_per_tok == 1
-            else (config.vocab_size, config.num_experts_per_tok)
-        )
+        self.split_token_ids = list(config.split_token_ids or ())
+        several = () if config.num_experts_per_tok == 1 else (config.num_experts_per_tok,)
+        shape = (config.num_routing_rows, *several)
         self.register_buffer("routing_table", torch.full(shape, -1, dtype=torch.int32))
 
     def initial_table(self) -> Tensor:
@@ -192,7 +202,7 @@ class FrozenRouter(FrozenRouting):
 
     def forward(self, tokens: tuple | Tensor) -> Tensor:
         """Look up the experts of each token: in [0, E), of the shape of the ids, with a last dimension K where K > 1."""
-        return self.routing_table[Tokens.of(tokens).token_ids].long()
+        return self.routing_table[Tokens.of(tokens).table_rows].long()
 
     def follow(self, name: str = "frozen_router"):
         """Follow the contents, except for a hash on several processes.
@@ -213,8 +223,8 @@ class FrozenRouter(FrozenRouting):
         """Return the whole table, on the CPU: `torch.IntTensor` of shape `(V,)`, or `(V, K)` where K > 1."""
         table = self.routing_table
         # Read through `forward`, where the hooks of an offloaded model fetch it.
-        ids = torch.arange(table.shape[0], device="cpu" if table.is_meta else table.device)
-        return self(ids).int().cpu()
+        rows = torch.arange(table.shape[0], device="cpu" if table.is_meta else table.device)
+        return self(rows).int().cpu()
 
     def contents(self) -> dict[str, Tensor]:
         """Return the table, which may be offloaded, on the CPU."""
@@ -228,25 +238,36 @@ class FrozenRouter(FrozenRouting):
         """Write the table as bytes, for a checksum."""
         table = contents["routing_table"]
         several = f", {table.shape[1]} per token" if table.dim() > 1 else ""
-        header = f"|{self.num_experts} experts, {table.shape[0]} tokens{several}|"
+        split = f", split {self.split_token_ids}" if self.split_token_ids else ""
+        header = f"|{self.num_experts} experts, {table.shape[0]} tokens{several}{split}|"
         return header.encode() + _to_bytes(table)
+
+    @torch.no_grad()
+    def split(self, token_ids: list[int]):
+        """Add rows for the ids that may stand before these; they begin as those of these ids, so no token moves."""
+        self.forget()
+        self.split_token_ids = list(token_ids)
+        self.routing_table = split_rows(self.routing_table, token_ids)
+        self.refresh()
 
     @torch.no_grad()
     def resize(self, vocab_size: int):
         """Keep the rows of the first `vocab_size` ids; a new id v of a frozen table goes to expert v mod N.
 
-        With several per token the j-th of them, j = 0, ..., is v + j floor(N / K) mod N. The rule for new ids needs no
-        embedding, which is still noise when a vocabulary grows, and keeps loads even.
+        With several per token the j-th of them, j = 0, ..., is v + j floor(N / K) mod N. A split id has such a row for what
+        stands before it, too. The rule for new ids needs no embedding, which is still noise when a vocabulary grows, and keeps loads even.
         """
         old = self.routing_table
-        new_ids = torch.arange(min(old.shape[0], vocab_size), vocab_size, dtype=old.dtype, device=old.device)
+        num_parts = 1 + len(self.split_token_ids)
+        old_size = old.shape[0] // num_parts
+        new_ids = torch.arange(min(old_size, vocab_size), vocab_size, dtype=old.dtype, device=old.device)
         step = self.num_experts // self.num_experts_per_tok
         places = torch.arange(self.num_experts_per_tok, dtype=old.dtype, device=old.device)
         new_rows = ((new_ids.unsqueeze(-1) + places * step) % self.num_experts).squeeze(-1)
         if not self.is_frozen:
             new_rows = torch.full_like(new_rows, -1)
         self.forget()
-        self.routing_table = torch.cat([old[:vocab_size], new_rows])
+        self.routing_table = resize_rows(old, vocab_size, num_parts, new_rows)
         self.refresh()
 
 

@@ -84,7 +84,7 @@ class RoutingHeadMixin:
         masks = dict(zip(self.sides, attention_masks, strict=True))
         losses, health = {}, []
         for name, of_side in routings.items():
-            mask = token_mask(masks[name], of_side[0].token_ids.shape[1])
+            mask = token_mask(masks[name], of_side[0].table_rows.shape[1])
             of_losses = self._losses_of_side(
                 self.sides[name], of_side, mask, is_learning, is_target, num_items_in_batch
             )
@@ -210,13 +210,13 @@ class RoutingHeadMixin:
     def _health_of(self, routing: Routing, mask: Tensor | None) -> RoutingHealth:
         return routing_health(
             hidden_states=routing.hidden_states,
-            token_ids=routing.token_ids.flatten(),
+            token_ids=routing.table_rows.flatten(),
             gate=routing.routing_weights.detach(),
             teacher_index=routing.teacher_experts,
             distilled_index=routing.distilled_experts,
-            vocab_size=self.config.vocab_size,
+            vocab_size=self.config.num_routing_rows,
             router_logits=routing.router_logits,
-            mask=_flat(mask, routing.token_ids.device),
+            mask=_flat(mask, routing.table_rows.device),
         )
 
     def _observe(self, routings: dict[str, list[Routing]], masks: dict[str, Tensor | None]):
@@ -224,8 +224,8 @@ class RoutingHeadMixin:
         for name, of_side in routings.items():
             for layer, routing in zip(self.sides[name].moe_layers_in_order, of_side, strict=True):
                 if not layer.frozen_router.is_frozen:
-                    mask = token_mask(masks[name], routing.token_ids.shape[1])
-                    layer.bare_router.observe(routing, _flat(mask, routing.token_ids.device))
+                    mask = token_mask(masks[name], routing.table_rows.shape[1])
+                    layer.bare_router.observe(routing, _flat(mask, routing.table_rows.device))
 
     def _balance_loss_coef(self) -> Tensor | float:
         """Return the coefficient of the balance loss by now: `balance_loss_warmup_tokens` raises it to the config's."""
@@ -247,8 +247,8 @@ class RoutingHeadMixin:
 
 def _token_weight(is_target: Tensor, mask: Tensor | None, routing: Routing) -> Tensor:
     """Weigh the tokens of each sequence by the targets that it has, `(T,)`."""
-    device = routing.token_ids.device
-    batch, length = routing.token_ids.shape
+    device = routing.table_rows.device
+    batch, length = routing.table_rows.shape
     targets = is_target.to(device).reshape(batch, -1).sum(-1)
     return token_weights(targets, None if mask is None else mask.to(device), length, routing.routing_weights.dtype)
 

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .bigram_stablemoe import BigramEmbedding
 from .blocks_stablemoe import StableMoEBlock
 from .configuration_stablemoe import StableMoEBaseConfig
-from .context_stablemoe import Tokens
+from .context_stablemoe import Tokens, with_rows
 from .experts_stablemoe import StableMoEExperts, drop_overflow, spread_sentinels
 from .frozen_stablemoe import build_frozen_router
 from .gated_stablemoe import StableMoEGatedExperts, StableMoESharedExperts
@@ -74,6 +74,7 @@ class StableMoELayer(GradientCheckpointingLayer):
 
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
+        self.config = config
         self.num_experts = config.num_experts
         self.router = build_router(config)
         self.frozen_router = build_frozen_router(config)
@@ -131,7 +132,7 @@ class StableMoELayer(GradientCheckpointingLayer):
         *options: Any,
     ) -> Tensor:
         """Compute what the experts add to the tokens, of the shape of `hidden_states`."""
-        tokens = Tokens.of(tokens)
+        tokens = Tokens.of(self.with_rows(tokens))
         if frozen_experts is None and self.frozen_router.is_frozen:
             frozen_experts = self.look_up(tuple(tokens))
         *_, routing = self.router(hidden_states, tuple(tokens), frozen_experts, *options)
@@ -224,7 +225,11 @@ class StableMoELayer(GradientCheckpointingLayer):
 
     def look_up(self, tokens: tuple) -> Tensor:
         """Look up the frozen experts of each token, `(T, K)`."""
-        return self.frozen_router(tokens).view(-1, self.frozen_router.num_experts_per_tok)
+        return self.frozen_router(self.with_rows(tokens)).view(-1, self.frozen_router.num_experts_per_tok)
+
+    def with_rows(self, tokens: tuple | Tensor) -> tuple:
+        """Add the rows of tokens in tables of routing, where those of some ids are split and the backbone has not yet."""
+        return with_rows(tokens, self.config.split_token_ids, self.config.vocab_size)
 
     @property
     def bare_router(self) -> Router:
@@ -236,12 +241,18 @@ class StableMoELayer(GradientCheckpointingLayer):
 
         Of the shape of the ids; with more than one expert per token a last dimension of as many.
         """
+        tokens = self.with_rows(tokens)
         return self.frozen_router(tokens) if self.frozen_router.is_frozen else self.bare_router.assign(tokens)
 
     @property
     def is_routed_by_token(self) -> bool:
         """`bool`: whether token ids alone, a token's own or earlier ones too, decide which experts inference uses."""
         return self.frozen_router.is_frozen or self.bare_router.distilled_router is not None
+
+    def split(self, token_ids: list[int]):
+        """Route these ids by the id before them, too."""
+        self.bare_router.split(token_ids)
+        self.frozen_router.split(token_ids)
 
     def resize(self, vocab_size: int):
         """Follow the vocabulary to a new size; the frozen router has a rule for the experts of new ids."""

@@ -204,21 +204,29 @@ class StableMoEModel(StableMoEBackbone):
             )
 
     def routed_tokens(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs,
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return what each MoE layer routes of a batch, for statistics.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
             attention_mask (`torch.Tensor`, *optional*): as given to `forward`; ends where the batch does.
+            position_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): as given to `forward`.
             **kwargs: the other arguments of `forward`, which change nothing here.
 
         Returns:
-            `list[tuple]`: per MoE layer the token ids, `None` where embeddings were given instead, and the mask of real
-                tokens, `None` where all are real; of shape `(batch, sequence)` each.
+            `list[tuple]`: per MoE layer the rows of tokens in tables of routing, which are their ids unless `split_token_ids`
+                says otherwise, `None` where embeddings were given instead, and the mask of real tokens, `None` where all
+                are real; of shape `(batch, sequence)` each.
         """
-        mask = None if input_ids is None else final_token_mask(attention_mask, input_ids.shape[-1])
-        return [(input_ids, mask)] * self.config.num_moe_layers
+        if input_ids is None:
+            return [(None, None)] * self.config.num_moe_layers
+        mask = final_token_mask(attention_mask, input_ids.shape[-1])
+        return [(self.rows_of(input_ids, mask, position_ids), mask)] * self.config.num_moe_layers
 
 
 class StableMoEForCausalLM(RoutingHeadMixin, StableMoEPreTrainedModel, StableMoEGenerationMixin):

@@ -557,7 +557,8 @@ class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTra
         """Return what each MoE layer routes of a batch, the encoder's first; arguments are those of `forward`.
 
         Returns:
-            `list[tuple]`: per MoE layer the token ids, `None` where embeddings were given instead, and the mask of real
+            `list[tuple]`: per MoE layer the rows of tokens in tables of routing, which are their ids unless
+                `split_token_ids` says otherwise, `None` where embeddings were given instead, and the mask of real
                 tokens, `None` where all are real; `(batch, source)` or `(batch, target)` each.
         """
         decoder_input_ids, decoder_attention_mask = self._decoder_inputs(
@@ -568,8 +569,11 @@ class StableMoEForConditionalGeneration(RoutingHeadMixin, StableMoESeq2SeqPreTra
             (self.model.encoder, input_ids, attention_mask),
             (self.model.decoder, decoder_input_ids, decoder_attention_mask),
         ):
-            mask = None if token_ids is None else final_token_mask(mask, token_ids.shape[-1])
-            routed += [(token_ids, mask)] * len(stack.moe_layers)
+            if token_ids is None:
+                routed += [(None, None)] * len(stack.moe_layers)
+                continue
+            mask = final_token_mask(mask, token_ids.shape[-1])
+            routed += [(stack.rows_of(token_ids, mask), mask)] * len(stack.moe_layers)
         return routed
 
     def _decoder_inputs(

@@ -47,7 +47,8 @@ class Routing(NamedTuple):
         distilled_logits (`torch.Tensor` of shape `(T, E)`, *optional*): distilled scores while there are any to learn.
         distilled_experts (`torch.LongTensor` of shape `(T, K)`, *optional*): the choice of the distilled router then.
         hidden_states (`torch.Tensor` of shape `(T, D)`): input of the MoE layer, not normalised.
-        token_ids (`torch.LongTensor` of shape `(B, S)`): in [0, V).
+        table_rows (`torch.LongTensor` of shape `(B, S)`): the row of each token in tables of routing, in [0, R): its id, unless
+            that is split by the id before it.
     """
 
     router_logits: Tensor | None
@@ -57,7 +58,7 @@ class Routing(NamedTuple):
     distilled_logits: Tensor | None
     distilled_experts: Tensor | None
     hidden_states: Tensor
-    token_ids: Tensor
+    table_rows: Tensor
 
 
 # What a router's `forward` returns, in this order, and a model's output can hold for each MoE layer.
@@ -116,7 +117,7 @@ class Router(nn.Module):
             selected_TK = None
             if self.distilled_router is not None:
                 distilled_logits_TE = self.distilled_router(tuple(tokens)).flatten(0, -2)
-                distilled = self.distilled_router.choose(tokens.token_ids, distilled_logits_TE.detach())
+                distilled = self.distilled_router.choose(tokens.table_rows, distilled_logits_TE.detach())
                 distilled_TK = distilled.view(-1, self.num_experts_per_tok)
                 if not (self.training or by_backbone):
                     selected_TK = self.assign(tuple(tokens)).view(-1, self.num_experts_per_tok)
@@ -130,7 +131,7 @@ class Router(nn.Module):
             distilled_logits=distilled_logits_TE,
             distilled_experts=distilled_TK,
             hidden_states=hidden_TD.detach(),
-            token_ids=tokens.token_ids,
+            table_rows=tokens.table_rows,
         )
         return logits_TE, self._by_token(selected_TK, tokens.token_ids), distilled_logits_TE, tuple(routing)
 
@@ -202,6 +203,12 @@ class Router(nn.Module):
             if part is not None:
                 restore_integers(part, f"{name}.{key}", part.integer_dtypes)
 
+    def split(self, token_ids: list[int]):
+        """Give these ids a row for every id that may stand before them in what has a row per token id."""
+        for part in (self.distilled_router, self.memory):
+            if part is not None:
+                part.split(token_ids)
+
     def resize(self, vocab_size: int):
         """Resize what has a row per token id."""
         for part in (self.distilled_router, self.memory):
@@ -227,11 +234,11 @@ class Router(nn.Module):
         if self.memory is None and not counts:
             return
         mask = finite_tokens(routing.hidden_states, mask)
-        token_ids_T, teacher_TK = routing.token_ids.flatten(), routing.teacher_experts
+        rows_T, teacher_TK = routing.table_rows.flatten(), routing.teacher_experts
         if self.memory is not None:
-            self.memory.observe(routing.hidden_states, token_ids_T, teacher_TK, mask)
+            self.memory.observe(routing.hidden_states, rows_T, teacher_TK, mask)
         if counts:
-            self.distilled_router.observe(token_ids_T, teacher_TK, mask)
+            self.distilled_router.observe(rows_T, teacher_TK, mask)
 
     def freeze(self, name: str) -> tuple[Tensor | dict[str, Tensor], BalancedTable | None]:
         """Decide what stage 2 will route by (eq. 13), within `max_frozen_load` where that is set.

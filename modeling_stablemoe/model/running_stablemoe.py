@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .losses_stablemoe import histogram, sum_across_processes
-from .tensors_stablemoe import copy_into, from_bits, resize_rows, to_bits
+from .tensors_stablemoe import copy_into, from_bits, resize_rows, split_rows, to_bits
 
 
 # Keeps a feature that never varies finite.
@@ -35,6 +35,7 @@ class RouterMemory(nn.Module):
     def __init__(self, config: StableMoEBaseConfig):
         super().__init__()
         self.num_experts = config.num_experts
+        self.num_parts = config.num_routing_rows // config.vocab_size
         self.half_life = config.router_half_life
         self.normalization = config.router_normalization
         self.bias_rate = config.expert_bias_rate
@@ -51,7 +52,7 @@ class RouterMemory(nn.Module):
         if config.balance_window_tokens:
             self._register("recent_load", config.num_experts, torch.int32)
         if config.max_frozen_load is not None:
-            self._register("token_counts", config.vocab_size, torch.int64)
+            self._register("token_counts", config.num_routing_rows, torch.int64)
 
     def _register(self, name: str, size: int, dtype: torch.dtype):
         self.register_buffer(name, torch.zeros(size, dtype=dtype))
@@ -142,10 +143,17 @@ class RouterMemory(nn.Module):
             copy_into(getattr(self, name), to_bits(torch.where(finite, values, kept[name])))
 
     @torch.no_grad()
+    def split(self, token_ids: list[int]):
+        """Count these ids by the id before them, too."""
+        self.num_parts = 1 + len(token_ids)
+        if hasattr(self, "token_counts"):
+            self.token_counts = split_rows(self.token_counts, token_ids, copies=False)
+
+    @torch.no_grad()
     def resize(self, vocab_size: int):
         """Resize the counts of token ids; new ids have not been seen."""
         if hasattr(self, "token_counts"):
-            self.token_counts = resize_rows(self.token_counts, vocab_size)
+            self.token_counts = resize_rows(self.token_counts, vocab_size, self.num_parts)
 
 
 def needs_memory(config: StableMoEBaseConfig) -> bool:

@@ -153,7 +153,9 @@ class TwoStageRoutingMixin:
 
         Args:
             tables (`torch.LongTensor` of shape `(moe layers, vocab_size)`): the expert of each token id; with more than one
-                expert per token `(moe layers, vocab_size, num_experts_per_tok)`, all of an id different.
+                expert per token `(moe layers, vocab_size, num_experts_per_tok)`, all of an id different. With
+                `split_token_ids` there are `config.num_routing_rows` in place of `vocab_size`: after those of the ids alone,
+                for each split id those of every id that may stand before it.
 
         Raises:
             ValueError: if the shape is another, an expert is outside [0, num_experts) or an id has one twice, the model has
@@ -163,9 +165,10 @@ class TwoStageRoutingMixin:
         self.require_tables()
         layers = self.moe_layers_by_name
         several = (self.config.num_experts_per_tok,) if self.config.num_experts_per_tok > 1 else ()
-        expected = (len(layers), self.config.vocab_size, *several)
+        expected = (len(layers), self.config.num_routing_rows, *several)
         if tuple(tables.shape) != expected:
-            dimensions = "moe layers x vocabulary" + (" x experts per token" if several else "")
+            rows = "rows of the vocabulary and of `split_token_ids`" if self.config.split_token_ids else "vocabulary"
+            dimensions = f"moe layers x {rows}" + (" x experts per token" if several else "")
             raise ValueError(f"`tables` must be of shape {expected}, {dimensions}, got {tuple(tables.shape)}.")
         if tables.min() < 0 or tables.max() >= self.config.num_experts:
             raise ValueError(f"`tables` must send every token to an expert in [0, {self.config.num_experts}).")
@@ -180,6 +183,34 @@ class TwoStageRoutingMixin:
             layer.frozen_router.freeze(table)
         self.config.pruned_tokens = None  # these tables say where every id belongs
         self.config.router_fingerprint = self.router_fingerprint()
+
+    def split_tokens(self, token_ids: list[int]):
+        """Route token ids by the token before them, too, and say so in `config.split_token_ids`.
+
+        Each gets a row of the routing tables for every id that may stand before it. In stage 2 they begin as its own row: no
+        token moves until `set_routing_tables` says where. In stage 1 so do those of the distilled router D; counts begin anew.
+
+        Args:
+            token_ids (`list[int]`): the heaviest, say; different ones in [0, vocab_size).
+
+        Raises:
+            ValueError: for ids outside the vocabulary or named twice, if some have been split before, if the model has no MoE
+                layer, is the encoder or decoder of another model, or freezes its routing as weights.
+        """
+        self._require_whole("split_tokens()")
+        self.require_tables()
+        if self.config.split_token_ids:
+            raise ValueError(
+                f"Token ids {self.config.split_token_ids} have been split: build another model to split others."
+            )
+        changed = copy.deepcopy(self.config)
+        changed.split_token_ids = [int(token_id) for token_id in token_ids]
+        changed.validate_architecture()
+        self.config.split_token_ids = changed.split_token_ids
+        for layer in self.moe_layers_by_name.values():
+            layer.split(changed.split_token_ids)
+        if self.routing_stage == 2:
+            self.config.router_fingerprint = self.router_fingerprint()
 
     def require_tables(self):
         """Refuse a routing that freezes as weights.
@@ -331,7 +362,16 @@ class TwoStageRoutingMixin:
         All old ids keep their expert. While the routing is learned, new rows of D start at N(0, 1); in a frozen model
         the new id v goes to expert v mod num_experts, and to others as far apart as can be with several per token (where the router looks back at earlier tokens: is taken for the id
         v mod the old vocabulary size), and the fingerprint follows.
+
+        Raises:
+            ValueError: if one of `split_token_ids` would be left out.
         """
+        new_size = args[0] if args else kwargs.get("new_num_tokens")
+        largest = max(self.config.split_token_ids or (), default=-1)
+        if new_size is not None and new_size <= largest:
+            raise ValueError(
+                f"A vocabulary of {new_size} leaves out token id {largest}, one of `split_token_ids`: keep {largest + 1} ids at least."
+            )
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.vocab_size = self.config.get_text_config().vocab_size
         for layer in self.moe_layers_by_name.values():

@@ -259,10 +259,18 @@ def unpack_ids(packed: str) -> Tensor:
     return ((values.unsqueeze(-1) >> torch.arange(8, device="cpu")) & 1).flatten().bool()
 
 
-def resize_rows(values: Tensor, num_rows: int) -> Tensor:
-    """Keep the first rows, and add rows of zeros where there are to be more."""
-    added = values.new_zeros((max(num_rows - values.shape[0], 0), *values.shape[1:]))
-    return torch.cat([values[:num_rows], added])
+def resize_rows(values: Tensor, num_rows: int, num_parts: int = 1, added: Tensor | None = None) -> Tensor:
+    """Keep the first rows of each of equal parts, and add rows where there are to be more, of zeros by default."""
+    parts = values.unflatten(0, (num_parts, -1))
+    if added is None:
+        added = values.new_zeros((max(num_rows - parts.shape[1], 0), *values.shape[1:]))
+    return torch.cat([parts[:, :num_rows], added.expand(num_parts, *added.shape)], dim=1).flatten(0, 1)
+
+
+def split_rows(values: Tensor, rows: list[int], copies: bool = True) -> Tensor:
+    """Add for each of some rows as many as there are: copies of it, or zeros."""
+    parts = [values[row].expand_as(values) if copies else torch.zeros_like(values) for row in rows]
+    return torch.cat([values, *parts])
 
 
 __all__ = [
@@ -284,6 +292,7 @@ __all__ = [
     "score",
     "score_chosen",
     "sinusoids",
+    "split_rows",
     "to_bits",
     "unpack_ids",
     "whole_shape",

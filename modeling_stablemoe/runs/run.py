@@ -41,7 +41,7 @@ from modeling_stablemoe.measure import report
 from modeling_stablemoe.measure.fluctuation import FIGURE_FILE
 from modeling_stablemoe.model.configuration_stablemoe import StableMoEBaseConfig
 from modeling_stablemoe.model.frozen_stablemoe import FrozenRouter, random_table
-from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens
+from modeling_stablemoe.solvers.hash_tables import balanced_hash_table, count_tokens, least_load
 from modeling_stablemoe.training import (
     ModelCardCallback,
     RoutingFluctuationCallback,
@@ -202,7 +202,7 @@ def _require_kind(config_class: type, auto_class: type, what: str):
 
 
 def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, train_rows: Dataset):
-    """Route a new model by the hash tables that the routing arguments name, if any.
+    """Split the most frequent ids of a new model, and route it by hash tables, as the routing arguments say.
 
     Args:
         model (`PreTrainedModel`): with any router; the tables freeze one that is not a hash.
@@ -216,34 +216,71 @@ def set_hash_tables(model: PreTrainedModel, routing_args: RoutingArguments, trai
             tables or with those of another model.
     """
     config = model.config
-    if routing_args.hash_table is None or not config.num_moe_layers:
+    if not config.num_moe_layers:
+        return
+    columns = _columns_of_layers(config)
+    if routing_args.split_tokens:
+        _split_heaviest(model, routing_args.split_tokens, train_rows, columns)
+    # The rows of split ids begin alike: those of a hash are drawn again.
+    kind = routing_args.hash_table or (
+        "random" if routing_args.split_tokens and config.router_type == "hash" else None
+    )
+    if kind is None:
         return
     if routing_args.stage1 is not None:
         raise ValueError(
             "`--hash_table` fixes the routing from the start: there is no stage 1, unset `--stage1_steps`."
         )
-    if routing_args.hash_table == "random":
-        sizes = config.vocab_size, config.num_experts, config.num_experts_per_tok
+    if kind == "random":
+        sizes = config.num_routing_rows, config.num_experts, config.num_experts_per_tok
         model.set_routing_tables(torch.stack([random_table(*sizes) for _ in range(config.num_moe_layers)]))
         return
-    if routing_args.hash_table != "balanced":
-        model.set_routing_tables(_tables_of_checkpoint(type(model), routing_args.hash_table))
+    if kind != "balanced":
+        model.set_routing_tables(_tables_of_checkpoint(model, kind))
         return
-    if config.is_encoder_decoder:
-        columns = ["input_ids"] * len(config.encoder_moe_layer_positions)
-        columns += ["labels"] * len(config.decoder_moe_layer_positions)
-    else:
-        columns = ["input_ids"] * config.num_moe_layers
-    counts = {column: count_tokens(train_rows, config.vocab_size, column) for column in set(columns)}
+    split = config.split_token_ids or ()
+    counts = {column: count_tokens(train_rows, config.vocab_size, column, split) for column in set(columns)}
     # The layers differ in how ids of equal frequency are spread.
     k = config.num_experts_per_tok
     tables = [balanced_hash_table(counts[column], config.num_experts, seed, k) for seed, column in enumerate(columns)]
     model.set_routing_tables(torch.stack(tables))
 
 
-def _tables_of_checkpoint(model_class: type[PreTrainedModel], folder: str) -> torch.Tensor:
+def _columns_of_layers(config: StableMoEBaseConfig) -> list[str]:
+    """Name the column of the data that each MoE layer routes."""
+    if not config.is_encoder_decoder:
+        return ["input_ids"] * config.num_moe_layers
+    of_encoder, of_decoder = config.encoder_moe_layer_positions, config.decoder_moe_layer_positions
+    return ["input_ids"] * len(of_encoder) + ["labels"] * len(of_decoder)
+
+
+def _split_heaviest(model: PreTrainedModel, num_ids: int, train_rows: Dataset, columns: list[str]):
+    """Route the most frequent ids of the training data by the token before them, too, and say what that makes possible."""
+    config = model.config
+    by_id = sum(count_tokens(train_rows, config.vocab_size, column) for column in sorted(set(columns)))
+    heaviest = by_id.argsort(descending=True, stable=True)[:num_ids].tolist()
+    if config.split_token_ids != heaviest:  # a checkpoint that is trained further may hold them
+        model.split_tokens(heaviest)
+    by_row = sum(count_tokens(train_rows, config.vocab_size, column, heaviest) for column in sorted(set(columns)))
+    before, after = (least_load(counts, config.num_experts, config.num_experts_per_tok) for counts in (by_id, by_row))
+    logger.info(
+        "The %d most frequent token ids, %.0f %% of all tokens, are routed by the token before them, too: the least load "
+        "max/mean that a table can have goes from %.2f to %.2f.",
+        len(heaviest),
+        100 * by_id[heaviest].sum() / by_id.sum().clamp(min=1),
+        before,
+        after,
+    )
+
+
+def _tables_of_checkpoint(model: PreTrainedModel, folder: str) -> torch.Tensor:
     """Read the frozen tables of a checkpoint, as `set_routing_tables` takes them."""
-    routers = [layer.frozen_router for layer in model_class.from_pretrained(folder).moe_layers_by_name.values()]
+    teacher = type(model).from_pretrained(folder)
+    if teacher.config.split_token_ids != model.config.split_token_ids:
+        raise ValueError(
+            f"The tables of {folder!r} split other token ids than this model: train it with the `--split_tokens` of that one."
+        )
+    routers = [layer.frozen_router for layer in teacher.moe_layers_by_name.values()]
     if not routers or not all(isinstance(router, FrozenRouter) and router.is_frozen for router in routers):
         raise ValueError(f"The checkpoint {folder!r} has no frozen routing tables that `--hash_table` could take.")
     return torch.stack([router.values() for router in routers])

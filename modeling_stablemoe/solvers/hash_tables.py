@@ -3,7 +3,7 @@
 
 import heapq
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def count_tokens(rows: "Dataset", vocab_size: int, column: str = "input_ids") -> Tensor:
-    """Count how often each token id occurs.
+def count_tokens(
+    rows: "Dataset", vocab_size: int, column: str = "input_ids", split_token_ids: Sequence[int] = ()
+) -> Tensor:
+    """Count how often each token id occurs, some of them by the id before them.
 
     Args:
         rows (`Dataset`): lists of token ids, of any lengths.
         vocab_size (`int`): V.
         column (`str`): that holds them.
+        split_token_ids (sequence of `int`): ids that are counted by the id before them, where there is one.
 
     Returns:
-        `torch.LongTensor` of shape `(V,)`.
+        `torch.LongTensor` of shape `(V (1 + H),)`, with H split ids: the rows of a routing table (`StableMoEConfig.num_routing_rows`).
 
     Raises:
         ValueError: for a stream, which may have no end.
@@ -33,11 +36,32 @@ def count_tokens(rows: "Dataset", vocab_size: int, column: str = "input_ids") ->
 
     if isinstance(rows, IterableDataset):
         raise ValueError("A streamed corpus cannot be counted: leave --streaming out, or take --hash_table random.")
-    counts = torch.zeros(vocab_size, dtype=torch.long)
+    part_of = np.zeros(vocab_size, dtype=np.int64)
+    part_of[list(split_token_ids)] = np.arange(1, len(split_token_ids) + 1)
+    counts = torch.zeros(vocab_size * (1 + len(split_token_ids)), dtype=torch.long)
     for batch in rows.select_columns(column).iter(batch_size=1000):
-        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in batch[column]])
-        counts += torch.bincount(torch.from_numpy(ids), minlength=vocab_size)
+        sequences = [np.asarray(row, dtype=np.int64) for row in batch[column]]
+        ids = np.concatenate(sequences)
+        before = np.concatenate([np.concatenate([[-1], sequence[:-1]])[: len(sequence)] for sequence in sequences])
+        is_split = (part_of[ids] > 0) & (before >= 0)
+        table_rows = np.where(is_split, part_of[ids] * vocab_size + before, ids)
+        counts += torch.bincount(torch.from_numpy(table_rows), minlength=len(counts))
     return counts
+
+
+def least_load(token_counts: Tensor, num_experts: int, k: int = 1) -> float:
+    """Compute the load max/mean that no table can go below: of an expert that has the most frequent row alone.
+
+    Args:
+        token_counts (`torch.LongTensor` of shape `(R,)`): how often each row of a table is looked up.
+        num_experts (`int`): N.
+        k (`int`): experts of a row.
+
+    Returns:
+        `float`: at least 1.
+    """
+    share = (token_counts.max() / token_counts.sum().clamp(min=1)).item()
+    return max(1.0, share * num_experts / k)
 
 
 def balanced_hash_table(token_counts: Tensor, num_experts: int, seed: int = 0, k: int = 1) -> Tensor:
@@ -98,4 +122,4 @@ def _draw_experts(
     return table
 
 
-__all__ = ["balanced_hash_table", "count_tokens"]
+__all__ = ["balanced_hash_table", "count_tokens", "least_load"]

@@ -203,6 +203,44 @@ def test_a_model_is_routed_by_the_tables_of_a_checkpoint(tmp_path, k):
         RoutingArguments(hash_table=str(tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("hash_table", [None, "random", "balanced"])
+@pytest.mark.parametrize("router_type", ["hash", "stable"])
+def test_the_heaviest_ids_are_split_and_spread(hash_table, router_type, tmp_path, caplog):
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 40, (20, 50), generator=draw)
+    ids[torch.rand(ids.shape, generator=draw) < 0.4] = 3
+    rows = Dataset.from_dict({"input_ids": ids.tolist()})
+    torch.manual_seed(0)
+    model = tiny_model(router_type=router_type, vocab_size=40, moe_layer_positions=[0, 2]).eval()
+    arguments = RoutingArguments(split_tokens=1, hash_table=hash_table)
+    with caplog.at_level("INFO", "modeling_stablemoe.runs.run"):
+        set_hash_tables(model, arguments, rows)
+    assert "1 most frequent token ids, 4" in caplog.text
+    assert "least load max/mean that a table can have goes from 2." in caplog.text
+    assert caplog.text.rstrip().endswith("to 1.00.")
+    assert model.config.split_token_ids == [3]
+    is_learned = router_type == "stable" and hash_table is None
+    assert model.routing_stage == (1 if is_learned else 2)
+    if is_learned:
+        return
+    load = torch.stack([route.flatten().bincount(minlength=5) for route in model.route(ids)]).double()
+    assert load.max() / load.mean() < (1.05 if hash_table == "balanced" else 1.95)
+    fingerprint = model.router_fingerprint()
+    model.save_pretrained(tmp_path)
+    other = tiny_model(router_type=router_type, vocab_size=40, moe_layer_positions=[0, 2], seed=1)
+    with pytest.raises(
+        ValueError, match="split other token ids than this model: train it with the `--split_tokens` of that"
+    ):
+        set_hash_tables(other, RoutingArguments(hash_table=str(tmp_path)), rows)
+    set_hash_tables(other, RoutingArguments(split_tokens=1, hash_table=str(tmp_path)), rows)
+    assert other.router_fingerprint() == fingerprint
+    again = StableMoEForCausalLM.from_pretrained(tmp_path)
+    set_hash_tables(again, RoutingArguments(split_tokens=1, hash_table=str(tmp_path)), rows)  # they are split already
+    assert again.router_fingerprint() == fingerprint
+    with pytest.raises(ValueError, match="`--split_tokens` is a number of token ids, 0 or more, got -1"):
+        RoutingArguments(split_tokens=-1)
+
+
 def test_encoder_and_decoder_are_balanced_by_their_own_tokens():
     model = tiny_seq2seq_model(router_type="hash")
     sources, targets = torch.arange(2, 42), torch.arange(45, 85)

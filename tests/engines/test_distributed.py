@@ -149,7 +149,7 @@ def ddp_statistics(rank: int, folder: Path) -> dict:
     return {
         "statistics": statistics_of(model),
         "routed": [
-            (decision.trace.token_ids.flatten(), decision.expert_index.flatten(), decision.trace.hidden_states)
+            (decision.trace.table_rows.flatten(), decision.expert_index.flatten(), decision.trace.hidden_states)
             for decision in decisions
         ],
         "balanced": [layer.table for layer in model.freeze_router()],

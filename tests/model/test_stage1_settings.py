@@ -191,8 +191,8 @@ def recount(decisions, half_life: int | None = None) -> torch.Tensor:
     counts = torch.zeros(99, 5, dtype=torch.double)
     for decision in decisions:
         if half_life is not None:
-            counts *= 0.5 ** (decision.trace.token_ids.numel() / half_life)
-        index = (decision.trace.token_ids.flatten(), decision.expert_index.flatten())
+            counts *= 0.5 ** (decision.trace.table_rows.numel() / half_life)
+        index = (decision.trace.table_rows.flatten(), decision.expert_index.flatten())
         counts.index_put_(index, torch.ones((), dtype=torch.double), accumulate=True)
     return counts
 
