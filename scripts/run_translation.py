@@ -3,7 +3,6 @@
 """Train a StableMoE translation model through both stages, score its translations and save it.
 
 python scripts/run_translation.py configuration/recipes/code-summary-cpu.yaml
-accelerate launch scripts/run_translation.py recipe.yaml --learning_rate 3e-4
 python scripts/run_translation.py recipe.yaml --do_train false --model_name_or_path runs/mine   # evaluate only
 """
 

@@ -137,8 +137,8 @@ class RoutingArguments:
     split_tokens: int = field(
         default=0,
         metadata={
-            "help": "Route so many of the most frequent token ids of the training text by the token before them, too. One of "
-            "5 % of all tokens makes one of 32 experts 1.6 times as busy as the mean, whatever the table."
+            "help": "How many of the most frequent token ids to route by the token before them, too. One that is a twentieth of "
+            "all tokens makes one of 32 experts 1.6 times as busy as the mean, whatever the table."
         },
     )
     fluctuation_check_steps: int = field(
