@@ -185,7 +185,7 @@ def watching(rank: int, folder: Path) -> dict:
 
 
 def fsdp_statistics(rank: int, folder: Path) -> dict:
-    model = shard(following(share_experts_in_stage1=True)[0])
+    model = shard_as_accelerate(following(share_experts_in_stage1=True)[0], rank)
     losses = train(model, range(3), adamw(model), rank)
     before = statistics_of(model)
     model.freeze_router()
@@ -204,6 +204,17 @@ def shard(model: StableMoEForCausalLM, **kwargs):
     mesh = init_device_mesh("cpu", (WORLD,))
     for module in (*model.model.layers, *model.model.moe_layers, model):
         fully_shard(module, mesh=mesh, **kwargs)
+    return model
+
+
+def shard_as_accelerate(model: StableMoEForCausalLM, rank: int):
+    """With `cpu_ram_efficient_loading`: rank 0 has the weights, the others receive them."""
+    state = model.state_dict()
+    model = model.to("meta")
+    model.tie_weights()
+    shard(model)
+    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=rank == 0), model, state)
+    model.tie_weights()
     return model
 
 
@@ -285,12 +296,7 @@ def efficient_loading(rank: int, folder: Path, name: str = "frozen") -> dict:
     finally:
         for variable in variables:
             del os.environ[variable]
-    state = model.state_dict()
-    model = model.to("meta")
-    model.tie_weights()
-    shard(model)
-    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=rank == 0), model, state)
-    model.tie_weights()
+    model = shard_as_accelerate(model, rank)
     with torch.no_grad():
         return {**facts_about(model), "logits": model.eval()(batch(0)).logits}
 
