@@ -297,8 +297,10 @@ class Models:
         models = {name: model.to(self.dtype) for name, model in models.items()}
         if self.compiled:
             begin_compiling()
+            # As `generate` compiles on a GPU by itself: into CUDA graphs.
+            mode = "reduce-overhead" if args.device == "cuda" else None
             for model in models.values():
-                model.forward = torch.compile(model.forward)
+                model.forward = torch.compile(model.forward, mode=mode)
         return models
 
     def measure_generation(self, batch: int) -> dict:

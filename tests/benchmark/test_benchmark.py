@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 from statistics import median
 
@@ -379,3 +382,12 @@ def test_compiled_contenders_are_measured_beside_each_other(tmp_path):
         for cell in cells:
             assert ours in cell["ratios"]
             assert all("unroll" in reason for name, reason in cell["left_out"].items() if "eager" in name)
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_whole_at_toy_size(tmp_path):
+    script = ROOT / "tests/helpers/scripts/check_gpu.sh"
+    environment = os.environ | {"DEVICE": "cpu", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(["bash", script, tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count(": passed") == 6
