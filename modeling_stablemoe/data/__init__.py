@@ -4,6 +4,7 @@
 from .embedded_corpus import embedded_documents
 from .embedded_pairs import EMBEDDED_PAIR
 from .files import STANDARD_INPUT, read_lines
+from .parallel_corpus import TranslationDataArguments, load_parallel_corpus
 from .text import (
     EOS_TOKEN,
     PAD_TOKEN,
@@ -17,7 +18,7 @@ from .text import (
     without_end,
 )
 from .token_batches import TokenBatchCollator, TokenBatches, sort_by_length
-from .translation import TranslationDataArguments, encode_pairs, load_parallel_corpus, load_translation_tokenizer
+from .translation import encode_pairs, load_translation_tokenizer
 from .translation_tokenizer import add_target_language, encode_sources, train_translation_tokenizer
 
 

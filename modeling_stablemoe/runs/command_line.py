@@ -112,7 +112,7 @@ def _describe_unknown(option: str, known: Iterable[str]) -> str:
 def _sources_of(script: str) -> list[Path]:
     """List the script and the module of its corpus."""
     package = Path(__file__).parents[1]
-    corpora = {"run_clm": "data/text.py", "run_translation": "data/translation.py"}
+    corpora = {"run_clm": "data/text.py", "run_translation": "data/parallel_corpus.py"}
     files = [shipped("scripts") / f"{script}.py", *([package / corpora[script]] if script in corpora else [])]
     return [file for file in files if file.is_file()]
 

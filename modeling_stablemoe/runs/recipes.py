@@ -17,7 +17,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_rep
 
 from modeling_stablemoe.checkpoints.architectures import CONFIGS
 from modeling_stablemoe.checkpoints.folders import read_run
-from modeling_stablemoe.data.translation import LANGUAGE_PLACEHOLDER
+from modeling_stablemoe.data.parallel_corpus import LANGUAGE_PLACEHOLDER
 from modeling_stablemoe.model.configuration_stablemoe import BACKBONE_FIELDS, StableMoEBaseConfig, StableMoEConfig
 
 from .command_line import OptionParser, find_shipped, help_of, parse_overrides

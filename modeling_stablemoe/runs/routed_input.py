@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from modeling_stablemoe.checkpoints.architectures import load_saved, read_saved_class
 from modeling_stablemoe.checkpoints.folders import read_run
 from modeling_stablemoe.data.files import READABLE, STANDARD_INPUT, find_files, open_text, read_files, read_lines
+from modeling_stablemoe.data.parallel_corpus import read_paired_text
 from modeling_stablemoe.data.text import check_encoding
-from modeling_stablemoe.data.translation import read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import encode_sources, encode_texts
 from modeling_stablemoe.measure.inspection import RoutedText, route_texts
 

@@ -17,18 +17,13 @@ from tokenizers import processors
 from transformers import AutoTokenizer, HfArgumentParser
 
 from helpers.workplaces import write_jsonl
+from modeling_stablemoe.data import parallel_corpus
 from modeling_stablemoe.data import text as data
 from modeling_stablemoe.data import translation as translation_data
 from modeling_stablemoe.data.embedded_pairs import EMBEDDED_PAIR, embedded_pairs
-from modeling_stablemoe.data.translation import (
-    TranslationDataArguments,
-    add_target_language,
-    encode_pairs,
-    load_parallel_corpus,
-    load_translation_tokenizer,
-    target_language_token,
-    target_languages,
-)
+from modeling_stablemoe.data.parallel_corpus import TranslationDataArguments, load_parallel_corpus
+from modeling_stablemoe.data.translation import encode_pairs, load_translation_tokenizer
+from modeling_stablemoe.data.translation_tokenizer import add_target_language, target_language_token, target_languages
 
 
 SENTENCES = [
@@ -323,7 +318,7 @@ def test_pairs_with_an_empty_side_are_dropped_and_counted_each_time(tmp_path, ca
     test = write_jsonl(tmp_path / "t.jsonl", rows[55:])
     for _ in range(2):  # the second time from the cache
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger=translation_data.__name__):
+        with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.data"):
             corpus = load("de-en", "de-fr", train=[path], test_files=[str(test)], validation_share=0.3)
         assert [record.getMessage() for record in caplog.records] == [
             "Train corpus, de-en: dropped 3 of 63 sentence pairs with an empty side.",
@@ -397,7 +392,7 @@ def test_data_sets_of_both_forms_serve_the_pairs_they_can(tmp_path, form):
 def test_pairs_without_a_test_part_are_reported(tmp_path, caplog):
     one = hub_folder(tmp_path / "a:colon", train=only("de", "en"), test=only("de", "en"))
     two = hub_folder(tmp_path / "two", train=only("fr", "en"))
-    with caplog.at_level(logging.WARNING, logger=translation_data.__name__):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.data"):
         load("de-en", "fr-en", parallel_datasets=[one, two])
         assert "no test corpus for fr-en;" in caplog.text
         caplog.clear()
@@ -447,7 +442,7 @@ def test_a_failed_hub_load_names_the_data_set():
 
 
 def test_what_is_read_and_held_out_is_said_with_the_first_pair(tmp_path, caplog):
-    caplog.set_level(logging.INFO, logger=translation_data.__name__)
+    caplog.set_level(logging.INFO, logger="modeling_stablemoe.data")
     path, test = (write_jsonl(tmp_path / f"{name}.jsonl", SENTENCES) for name in ("all", "test"))
     load("fr-en", train=[path], test_files=[str(test)], validation_share=0.2)
     assert caplog.messages == [
@@ -484,7 +479,7 @@ def test_a_split_with_source_and_target_exchanged_is_noticed(tmp_path, caplog, s
 def test_embedded_corpus_is_the_default_with_its_own_split(monkeypatch):
     pairs = list(itertools.islice(embedded_pairs(), 40))
     pairs = [pair._replace(split=("train", "validation", "test")[i % 3]) for i, pair in enumerate(pairs)]
-    monkeypatch.setattr(translation_data, "embedded_pairs", lambda: iter(pairs))
+    monkeypatch.setattr(parallel_corpus, "embedded_pairs", lambda: iter(pairs))
     for args in (TranslationDataArguments(), TranslationDataArguments(language_pairs=[EMBEDDED_PAIR])):
         corpus = load_parallel_corpus(args)
         for name, split in corpus.items():
@@ -693,7 +688,7 @@ def test_long_training_pairs_are_dropped_long_test_pairs_cut_and_both_counted(
         with pytest.raises(ValueError, match="All 120 training pairs have more than .* raise --max_source_length"):
             encode_pairs(corpus, tokenizer, max_source_length, max_target_length)
         return
-    with caplog.at_level(logging.WARNING, logger=translation_data.__name__):
+    with caplog.at_level(logging.WARNING, logger="modeling_stablemoe.data"):
         cut = encode_pairs(corpus, tokenizer, max_source_length, max_target_length)
     assert list(cut["train"]) == kept
     assert rows_of(cut["test"]) == rows_of(corpus["test"])

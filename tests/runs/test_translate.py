@@ -10,7 +10,7 @@ import pytest
 from helpers.models import tiny_seq2seq_model
 from helpers.workplaces import load_script
 from modeling_stablemoe.data.files import STANDARD_INPUT, read_lines
-from modeling_stablemoe.data.translation import read_paired_text
+from modeling_stablemoe.data.parallel_corpus import read_paired_text
 from modeling_stablemoe.data.translation_tokenizer import train_translation_tokenizer
 from modeling_stablemoe.runs.routed_input import TextArguments, read_documents, read_pairs
 
