@@ -4,7 +4,7 @@
 
 python scripts/run_clm.py configuration/recipes/embedded-cpu.yaml
 accelerate launch scripts/run_clm.py recipe.yaml --learning_rate 3e-4
-python scripts/run_clm.py recipe.yaml --do_train false --model_name_or_path runs/mine   # evaluate only
+python scripts/run_clm.py --do_train false --model_name_or_path runs/mine   # evaluate only
 """
 
 from dataclasses import dataclass, field

@@ -3,7 +3,7 @@
 """Train a StableMoE translation model through both stages, score its translations and save it.
 
 python scripts/run_translation.py configuration/recipes/code-summary-cpu.yaml
-python scripts/run_translation.py recipe.yaml --do_train false --model_name_or_path runs/mine   # evaluate only
+python scripts/run_translation.py --do_train false --model_name_or_path runs/mine   # evaluate only
 """
 
 import json

@@ -17,8 +17,10 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, BinaryIO, TextIO
 
 import pandas
@@ -247,7 +249,11 @@ def _table_rows(path: str, encoding: str, options: dict[str, Any]) -> Iterator[t
     except pandas.errors.EmptyDataError:
         return
     except pandas.errors.ParserError as error:
-        raise ValueError(f"{path} is not a {Path(path).suffix} table ({str(error).strip()}).") from error
+        between = {".csv": "commas", ".tsv": "tabs"}.get(Path(path).suffix, "commas (.csv) or tabs (.tsv)")
+        raise ValueError(
+            f"{path} is not a {Path(path).suffix} table with {between} between columns ({str(error).strip()}). Where other signs stand "
+            f"between them, such as semicolons, save it with {between}."
+        ) from error
 
 
 def _parquet_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -294,10 +300,19 @@ def read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
 def _column_of_rows(path: str, encoding: str, column: str) -> Iterator[str]:
     for where, row in read_rows(path, encoding):
         if column not in row:
-            raise ValueError(
-                f"{where} has no key {column!r}; set --text_column to one of: {', '.join(map(str, row))}."
-            )
+            raise ValueError(_describe_missing(where, column, [str(name) for name in row]))
         yield checked_text(row[column], f"{where}: {column!r}", "; set --text_column")
+
+
+def _describe_missing(where: str, column: str, names: list[str]) -> str:
+    """Say which columns there are, the nearest first, and when the first row seems to be none of names."""
+    near = get_close_matches(column.lower(), [name.lower() for name in names], n=1)
+    names.sort(key=lambda name: [name.lower()] != near)
+    listed = ", ".join(shorten(name, 40, placeholder=" ...") for name in names[:8]) + ", ..." * (len(names) > 8)
+    heading = (
+        " The first row is read as the names of the columns: put them there." if max(map(len, names)) > 80 else ""
+    )
+    return f"{where} has no column {column!r}; set --text_column to one of: {listed}.{heading}"
 
 
 def _text_documents(path: str, encoding: str, separator: str | None) -> Iterator[str]:

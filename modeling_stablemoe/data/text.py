@@ -189,7 +189,10 @@ def check_train_files(args: Any, needs_train: bool) -> None:
     """Refuse files for evaluation alone where there is to be training."""
     for name in ("validation_files", "test_files"):
         if needs_train and getattr(args, name, None) and not args.train_files:
-            raise ValueError(f"{name} needs train_files; to evaluate a model on them alone, add --do_train false.")
+            raise ValueError(
+                f"{name} needs train_files, to train on or to fit baselines to (--ngram_baselines); to evaluate a model on them alone, "
+                "add --do_train false, without baselines."
+            )
 
 
 def check_counts(counts: dict[str, int | None], at_least: int = 1) -> None:
@@ -235,11 +238,11 @@ def load_corpus(args: DataArguments, needs_train: bool = True) -> Corpus:
         splits = _hold_out(splits["train"], args.validation_share, args.preprocessing_num_workers)
     limits = {"train": args.max_train_documents, "validation": args.max_validation_documents}
     splits = {name: first_rows(split, limits[name]) for name, split in splits.items()}
-    logger.info("%s", _describe_documents(args, splits, is_held_out))
+    logger.info("%s", _describe_documents(args, splits, is_held_out, needs_train))
     return IterableDatasetDict(splits) if args.streaming else DatasetDict(splits)
 
 
-def _describe_documents(args: DataArguments, splits: dict[str, Any], is_held_out: bool) -> str:
+def _describe_documents(args: DataArguments, splits: dict[str, Any], is_held_out: bool, needs_train: bool) -> str:
     """Say what is read for training and what for evaluation, and how many documents that is, but of a stream."""
     number = {
         name: f"{len(split):,} document{'s' * (len(split) != 1)}" if isinstance(split, Dataset) else "documents"
@@ -258,9 +261,12 @@ def _describe_documents(args: DataArguments, splits: dict[str, Any], is_held_out
         train = f"the text that Python carries ({args.embedded_corpus}), as no data set or file is named"
         validation = "the same, a part of its own"
     if is_held_out:
-        validation = f"the same, {args.validation_share:.3g} of it held out (--validation_share)"
+        source = "the same" if needs_train else train
+        validation = f"{source}, {args.validation_share:.3g} of it held out (--validation_share)"
     evaluated = f"Evaluated on: {number['validation']} of {validation}."
-    return f"Training text: {number['train']} of {train}. {evaluated}" if "train" in splits else evaluated
+    return (
+        f"Training text: {number['train']} of {train}. {evaluated}" if "train" in splits and needs_train else evaluated
+    )
 
 
 def _unit_of(paths: list[str], args: DataArguments) -> str:
@@ -550,7 +556,11 @@ def train_bpe(texts: Iterable[list[str]], vocab_size: int, special_tokens: list[
 def warn_of_small_vocabulary(backend: Tokenizer, vocab_size: int) -> None:
     """Log it if a trained tokenizer has fewer tokens than asked for."""
     if backend.get_vocab_size() < vocab_size:
-        logger.warning("The text supports only %d of %d tokens.", backend.get_vocab_size(), vocab_size)
+        logger.warning(
+            "The text has words for a vocabulary of %s tokens only, in place of %s: that is the size of this one.",
+            f"{backend.get_vocab_size():,}",
+            f"{vocab_size:,}",
+        )
 
 
 def pack(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, block_size: int, num_proc: int | None = None) -> Corpus:

@@ -131,8 +131,8 @@ def _state_file(folder: Path) -> Path:
         if (place / "trainer_state.json").is_file():
             return place / "trainer_state.json"
     raise FileNotFoundError(
-        f"{str(folder)!r} holds no log history: neither `trainer_state.json` nor a checkpoint with one. It is written "
-        "with every checkpoint and by `trainer.save_state()`."
+        f"{str(folder)!r} holds no log history: neither `trainer_state.json` nor a checkpoint with one. A run "
+        "writes it with every checkpoint (`--save_steps`) and at its end, an evaluation does not."
     )
 
 

@@ -253,20 +253,19 @@ class FrozenReport:
             tokens = self.load[0].sum().item() / self.num_experts_per_tok
             said.append(
                 "load of the heaviest expert over the mean: "
-                + (f"{before:.2f} before, " if before is not None else "")
+                + (f"{before:.2f} in the last steps of stage 1, " if before is not None else "")
                 + f"{imbalance(self.load):.2f} by the frozen table for the {tokens:,.0f} tokens seen in stage 1 "
                 f"(lightest: {self._lightest():.2f})"
             )
             if self.token_counts is not None:
                 said.append(self._bound_of_the_corpus())
+        heavy = sorted({token_id for layer in self.balanced for token_id in layer.alone.tolist()})
         if self.balanced:
             said.append(
-                f"balanced from max/mean {metrics['transition_unbalanced_load_max_over_mean']:.2f} to at most "
-                f"{metrics['transition_largest_shared_load']:.2f} at the price of "
-                f"{metrics['transition_agreement_given_up']:.1%} of expected agreement, which is now "
-                f"{metrics['transition_expected_agreement']:.1%}"
+                f"the table that agrees most with stage 1 would have had {metrics['transition_unbalanced_load_max_over_mean']:.2f}; within "
+                f"{metrics['transition_largest_shared_load']:.2f}{', but for the heaviest ids,' if heavy else ''} it keeps {metrics['transition_expected_agreement']:.1%} of the choices of "
+                f"all of stage 1, {metrics['transition_agreement_given_up']:.1%} fewer"
             )
-        heavy = sorted({token_id for layer in self.balanced for token_id in layer.alone.tolist()})
         if heavy:
             named = ", ".join(map(str, heavy[:5])) + (f" and {len(heavy) - 5} more" if len(heavy) > 5 else "")
             own = "an expert" if self.num_experts_per_tok == 1 else f"{self.num_experts_per_tok} experts"

@@ -72,6 +72,8 @@ class OptionParser(HfArgumentParser):
         unknown = next((each.partition("=")[0] for each in rest if each.startswith("--")), None)
         if unknown is not None:
             self.error(_describe_unknown(unknown, vars(namespace)) + self.origin_of(unknown.removeprefix("--")))
+        if rest:
+            self.error(f"{rest[0]!r} belongs to no option: write the name of one before it, as --help lists them")
         return namespace, rest
 
     def origin_of(self, option: str) -> str:
@@ -88,15 +90,22 @@ def _help_line(field: Field) -> str:
 
 
 # Options of transformers' own example scripts, and what stands for them here.
-_OF_OTHERS = dict.fromkeys(
-    ("source_lang", "target_lang"), "--language_pairs source-target, such as --language_pairs de-en"
-)
+_OF_OTHERS = {
+    "source_lang": "language_pairs",
+    "target_lang": "language_pairs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "output": "output_dir",
+    "model": "model_name_or_path",
+}
 
 
 def _describe_unknown(option: str, known: Iterable[str]) -> str:
     name = option.lstrip("-").replace("-", "_")
-    if name in _OF_OTHERS and "language_pairs" in known:
-        return f"there is no option {option}; here it is {_OF_OTHERS[name]}"
+    if _OF_OTHERS.get(name) in known:
+        example = " source-target, such as --language_pairs de-en" if name.endswith("_lang") else ""
+        return f"there is no option {option}; here it is --{_OF_OTHERS[name]}{example}"
     pattern = re.compile(rf'^    {name}: |"--{name}"', re.MULTILINE)
     owners = [
         script

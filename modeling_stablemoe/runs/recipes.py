@@ -56,7 +56,7 @@ class ModelArguments(NamesImplementations):
         default=None,
         metadata={
             "help": "Checkpoint to train further: a Hub name or a folder. Excludes a preset: with a recipe that has one, "
-            "add --model_preset '' and, for a frozen checkpoint, --config_overrides '' --stage1_steps ''."
+            "what it says of a new model is left out."
         },
     )
     config_overrides: str | None = field(
@@ -82,8 +82,8 @@ class ModelArguments(NamesImplementations):
             raise ValueError(
                 "Name one model to train: `--model_preset` or `--model_name_or_path`."
                 if self.model_preset is None
-                else f"There are two models, {self.model_preset} and {self.model_name_or_path}: to train the second, unset what a "
-                "recipe says about a new one, `--model_preset ''`, and for a frozen model `--config_overrides '' --stage1_steps ''`."
+                else f"There are two models, {self.model_preset} and {self.model_name_or_path}: name one, `--model_preset` for a new "
+                "one or `--model_name_or_path` for one that is there."
             )
         parse_overrides(self.config_overrides)
 
@@ -399,7 +399,7 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
             given = argv[1:]
             of_recipe = _recipe_to_argv(find_shipped(argv[0]))
             parser.origins = dict.fromkeys(_options_in(of_recipe) - _options_in(given), f"the recipe {argv[0]}")
-            argv = of_recipe + given
+            argv = of_recipe + _without_new_model(parser, of_recipe, given) + given
         _remember_data(parser, argv)
         arguments = parser.parse_args_into_dataclasses(args=argv)
         _require_files(parser, given, arguments)
@@ -409,6 +409,30 @@ def parse_recipe(dataclass_types: Sequence[type], doc: str, argv: Sequence[str] 
         return arguments
     except (OSError, ValueError) as error:
         parser.error(str(error))
+
+
+def _without_new_model(parser: _Parser, of_recipe: list[str], given: list[str]) -> list[str]:
+    """Unset what a recipe says of a new model, and of its stage 1 and its baselines, where the user names one that is there."""
+    named = _options_in(given)
+    if "model_name_or_path" not in named or "model_preset" in named:
+        return []
+    known, _ = parser.parse_known_args(of_recipe + given)
+    if not known.model_name_or_path:
+        return []
+    unset = {"model_preset": "", "config_overrides": ""}
+    if not known.do_train:
+        unset |= {"stage1_steps": "", "ngram_baselines": "false"}
+    elif _is_frozen(Path(known.model_name_or_path)):
+        unset["stage1_steps"] = ""
+    return [each for name in unset.keys() & set(parser.origins) for each in (f"--{name}", unset[name])]
+
+
+def _is_frozen(model: Path) -> bool:
+    """Return True for the folder of a model whose routing is frozen."""
+    try:
+        return json.loads((model / "config.json").read_text(encoding="utf-8")).get("router_fingerprint") is not None
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 # Options that name data, and those that say how to read any.
@@ -426,6 +450,8 @@ def _remember_data(parser: _Parser, argv: list[str]):
         return
     run = read_run(model)
     given = _options_in(argv)
+    if "output_dir" not in given:
+        parser.set_defaults(output_dir="runs/evaluated")
     classes = ({entry.name for entry in fields(each)} for each in parser.dataclass_types)
     names = set().union(*(each for each in classes if "train_files" in each))
     names = (names & _READING if given & _SOURCES else names - _NOT_REMEMBERED) - given

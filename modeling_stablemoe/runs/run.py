@@ -76,6 +76,13 @@ class FolderArguments:
     )
 
 
+def _what_is_wrong(checkpoint: str) -> str | None:
+    """Say why a checkpoint that the user has named cannot be resumed, None where it can."""
+    if not Path(checkpoint).is_dir():
+        return "there is no such folder; name a checkpoint of the run, or `latest`"
+    return what_is_missing(checkpoint)
+
+
 class RunFolder:
     """The output folder of one run: checked when this is made, changed only by `claim`.
 
@@ -106,7 +113,7 @@ class RunFolder:
         if training_args.process_index == 0:
             self._lock.check()
         check_run_folder(**self._run)
-        problem = None if named in (None, *LATEST) else _ask_first(self.args, lambda: what_is_missing(named))
+        problem = None if named in (None, *LATEST) else _ask_first(self.args, lambda: _what_is_wrong(named))
         if problem is not None:
             raise ValueError(f"The checkpoint {named!r} cannot be resumed: {problem}.")
 
@@ -412,7 +419,7 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
             "There is no whole checkpoint yet: begin again with `--overwrite_output_dir`, and with smaller `--save_steps` than "
             f"{trainer.args.save_steps:g} to have one earlier."
             if whole is None
-            else f"{whole.name} is whole: go on with `--resume_from_checkpoint latest`."
+            else f"{whole.name} is whole: go on by the same command with `--resume_from_checkpoint latest` at its end."
         )
         raise SystemExit(
             f"interrupted at step {trainer.state.global_step} of {trainer.state.max_steps}. {remedy}"

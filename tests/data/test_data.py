@@ -291,7 +291,11 @@ def test_missing_paths_and_unreadable_folders_are_named(tmp_path):
         ("a.jsonl", b'{"text": "one"}\n["two"]\n', r"a\.jsonl, line 2 holds a list; every line"),
         ("a.json", b'["one"]\n', r"a\.json, item 1 holds a str; every item"),
         ("a.json", b'[{"text": "one"},\n', r"a\.json is not a JSON array .*every line must be one JSON object"),
-        ("a.jsonl", b'{"body": "one", "id": 3}\n', r"line 1 has no key 'text'; .*--text_column to one of: body, id"),
+        (
+            "a.jsonl",
+            b'{"body": "one", "id": 3}\n',
+            r"line 1 has no column 'text'; .*--text_column to one of: body, id",
+        ),
         ("a.jsonl", b'{"text": "one"}\n{"text": 3}\n', r"a\.jsonl, line 2: 'text' holds int, not a string"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: 'text' holds half of a surrogate pair"),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz is not a complete \.gz file"),
@@ -305,7 +309,14 @@ def test_missing_paths_and_unreadable_folders_are_named(tmp_path):
         ("a.csv", b"text,label\none,1\ntwo,2,3\n", r"a\.csv is not a \.csv table .*line 3"),
         ("a.csv", b"text,label\none,1,2\n", r"a\.csv is not a \.csv table .*more columns"),
         ("a.csv", b"id,text\n1\n", r"no text in .*a\.csv"),
-        ("a.tsv", b"id\tbody\n1\tone\n", r"a\.tsv, row 1 has no key 'text'; .*--text_column to one of: id, body"),
+        ("a.tsv", b"id\tbody\n1\tone\n", r"a\.tsv, row 1 has no column 'text'; .*--text_column to one of: id, body"),
+        ("a.csv", b"id;text\n1;one, two\n", r"table with commas between columns .*semicolons, save it with commas"),
+        ("a.csv", b"id,Text\n1,one\n", r"has no column 'text'; set --text_column to one of: Text, id\.$"),
+        (
+            "a.csv",
+            b"1," + b"one " * 99 + b"\n2,two\n",
+            r"to one of: 1, one one .* \.\.\.\. The first row is read as the names",
+        ),
         ("a.parquet", b"PAR1", r"a\.parquet is not a complete \.parquet file"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "one"}\n' * 99)[:-20], r"a\.jsonl\.xz is not a complete \.xz file"),
         ("a.txt", b"", r"no text in .*a\.txt"),
@@ -493,7 +504,7 @@ def test_tokenizer_trained_on_a_stream_is_the_same_and_says_when_text_is_short(h
     args.vocab_size = 4096
     with caplog.at_level(logging.WARNING, logger=data.__name__):
         small = load_tokenizer(args, streamed)
-    assert f"only {len(small)} of 4096 tokens" in caplog.text
+    assert f"of {len(small)} tokens only, in place of 4,096" in caplog.text
 
 
 def test_tokenizer_needs_text(corpus):

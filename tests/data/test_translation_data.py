@@ -573,7 +573,9 @@ def test_a_vocabulary_below_the_alphabet_is_refused_and_a_poor_text_reported(cor
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger=data.__name__):
             small = load_translation_tokenizer(arguments("de-en", tokenizer_model=model), one_way)
-        assert [r.getMessage() for r in caplog.records] == [f"The text supports only {len(small)} of 8000 tokens."]
+        assert [r.getMessage() for r in caplog.records] == [
+            f"The text has words for a vocabulary of {len(small):,} tokens only, in place of 8,000: that is the size of this one."
+        ]
 
 
 def test_tokenizer_needs_text_and_sees_every_language_pair_of_a_large_corpus(corpus, monkeypatch):

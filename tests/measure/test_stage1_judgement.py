@@ -164,7 +164,8 @@ def test_the_transition_says_what_balance_has_cost(tmp_path, capsys):
     entry, output = transition_of(trainer), capsys.readouterr().out
     assert entry["transition_table_load_max_over_mean"] < entry["transition_unbalanced_load_max_over_mean"]
     assert 0 <= entry["transition_agreement_gap"] <= entry["transition_agreement_given_up"] < 1
-    assert f"at the price of {entry['transition_agreement_given_up']:.1%} of expected agreement" in output
+    kept, given_up = (entry[f"transition_{name}"] for name in ("expected_agreement", "agreement_given_up"))
+    assert f"it keeps {kept:.1%} of the choices of all of stage 1, {given_up:.1%} fewer" in output
 
 
 def test_the_transition_names_the_ids_that_have_an_expert_of_their_own(capsys, tmp_path):
@@ -177,7 +178,7 @@ def test_the_transition_names_the_ids_that_have_an_expert_of_their_own(capsys, t
     assert (table == table[7]).sum() == 1
     assert entry["transition_ids_above_limit"] == 1
     assert 1 < entry["transition_largest_shared_load"] <= 1.1 + 1e-6 < entry["transition_table_load_max_over_mean"]
-    assert "to at most 1.1" in output
+    assert "within 1.10, but for the heaviest ids, it keeps" in output
     assert "Token id(s) 7 alone outweigh the limit: each has an expert of its own" in output
 
 

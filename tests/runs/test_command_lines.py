@@ -1,6 +1,7 @@
 """Every script, as `python` starts it."""
 
 import ast
+import json
 import runpy
 import sys
 
@@ -8,6 +9,7 @@ import datasets
 import pytest
 from transformers import TrainingArguments
 
+import modeling_stablemoe
 from helpers import ROOT
 from helpers.workplaces import load_script
 from modeling_stablemoe import cli
@@ -75,6 +77,13 @@ MULTI30K = str(ROOT / "configuration" / "recipes" / "multi30k-cpu.yaml")
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
+        ("run_clm", [RECIPE, "--epochs", "3"], "there is no option --epochs; here it is --num_train_epochs"),
+        ("run_clm", [RECIPE, "--output", "a"], "there is no option --output; here it is --output_dir"),
+        (
+            "run_clm",
+            [RECIPE, "--max_steps", "3", "my.csv"],
+            "'my.csv' belongs to no option: write the name of one before it",
+        ),
         ("run_clm", [RECIPE, "--learning_rat", "1"], "no option --learning_rat; did you mean --learning_rate?"),
         (
             "run_clm",
@@ -142,8 +151,12 @@ def test_the_console_command_starts_the_scripts_under_its_own_name(monkeypatch, 
         stablemoe(monkeypatch, capsys, "generate", "--help")
     assert stop.value.code == 0
     assert "usage: stablemoe generate" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="there is no command 'tran'"):
+    assert "Continue a text with a StableMoE language model" in shown
+    with pytest.raises(SystemExit, match="there is no command 'tran'; did you mean train?"):
         stablemoe(monkeypatch, capsys, "tran")
+    with pytest.raises(SystemExit, match="there is no command 'nonsense'; usage: stablemoe"):
+        stablemoe(monkeypatch, capsys, "nonsense")
+    assert stablemoe(monkeypatch, capsys, "--version").strip() == modeling_stablemoe.__version__
 
 
 def test_the_console_command_trains_on_a_text_in_an_empty_folder(tmp_path, monkeypatch, capsys):
@@ -158,3 +171,21 @@ def test_the_console_command_trains_on_a_text_in_an_empty_folder(tmp_path, monke
     assert (tmp_path / "runs" / "stablemoe" / "model.safetensors").is_file()
     assert "  stablemoe generate runs/stablemoe --prompt" in shown
     assert "  stablemoe inspect runs/stablemoe --text" in shown
+    evaluated = stablemoe(
+        monkeypatch,
+        capsys,
+        "train",
+        "--do_train",
+        "false",
+        "--model_name_or_path",
+        "runs/stablemoe",
+        "--use_cpu",
+        "true",
+    )
+    results = [
+        json.loads((tmp_path / "runs" / run / "results.json").read_text()) for run in ("stablemoe", "evaluated")
+    ]
+    # Of the text that was held out, by the record of the run; in batches of another size.
+    assert results[1]["perplexity"] == pytest.approx(results[0]["perplexity"], rel=1e-4)
+    assert "bigram" in shown
+    assert "bigram" not in evaluated

@@ -125,6 +125,23 @@ def test_options_after_the_recipe_win(tmp_path, preset):
     assert routing.stage1 == 5
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_what_a_recipe_says_of_a_new_model_is_left_out_for_one_that_is_there(tmp_path, preset, is_frozen):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"router_fingerprint": "0" * 64 if is_frozen else None}))
+    overrides = '{"num_experts": 3}'
+    path = recipe(tmp_path, model_preset=str(preset), config_overrides=overrides, stage1_steps=5, use_cpu=True)
+    there = "--model_name_or_path", str(model)
+    of_model, _, routing, _ = parse(path, *there)
+    assert (of_model.model_preset, of_model.overrides) == (None, {})
+    assert routing.stage1 == (None if is_frozen else 5)
+    of_model, _, routing, training = parse(path, *there, "--do_train", "false")
+    assert (routing.stage1, training.output_dir) == (None, "runs/evaluated")
+    of_model, *_ = parse(path, *there, "--config_overrides", '{"dropout": 0.1}')
+    assert of_model.overrides == {"dropout": 0.1}
+
+
 def refuse(capsys, *argv) -> str:
     with pytest.raises(SystemExit) as stop:
         parse(*argv)

@@ -181,7 +181,7 @@ def test_an_interrupted_run_ends_with_one_line_and_goes_on_from_its_checkpoint(w
         message = refuse(module.main, workplace.arguments(str(tmp_path / "stopped")))
     signal.signal(signal.SIGINT, interrupt)
     assert message == (
-        "interrupted at step 5 of 16. checkpoint-4 is whole: go on with `--resume_from_checkpoint latest`."
+        "interrupted at step 5 of 16. checkpoint-4 is whole: go on by the same command with `--resume_from_checkpoint latest` at its end."
     )
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -205,6 +205,10 @@ def test_existing_output_folder_is_an_error_and_stays_as_it_is(workplace, traine
         (
             ["--block_size", "90000", "--config_overrides", '{"max_position_embeddings": 90000}'],
             "too few for one block",
+        ),
+        (
+            ["--resume_from_checkpoint", "lastest"],
+            "'lastest' cannot be resumed: there is no such folder; name a checkpoint of",
         ),
         (["--model_preset", "nothing.json"], "There is no model preset"),
         (["--config_overrides", '{"num_expert": 3}'], "unknown fields"),
