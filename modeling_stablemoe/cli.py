@@ -31,7 +31,10 @@ def main():
     sys.argv = [f"stablemoe {command}", *arguments]
     spec = spec_from_file_location(COMMANDS[command], shipped("scripts") / f"{COMMANDS[command]}.py")
     script = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(script)
+    try:
+        spec.loader.exec_module(script)
+    except KeyboardInterrupt:  # while the libraries are imported
+        raise SystemExit("interrupted") from None
     script.main()
 
 

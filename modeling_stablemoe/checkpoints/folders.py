@@ -160,18 +160,24 @@ def check_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwr
             "`--output_dir`."
         )
     if occupied and not (resume or overwrite):
+        last = _last_whole(folder)
+        state, remedy = "without a whole checkpoint yet. Replace it", ""
+        if last is not None:
+            state, remedy = (
+                f"saved up to step {step_of(last)}. Continue it with `--resume_from_checkpoint latest`",
+                ", replace it",
+            )
         raise ValueError(
-            f"The output folder {str(folder)!r} holds a run already, {_saved_up_to(folder)}. Continue it with `--resume_from_checkpoint "
-            "latest`, replace it with `--overwrite_output_dir`, or choose another `--output_dir`."
+            f"The output folder {str(folder)!r} holds a run already, {state}{remedy} with `--overwrite_output_dir`, or choose another "
+            "`--output_dir`."
         )
     if occupied and resume:
         _check_identity(run_file, identity)
 
 
-def _saved_up_to(folder: Path) -> str:
+def _last_whole(folder: Path) -> Path | None:
     whole = (path for path in checkpoints_in(folder) if what_is_missing(path, checksums=False) is None)
-    last = next(whole, None)
-    return "without a whole checkpoint yet" if last is None else f"saved up to step {step_of(last)}"
+    return next(whole, None)
 
 
 def claim_run_folder(folder: str | Path, identity: dict, *, resume: bool, overwrite: bool) -> Path | None:

@@ -283,7 +283,7 @@ def checked_text(value: Any, where: str, remedy: str = "") -> str:
 def read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
     """Yield the documents of local files one at a time, without blank ones."""
     paths, encoding = options["paths"], options["encoding"]
-    is_empty = True
+    is_empty, num_blank = True, 0
     for path in paths:
         if format_of(path) == "text":
             documents = _text_documents(path, encoding, options["separator"])
@@ -293,8 +293,12 @@ def read_files(options: dict[str, Any]) -> Iterator[dict[str, str]]:
             if text and not text.isspace():
                 is_empty = False
                 yield {"text": text}
+            else:
+                num_blank += 1
     if is_empty:
         raise ValueError(f"There is no text in {', '.join(paths[:3])}{', ...' * (len(paths) > 3)}; name other files.")
+    if num_blank:
+        logger.warning("%s documents of %s have no text and are left out.", f"{num_blank:,}", ", ".join(paths[:3]))
 
 
 def _column_of_rows(path: str, encoding: str, column: str) -> Iterator[str]:

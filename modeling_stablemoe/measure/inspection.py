@@ -444,10 +444,11 @@ def _format_layer(layer: dict, num_experts_per_tok: int) -> str:
             for entry in several["most_frequent"]
         ]
         parts.append(format_table(rows, _SEVERAL_HEADINGS))
-    return "\n\n".join([*parts, _format_agreement(layer["agreement"])])
+    chance = num_experts_per_tok / len(layer["experts"])
+    return "\n\n".join([*parts, _format_agreement(layer["agreement"], chance)])
 
 
-def _format_agreement(agreement: dict | None) -> str:
+def _format_agreement(agreement: dict | None, chance: float) -> str:
     if agreement is None:
         return "This router has no backbone scores to agree with."
     rows = [
@@ -460,7 +461,8 @@ def _format_agreement(agreement: dict | None) -> str:
     ]
     head = (
         f"Agreement on this text: on {agreement['overall']:.1%} of its tokens inference routes as the backbone router would "
-        "now. From the transition on nothing holds the two together, so it is not the agreement when frozen."
+        f"now (chance: {chance:.1%}). In stage 1 it tells how faithful the routing is that would be frozen. In stage 2 the backbone router only "
+        "weighs the frozen experts, and little agreement is no fault."
     )
     return f"{head}\n\n{format_table(rows, _AGREEMENT_HEADINGS)}"
 

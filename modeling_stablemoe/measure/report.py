@@ -201,6 +201,11 @@ def format_results(results: dict) -> str:
         )
     for name, perplexity in results.get("baselines", {}).items():
         lines.append(f"validation perplexity, {name}: {perplexity:.2f}")
+    bigram = min(results.get("baselines", {}).values(), default=0.0)
+    if 0.0 < bigram < results["perplexity"]:
+        lines.append(
+            "The model is behind counts of pairs of tokens: it has been trained for too few steps, or on too little text."
+        )
     saved = describe_saved_model(results)
     if saved is not None:
         lines.append(saved)

@@ -57,6 +57,10 @@ def test_empty_folder_is_free(tmp_path):
 
 def test_folder_that_holds_a_run_is_not_touched_without_a_flag(tmp_path):
     claim(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"without a whole checkpoint yet\. Replace it with `--overwrite_output_dir`, or choose"
+    ):
+        claim(tmp_path)
     save_checkpoint(tmp_path, 3)
     before = content(tmp_path)
     with pytest.raises(ValueError, match="holds a run already.*--resume_from_checkpoint latest.*--overwrite"):

@@ -139,6 +139,14 @@ def test_a_separator_that_never_occurs_and_a_very_long_document_are_reported(tmp
     assert "a.txt holds a document of 29 characters" in caplog.text
 
 
+def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("id,text\n1,one\n2,\n3, \n4,two\n")
+    with caplog.at_level(logging.WARNING, logger=files.__name__):
+        corpus = files_corpus(tmp_path, validation_share=0.5)
+    assert sorted(corpus["train"]["text"][:] + corpus["validation"]["text"][:]) == ["one", "two"]
+    assert "2 documents of" in caplog.text and "have no text and are left out" in caplog.text
+
+
 def test_folders_are_read_recursively_in_sorted_order_with_all_formats_mixed(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()

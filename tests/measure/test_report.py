@@ -130,6 +130,8 @@ def test_results_print_the_table_the_agreement_and_the_baselines_above_the_model
         "validation perplexity, bigram: 5.00",
         "validation perplexity, this model: 3.00",
     ]
+    lines = format_results(results | {"perplexity": 6.0}).splitlines()
+    assert lines[-2].startswith("The model is behind counts of pairs of tokens")
 
 
 def test_run_of_a_model_that_was_frozen_before_it_is_all_stage_2():
