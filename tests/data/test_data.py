@@ -144,7 +144,8 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger=files.__name__):
         corpus = files_corpus(tmp_path, validation_share=0.5)
     assert sorted(corpus["train"]["text"][:] + corpus["validation"]["text"][:]) == ["one", "two"]
-    assert "2 documents of" in caplog.text and "have no text and are left out" in caplog.text
+    assert "2 documents of" in caplog.text
+    assert "have no text and are left out" in caplog.text
 
 
 def test_folders_are_read_recursively_in_sorted_order_with_all_formats_mixed(tmp_path):
