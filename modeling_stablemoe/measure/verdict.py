@@ -136,7 +136,7 @@ class Verdict:
         if agreement < wanted:
             other = "" if self.is_counted else ', or take `distilled_router="counts"`'
             problems.append(
-                f"Lengthen stage 1{other}: the distilled router agrees with the backbone on "
+                f"Lengthen stage 1 (`stage1_steps`; `hold_until_ready` does so by itself){other}: the distilled router agrees with the backbone on "
                 f"{agreement:.1%} of the tokens only (wanted: {wanted:.0%}, chance: {self.chance:.0%}), and what it freezes is hardly more than a hash"
             )
         if self.table_load is not None and not self.is_balanced_later and self.table_load > LARGEST_TABLE_LOAD:
@@ -147,7 +147,7 @@ class Verdict:
         closed = self.metrics.get("closed_gates", 0.0)
         if closed > MOST_CLOSED_GATES:
             problems.append(
-                f'Lower `balance_loss_coef`, or take `balance_gradient="centroids"`: {closed:.0%} of the gates are below '
+                f"Centre the balance loss (`center_balance_loss`), or lower `balance_loss_coef`: {closed:.0%} of the gates are below "
                 f"{CLOSED_GATE:g}, so their experts do and learn next to nothing"
             )
         return problems

@@ -138,7 +138,7 @@ def test_a_sick_routing_is_frozen_with_a_warning_that_names_the_remedies(tmp_pat
         (HEALTHY, None, False, []),
         (HEALTHY, 2.5, False, ["max_frozen_load"]),
         (HEALTHY | {"distillation_agreement": 0.1}, 1.0, False, ["hardly more than a hash"]),
-        ({"closed_gates": 0.6}, 3.0, False, ["max_frozen_load", "balance_gradient"]),
+        ({"closed_gates": 0.6}, 3.0, False, ["max_frozen_load", "center_balance_loss"]),
     ],
 )
 def test_what_speaks_against_freezing(metrics, load, balanced_later, complaints):
