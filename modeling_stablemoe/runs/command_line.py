@@ -82,11 +82,14 @@ class OptionParser(HfArgumentParser):
 
 
 def _help_line(field: Field) -> str:
-    """Describe an option by as many sentences of its help as fit into a line, the first at least."""
+    """Describe an option by as many sentences of its help as fit into a line, the first at least, and its default."""
     text = " ".join(str(field.metadata.get("help", "")).split())
     start = f"  --{field.name:<30} "
     ends = [match.end() for match in _SENTENCE_END.finditer(text)] or [len(text)]
-    return start + text[: max([ends[0], *(end for end in ends if len(start) + end <= _HELP_WIDTH)])]
+    line = start + text[: max([ends[0], *(end for end in ends if len(start) + end <= _HELP_WIDTH)])]
+    default = f" Default: {field.default}." if isinstance(field.default, (str, int, float)) and field.default else ""
+    has_room = "default" not in line.lower() and len(line + default) <= _HELP_WIDTH
+    return line + default if has_room else line
 
 
 # Options of transformers' own example scripts, and what stands for them here.
