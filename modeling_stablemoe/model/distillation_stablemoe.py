@@ -26,6 +26,7 @@ from .tensors_stablemoe import (
     score,
     sinusoids,
     split_rows,
+    take_local_buffers,
     to_bits,
 )
 
@@ -54,6 +55,7 @@ class DistilledRouter(nn.Module):
         self.num_parts = config.num_routing_rows // config.vocab_size
         for name, shape in self.shapes(config).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.register_load_state_dict_pre_hook(take_local_buffers)
 
     @classmethod
     def shapes(cls, config: StableMoEBaseConfig) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from .gated_stablemoe import StableMoEGatedExperts, StableMoESharedExperts
 from .losses_stablemoe import is_distributed
 from .products_stablemoe import sort_by_expert
 from .routing_stablemoe import Router, Routing, build_router
-from .tensors_stablemoe import is_at_hand, local_tensor, zero_through
+from .tensors_stablemoe import is_at_hand, zero_through
 
 
 class ExpertDispatch(nn.Module):
@@ -91,7 +91,6 @@ class StableMoELayer(GradientCheckpointingLayer):
         self.bigram_embedding = BigramEmbedding(config) if config.num_bigram_embeddings else None
         self.shares_experts = config.share_experts_in_stage1
         self.register_state_dict_post_hook(_replicate_buffers)
-        self.register_load_state_dict_pre_hook(_take_local_buffers)
 
     def forward(
         self,
@@ -315,13 +314,6 @@ def _replicate_buffers(layer: StableMoELayer, state_dict: dict[str, Tensor], pre
         if entry is not values and not hasattr(entry, "device_mesh"):
             placements = [Replicate()] * mesh.ndim
             state_dict[name] = DTensor.from_local(entry, mesh, placements, run_check=False)
-
-
-def _take_local_buffers(layer: StableMoELayer, state_dict: dict[str, Tensor], prefix: str, *args):
-    """Take buffers that come replicated as plain tensors: what is counted and remembered is computed with on each process."""
-    for name, _ in layer.named_buffers(prefix.removesuffix(".")):
-        if name in state_dict:
-            state_dict[name] = local_tensor(state_dict[name])
 
 
 def look_up_ahead(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .configuration_stablemoe import StableMoEBaseConfig
 from .losses_stablemoe import histogram, sum_across_processes
-from .tensors_stablemoe import copy_into, from_bits, resize_rows, split_rows, to_bits
+from .tensors_stablemoe import copy_into, from_bits, resize_rows, split_rows, take_local_buffers, to_bits
 
 
 # Keeps a feature that never varies finite.
@@ -43,6 +43,7 @@ class RouterMemory(nn.Module):
             config.balance_window_tokens * config.num_experts_per_tok
         )  # in pairs of token and expert, as loads are
         self.integer_dtypes: dict[str, torch.dtype] = {}
+        self.register_load_state_dict_pre_hook(take_local_buffers)
         self._register("tokens", 1, torch.int64)
         if config.router_normalization is not None:
             self._register("feature_mean", config.hidden_size, torch.int32)

@@ -128,6 +128,13 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def take_local_buffers(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args):
+    """Load buffers that come replicated, as accelerate's FSDP2 brings them, as plain tensors: a hook before loading."""
+    for name in module._buffers:
+        if prefix + name in state_dict:
+            state_dict[prefix + name] = local_tensor(state_dict[prefix + name])
+
+
 def is_quantized(tensor: Tensor) -> bool:
     """Return True for a tensor that a quantiser stores in few bits: torchao's are subclasses that say how to write them out."""
     kind = type(tensor)
@@ -293,6 +300,7 @@ __all__ = [
     "score_chosen",
     "sinusoids",
     "split_rows",
+    "take_local_buffers",
     "to_bits",
     "unpack_ids",
     "whole_shape",

@@ -95,7 +95,7 @@ def test_message_at_the_transition_says_steps_load_and_agreement(tmp_path, capsy
     assert "agreement when frozen: " in output
     assert "chance: 20.0%)" in output
     before, after = entry["transition_load_max_over_mean"], entry["transition_table_load_max_over_mean"]
-    assert f"over the mean: {before:.2f} before, {after:.2f} by the frozen table" in output
+    assert f"over the mean: {before:.2f} in the last steps of stage 1, {after:.2f} by the frozen table" in output
     assert "the expert of each of 99 token ids in 1 MoE layer " in output
     assert "From here on a token always goes to the same expert" in output
     assert trainer.model.config.router_fingerprint in output
