@@ -40,7 +40,10 @@ class ConvertArguments:
     )
     moe_layer_positions: list[int] | None = field(
         default=None,
-        metadata={"help": "MoE layers: k is after block k, 0 before the first. Default: one in the middle, the best."},
+        metadata={
+            "help": "MoE layers: k is after block k, 0 before the first. With moe_placement ffn it is in block k. Default: one in "
+            "the middle."
+        },
     )
     model_preset: str | None = field(
         default=None,
@@ -138,7 +141,8 @@ def convert(args: ConvertArguments, source: str, output_dir: str) -> str:
     if args.dry_run:
         return "\n".join([*lines, "Nothing is saved: this was a dry run."])
     save_converted(model, tokenizer, output_dir)
-    return "\n".join([*lines, f"Saved to {output_dir}, in stage 1: train it with scripts/run_clm.py."])
+    stage = "in stage 1" if model.routing_stage == 1 else "its routing fixed from the start"
+    return "\n".join([*lines, f"Saved to {output_dir}, {stage}: train it with scripts/run_clm.py."])
 
 
 def main(argv=None):

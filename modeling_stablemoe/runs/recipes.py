@@ -437,7 +437,7 @@ def _is_frozen(model: Path) -> bool:
 
 # Options that name data, and those that say how to read any.
 _SOURCES = set("dataset_name parallel_datasets train_files validation_files test_files embedded_corpus".split())
-_READING = {"text_column", "language_pairs"}
+_READING = {"text_column", "document_separator", "language_pairs"}
 # Of the data options, those that are not about the text.
 _NOT_REMEMBERED = {"tokenizer_name", "vocab_size", "preprocessing_num_workers"}
 
