@@ -253,7 +253,7 @@ def cannot_load(name: str, error: Exception) -> str:
         reason = f"there is no folder of that name, so it was looked for on the Hub. {reason}"
     elif not (Path(name) / "config.json").is_file():
         reason = "that folder holds no model: there is no config.json"
-    elif "tokenizer" in reason and not any(Path(name).glob("tokenizer*")):
+    elif "backend tokenizer" in reason and "--tokenizer_name" not in reason and not any(Path(name).glob("tokenizer*")):
         reason = (
             "that folder holds no tokenizer: save the one of its training there, `tokenizer.save_pretrained(folder)`"
         )

@@ -49,6 +49,8 @@ def test_a_checkpoint_that_does_not_load_is_told_apart_from_none(tmp_path):
     assert cannot_load(str(tmp_path), error).endswith("that folder holds no model: there is no config.json")
     (tmp_path / "config.json").write_text("{}")
     assert cannot_load(str(tmp_path), error).endswith("no network")
+    error = ValueError("Couldn't instantiate the backend tokenizer from one of ...")
+    assert "that folder holds no tokenizer: save the one of its training there" in cannot_load(str(tmp_path), error)
 
 
 def test_scripts_train_unless_they_are_told_not_to():
