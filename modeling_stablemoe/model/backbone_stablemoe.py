@@ -162,14 +162,14 @@ class StableMoEBackbone(StableMoEPreTrainedModel):
         else:
             whole_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
             tokens = token_ids, mask, *cached_sequences(cache, self.num_blocks, token_ids, whole_mask), sequences
-        return with_rows(tokens, self.config.split_token_ids, self.config.vocab_size)
+        return with_rows(tokens, self.config)
 
     def rows_of(self, token_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None = None) -> Tensor:
         """Find the rows of a batch of whole sequences in tables of routing, `(B, S)`: the ids, but for `split_token_ids`."""
         if not self.config.split_token_ids:
             return token_ids
         tokens = whole_sequences(token_ids, mask, packed_sequences(token_ids.shape, position_ids))
-        return Tokens.of(with_rows(tokens, self.config.split_token_ids, self.config.vocab_size)).table_rows
+        return Tokens.of(with_rows(tokens, self.config)).table_rows
 
     def transform(self, hidden_states: Tensor, tokens: tuple, route_by_backbone: bool = False, **kwargs) -> Tensor:
         """Run `num_blocks` blocks, the MoE layers between them and the final norm; `**kwargs` are for the blocks."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
+from .configuration_stablemoe import StableMoEBaseConfig
+
 
 class Tokens(NamedTuple):
     """The tokens of a pass, as routers see them.
@@ -92,16 +94,16 @@ def previous_ids(tokens: tuple) -> Tensor:
     return of_routed_tokens(before.masked_fill(of != sequences, -1), tokens, places)
 
 
-def with_rows(tokens: tuple | Tensor, split_token_ids: list[int] | None, vocab_size: int) -> tuple:
+def with_rows(tokens: tuple | Tensor, config: StableMoEBaseConfig) -> tuple:
     """Add the rows of tokens in tables of routing, unless they are there: V h + p of the h-th split id, from 1, after id p."""
     tokens = Tokens.of(tokens)
-    if not split_token_ids or tokens.rows is not None:
+    if not config.split_token_ids or tokens.rows is not None:
         return tuple(tokens)
     previous, rows = previous_ids(tuple(tokens)), tokens.token_ids
     # Numbers, not a tensor of them, which would have to be sent to the device in every pass.
-    for part, token_id in enumerate(split_token_ids, start=1):
+    for part, token_id in enumerate(config.split_token_ids, start=1):
         is_split = (tokens.token_ids == token_id) & (previous >= 0)
-        rows = torch.where(is_split, part * vocab_size + previous, rows)
+        rows = torch.where(is_split, part * config.vocab_size + previous, rows)
     return tuple(tokens._replace(rows=rows))
 
 

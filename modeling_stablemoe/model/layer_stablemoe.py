@@ -229,7 +229,7 @@ class StableMoELayer(GradientCheckpointingLayer):
 
     def with_rows(self, tokens: tuple | Tensor) -> tuple:
         """Add the rows of tokens in tables of routing, where those of some ids are split and the backbone has not yet."""
-        return with_rows(tokens, self.config.split_token_ids, self.config.vocab_size)
+        return with_rows(tokens, self.config)
 
     @property
     def bare_router(self) -> Router:
